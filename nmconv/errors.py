@@ -1,0 +1,54 @@
+"""The library's own errors: one base, a few subclasses, one warning. Each message names the value and the way out."""
+
+__all__ = [
+    "AlreadyConvertedError",
+    "ModelTypeError",
+    "NmconvError",
+    "NoEffectWarning",
+    "NoSitesError",
+    "OptionError",
+    "PatternError",
+    "PlanError",
+    "RatioError",
+    "RewriteError",
+]
+
+
+class NmconvError(Exception):
+    """Base of everything nmconv raises on purpose."""
+
+
+class RatioError(NmconvError, ValueError):
+    """A ratio that is not ``N:M`` with N >= M >= 1."""
+
+
+class OptionError(NmconvError, ValueError):
+    """An option with a value it cannot take (an unknown ``keep``, a keep function that keeps too many, ...)."""
+
+
+class PatternError(NmconvError, ValueError):
+    """A name pattern that is malformed or matches nothing in the model."""
+
+
+class PlanError(NmconvError, ValueError):
+    """A plan that does not fit: another model's, another version's, or an edit that cannot be done."""
+
+
+class NoSitesError(NmconvError, ValueError):
+    """A model in which no activation belongs to a convolution."""
+
+
+class ModelTypeError(NmconvError, TypeError):
+    """Something that is no plain ``nn.Module``: another type, or a wrapped, compiled or scripted model."""
+
+
+class AlreadyConvertedError(NmconvError, ValueError):
+    """A model, or a part of one, that was converted before."""
+
+
+class RewriteError(NmconvError, RuntimeError):
+    """A module whose forward cannot be rewritten faithfully, or a rewritten one called in a way it was not made for."""
+
+
+class NoEffectWarning(UserWarning):
+    """A conversion that changes nothing."""

@@ -1,0 +1,159 @@
+"""The whole analysis: trace a model in both modes, find chains, and put it all down as plain data."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nmconv.graph import _zoo
+from nmconv.graph._alias import must_copy
+from nmconv.graph._chains import Ownership, own
+from nmconv.graph._flow import Flow
+from nmconv.graph._gates import resolve_gates
+from nmconv.graph._lower import lower
+from nmconv.graph._modules import leaf_op
+from nmconv.graph._ops import Op
+from nmconv.graph._parallel import fold_parallel
+from nmconv.graph._quiet import in_mode, left_as_found
+from nmconv.graph._tracer import Arguments, FlowTracer, UnknownTensor, map_proxies
+from nmconv.graph._values import Values, fake_input
+
+__all__ = ["Analysis", "Traced", "analyse"]
+
+
+@dataclass(eq=False)
+class Traced:
+    """One root, traced and understood."""
+
+    tracer: FlowTracer
+    flow: Flow
+    ownership: Ownership
+    copies: set[int]
+
+
+@dataclass(eq=False)
+class Analysis:
+    """A model in one mode.
+
+    Attributes:
+        traced: The model itself, or the parts of it that could be traced.
+        broken: From the qualified name of a module whose forward cannot be traced to the complaint.
+        mode_readers: Ids of modules whose ``training`` was read on the way.
+        lone: Names of convolutions that only such modules call.
+    """
+
+    traced: list[Traced]
+    broken: dict[str, BaseException]
+    mode_readers: set[int]
+    lone: list[str]
+
+
+def analyse(model: nn.Module, *, training: bool, linear: bool, example_inputs: Any) -> Analysis:
+    """Trace ``model`` as if it were in the mode given, and find its chains.
+
+    Nothing of the model changes, and no data runs through it.
+    """
+    found = Analysis([], {}, set(), [])
+    done: set[int] = set()
+    with left_as_found(model), in_mode(training, found.mode_readers):
+        todo: list[tuple[nn.Module, str, Arguments | None]] = [(model, "", _root_arguments(model, example_inputs))]
+        while todo:
+            module, path, arguments = todo.pop(0)
+            if id(module) in done:
+                continue
+            done.add(id(module))
+            if leaf_op(module) is not None and path:
+                if leaf_op(module) is Op.CONV:
+                    found.lone.append(path)
+                continue
+            if not any(leaf_op(part) in (Op.ACT, Op.CONV) for part in module.modules()) and path:
+                continue
+            tracer = FlowTracer(deep=True, mode_readers=found.mode_readers)
+            broken = [path]
+            if _has_forward(module):
+                try:
+                    tracer.run(module, arguments or _unknown_arguments(module), path)
+                    broken = list(tracer.broken)
+                    found.traced.append(_understand(tracer, linear))
+                except Exception as error:
+                    found.broken[path] = error
+            found.broken.update(tracer.broken)
+            for name in broken:
+                parent = module if name == path else model.get_submodule(name)
+                for label, child in parent.named_children():
+                    inner = f"{name}.{label}" if name else label
+                    todo.append((child, inner, _detached(tracer, inner)))
+    return found
+
+
+def _understand(tracer: FlowTracer, linear: bool) -> Traced:
+    flow = lower(tracer, linear=linear)
+    resolve_gates(flow, tracer.values)
+    copies = must_copy(flow)
+    fold_parallel(flow)
+    return Traced(tracer, flow, own(flow), copies)
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return getattr(type(module).forward, "__name__", "") != "_forward_unimplemented"
+
+
+def _root_arguments(model: nn.Module, example_inputs: Any) -> Arguments:
+    if example_inputs is None:
+        return _unknown_arguments(model, _zoo.default_input_size(model), first=True)
+    values = Values(model)
+
+    def fake(value: Any) -> Any:
+            return map_proxies(value, values.like)
+
+    if isinstance(example_inputs, dict):
+        return Arguments((), fake(example_inputs))
+    if isinstance(example_inputs, tuple):
+        return Arguments(fake(example_inputs), {})
+    return Arguments((fake(example_inputs),), {})
+
+
+def _unknown_arguments(module: nn.Module, size: tuple[int, ...] | None = None, first: bool = False) -> Arguments:
+    """One tensor for every required parameter of the forward; defaults for the others."""
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):
+        return Arguments((UnknownTensor(),), {})
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for parameter in parameters:
+        if parameter.default is not parameter.empty or parameter.kind in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        ):
+            if parameter.kind is parameter.VAR_POSITIONAL and not args:
+                args.append(UnknownTensor())
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            kwargs[parameter.name] = UnknownTensor()
+        else:
+            args.append(UnknownTensor())
+    if first and args:
+        known = fake_input(module, Values(module), size)
+        args[0] = args[0] if known is None else known
+    return Arguments(tuple(args), kwargs)
+
+
+def _detached(tracer: FlowTracer, path: str) -> Arguments | None:
+    """The arguments that a completed call of a module had, with fake tensors where the values can be known."""
+    arguments = tracer.completed.get(path)
+    if arguments is None:
+        return None
+
+    def value(proxy: Any) -> Any:
+        try:
+            known = tracer.values.get(proxy.node)
+        except Exception:
+            return UnknownTensor()
+        return known if isinstance(known, torch.Tensor) else UnknownTensor()
+
+    return Arguments(map_proxies(arguments.args, value), map_proxies(arguments.kwargs, value))

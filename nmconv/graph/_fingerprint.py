@@ -1,0 +1,36 @@
+"""A model's structure in one short text: the same for any weights, dtype, device, mode and classifier."""
+
+from __future__ import annotations
+
+import hashlib
+
+from torch import nn
+
+from nmconv.graph import _zoo
+from nmconv.graph._modules import act_kind, leaf_op
+from nmconv.graph._ops import MODULES, Op
+
+__all__ = ["fingerprint"]
+
+_SHOWN = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of the names, kinds and extents of all convolutions and activations, the classifier's left out."""
+    classifier = _zoo.classifier_names(model)
+    digest = hashlib.sha256()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(name == head or name.startswith(f"{head}.") for head in classifier):
+            continue
+        op = leaf_op(module)
+        if op is Op.ACT:
+            digest.update(f"{name} {act_kind(module)}\n".encode())
+        elif op is Op.CONV or _is_conv(module):
+            values = [getattr(module, attribute, None) for attribute in _SHOWN]
+            digest.update(f"{name} conv {values}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _is_conv(module: nn.Module) -> bool:
+    """Whether the class derives from a convolution, with a forward of its own."""
+    return any(MODULES.get(base) is Op.CONV for base in type(module).__mro__)

@@ -1,0 +1,252 @@
+"""From an fx graph to a flow graph: every call classified, every read resolved to what is in memory at that time."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from nmconv.graph import _zoo
+from nmconv.graph._flow import Flow, FlowNode
+from nmconv.graph._modules import act_kind, leaf_op
+from nmconv.graph._ops import (
+    ACT_KINDS,
+    FUNCTIONS,
+    INPLACE_ARG,
+    METHODS,
+    SHAPE_ATTRIBUTES,
+    SHAPE_FUNCTIONS,
+    SHAPE_METHODS,
+    Op,
+)
+from nmconv.graph._tracer import FlowTracer
+
+__all__ = ["is_inplace", "lower"]
+
+_ALIASING = {Op.LAYOUT, Op.PASS, Op.DROP}
+# Between a tensor and numbers these still make the tensor's main path.
+_ARITHMETIC = {Op.ADD, Op.MUL}
+
+
+def is_inplace(node: Node, module: nn.Module | None) -> bool:
+    """Whether the call overwrites its first input."""
+    if node.op == "call_module":
+        return getattr(module, "inplace", False) is True
+    if node.kwargs.get("inplace") is True:
+        return True
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.startswith("__")
+    position = INPLACE_ARG.get(node.target)  # type: ignore[arg-type]
+    if position is not None and len(node.args) > position and node.args[position] is True:
+        return True
+    name = getattr(node.target, "__name__", "")
+    if getattr(node.target, "__module__", "") == "_operator":
+        return name == "setitem" or (name.startswith("i") and hasattr(operator, f"__{name}__") and name in _IOPS)
+    return name.endswith("_") and not name.startswith("_")
+
+
+_IOPS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"}
+
+
+class _Lowering:
+    """State of one pass over an fx graph."""
+
+    def __init__(self, tracer: FlowTracer, linear: bool) -> None:
+        self.tracer = tracer
+        self.linear = linear
+        self.nodes: list[FlowNode] = []
+        self.now: dict[Node, int] = {}  # what is in a node's memory at this time; absent: no tensor data
+        self.family: dict[Node, list[Node]] = {}  # nodes that are the same memory, in full
+        self.parts: dict[Node, list[Node]] = {}  # slices of a node's memory
+        self.base: dict[Node, Node] = {}
+
+    def run(self) -> Flow:
+        for node in self.tracer.graph.nodes:
+            if node not in self.tracer.dead:
+                self._step(node)
+        return Flow(self.nodes)
+
+    def _step(self, node: Node) -> None:
+        sources = list(dict.fromkeys(other for other in node.all_input_nodes if other in self.now))
+        if node.op == "output":
+            self._add(FlowNode(0, Op.OUTPUT, [self.now[source] for source in sources], node))
+            return
+        if node.op == "placeholder":
+            self._add(FlowNode(0, Op.INPUT, [], node, name=str(node.target)))
+            return
+        if node.op == "get_attr":
+            self._add(FlowNode(0, Op.PARAM, [], node, name=str(node.target), learned=self._is_parameter(node)))
+            return
+        if not sources or self._reads_shape(node):
+            return  # numbers, shapes, tensors made from them
+        module = self.tracer.root.get_submodule(str(node.target)) if node.op == "call_module" else None  # type: ignore[union-attr]
+        op = self._op(node, module)
+        inplace = is_inplace(node, module)
+        ordered = [node.args[0]] if node.args and node.args[0] in sources else []
+        ordered += [source for source in sources if source not in ordered]
+        frame, label, number = self.tracer.where.get(node, (None, "", 0))
+        made = FlowNode(
+            0, op, [self.now[source] for source in ordered], node, frame=frame, label=label, number=number,
+            act=self.tracer.acts.get(node), inplace=inplace, name=self._name(node), opaque=node in self.tracer.opaque,
+        )  # fmt: skip
+        if all(self.nodes[index].op is Op.PARAM for index in made.inputs) and node.op != "call_module":
+            made.op = Op.PARAM
+            made.learned = any(self.nodes[index].learned for index in made.inputs)
+        else:
+            self._refine(made, node, module)
+        made.view = made.op in _ALIASING or made.inplace
+        made.partial = node.target is operator.getitem or str(node.target) in ("chunk", "split", "unbind", "narrow")
+        self._add(made)
+        self._remember(node, made)
+
+    def _refine(self, made: FlowNode, node: Node, module: nn.Module | None) -> None:
+        """Turn ambiguous operators into what they are here."""
+        params = [index for index in made.inputs if self.nodes[index].op is Op.PARAM]
+        data = [index for index in made.inputs if self.nodes[index].op is not Op.PARAM]
+        if made.op is Op.ACT:
+            made.kind = act_kind(module) if module is not None else ACT_KINDS[made.act.function or ""]  # type: ignore[union-attr]
+            made.inputs = data[:1]
+        elif made.op in (Op.CONV, Op.LINEAR):
+            if module is None:
+                self._functional_conv(made, node, data)
+            else:
+                made.inputs = data
+            if made.op is Op.LINEAR:
+                made.op = Op.CONV if self.linear else Op.LINEAR
+        elif made.op in _ARITHMETIC:
+            if len(data) == 1:
+                divided = getattr(node.target, "__name__", str(node.target)) in ("truediv", "itruediv", "div", "div_")
+                flipped = divided and (not node.args or self.now.get(node.args[0]) != data[0])  # type: ignore[arg-type]
+                same = len(node.args) > 1 and node.args[0] is node.args[1]
+                small = all(self._per_channel(self.nodes[index].origin) for index in params)
+                made.op = Op.SCALE if small and not flipped and not same else Op.OTHER
+                made.inputs = data
+            elif made.op is Op.MUL and "div" in getattr(node.target, "__name__", str(node.target)):
+                made.op = Op.OTHER
+        elif made.op is Op.NORM:
+            made.inputs = data[:1]
+
+    def _functional_conv(self, made: FlowNode, node: Node, data: list[int]) -> None:
+        weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+        at = self.now.get(weight) if isinstance(weight, Node) else None
+        if at is None or not self._learned(at):
+            made.op = Op.OTHER if made.op is Op.LINEAR else Op.POOL  # a fixed filter: blur
+            made.inputs = data
+            return
+        made.inputs = data[:1]
+        made.sides = data[1:]
+
+    def _learned(self, index: int) -> bool:
+        """Whether a parameter is anywhere in what makes the value."""
+        todo, seen = [index], set()
+        while todo:
+            at = todo.pop()
+            if at in seen:
+                continue
+            seen.add(at)
+            node = self.nodes[at]
+            if node.learned:
+                return True
+            if node.op not in (Op.CONV, Op.INPUT):
+                todo += node.inputs
+        return False
+
+    def _op(self, node: Node, module: nn.Module | None) -> Op:
+        if module is not None:
+            if node in self.tracer.opaque:
+                return Op.OTHER
+            if _zoo.is_norm_act(module):
+                return Op.NORM
+            return leaf_op(module) or Op.OTHER
+        if node.op == "call_method":
+            return METHODS.get(str(node.target), Op.OTHER)
+        if node.target is getattr:
+            return Op.LAYOUT if node.args[1] in ("T", "mT", "H", "mH") else Op.PASS if node.args[1] == "data" else Op.OTHER
+        return FUNCTIONS.get(node.target, Op.OTHER)  # type: ignore[arg-type]
+
+    def _reads_shape(self, node: Node) -> bool:
+        if node.op == "call_method":
+            return str(node.target) in SHAPE_METHODS
+        if node.target is getattr:
+            return node.args[1] in SHAPE_ATTRIBUTES
+        return node.target in SHAPE_FUNCTIONS if node.op == "call_function" else False
+
+    def _name(self, node: Node) -> str:
+        if node.op == "call_module":
+            return self.tracer.prefix + str(node.target)
+        frame, label, number = self.tracer.where.get(node, (None, "", 0))
+        owner = frame.path if frame is not None else ""
+        return f"{owner}:{label}" if number == 1 else f"{owner}:{label}#{number}"
+
+    def _is_parameter(self, node: Node) -> bool:
+        value: Any = self.tracer.root
+        for part in str(node.target).split("."):
+            value = getattr(value, part, None)
+        return isinstance(value, nn.Parameter)
+
+    def _per_channel(self, origin: Node) -> bool:
+        """Whether a parameter has at most one extent that is not 1."""
+        try:
+            value = self.tracer.values.get(origin)
+        except Exception:
+            return False
+        return not isinstance(value, torch.Tensor) or sum(extent != 1 for extent in value.shape) <= 1
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    def _add(self, made: FlowNode) -> None:
+        made.index = len(self.nodes)
+        self.nodes.append(made)
+        self.now[made.origin] = made.index
+
+    def _remember(self, node: Node, made: FlowNode) -> None:
+        """Who shares memory with whom; after an in-place call every name of that memory means the new value."""
+        target = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+        target = target if target in self.now else None
+        if target is None or not (made.view or made.partial):
+            return
+        if made.partial:
+            self.parts.setdefault(target, []).append(node)
+            self.base[node] = target
+            return
+        family = self.family.setdefault(target, [target])
+        family.append(node)
+        self.family[node] = family
+        if made.inplace:
+            self._overwrite(family, made.index)
+
+    def _overwrite(self, family: list[Node], index: int) -> None:
+        for member in family:
+            self.now[member] = index
+            for part in self.parts.get(member, ()):  # a slice of it now shows the new content
+                if part in self.now:
+                    self._replace(part, [index])
+        self._overwrite_wholes(family, index)
+
+    def _overwrite_wholes(self, family: list[Node], index: int) -> None:
+        """A slice was written: what it is a slice of has changed in part."""
+        for base in dict.fromkeys(self.base[member] for member in family if member in self.base):
+            changed = self._replace(base, [self.now[base], index])
+            above = self.family.get(base, [base])
+            self.now.update(dict.fromkeys(above, changed))
+            self._overwrite_wholes(above, changed)
+
+    def _replace(self, node: Node, inputs: list[int]) -> int:
+        changed = FlowNode(len(self.nodes), Op.OTHER, inputs, node, name="partly overwritten")
+        self.nodes.append(changed)
+        self.now[node] = changed.index
+        return changed.index
+
+
+def lower(tracer: FlowTracer, *, linear: bool) -> Flow:
+    """The flow graph of what ``tracer`` has traced.
+
+    Args:
+        tracer: After :meth:`FlowTracer.run`.
+        linear: Whether ``nn.Linear`` counts as a convolution.
+    """
+    return _Lowering(tracer, linear).run()

@@ -1,0 +1,52 @@
+"""What one module is: a leaf of a known kind, or something to trace into."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from nmconv.graph import _zoo
+from nmconv.graph._ops import ACT_MODULES, MODULES, Op
+
+__all__ = ["act_kind", "is_activation", "is_sequential", "leaf_op"]
+
+
+def leaf_op(module: nn.Module) -> Op | None:
+    """The module's kind, or None if its forward must be traced.
+
+    A subclass that brings a forward of its own is traced like any module (it may do more than its base), unless timm
+    or torchvision wrote it and it is known.
+    """
+    cls = type(module)
+    known = _zoo.module_op(cls)
+    if known is not None:
+        return known
+    for base in cls.__mro__:
+        op = MODULES.get(base)
+        if op is not None:
+            return op if _is_torchs(cls) and "forward" not in module.__dict__ else None
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return None
+    return Op.OTHER if _is_torchs(cls) and cls.__module__.startswith(("torch.nn.", "torch.ao.nn.")) else None
+
+
+def _is_torchs(cls: type[nn.Module]) -> bool:
+    """Whether torch itself wrote the class's forward."""
+    return getattr(cls.forward, "__module__", "").startswith("torch.")
+
+
+def act_kind(module: nn.Module) -> str:
+    """The name of an activation module's kind."""
+    known = _zoo.act_kind(type(module))
+    if known is not None:
+        return known
+    return next(kind for base in type(module).__mro__ if (kind := ACT_MODULES.get(base)) is not None)
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether the module is one of the activations that nmconv knows."""
+    return leaf_op(module) is Op.ACT
+
+
+def is_sequential(module: nn.Module) -> bool:
+    """Whether the module's forward is nn.Sequential's: children called in order, each once, on one value."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward

@@ -1,0 +1,330 @@
+"""Both modes' analyses in one: which calls are the same, what every activation is, all as plain data for planning."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from nmconv.graph import _zoo
+from nmconv.graph._analysis import Analysis, Traced, analyse
+from nmconv.graph._flow import Flow, FlowNode
+from nmconv.graph._modules import act_kind, is_activation
+from nmconv.graph._ops import Op
+from nmconv.graph._places import Ends
+from nmconv.graph._quiet import left_as_found
+from nmconv.planning import Activation, Chain, Item, Structure, Untraced
+
+__all__ = ["structure_of"]
+
+_Key = tuple[str, str, str, "str | None", int]
+
+
+@dataclass
+class _Seen:
+    """What is known of one activation call."""
+
+    activation: Activation
+    place: int  # order of execution
+    module: nn.Module | None
+    skip: str = ""
+
+
+@dataclass
+class _Builder:
+    model: nn.Module
+    linear: bool
+    seen: dict[_Key, _Seen] = field(default_factory=dict)
+    chains: list[tuple[list[tuple[Item, _Key | None]], bool, str]] = field(default_factory=list)
+    leading: dict[_Key, str] = field(default_factory=dict)
+    convs: set[tuple[str, ...]] = field(default_factory=set)
+    mixed: set[_Key] = field(default_factory=set)
+    owned: set[_Key] = field(default_factory=set)
+    local: dict[_Key, int] = field(default_factory=dict)
+    callers: dict[int, set[tuple[str, int]]] = field(default_factory=lambda: defaultdict(set))
+    order: int = 0
+
+    def build(self, example_inputs: Any) -> Structure:
+        with left_as_found(self.model):
+            first = analyse(self.model, training=False, linear=self.linear, example_inputs=example_inputs)
+            self._take(first, "eval")
+            analyses = [first]
+            if first.mode_readers:
+                second = analyse(self.model, training=True, linear=self.linear, example_inputs=example_inputs)
+                analyses.append(second)
+                self._take(second, "train")
+            else:
+                for seen in self.seen.values():
+                    seen.activation = replace(seen.activation, modes="both", train_call=seen.activation.call)
+                self.chains = [(items, pre, "both") for items, pre, _ in self.chains]
+        return self._finish(analyses, example_inputs is not None)
+
+    # -- one mode -----------------------------------------------------------------------------------------------------
+
+    def _take(self, analysis: Analysis, mode: str) -> None:
+        for traced in analysis.traced:
+            ends = Ends(traced.flow, analysis.mode_readers)
+            keys: dict[int, _Key] = {}
+            hashes = _local_hashes(traced.flow)
+            repeated: set[_Key] = set()
+            for node in traced.flow.nodes:
+                if node.op is Op.ACT and node.act is not None:
+                    key = self._key(node, mode, hashes[node.index])
+                    keys[node.index] = key
+                    if self._see(key, node, traced, mode):
+                        repeated.add(key)
+            self._take_chains(traced, keys, mode, ends)
+            for act in traced.ownership.leading:
+                self.leading.setdefault(keys[act], "stands before a chain and belongs to no convolution")
+            for act, reason in traced.ownership.skipped.items():
+                if mode == "eval" or self.seen[keys[act]].activation.modes == "train":
+                    self.seen[keys[act]].skip = self.seen[keys[act]].skip or reason
+        if mode == "eval":
+            for name in analysis.lone:
+                self._lone(name)
+
+    def _key(self, node: FlowNode, mode: str, local: int) -> _Key:
+        """What identifies the call in both modes: in train mode, the eval-mode call that does the same."""
+        call = node.act
+        assert call is not None
+        base = (call.frame.path, call.method, call.name, call.function)
+        key = (*base, call.call)
+        if mode == "eval":
+            self.local.setdefault(key, local)
+            return key
+        if self.local.get(key) == local:
+            return key
+        for other, value in self.local.items():
+            if value == local and other[:4] == base:
+                return other
+        calls = [other for other in self.local if other[:4] == base]
+        return key if key not in calls or len(calls) == 1 and call.call == 1 else (*base, -call.call)
+
+    def _see(self, key: _Key, node: FlowNode, traced: Traced, mode: str) -> bool:
+        """Note the call; True if it was there already in this mode (its owner is called several times)."""
+        call = node.act
+        assert call is not None
+        if call.module is not None:
+            self.callers[id(call.module)].add((call.frame.path, call.call))
+        copy = node.index in traced.copies
+        known = self.seen.get(key)
+        if known is not None:
+            old = known.activation
+            again = mode == "eval" or old.modes != "eval"
+            if mode == "train" and old.modes == "eval":
+                old = replace(old, modes="both", train_call=call.call)
+            known.activation = replace(old, copy=old.copy or copy)
+            return again
+        self.order += 1
+        activation = Activation(
+            name=call.name,
+            function=call.function,
+            owner=call.frame.path,
+            method=call.method,
+            call=call.call,
+            train_call=None if mode == "eval" else call.call,
+            modes=mode,
+            kind=node.kind,
+            inplace=node.inplace,
+            copy=copy,
+            how="rewrite",
+            movable=call.module is None or next(iter(call.module.state_dict()), None) is None,
+        )
+        self.seen[key] = _Seen(activation, self.order, call.module)
+        return False
+
+    def _take_chains(self, traced: Traced, keys: dict[int, _Key], mode: str, ends: Ends) -> None:
+        flow = traced.flow
+        for chain in traced.ownership.chains:
+            items: list[tuple[Item, _Key | None]] = []
+            for link in chain.links:
+                node = flow.nodes[link.conv]
+                names = node.members or (node.name,)
+                key = None if link.act is None else keys[link.act]
+                place, reason = (None, "")
+                if key is None and link is chain.links[-1] and len(chain.links) > 1 and not chain.pre:
+                    place, reason = ends.place(link.conv)
+                self.order += 1
+                items.append((Item(names, self.order, None, link.role, place, reason), key))
+            self._add(items, chain.pre, mode)
+
+    def _add(self, items: list[tuple[Item, _Key | None]], pre: bool, mode: str) -> None:
+        fresh = [item.convs not in self.convs for item, _ in items]
+        used = [key for _, key in items if key is not None]
+        if not any(fresh):
+            if mode == "train" and all(self.seen[key].activation.modes == "both" for key in used):
+                return  # eval mode has decided
+            same = [[key for _, key in other] for other, _, _ in self.chains]
+            if [key for _, key in items] not in same:  # the same convolutions in other surroundings
+                self.mixed.update(key for key in used if mode == "eval" or key not in self.owned)
+                known = {key for _, key in items if key in self.owned}
+                if mode == "eval":
+                    self.mixed |= known
+            return
+        if mode == "train" and not all(fresh):
+            # Convolutions that eval mode has decided on keep their decision; the others make the chain.
+            items = [pair for pair, new in zip(items, fresh, strict=True) if new]
+        elif not all(fresh):
+            self.mixed.update(used)
+            items = [(item, None) for (item, _), new in zip(items, fresh, strict=True) if new]
+        again = {key for _, key in items if key in self.owned}
+        if again:
+            if mode == "eval":
+                self.mixed |= again
+            items = [(item, None if key in again else key) for item, key in items]
+        self.convs.update(item.convs for item, _ in items)
+        self.owned.update(key for _, key in items if key is not None)
+        self.chains.append((items, pre, mode))
+
+    def _lone(self, name: str) -> None:
+        if (name,) not in self.convs and not any(name in convs for convs in self.convs):
+            self.order += 1
+            self._add([(Item((name,), self.order), None)], False, "eval")
+
+    # -- both ---------------------------------------------------------------------------------------------------------
+
+    def _finish(self, analyses: Iterable[Analysis], examples: bool) -> Structure:
+        ordered = sorted(self.seen, key=lambda key: self.seen[key].place)
+        index = {key: at for at, key in enumerate(ordered)}
+        for key in self.mixed:
+            self.leading[key] = "its module is called in surroundings that differ, and one decision must serve all"
+        stays = {key: reason for key, reason in self.leading.items() if key not in self.owned or key in self.mixed}
+        chains = []
+        for items, pre, mode in self.chains:
+            kept = tuple(
+                replace(item, act=None if key is None or key in stays else index[key]) for item, key in items
+            )
+            chains.append(Chain(kept, pre, mode))
+        activations = [self._described(key) for key in ordered]
+        broken = {name: error for analysis in analyses for name, error in analysis.broken.items()}
+        activations += self._unseen(broken)
+        return Structure(
+            model=type(self.model).__name__,
+            activations=tuple(activations),
+            chains=tuple(chains),
+            leading=tuple((index[key], reason) for key, reason in stays.items()),
+            stages=_zoo.stage_names(self.model),
+            untraced=tuple(_untraced(name, error, examples) for name, error in broken.items()),
+        )
+
+    def _described(self, key: _Key) -> Activation:
+        seen = self.seen[key]
+        skip = "" if key in self.owned else seen.skip
+        return replace(seen.activation, how=self._how(seen), skip=skip)
+
+    def _how(self, seen: _Seen) -> str:
+        """``swap`` where replacing one slot changes this call and no other."""
+        if seen.module is None:
+            return "rewrite"
+        callers = self.callers[id(seen.module)]
+        if len(callers) == 1:
+            return "swap"
+        owner = self.model.get_submodule(seen.activation.owner)
+        slots = {path: self._slots(path, seen.module) for path, _ in callers}
+        alone = sum(path == seen.activation.owner for path, _ in callers) == 1
+        return "swap" if alone and all(slots.values()) and len(self._slots_of(owner, seen.module)) == 1 else "rewrite"
+
+    def _slots(self, path: str, module: nn.Module) -> list[str]:
+        return self._slots_of(self.model.get_submodule(path), module)
+
+    @staticmethod
+    def _slots_of(owner: nn.Module, module: nn.Module) -> list[str]:
+        return [slot for slot, child in owner._modules.items() if child is module]
+
+    def _unseen(self, broken: dict[str, BaseException]) -> Iterator[Activation]:
+        """Activation modules that no trace has met."""
+        met = {id(seen.module) for seen in self.seen.values()}
+        for name, module in self.model.named_modules():
+            if is_activation(module) and id(module) not in met:
+                parents = [path for path in broken if not path or name.startswith(f"{path}.")]
+                owner = max(parents, key=len, default="")
+                reason = (
+                    f"{owner or 'the model'} calls it or not: its forward cannot be traced"
+                    if parents
+                    else "the forward never calls it"
+                )
+                yield Activation(
+                    name, None, name.rpartition(".")[0], "forward", 1, 1, "both", act_kind(module),
+                    getattr(module, "inplace", False) is True, False, "swap", False, reason,
+                )  # fmt: skip
+
+
+def _untraced(name: str, error: BaseException, examples: bool) -> Untraced:
+    text = str(error).strip().split("\n")[0][:200]
+    hint = (
+        "What its children do was analysed one by one; what it does itself is left as it is"
+        if examples
+        else "Pass example_inputs to reach it if shapes decide; its children were analysed one by one"
+    )
+    return Untraced(name, f"{type(error).__name__}: {text}", hint)
+
+
+def _local_hashes(flow: Flow) -> dict[int, int]:
+    """For every activation a hash of what its owner's forward has done to get its input.
+
+    The same in eval and in train mode for the same call, whatever calls of the same module come before: dropout and
+    identities are passed over, values from outside the forward are all alike.
+    """
+    result: dict[int, int] = {}
+    for node in flow.nodes:
+        if node.op is not Op.ACT or node.act is None:
+            continue
+        start = _first_index(flow, node)
+        memo: dict[int, int] = {}
+
+        def local(index: int, start: int = start, memo: dict[int, int] = memo) -> int:
+            stack = [index]
+            while stack:
+                at = stack[-1]
+                if at in memo:
+                    stack.pop()
+                    continue
+                current = flow.nodes[at]
+                sources = [source for source in (*current.inputs, *current.sides) if source >= start]
+                missing = [source for source in sources if source not in memo]
+                if missing and at >= start:
+                    stack += missing
+                    continue
+                if at < start:
+                    memo[at] = 0
+                elif current.op in (Op.DROP, Op.PASS) and sources:
+                    memo[at] = memo[sources[0]]
+                else:
+                    name = current.name.partition("#")[0] if current.op is not Op.ACT else current.kind
+                    memo[at] = hash((current.op.name, name, tuple(memo[source] for source in sources)))
+                stack.pop()
+            return memo[index]
+
+        result[node.index] = local(node.index)
+    return result
+
+
+def _first_index(flow: Flow, node: FlowNode) -> int:
+    """The first flow node made within the frame that calls the activation."""
+    frame = node.act.frame  # type: ignore[union-attr]
+    low = node.index
+    while low > 0 and _within(flow.nodes[low - 1], frame):
+        low -= 1
+    return low
+
+
+def _within(node: FlowNode, frame: Any) -> bool:
+    at = node.frame
+    while at is not None and at is not frame:
+        at = at.parent
+    return at is frame or node.op is Op.PARAM
+
+
+def structure_of(model: nn.Module, *, linear: bool = False, example_inputs: Any = None) -> Structure:
+    """Analyse a model.
+
+    Args:
+        model: Any module; read only.
+        linear: Whether ``nn.Linear`` counts as a convolution.
+        example_inputs: What the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
+            Only shapes are taken from it.
+    """
+    return _Builder(model, linear).build(example_inputs)

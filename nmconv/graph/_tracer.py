@@ -1,0 +1,404 @@
+"""Tracing with torch.fx: whole models for analysis, one method of one module for rewriting."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node, Tracer
+from torch.fx.proxy import Attribute, Proxy, TraceError
+
+from nmconv.graph import _zoo
+from nmconv.graph._modules import leaf_op
+from nmconv.graph._ops import ACT_FUNCTIONS, ACT_METHODS, Op
+from nmconv.graph._proxy import TensorProxy
+from nmconv.graph._values import Unknown, Values
+
+__all__ = ["ActCall", "Arguments", "FlowTracer", "Frame", "UnknownTensor", "map_proxies"]
+
+
+class UnknownTensor(torch.Tensor):
+    """Stands for a tensor argument of unknown shape."""
+
+
+@dataclass(eq=False)
+class Frame:
+    """One call of one module's forward during a trace.
+
+    Attributes:
+        module: The module.
+        path: Its qualified name, the first it is registered under.
+        parent: The frame it was called from, None for the root's.
+        label: What it is called in the parent: its name relative to the parent's module.
+        number: Which call of that label in the parent it is, from 1.
+        start: How many nodes the graph had when the call began.
+        result: The node it returned, where it returned just one.
+    """
+
+    module: nn.Module
+    path: str
+    parent: Frame | None = None
+    label: str = ""
+    number: int = 0
+    start: int = 0
+    result: Node | None = None
+    labels: Counter[str] = field(default_factory=Counter)
+    acts: Counter[Any] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class ActCall:
+    """What identifies one activation call: see :class:`nmconv.Site`."""
+
+    frame: Frame
+    method: str
+    module: nn.Module | None
+    name: str
+    function: str | None
+    call: int
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The structure of a call's arguments, with tensors as proxies, placeholders' names or fake tensors."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class FlowTracer(Tracer):
+    """Traces a module and keeps, for every node, which module's forward made it.
+
+    Control flow on shapes is answered from fake tensors, evaluated only when asked for. A module whose forward
+    cannot be traced becomes one opaque node, and is noted in ``broken``.
+
+    Args:
+        deep: Trace into modules that are no leaves; else every module is a leaf.
+        mode_readers: The set that :func:`nmconv.graph._quiet.in_mode` fills.
+        method: The method of the root to trace.
+    """
+
+    def __init__(self, *, deep: bool, mode_readers: set[int], method: str = "forward") -> None:
+        super().__init__(param_shapes_constant=False)
+        self.proxy_buffer_attributes = True
+        self.trace_asserts = True
+        self.traced_func_name = method
+        self.deep = deep
+        self.mode_readers = mode_readers
+        self.where: dict[Node, tuple[Frame, str, int]] = {}
+        self.acts: dict[Node, ActCall] = {}
+        self.dead: set[Node] = set()
+        self.opaque: set[Node] = set()
+        self.broken: dict[str, BaseException] = {}
+        self.constants: dict[str, torch.Tensor] = {}
+        self.completed: dict[str, Arguments] = {}
+        self.contexts_entered: set[str] = set()
+        self.values: Values
+        self.stack: list[Frame] = []
+        self._attributes: dict[int, str] = {}
+        self._arguments: Arguments | None = None
+        self._made: Any = None
+        self._size = 0
+
+    # -- entry --------------------------------------------------------------------------------------------------------
+
+    def run(self, root: nn.Module, arguments: Arguments, path: str = "") -> Graph:
+        """Trace ``root`` called with ``arguments``, in which tensors become placeholders.
+
+        Returns:
+            The graph; its output is the tuple of all proxies found in what the method returned.
+
+        Raises:
+            Exception: Whatever the forward raises when it meets proxies.
+        """
+        self.values = Values(root)
+        self._arguments = arguments
+        tensors = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
+        self._attributes = {id(value): name for name, value in reversed(tensors)}
+        self._state = self._ambient()
+        self.stack = [Frame(root, path)]
+        self.prefix = f"{path}." if path else ""
+        return self.trace(root)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Build the root's arguments from the structure given to :meth:`run`; overrides fx's."""
+        assert self._arguments is not None
+        count = 0
+
+        def placeholder(value: Any) -> Any:
+            nonlocal count
+            proxy = self.create_proxy("placeholder", f"input_{count}", (), {})
+            count += 1
+            if not isinstance(value, (Proxy, UnknownTensor)):
+                self.values.set(proxy.node, value)
+            return proxy
+
+        args = map_proxies(self._arguments.args, placeholder)
+        kwargs = map_proxies(self._arguments.kwargs, placeholder)
+        self.inputs = (args, kwargs)
+
+        def call() -> Any:
+            self._made = root_fn(self.root, *args, **kwargs)
+            found: list[Any] = []
+            _collect(self._made, found, set())
+            self.stack[0].result = self._made.node if type(self._made) is TensorProxy else None
+            return tuple(found)
+
+        return call, []
+
+    @property
+    def returned(self) -> Any:
+        """What the method returned, with proxies for tensors."""
+        return self._made
+
+    # -- what fx asks -------------------------------------------------------------------------------------------------
+
+    def proxy(self, node: Node) -> Proxy:
+        return TensorProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        kind = type(a)
+        if kind is TensorProxy or kind is Attribute:
+            return a.node
+        if isinstance(a, torch.Tensor):
+            name = self._attributes.get(id(a))
+            if name is None:
+                if not self.deep:
+                    raise TraceError("a tensor made inside the forward would be frozen into it")
+                name = f"constant_{len(self.constants)}"
+                self.constants[name] = a
+                node = self.create_node("get_attr", name, (), {})
+                self.values.set(node, a)
+                return node
+            return self.create_node("get_attr", name, (), {})
+        if isinstance(a, nn.Module) or callable(a) and not isinstance(a, type):
+            return super().create_arg(a) if not self.deep else repr(type(a))
+        return super().create_arg(a)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        node = super().create_node(*args, **kwargs)
+        self._size += 1
+        return node
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Proxy:
+        if not self.deep and kind.startswith("call_") and self._ambient() != self._state:
+            raise TraceError("the forward enters a context (autocast, no_grad, ...) that rewriting would lose")
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        if kind == "call_function" or kind == "call_method":
+            name = target if kind == "call_method" else getattr(target, "__name__", str(target))
+            self._note(proxy.node, name)
+            function = ACT_METHODS.get(target) if kind == "call_method" else ACT_FUNCTIONS.get(target)
+            if function is not None:
+                frame = self.stack[-1]
+                frame.acts[function] += 1
+                self.acts[proxy.node] = ActCall(
+                    frame, self._method(frame), None, frame.path, function, frame.acts[function]
+                )
+        return proxy
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
+        if isinstance(attr_val, torch.Tensor) and type(attr_val) is not TensorProxy:
+            name = self._attributes.get(id(attr_val))
+            if name is not None:
+                if name not in parameter_proxy_cache:
+                    parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+                return parameter_proxy_cache[name]
+        return attr_val
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        name = self.submodule_paths.get(m) if self.submodule_paths else None
+        if name is None:  # not part of the root: nothing to name it by
+            if self.deep:
+                return m.forward(*args, **kwargs)
+            raise TraceError(f"a {type(m).__name__} is called that is no submodule")
+        frame = self.stack[-1]
+        op = leaf_op(m)
+        if op is not None or not self.deep:
+            proxy = self.create_proxy("call_module", name, args, kwargs)
+            label = _relative(frame.module, m, name)
+            self._note(proxy.node, label)
+            if op is Op.ACT:
+                frame.acts[id(m)] += 1
+                path = self.prefix + name if label.startswith("/") else _join(frame.path, label)
+                self.acts[proxy.node] = ActCall(frame, self._method(frame), m, path, None, frame.acts[id(m)])
+            return proxy
+        return self._descend(m, name, frame, args, kwargs)
+
+    # -- control flow -------------------------------------------------------------------------------------------------
+
+    def value_of(self, node: Node) -> Any:
+        """The node's value; fake tensors carry shapes only.
+
+        Raises:
+            Unknown: See :meth:`Values.get`; always where a method is traced for rewriting, which must hold for every
+                shape.
+        """
+        if not self.deep:
+            raise Unknown("the forward branches on a shape or value")
+        readers = set(self.mode_readers)
+        with _Undisturbed():
+            try:
+                return self.values.get(node)
+            finally:  # a leaf that is evaluated for its shape reads the mode; the forward that is traced did not
+                self.mode_readers.clear()
+                self.mode_readers.update(readers)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        value = self.value_of(obj.node)
+        if isinstance(value, torch.Tensor):
+            raise Unknown("the forward branches on data")
+        return bool(value)
+
+    def iter(self, obj: Proxy) -> Iterator[Any]:
+        return iter([obj[index] for index in range(self.length_of(obj))])  # type: ignore[index]
+
+    def length_of(self, obj: Proxy) -> int:
+        """What ``len`` gives for a proxy."""
+        return len(self.value_of(obj.node))
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _descend(self, m: nn.Module, name: str, parent: Frame, args: Any, kwargs: Any) -> Any:
+        label = _relative(parent.module, m, name)
+        parent.labels[label] += 1
+        frame = Frame(m, self.prefix + name, parent, label, parent.labels[label], self._size)
+        self.stack.append(frame)
+        before = len(self.graph.nodes)
+        try:
+            if _zoo.is_norm_act(m):
+                result = self._norm_act(m, name, args, kwargs)
+            else:
+                # not m(...): hooks are the user's, and are not to see proxies
+                result = m.forward(*args, **kwargs)
+        except Exception as error:
+            result = None
+            for node in list(self.graph.nodes)[before:]:
+                self.dead.add(node)
+            self.broken.setdefault(frame.path, error)
+        finally:
+            while self.stack.pop() is not frame:
+                pass
+        if frame.path in self.broken:
+            proxy = self.create_proxy("call_module", name, _only_proxies(args), _only_proxies(kwargs))
+            self._note(proxy.node, label, counted=True)
+            self.opaque.add(proxy.node)
+            return proxy
+        self.completed.setdefault(frame.path, Arguments(args, kwargs))
+        frame.result = result.node if type(result) is TensorProxy else None
+        return result
+
+    def _norm_act(self, m: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """timm's norm + act, in its three parts; its own code would inline the norm."""
+        proxy: Any = self.create_proxy("call_module", name, args, kwargs)
+        self._note(proxy.node, "norm")
+        drop = getattr(m, "drop", None)
+        for part in (drop, m.act):
+            if isinstance(part, nn.Module) and not isinstance(part, nn.Identity):
+                proxy = part(proxy)
+        return proxy
+
+    def _note(self, node: Node, label: str, counted: bool = False) -> None:
+        frame = self.stack[-1]
+        if not counted:
+            frame.labels[label] += 1
+        self.where[node] = (frame, label, frame.labels[label])
+
+    def _method(self, frame: Frame) -> str:
+        """The name of the innermost method of the frame's module that is running."""
+        at: Any = sys._getframe(2)
+        while at is not None:
+            code = at.f_code
+            if code.co_argcount and at.f_locals.get(code.co_varnames[0]) is frame.module:
+                found = getattr(type(frame.module), code.co_name, None)
+                if getattr(found, "__code__", None) is code or code.co_name == "forward":
+                    return code.co_name
+                if getattr(getattr(found, "__wrapped__", None), "__code__", None) is code:
+                    return code.co_name
+            at = at.f_back
+        return "forward"
+
+    @staticmethod
+    def _ambient() -> tuple[Any, ...]:
+        return (
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled("cpu"),
+            torch.is_autocast_enabled("cuda"),
+        )
+
+
+class _Undisturbed:
+    """nn.Module as it is without fx's patches, for real calls in the middle of a trace."""
+
+    def __enter__(self) -> None:
+        cls: Any = nn.Module
+        self._patched = cls.__call__, cls.__getattr__
+        cls.__call__, cls.__getattr__ = _CALL, _GETATTR
+
+    def __exit__(self, *_: object) -> None:
+        cls: Any = nn.Module
+        cls.__call__, cls.__getattr__ = self._patched
+
+
+_CALL, _GETATTR = nn.Module.__call__, nn.Module.__getattr__
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _relative(owner: nn.Module, child: nn.Module, name: str) -> str:
+    """The child's name inside ``owner``: its own slot if it has one, else where it is found below, else ``name``."""
+    for slot, module in owner._modules.items():
+        if module is child:
+            return slot
+    for path, module in owner.named_modules(remove_duplicate=False):
+        if module is child and path:
+            return path
+    return f"/{name}"
+
+
+def map_proxies(value: Any, function: Callable[[Any], Any]) -> Any:
+    """A copy of nested tuples, lists and dicts with ``function`` of every tensor and proxy in it."""
+    if type(value) is TensorProxy or isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        parts = [map_proxies(part, function) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if isinstance(value, list):
+        return [map_proxies(part, function) for part in value]
+    if isinstance(value, dict):
+        return type(value)((key, map_proxies(part, function)) for key, part in value.items())
+    return value
+
+
+def _collect(value: Any, found: list[Any], seen: set[int]) -> None:
+    """All proxies in a value, looking into containers and plain objects."""
+    if type(value) is TensorProxy or type(value) is Attribute:
+        found.append(value)
+    elif id(value) in seen or isinstance(value, (str, bytes, type, nn.Module)):
+        return
+    elif isinstance(value, dict):
+        seen.add(id(value))
+        for part in value.values():
+            _collect(part, found, seen)
+    elif isinstance(value, (list, tuple, set)):
+        seen.add(id(value))
+        for part in value:
+            _collect(part, found, seen)
+    elif hasattr(value, "__dict__"):
+        seen.add(id(value))
+        _collect(vars(value), found, seen)
+
+
+def _only_proxies(value: Any) -> Any:
+    found: list[Any] = []
+    _collect(value, found, set())
+    return tuple(found) if isinstance(value, tuple) else {f"input_{at}": proxy for at, proxy in enumerate(found)}

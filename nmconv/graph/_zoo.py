@@ -1,0 +1,109 @@
+"""The one place that knows timm and torchvision: what their modules are, and what their models say of themselves.
+
+Neither is imported unless the program has done so already: a model of theirs cannot exist without.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from nmconv.graph._ops import Op
+
+__all__ = ["act_kind", "classifier_names", "default_input_size", "is_norm_act", "module_op", "stage_names"]
+
+_TIMM_ACTS = {
+    "Swish": "SiLU",
+    "SwishMe": "SiLU",
+    "Mish": "Mish",
+    "MishMe": "Mish",
+    "HardSwish": "Hardswish",
+    "HardSwishMe": "Hardswish",
+    "HardMish": "HardMish",
+    "HardMishMe": "HardMish",
+    "PReLU": "PReLU",
+    "GELU": "GELU",
+    "GELUTanh": "GELUTanh",
+    "QuickGELU": "QuickGELU",
+}
+_TIMM_NORM_ACTS = (
+    "BatchNormAct2d SyncBatchNormAct FrozenBatchNormAct2d GroupNormAct GroupNorm1Act LayerNormAct LayerNormActFp32 "
+    "LayerNormAct2d LayerNormAct2dFp32 RmsNormAct RmsNormActFp32 RmsNormAct2d RmsNormAct2dFp32"
+)
+_TIMM: dict[Op, str] = {
+    Op.ACT: " ".join(_TIMM_ACTS),
+    Op.BOUNDED: "Sigmoid Tanh HardSigmoid HardSigmoidMe",
+    Op.CONV: "MixedConv2d CondConv2d Conv2dSame StdConv2d StdConv2dSame ScaledStdConv2d ScaledStdConv2dSame",
+    Op.NORM: "GroupNorm GroupNorm1 LayerNorm LayerNormFp32 LayerNorm2d LayerNorm2dFp32 LayerNormExp2d RmsNorm "
+    "RmsNormFp32 RmsNorm2d RmsNorm2dFp32 SimpleNorm SimpleNormFp32 SimpleNorm2d SimpleNorm2dFp32 SplitBatchNorm2d "
+    "GlobalResponseNorm",
+    Op.DROP: "DropPath DropBlock2d PatchDropout",
+    Op.POOL: "BlurPool2d AvgPool2dSame MaxPool2dSame",
+    Op.OTHER: "EvoNorm2dB0 EvoNorm2dB1 EvoNorm2dB2 EvoNorm2dS0 EvoNorm2dS0a EvoNorm2dS1 EvoNorm2dS1a EvoNorm2dS2 "
+    "EvoNorm2dS2a FilterResponseNormTlu2d FilterResponseNormAct2d InplaceAbn",
+}
+_TORCHVISION: dict[Op, str] = {
+    Op.NORM: "torchvision.ops.misc.FrozenBatchNorm2d torchvision.models.convnext.LayerNorm2d",
+    Op.DROP: "torchvision.ops.stochastic_depth.StochasticDepth torchvision.ops.drop_block.DropBlock2d",
+    Op.OTHER: "torchvision.ops.deform_conv.DeformConv2d",
+}
+_TABLE = {f"timm.layers.{name}": op for op, names in _TIMM.items() for name in names.split()} | {
+    path: op for op, paths in _TORCHVISION.items() for path in paths.split()
+}
+_NORM_ACTS = frozenset(f"timm.layers.{name}" for name in _TIMM_NORM_ACTS.split())
+_ACTS = {f"timm.layers.{name}": kind for name, kind in _TIMM_ACTS.items()}
+
+
+@lru_cache(maxsize=None)
+def _path(cls: type[nn.Module]) -> str:
+    """The class's full name; timm's layers by package, since their files move."""
+    home = "timm.layers" if cls.__module__.startswith("timm.layers.") else cls.__module__
+    return f"{home}.{cls.__qualname__}"
+
+
+def module_op(cls: type[nn.Module]) -> Op | None:
+    """What a timm or torchvision class is, or None if it is to be traced like any other."""
+    return _TABLE.get(_path(cls))
+
+
+def act_kind(cls: type[nn.Module]) -> str | None:
+    """The activation that a timm class is, or None."""
+    return _ACTS.get(_path(cls))
+
+
+def is_norm_act(module: nn.Module) -> bool:
+    """Whether the module is timm's norm, then ``drop``, then ``act``, which can be divided."""
+    return _path(type(module)) in _NORM_ACTS and isinstance(getattr(module, "act", None), nn.Module)
+
+
+def stage_names(model: nn.Module) -> tuple[str, ...]:
+    """Module names in timm's ``feature_info``, in order; empty where there is none."""
+    info = getattr(model, "feature_info", None)
+    info = getattr(info, "info", info)
+    if not isinstance(info, (list, tuple)) or not all(isinstance(part, dict) and "module" in part for part in info):
+        return ()
+    return tuple(part["module"] for part in info)
+
+
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """Qualified names of the classifier as timm's ``pretrained_cfg`` gives them; empty where there is none."""
+    config = getattr(model, "pretrained_cfg", None)
+    names = config.get("classifier") if isinstance(config, dict) else None
+    if names is None:
+        return ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def default_input_size(model: nn.Module) -> tuple[int, ...] | None:
+    """Channels and extents of the input the model was made for, as its family states it, or None."""
+    config: Any = getattr(model, "pretrained_cfg", None)
+    if isinstance(config, dict) and config.get("input_size"):
+        return tuple(config["input_size"])
+    if _path(type(model)).startswith("torchvision.models.inception"):
+        return (3, 299, 299)
+    if _path(type(model)).startswith("torchvision.models.video") and "torchvision" in sys.modules:
+        return (3, 16, 112, 112)
+    return None

@@ -1,0 +1,24 @@
+"""Ratios, chains, plans: what is decided, as plain data. Nothing here knows torch."""
+
+from nmconv.planning._plan import Counts, Plan, Site
+from nmconv.planning._planner import Options, draw_up
+from nmconv.planning._policies import Keep, Unit
+from nmconv.planning._ratio import Ratio
+from nmconv.planning._structure import Activation, Chain, Item, Place, Structure, Untraced
+
+__all__ = [
+    "Activation",
+    "Chain",
+    "Counts",
+    "Item",
+    "Keep",
+    "Options",
+    "Place",
+    "Plan",
+    "Ratio",
+    "Site",
+    "Structure",
+    "Unit",
+    "Untraced",
+    "draw_up",
+]

@@ -1,0 +1,237 @@
+"""The plan: what happens to every activation of a model, as frozen data without torch in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from nmconv.errors import PlanError
+from nmconv.planning._structure import Place, Untraced
+from nmconv.planning._table import table
+
+__all__ = ["Counts", "Plan", "Site"]
+
+_VERSION = 1
+_ACTIONS = ("keep", "drop", "move", "skip")
+_MODES = ("both", "eval", "train")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call of an activation and what becomes of it.
+
+    Attributes:
+        name: Qualified name of the activation module; for a functional call, of the module whose forward makes it.
+        function: None for a module; else the kind of function (``relu``, ``gelu``, ...), in-place or not alike.
+        owner: Qualified name of the module whose own forward makes the call ("" is the model itself).
+        method: The method of ``owner`` that makes the call, mostly ``forward``.
+        call: Which call of this module (or of this kind of function) it is within one forward of ``owner``, from 1,
+            in eval mode; in train mode for a site that runs in training only.
+        train_call: The same in train mode; None if the call is made in eval mode only.
+        modes: ``both``, ``eval`` or ``train``: when the call is made.
+        kind: The activation's name, such as ``ReLU``.
+        convs: Qualified names of the convolution that owns it (several where parallel ones are summed).
+        role: How it is reached: ``post``, ``residual``, ``gated``, ``parallel``, ``pre``, ``leading``, or "".
+        chain: Number of the chain, from 0, or None.
+        unit: Number of the unit within the chain, from 0, or None.
+        action: ``keep``, ``drop``, ``move`` (kept, but at the unit's end), or ``skip`` (no site).
+        reason: Why, in words.
+        inplace: Whether the call overwrites its input.
+        copy: Whether the identity that replaces it must copy, lest two readers share memory.
+        how: ``swap`` if replacing a submodule is enough, ``rewrite`` if the owner's method must be.
+        locked: Why it cannot be dropped, or "".
+        place: Where a moved activation goes.
+    """
+
+    name: str
+    function: str | None
+    owner: str
+    method: str
+    call: int
+    train_call: int | None
+    modes: str
+    kind: str
+    convs: tuple[str, ...]
+    role: str
+    chain: int | None
+    unit: int | None
+    action: str
+    reason: str
+    inplace: bool
+    copy: bool
+    how: str
+    locked: str = ""
+    place: Place | None = None
+
+    @property
+    def id(self) -> str:
+        """What names it in :meth:`Plan.edit`: ``layer1.0.relu#2``, or ``Mixed_5b.branch1x1:relu#1``."""
+        function = f":{self.function}" if self.function else ""
+        train = "(train)" if self.modes == "train" else ""
+        return f"{self.name}{function}#{self.call}{train}"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Totals in eval mode: convolutions on the main path, sites before and after, the ratio asked and reached."""
+
+    convs: int
+    activations_before: int
+    activations_after: int
+    ratio_asked: str
+    ratio_reached: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion does, call by call. Made by :func:`nmconv.make_plan`, done by :func:`nmconv.apply_plan`.
+
+    Attributes:
+        model: Class name of the model.
+        fingerprint: Identifies the model's structure (not weights, dtype, device, mode or classifier).
+        ratio: The ratio asked for, as text.
+        options: The other options that were given, as (name, text) pairs.
+        convs: Convolutions on the main path in eval mode, parallel ones counted once.
+        sites: Every activation call that was found, in order of execution.
+        untraced: Parts of the model that could not be traced, and what to do about it.
+    """
+
+    model: str
+    fingerprint: str
+    ratio: str
+    options: tuple[tuple[str, str], ...]
+    convs: int
+    sites: tuple[Site, ...]
+    untraced: tuple[Untraced, ...] = ()
+
+    @property
+    def counts(self) -> Counts:
+        """Totals in eval mode."""
+        real = [site for site in self.sites if site.action != "skip" and site.modes != "train"]
+        after = sum(site.action != "drop" for site in real)
+        reached = f"{self.convs / after:.2f}:1" if after else f"{self.convs}:0"
+        return Counts(self.convs, len(real), after, self.ratio, reached)
+
+    @property
+    def changes(self) -> tuple[Site, ...]:
+        """The sites that are dropped or moved."""
+        return tuple(site for site in self.sites if site.action in ("drop", "move"))
+
+    def __str__(self) -> str:
+        counts = self.counts
+        head = (
+            f"{self.model} at {self.ratio}: {counts.activations_before} activations -> {counts.activations_after} "
+            f"for {counts.convs} convolutions ({counts.ratio_reached})"
+        )
+        rows = [
+            (
+                site.id,
+                site.kind,
+                "" if site.chain is None else str(site.chain),
+                "" if site.unit is None else str(site.unit),
+                site.role,
+                site.action,
+                site.reason,
+            )
+            for site in self.sites
+        ]
+        lines = [head, table(("site", "kind", "chain", "unit", "role", "action", "reason"), rows)]
+        lines += [f"untraced: {part.name or 'the model itself'}: {part.reason}. {part.hint}" for part in self.untraced]
+        return "\n".join(lines)
+
+    def edit(self, actions: Mapping[str | Site, str]) -> Plan:
+        """The plan with other actions for some sites.
+
+        Args:
+            actions: From a site (its ``id``, or the Site) to ``"keep"`` or ``"drop"``.
+
+        Returns:
+            A new plan; a unit may then keep more than the ratio says, or none.
+
+        Raises:
+            PlanError: If a site is not in the plan, cannot be changed, or the action is another.
+        """
+        wanted: dict[str, str] = {}
+        known = {site.id: site for site in self.sites}
+        for key, action in actions.items():
+            name = key.id if isinstance(key, Site) else key
+            if name not in known:
+                near = [site for site in known if str(name) in site][:5]
+                hint = f"did you mean {', '.join(near)}?" if near else "print the plan for the sites it has"
+                raise PlanError(f"no site {name!r} in this plan of {self.model}: {hint}")
+            if action not in ("keep", "drop"):
+                raise PlanError(f"action {action!r} for {name}: give 'keep' or 'drop'")
+            site = known[name]
+            if site.action == "skip":
+                raise PlanError(f"{name} is no site ({site.reason}): it cannot be set to {action!r}")
+            if action == "drop" and site.locked:
+                raise PlanError(f"{name} cannot be dropped: {site.locked}")
+            wanted[name] = action
+        sites = tuple(
+            replace(site, action=wanted[site.id], reason="edited by hand", place=None) if site.id in wanted else site
+            for site in self.sites
+        )
+        return replace(self, sites=sites)
+
+    def to_json(self, *, indent: int | None = 1) -> str:
+        """The plan as versioned JSON text."""
+        return json.dumps({"nmconv_plan": _VERSION, **asdict(self)}, indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            PlanError: If the text is no plan, or one of another version.
+        """
+        try:
+            data = json.loads(text)
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"this is no plan: {error}; give the text that Plan.to_json returned") from error
+        if not isinstance(data, dict) or "nmconv_plan" not in data:
+            raise PlanError("this JSON is no nmconv plan; give the text that Plan.to_json returned")
+        version = data.pop("nmconv_plan")
+        if version != _VERSION:
+            raise PlanError(f"a plan of version {version}; this nmconv reads {_VERSION}: make the plan anew")
+        try:
+            sites = tuple(_site(site) for site in data.pop("sites"))
+            untraced = tuple(Untraced(**part) for part in data.pop("untraced"))
+            options = tuple((str(key), str(value)) for key, value in data.pop("options"))
+            plan = cls(**data, options=options, sites=sites, untraced=untraced)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise PlanError(f"a damaged plan ({error}): make it anew with nmconv.make_plan") from error
+        _check(plan)
+        return plan
+
+
+def _site(data: dict[str, Any]) -> Site:
+    place = data.pop("place", None)
+    return Site(**{**data, "convs": tuple(data["convs"]), "place": Place(**place) if place else None})
+
+
+def _check(plan: Plan) -> None:
+    """Refuse values that no plan of ours has: a plan is applied as it stands."""
+    texts = (plan.model, plan.fingerprint, plan.ratio)
+    if not all(isinstance(text, str) for text in texts) or type(plan.convs) is not int:
+        raise PlanError("a damaged plan (model, fingerprint, ratio or convs): make it anew with nmconv.make_plan")
+    integers = {"call"}
+    booleans = {"inplace", "copy"}
+    strings = {"name", "owner", "method", "kind", "role", "reason"}
+    for site in plan.sites:
+        values = {field.name: getattr(site, field.name) for field in fields(site)}
+        good = (
+            site.action in _ACTIONS
+            and site.modes in _MODES
+            and site.how in ("swap", "rewrite")
+            and all(type(values[name]) is int for name in integers)
+            and all(type(values[name]) is bool for name in booleans)
+            and all(type(values[name]) is str for name in strings)
+            and (site.action != "move" or site.place is not None)
+        )
+        if not good:
+            raise PlanError(f"a damaged plan (site {values['name']!r}): make it anew with nmconv.make_plan")
+    ids = [site.id for site in plan.sites]
+    if len(set(ids)) != len(ids):
+        raise PlanError("a damaged plan (a site stands twice in it): make it anew with nmconv.make_plan")

@@ -1,0 +1,120 @@
+"""Which ratio holds where: patterns on qualified names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import translate
+
+from nmconv.errors import PatternError
+from nmconv.planning._ratio import Ratio
+
+__all__ = ["Rules", "Spot"]
+
+
+@dataclass(frozen=True)
+class Spot:
+    """What a pattern is held against: the names of one convolution and its activation, and when it runs."""
+
+    names: tuple[str, ...]
+    order: int
+
+
+class Rules:
+    """The ratio of every spot of one model: the first pattern that matches wins.
+
+    A pattern is a glob (``layer3.*``), ``re:`` and a regular expression, or ``stage:2`` (timm's ``feature_info[2]``:
+    what runs after feature 1 up to and including feature 2). A glob or expression that matches a module's whole
+    qualified name holds for everything inside that module.
+
+    Args:
+        ratio: What :meth:`Ratio.parse` takes, or an ordered mapping from pattern to that or None (untouched).
+        include: Pattern or patterns; what none of them matches is left alone.
+        exclude: Pattern or patterns of what is left alone.
+        spots: Everything in the model that a pattern could match.
+        stages: Module names of ``feature_info``, in order.
+
+    Raises:
+        PatternError: If a pattern is malformed or matches no spot.
+        RatioError: If a ratio is none.
+    """
+
+    def __init__(
+        self,
+        ratio: object,
+        include: str | Iterable[str],
+        exclude: str | Iterable[str],
+        spots: Sequence[Spot],
+        stages: Sequence[str],
+    ) -> None:
+        self._spots = spots
+        self._stages = stages
+        rules = ratio if isinstance(ratio, Mapping) else {"*": ratio}
+        parsed = {pattern: None if value is None else Ratio.parse(value) for pattern, value in rules.items()}
+        whole = not isinstance(ratio, Mapping)
+        self.text = str(parsed["*"]) if whole else ", ".join(f"{key}={value}" for key, value in parsed.items())
+        self._rules = [(value, self._match(pattern, "ratio")) for pattern, value in parsed.items()]
+        self._include = [self._match(pattern, "include") for pattern in _listed(include, "include")]
+        self._exclude = [self._match(pattern, "exclude") for pattern in _listed(exclude, "exclude")]
+
+    def ratio(self, spot: Spot) -> tuple[int, Ratio] | None:
+        """The rule's number and its ratio, or None where the spot is left alone."""
+        if not any(spot in matched for matched in self._include) or any(spot in matched for matched in self._exclude):
+            return None
+        for number, (ratio, matched) in enumerate(self._rules):
+            if spot in matched:
+                return None if ratio is None else (number, ratio)
+        return None
+
+    def _match(self, pattern: object, option: str) -> frozenset[Spot]:
+        if not isinstance(pattern, str):
+            raise PatternError(f"{option}: {pattern!r} is no pattern; give a glob, 're:...' or 'stage:N'")
+        if pattern == "*":
+            return frozenset(self._spots)
+        if pattern.startswith("stage:"):
+            found = self._stage(pattern)
+        else:
+            try:
+                test = re.compile(pattern[3:] if pattern.startswith("re:") else translate(pattern))
+            except re.error as error:
+                raise PatternError(f"{option}: {pattern!r} is no regular expression: {error}") from error
+            found = frozenset(
+                spot for spot in self._spots if any(test.fullmatch(name) for name in _with_parents(spot.names))
+            )
+        if not found:
+            raise PatternError(
+                f"{option}: {pattern!r} matches no convolution or activation of the model; names are qualified names "
+                "as named_modules() gives them, for instance "
+                + ", ".join(spot.names[0] for spot in self._spots[:3])
+            )
+        return found
+
+    def _stage(self, pattern: str) -> frozenset[Spot]:
+        number = pattern.removeprefix("stage:")
+        if not self._stages:
+            raise PatternError(f"{pattern!r}: the model has no feature_info (timm); give a glob on qualified names")
+        if not number.isdecimal() or int(number) >= len(self._stages):
+            raise PatternError(f"{pattern!r}: stages are numbered 0 to {len(self._stages) - 1} here")
+        ends = []
+        for module in self._stages:
+            inside = [spot.order for spot in self._spots if module in _with_parents(spot.names)]
+            ends.append(max(inside, default=max(ends, default=-1)))
+        start = ends[int(number) - 1] if int(number) else -1
+        return frozenset(spot for spot in self._spots if start < spot.order <= ends[int(number)])
+
+
+def _listed(patterns: object, option: str) -> tuple[str, ...]:
+    if isinstance(patterns, str):
+        return (patterns,)
+    if not isinstance(patterns, Iterable):
+        raise PatternError(f"{option}: {patterns!r} is no pattern; give one, or a list of them")
+    return tuple(patterns)
+
+
+def _with_parents(names: Iterable[str]) -> set[str]:
+    found = set()
+    for name in names:
+        parts = name.split(".")
+        found.update(".".join(parts[:length]) for length in range(1, len(parts) + 1))
+    return found

@@ -1,0 +1,114 @@
+"""What the analysis of a model found, as plain data: activations, chains of convolutions, and who owns which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Activation", "Chain", "Item", "Place", "Structure", "Untraced"]
+
+
+@dataclass(frozen=True)
+class Untraced:
+    """A part of a model that could not be traced.
+
+    Attributes:
+        name: Qualified name of the module whose own forward cannot be traced ("" is the model itself).
+        reason: The tracer's complaint.
+        hint: What to pass or change to reach it.
+    """
+
+    name: str
+    reason: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """A value inside one module's forward: the result of the ``call``-th call of ``op`` in it.
+
+    Attributes:
+        owner: Qualified name of the module whose forward computes the value.
+        method: Name of the method of ``owner`` that computes it.
+        op: A child's name relative to ``owner``, or the name of a function such as ``add``.
+        call: 1-based count of calls of ``op`` within one call of the method.
+        how: ``rewrite`` the method, ``insert`` behind a child of a Sequential, or fill the ``slot`` named ``op``.
+    """
+
+    owner: str
+    method: str
+    op: str
+    call: int
+    how: str
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One call of an elementwise activation.
+
+    The attributes are those of :class:`nmconv.Site`; ``skip`` is the reason why it is no site, or "".
+    """
+
+    name: str
+    function: str | None
+    owner: str
+    method: str
+    call: int
+    train_call: int | None
+    modes: str
+    kind: str
+    inplace: bool
+    copy: bool
+    how: str
+    movable: bool
+    skip: str = ""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One convolution of a chain (several that are summed count as one) and the activation it owns.
+
+    Attributes:
+        convs: Qualified names.
+        order: Position in the order of execution.
+        act: Index into ``Structure.activations``, or None.
+        role: How the activation is reached: post, residual, gated, parallel, pre.
+        end: Where an activation could be put behind this convolution, or None.
+        end_reason: Why ``end`` is None.
+    """
+
+    convs: tuple[str, ...]
+    order: int
+    act: int | None = None
+    role: str = ""
+    end: Place | None = None
+    end_reason: str = ""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Convolutions that follow one another. ``pre``: activations stand before their convolutions."""
+
+    items: tuple[Item, ...]
+    pre: bool
+    modes: str
+
+
+@dataclass(frozen=True)
+class Structure:
+    """All that planning needs to know of a model.
+
+    Attributes:
+        model: Class name.
+        activations: Every activation call seen, in order of execution.
+        chains: Every chain, in order of execution.
+        leading: Activations that always stay although convolutions are near: index and reason.
+        stages: Module names of timm's ``feature_info``, empty where there is none.
+        untraced: Parts that could not be traced.
+    """
+
+    model: str
+    activations: tuple[Activation, ...]
+    chains: tuple[Chain, ...]
+    leading: tuple[tuple[int, str], ...]
+    stages: tuple[str, ...]
+    untraced: tuple[Untraced, ...]
