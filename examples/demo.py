@@ -223,7 +223,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, help="an ImageFolder with train/ and test/ or val/ [digits]")
     parser.add_argument("--size", type=at_least(1), default=32, help="side of the pictures [32]")
     parser.add_argument("--limit", type=at_least(0), default=4000, help="most pictures a split, 0 for all [4000]")
-    parser.add_argument("--epochs", type=at_least(1), default=20)
+    parser.add_argument("--epochs", type=at_least(1), default=15)
     parser.add_argument("--batch-size", type=at_least(2), default=64)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

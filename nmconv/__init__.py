@@ -1,1 +1,40 @@
 """nmconv: N:M proportional units (arXiv 1709.06247) for any CNN, one call, source untouched."""
+
+from nmconv.errors import (
+    AlreadyConvertedError,
+    ModelTypeError,
+    NmconvError,
+    NoEffectWarning,
+    NoSitesError,
+    OptionError,
+    PatternError,
+    PlanError,
+    RatioError,
+    RewriteError,
+)
+from nmconv.planning import Counts, Plan, Ratio, Site, Unit
+from nmconv.surgery import apply_plan, convert, get_plan, make_plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlreadyConvertedError",
+    "Counts",
+    "ModelTypeError",
+    "NmconvError",
+    "NoEffectWarning",
+    "NoSitesError",
+    "OptionError",
+    "PatternError",
+    "Plan",
+    "PlanError",
+    "Ratio",
+    "RatioError",
+    "RewriteError",
+    "Site",
+    "Unit",
+    "apply_plan",
+    "convert",
+    "get_plan",
+    "make_plan",
+]

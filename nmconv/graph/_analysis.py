@@ -145,9 +145,9 @@ def _unknown_arguments(module: nn.Module, size: tuple[int, ...] | None = None, f
 
 def _detached(tracer: FlowTracer, path: str) -> Arguments | None:
     """The arguments that a completed call of a module had, with fake tensors where the values can be known."""
-    arguments = tracer.completed.get(path)
-    if arguments is None:
+    if path not in tracer.completed:
         return None
+    arguments = tracer.completed[path][0]
 
     def value(proxy: Any) -> Any:
         try:

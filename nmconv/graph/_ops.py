@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["ACT_FUNCTIONS", "ACT_METHODS", "ACT_MODULES", "FUNCTIONS", "INPLACE_ARG", "METHODS", "MODULES", "Op"]
+__all__ = ["ACT_FUNCTIONS", "ACT_METHODS", "ACT_MODULES", "FUNCTIONS", "INPLACE_ARG", "METHODS", "MODULES", "PLAIN_ACTS", "Op"]
 
 
 class Op(Enum):
@@ -70,6 +70,10 @@ ACT_METHODS: dict[str, str] = {
     method: name for name in _ACT_NAMES for method in (name, f"{name}_") if hasattr(torch.Tensor, method)
 }
 ACT_KINDS = _ACT_NAMES
+# Functions without settings: a module of the same kind does the same.
+PLAIN_ACTS: dict[str, type[nn.Module]] = {
+    kind.__name__: kind for kind in (nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Hardswish, nn.Mish)
+}
 # Where ``inplace`` stands among the positional arguments.
 INPLACE_ARG: dict[Callable[..., Any], int] = {
     F.relu: 1,

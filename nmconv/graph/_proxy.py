@@ -19,7 +19,8 @@ class TensorProxy(Proxy):
     word; and fx records ``x += y`` as ``x = x + y``, which loses who shares memory with whom.
     """
 
-    _is_param = False  # what nn.Parameter's isinstance asks of tensors
+    _is_param = False  # what isinstance asks of tensors for nn.Parameter
+    _is_buffer = False  # and for nn.Buffer
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:

@@ -13,10 +13,12 @@ from nmconv.graph import _zoo
 from nmconv.graph._analysis import Analysis, Traced, analyse
 from nmconv.graph._flow import Flow, FlowNode
 from nmconv.graph._modules import act_kind, is_activation
-from nmconv.graph._ops import Op
+from nmconv.graph._ops import PLAIN_ACTS, Op
 from nmconv.graph._places import Ends
 from nmconv.graph._quiet import left_as_found
-from nmconv.planning import Activation, Chain, Item, Structure, Untraced
+from nmconv.graph._takes import takes_of
+from nmconv.graph._tracer import Arguments
+from nmconv.planning import Activation, Chain, Item, Place, Structure, Untraced
 
 __all__ = ["structure_of"]
 
@@ -45,6 +47,7 @@ class _Builder:
     owned: set[_Key] = field(default_factory=set)
     local: dict[_Key, int] = field(default_factory=dict)
     callers: dict[int, set[tuple[str, int]]] = field(default_factory=lambda: defaultdict(set))
+    arguments: dict[str, list[Arguments]] = field(default_factory=dict)
     order: int = 0
 
     def build(self, example_inputs: Any) -> Structure:
@@ -58,7 +61,12 @@ class _Builder:
                 self._take(second, "train")
             else:
                 for seen in self.seen.values():
-                    seen.activation = replace(seen.activation, modes="both", train_call=seen.activation.call)
+                    seen.activation = replace(
+                        seen.activation,
+                        modes="both",
+                        train_call=seen.activation.call,
+                        train_step=seen.activation.step,
+                    )
                 self.chains = [(items, pre, "both") for items, pre, _ in self.chains]
         return self._finish(analyses, example_inputs is not None)
 
@@ -115,7 +123,7 @@ class _Builder:
             old = known.activation
             again = mode == "eval" or old.modes != "eval"
             if mode == "train" and old.modes == "eval":
-                old = replace(old, modes="both", train_call=call.call)
+                old = replace(old, modes="both", train_call=call.call, train_step=call.step)
             known.activation = replace(old, copy=old.copy or copy)
             return again
         self.order += 1
@@ -126,12 +134,15 @@ class _Builder:
             method=call.method,
             call=call.call,
             train_call=None if mode == "eval" else call.call,
+            step=call.step,
+            train_step=None if mode == "eval" else call.step,
+            takes="",
             modes=mode,
             kind=node.kind,
             inplace=node.inplace,
             copy=copy,
             how="rewrite",
-            movable=call.module is None or next(iter(call.module.state_dict()), None) is None,
+            movable=node.kind in PLAIN_ACTS if call.module is None else not call.module.state_dict(),
         )
         self.seen[key] = _Seen(activation, self.order, call.module)
         return False
@@ -192,10 +203,16 @@ class _Builder:
         for key in self.mixed:
             self.leading[key] = "its module is called in surroundings that differ, and one decision must serve all"
         stays = {key: reason for key, reason in self.leading.items() if key not in self.owned or key in self.mixed}
+        self.arguments = _calls(analyses)
         chains = []
         for items, pre, mode in self.chains:
             kept = tuple(
-                replace(item, act=None if key is None or key in stays else index[key]) for item, key in items
+                replace(
+                    item,
+                    act=None if key is None or key in stays else index[key],
+                    end=None if item.end is None else self._with_arguments(item.end),
+                )
+                for item, key in items
             )
             chains.append(Chain(kept, pre, mode))
         activations = [self._described(key) for key in ordered]
@@ -213,7 +230,18 @@ class _Builder:
     def _described(self, key: _Key) -> Activation:
         seen = self.seen[key]
         skip = "" if key in self.owned else seen.skip
-        return replace(seen.activation, how=self._how(seen), skip=skip)
+        how = self._how(seen)
+        takes = ""
+        if how == "rewrite":
+            owner = self.model.get_submodule(seen.activation.owner)
+            takes = takes_of(owner, seen.activation.method, self.arguments.get(seen.activation.owner, ()))
+        return replace(seen.activation, how=how, takes=takes, skip=skip)
+
+    def _with_arguments(self, place: Place) -> Place:
+        if place.how != "rewrite":
+            return place
+        owner = self.model.get_submodule(place.owner)
+        return replace(place, takes=takes_of(owner, place.method, self.arguments.get(place.owner, ())))
 
     def _how(self, seen: _Seen) -> str:
         """``swap`` where replacing one slot changes this call and no other."""
@@ -247,9 +275,34 @@ class _Builder:
                     else "the forward never calls it"
                 )
                 yield Activation(
-                    name, None, name.rpartition(".")[0], "forward", 1, 1, "both", act_kind(module),
-                    getattr(module, "inplace", False) is True, False, "swap", False, reason,
-                )  # fmt: skip
+                    name=name,
+                    function=None,
+                    owner=name.rpartition(".")[0],
+                    method="forward",
+                    call=1,
+                    train_call=1,
+                    step=1,
+                    train_step=1,
+                    takes="",
+                    modes="both",
+                    kind=act_kind(module),
+                    inplace=getattr(module, "inplace", False) is True,
+                    copy=False,
+                    how="swap",
+                    movable=False,
+                    skip=reason,
+                )
+
+
+def _calls(analyses: Iterable[Analysis]) -> dict[str, list[Arguments]]:
+    """From every traced module's qualified name to the arguments of all its calls."""
+    calls: dict[str, list[Arguments]] = {}
+    for analysis in analyses:
+        for traced in analysis.traced:
+            for path, arguments in traced.tracer.completed.items():
+                calls.setdefault(path, []).extend(arguments)
+            calls.setdefault(traced.tracer.stack[0].path, []).append(Arguments(*traced.tracer.inputs))
+    return calls
 
 
 def _untraced(name: str, error: BaseException, examples: bool) -> Untraced:

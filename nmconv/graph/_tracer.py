@@ -53,7 +53,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class ActCall:
-    """What identifies one activation call: see :class:`nmconv.Site`."""
+    """What identifies one activation call: see :class:`nmconv.Site`, whose attributes these are."""
 
     frame: Frame
     method: str
@@ -61,6 +61,7 @@ class ActCall:
     name: str
     function: str | None
     call: int
+    step: int
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ class FlowTracer(Tracer):
         self.opaque: set[Node] = set()
         self.broken: dict[str, BaseException] = {}
         self.constants: dict[str, torch.Tensor] = {}
-        self.completed: dict[str, Arguments] = {}
-        self.contexts_entered: set[str] = set()
+        self.completed: dict[str, list[Arguments]] = {}
+        self.first_calls: dict[Any, set[int]] = {}
         self.values: Values
         self.stack: list[Frame] = []
         self._attributes: dict[int, str] = {}
@@ -143,9 +144,12 @@ class FlowTracer(Tracer):
         args = map_proxies(self._arguments.args, placeholder)
         kwargs = map_proxies(self._arguments.kwargs, placeholder)
         self.inputs = (args, kwargs)
+        self.containers = list(_containers((args, kwargs)))
 
         def call() -> Any:
             self._made = root_fn(self.root, *args, **kwargs)
+            if not self.deep:
+                return self._made
             found: list[Any] = []
             _collect(self._made, found, set())
             self.stack[0].result = self._made.node if type(self._made) is TensorProxy else None
@@ -196,11 +200,7 @@ class FlowTracer(Tracer):
             self._note(proxy.node, name)
             function = ACT_METHODS.get(target) if kind == "call_method" else ACT_FUNCTIONS.get(target)
             if function is not None:
-                frame = self.stack[-1]
-                frame.acts[function] += 1
-                self.acts[proxy.node] = ActCall(
-                    frame, self._method(frame), None, frame.path, function, frame.acts[function]
-                )
+                self._note_act(proxy.node, None, self.stack[-1].path, function)
         return proxy
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
@@ -225,9 +225,8 @@ class FlowTracer(Tracer):
             label = _relative(frame.module, m, name)
             self._note(proxy.node, label)
             if op is Op.ACT:
-                frame.acts[id(m)] += 1
                 path = self.prefix + name if label.startswith("/") else _join(frame.path, label)
-                self.acts[proxy.node] = ActCall(frame, self._method(frame), m, path, None, frame.acts[id(m)])
+                self._note_act(proxy.node, m, path, None)
             return proxy
         return self._descend(m, name, frame, args, kwargs)
 
@@ -290,7 +289,7 @@ class FlowTracer(Tracer):
             self._note(proxy.node, label, counted=True)
             self.opaque.add(proxy.node)
             return proxy
-        self.completed.setdefault(frame.path, Arguments(args, kwargs))
+        self.completed.setdefault(frame.path, []).append(Arguments(args, kwargs))
         frame.result = result.node if type(result) is TensorProxy else None
         return result
 
@@ -310,9 +309,20 @@ class FlowTracer(Tracer):
             frame.labels[label] += 1
         self.where[node] = (frame, label, frame.labels[label])
 
-    def _method(self, frame: Frame) -> str:
+    def _note_act(self, node: Node, module: nn.Module | None, name: str, function: str | None) -> None:
+        frame = self.stack[-1]
+        method = self._method(frame)
+        what = function or id(module)
+        frame.acts[what] += 1
+        frame.acts[what, method] += 1
+        self.acts[node] = ActCall(
+            frame, method, module, name, function, frame.acts[what], frame.acts[what, method]
+        )
+
+    @staticmethod
+    def _method(frame: Frame) -> str:
         """The name of the innermost method of the frame's module that is running."""
-        at: Any = sys._getframe(2)
+        at: Any = sys._getframe(3)
         while at is not None:
             code = at.f_code
             if code.co_argcount and at.f_locals.get(code.co_varnames[0]) is frame.module:
@@ -396,6 +406,15 @@ def _collect(value: Any, found: list[Any], seen: set[int]) -> None:
     elif hasattr(value, "__dict__"):
         seen.add(id(value))
         _collect(vars(value), found, seen)
+
+
+def _containers(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every list and dict in a value, with a copy of it."""
+    if isinstance(value, (list, dict)):
+        yield value, value.copy()
+    if isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _containers(part)
 
 
 def _only_proxies(value: Any) -> Any:

@@ -30,6 +30,9 @@ class Site:
         call: Which call of this module (or of this kind of function) it is within one forward of ``owner``, from 1,
             in eval mode; in train mode for a site that runs in training only.
         train_call: The same in train mode; None if the call is made in eval mode only.
+        step: Like ``call``, but counted within ``method`` alone.
+        train_step: The same in train mode.
+        takes: Where ``how`` is ``rewrite``: the structure of the arguments ``method`` is called with, as JSON.
         modes: ``both``, ``eval`` or ``train``: when the call is made.
         kind: The activation's name, such as ``ReLU``.
         convs: Qualified names of the convolution that owns it (several where parallel ones are summed).
@@ -51,6 +54,9 @@ class Site:
     method: str
     call: int
     train_call: int | None
+    step: int
+    train_step: int | None
+    takes: str
     modes: str
     kind: str
     convs: tuple[str, ...]
@@ -216,9 +222,9 @@ def _check(plan: Plan) -> None:
     texts = (plan.model, plan.fingerprint, plan.ratio)
     if not all(isinstance(text, str) for text in texts) or type(plan.convs) is not int:
         raise PlanError("a damaged plan (model, fingerprint, ratio or convs): make it anew with nmconv.make_plan")
-    integers = {"call"}
+    integers = {"call", "step"}
     booleans = {"inplace", "copy"}
-    strings = {"name", "owner", "method", "kind", "role", "reason"}
+    strings = {"name", "owner", "method", "takes", "kind", "role", "reason", "locked"}
     for site in plan.sites:
         values = {field.name: getattr(site, field.name) for field in fields(site)}
         good = (

@@ -28,6 +28,15 @@ class Options:
     exclude: str | Iterable[str] = ()
     linear: bool = False
 
+    def check(self) -> None:
+        """Refuse what no model could be planned with.
+
+        Raises:
+            OptionError, RatioError, PatternError: For an option that is none.
+        """
+        check_keep(self.keep)
+        Rules.parse(self.ratio)
+
     def texts(self) -> tuple[tuple[str, str], ...]:
         """The options apart from the ratio, as text for the plan."""
         keep = self.keep if isinstance(self.keep, str) else getattr(self.keep, "__name__", "function")
@@ -55,7 +64,6 @@ def draw_up(
     Returns:
         The plan; a unit that has locked activations may keep more than its share.
     """
-    check_keep(options.keep)
     sites = [_bare(activation) for activation in structure.activations]
     for index, reason in structure.leading:
         sites[index] = replace(sites[index], role="leading", action="keep", reason=reason)
@@ -89,6 +97,9 @@ def _bare(activation: Activation) -> Site:
         method=activation.method,
         call=activation.call,
         train_call=activation.train_call,
+        step=activation.step,
+        train_step=activation.train_step,
+        takes=activation.takes,
         modes=activation.modes,
         kind=activation.kind,
         convs=(),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
 
-from nmconv.errors import PatternError
+from nmconv.errors import PatternError, RatioError
 from nmconv.planning._ratio import Ratio
 
 __all__ = ["Rules", "Spot"]
@@ -50,13 +50,25 @@ class Rules:
     ) -> None:
         self._spots = spots
         self._stages = stages
-        rules = ratio if isinstance(ratio, Mapping) else {"*": ratio}
-        parsed = {pattern: None if value is None else Ratio.parse(value) for pattern, value in rules.items()}
+        parsed = self.parse(ratio)
         whole = not isinstance(ratio, Mapping)
         self.text = str(parsed["*"]) if whole else ", ".join(f"{key}={value}" for key, value in parsed.items())
         self._rules = [(value, self._match(pattern, "ratio")) for pattern, value in parsed.items()]
         self._include = [self._match(pattern, "include") for pattern in _listed(include, "include")]
         self._exclude = [self._match(pattern, "exclude") for pattern in _listed(exclude, "exclude")]
+
+    @staticmethod
+    def parse(ratio: object) -> dict[object, Ratio | None]:
+        """The mapping from pattern to ratio; one ratio alone holds for everything.
+
+        Raises:
+            RatioError: If a ratio is none.
+        """
+        if not isinstance(ratio, Mapping):
+            return {"*": Ratio.parse(ratio)}
+        if not ratio:
+            raise RatioError("an empty mapping is no ratio: map patterns to ratios, such as {'layer3': '2:1'}")
+        return {pattern: None if value is None else Ratio.parse(value) for pattern, value in ratio.items()}
 
     def ratio(self, spot: Spot) -> tuple[int, Ratio] | None:
         """The rule's number and its ratio, or None where the spot is left alone."""

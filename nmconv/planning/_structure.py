@@ -32,6 +32,7 @@ class Place:
         op: A child's name relative to ``owner``, or the name of a function such as ``add``.
         call: 1-based count of calls of ``op`` within one call of the method.
         how: ``rewrite`` the method, ``insert`` behind a child of a Sequential, or fill the ``slot`` named ``op``.
+        takes: The structure of the arguments ``method`` is called with, as JSON, where it is rewritten.
     """
 
     owner: str
@@ -39,6 +40,7 @@ class Place:
     op: str
     call: int
     how: str
+    takes: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,9 @@ class Activation:
     method: str
     call: int
     train_call: int | None
+    step: int
+    train_step: int | None
+    takes: str
     modes: str
     kind: str
     inplace: bool

@@ -1,0 +1,166 @@
+"""Doing what a plan says: everything is prepared first, then put in place in one go."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from nmconv.errors import PlanError, RewriteError
+from nmconv.graph import PLAIN_ACTS, is_activation
+from nmconv.planning import Plan, Site
+from nmconv.surgery._classes import Method, rewritten
+from nmconv.surgery._guard import MARK
+from nmconv.surgery._identity import identity_for
+from nmconv.surgery._rewrite import Edit, rewrite
+
+__all__ = ["Known", "Surgery", "copy_of"]
+
+# Methods written before, and why others could not be: by owner and method, with the edit they are for.
+Known = dict[tuple[str, str], tuple[Edit, Method | RewriteError]]
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy, also where modules hold tensors that are no leaves of autograd (old-style weight norm)."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
+class Surgery:
+    """The changes one plan makes to one model: gathered, prepared, then made.
+
+    Args:
+        model: Read only until :meth:`commit`.
+        plan: Of this model.
+        known: Methods that were written for the same edits before; new ones are added.
+
+    Raises:
+        PlanError: If the plan names what the model does not have.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, known: Known) -> None:
+        self._model = model
+        self._plan = plan
+        self._known = known
+        self._edits: dict[tuple[str, str], Edit] = {}
+        self._slots: list[tuple[nn.Module, str, nn.Module]] = []
+        self._added: list[tuple[nn.Module, str, nn.Module, str | None]] = []
+        for site in plan.changes:
+            self._take_out(site)
+
+    def failures(self) -> dict[tuple[str, str], RewriteError]:
+        """Write all new methods; for each that cannot be written, by owner and method, why."""
+        failed = {}
+        for (owner, method), edit in self._edits.items():
+            known = self._known.get((owner, method))
+            if known is None or known[0] != edit:
+                try:
+                    made: Method | RewriteError = rewrite(self._model, owner, method, edit, self._plan.sites)
+                except RewriteError as error:
+                    made = error
+                known = self._known[owner, method] = (edit, made)
+            if isinstance(known[1], RewriteError):
+                failed[owner, method] = known[1]
+        return failed
+
+    def commit(self) -> None:
+        """Make the changes; if one fails, undo them all.
+
+        Raises:
+            RewriteError: If a method cannot be written.
+        """
+        for error in self.failures().values():
+            raise error
+        methods: dict[str, tuple[Method, ...]] = {}
+        for owner, name in self._edits:
+            made = self._known[owner, name][1]
+            assert isinstance(made, Method)
+            methods[owner] = (*methods.get(owner, ()), made)
+        modules = {owner: self._model.get_submodule(owner) for owner in methods}
+        classes = [(modules[owner], rewritten(type(modules[owner]), found)) for owner, found in methods.items()]
+        undo: list[Callable[[], object]] = []
+        try:
+            for parent, slot, module in self._slots:
+                undo.append(_restoring_children(parent))
+                parent._modules[slot] = module
+            for parent, name, module, behind in self._added:
+                undo.append(_restoring_children(parent))
+                _set_children(parent, _inserted(parent._modules, name, module, behind))
+            for module, cls in classes:
+                undo.append(_restoring_class(module))
+                module.__class__ = cls
+            self._model.__dict__[MARK] = self._plan
+        except BaseException:
+            for step in reversed(undo):
+                step()
+            raise
+
+    def _take_out(self, site: Site) -> None:
+        act = None if site.function else self._activation(site)
+        if act is not None and site.how == "swap":
+            parent, _, slot = site.name.rpartition(".")
+            self._slots.append((self._model.get_submodule(parent), slot, identity_for(act, copies=site.copy)))
+        else:
+            self._edit(site.owner, site.method, site.takes).remove.append(site)
+        if site.place is not None:
+            self._put(site, act)
+
+    def _put(self, site: Site, act: nn.Module | None) -> None:
+        place = site.place
+        assert place is not None
+        moved: Any = PLAIN_ACTS[site.kind]() if act is None else copy.deepcopy(act)
+        if getattr(moved, "inplace", False):
+            moved.inplace = False  # what it is applied to now may have other readers
+        owner = self._model.get_submodule(place.owner)
+        if place.how == "slot":
+            self._slots.append((owner, place.op, moved))
+            return
+        taken = {*owner._modules, *(name for parent, name, *_ in self._added if parent is owner)}
+        name = next(name for number in range(len(taken) + 1) if (name := f"moved_act{number or ''}") not in taken)
+        self._added.append((owner, name, moved, place.op if place.how == "insert" else None))
+        if place.how == "rewrite":
+            self._edit(place.owner, place.method, place.takes).insert.append((place, name))
+
+    def _edit(self, owner: str, method: str, takes: str) -> Edit:
+        return self._edits.setdefault((owner, method), Edit(takes))
+
+    def _activation(self, site: Site) -> nn.Module:
+        try:
+            module = self._model.get_submodule(site.name)
+        except AttributeError as error:
+            raise PlanError(f"the model has no module {site.name!r} that the plan names") from error
+        if not is_activation(module):
+            raise PlanError(f"{site.name!r} is a {type(module).__name__}, no activation, yet the plan changes it")
+        return module
+
+
+def _inserted(children: dict[str, Any], name: str, module: nn.Module, behind: str | None) -> dict[str, Any]:
+    """The children with one more, behind another one or last."""
+    result: dict[str, Any] = {}
+    for key, child in children.items():
+        result[key] = child
+        if key == behind:
+            result[name] = module
+    return result if behind is not None else {**children, name: module}
+
+
+def _set_children(parent: nn.Module, children: dict[str, Any]) -> None:
+    parent._modules.clear()
+    parent._modules.update(children)
+
+
+def _restoring_children(parent: nn.Module) -> Callable[[], object]:
+    before = dict(parent._modules)
+    return lambda: _set_children(parent, before)
+
+
+def _restoring_class(module: nn.Module) -> Callable[[], object]:
+    before = type(module)
+    return lambda: setattr(module, "__class__", before)

@@ -1,0 +1,129 @@
+"""Classes with other methods that are still themselves: rewritten modules keep isinstance, name, pickling and copying."""
+
+from __future__ import annotations
+
+import builtins
+import copyreg
+import importlib
+import linecache
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Method", "is_rewritten", "rewritten"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method as source: pickled and copied as such, compiled where it is needed.
+
+    Attributes:
+        name: The method's name.
+        source: Python source that defines it, and the helpers it calls.
+        names: What its globals are bound to: pairs of a name and ``module:attribute.path``.
+        values: What its globals are bound to otherwise: pairs of a name and a picklable value.
+    """
+
+    name: str
+    source: str
+    names: tuple[tuple[str, str], ...] = ()
+    values: tuple[tuple[str, Any], ...] = ()
+
+    @staticmethod
+    def with_globals(name: str, source: str, bound: dict[str, Any]) -> Method:
+        """A method whose globals are objects; those that can be imported are kept by name."""
+        names, values = [], []
+        for key, value in bound.items():
+            path = _import_path(value)
+            if path is None:
+                values.append((key, value))
+            else:
+                names.append((key, path))
+        return Method(name, source, tuple(names), tuple(values))
+
+    def compile(self) -> Callable[..., Any]:
+        """The method itself; its source shows in tracebacks."""
+        space: dict[str, Any] = {"__builtins__": builtins}
+        space.update((key, _imported(path)) for key, path in self.names)
+        space.update(self.values)
+        file = f"<nmconv {self.name} {hash(self.source) & 0xFFFFFFFF:08x}>"
+        linecache.cache[file] = (len(self.source), None, self.source.splitlines(keepends=True), file)
+        exec(compile(self.source, file, "exec"), space)
+        return space[self.name]
+
+
+def _import_path(value: Any) -> str | None:
+    """``module:name`` under which the very object can be imported, or None."""
+    name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
+    for module in (getattr(value, "__module__", None), "torch", "torch.nn.functional", "torch._C._nn", "builtins"):
+        for candidate in (name, getattr(value, "__name__", None)):
+            if module and isinstance(candidate, str) and "<" not in candidate:
+                try:
+                    if _imported(f"{module}:{candidate}") is value:
+                        return f"{module}:{candidate}"
+                except (ImportError, AttributeError, ValueError):
+                    pass
+    return None
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.partition(":")
+    value: Any = importlib.import_module(module)
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+class _Rewritten:
+    """Marks rewritten classes, and makes their instances pickle as base class and source."""
+
+    _nmconv_base: type[nn.Module]
+    _nmconv_methods: tuple[Method, ...]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        make, args, *rest = super().__reduce_ex__(protocol)
+        if make is not copyreg.__newobj__ or args != (type(self),):  # type: ignore[attr-defined]
+            return (make, args, *rest)  # the base class has its own way
+        return (_new, (self._nmconv_base, self._nmconv_methods), *rest)
+
+
+def _new(base: type[nn.Module], methods: tuple[Method, ...]) -> Any:
+    cls = rewritten(base, methods)
+    return cls.__new__(cls)
+
+
+def is_rewritten(module: nn.Module) -> bool:
+    """Whether the module's class is one of ours."""
+    return isinstance(module, _Rewritten)
+
+
+def rewritten(base: type[nn.Module], methods: tuple[Method, ...]) -> type[nn.Module]:
+    """The subclass of ``base`` with these methods in place of its own; one class for all who ask for the same."""
+    try:
+        return _cached(base, methods)
+    except TypeError:  # a global that cannot be hashed
+        return _make(base, methods)
+
+
+def _make(base: type[nn.Module], methods: tuple[Method, ...]) -> type[nn.Module]:
+    if issubclass(base, _Rewritten):
+        kept = tuple(method for method in base._nmconv_methods if method.name not in {new.name for new in methods})
+        return rewritten(base._nmconv_base, (*kept, *methods))
+    space: dict[str, Any] = {method.name: method.compile() for method in methods}
+    for name, function in space.items():
+        function.__qualname__ = f"{base.__qualname__}.{name}"
+        function.__module__ = base.__module__
+    space |= {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_nmconv_base": base,
+        "_nmconv_methods": methods,
+    }
+    return type(base)(base.__name__, (_Rewritten, base), space)
+
+
+_cached = lru_cache(maxsize=None)(_make)

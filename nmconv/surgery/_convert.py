@@ -1,0 +1,166 @@
+"""The public calls: plan, apply, both in one, and asking a model for its plan."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from nmconv.errors import NoEffectWarning, NoSitesError, PlanError
+from nmconv.graph import fingerprint, structure_of
+from nmconv.planning import Keep, Options, Plan, draw_up
+from nmconv.surgery._apply import Known, Surgery, copy_of
+from nmconv.surgery._guard import check_model, plan_of
+
+__all__ = ["apply_plan", "convert", "get_plan", "make_plan"]
+
+
+def make_plan(
+    model: nn.Module,
+    ratio: object = "2:1",
+    *,
+    keep: Keep = "last",
+    relocate: bool = False,
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = (),
+    linear: bool = False,
+    example_inputs: Any = None,
+) -> Plan:
+    """Decide which activations of a model stay, without touching it.
+
+    Args: as for :func:`convert`.
+
+    Returns:
+        The plan; print it, edit it, save it as JSON.
+
+    Raises: as :func:`convert` does.
+    """
+    options = Options(ratio, keep, bool(relocate), include, exclude, bool(linear))
+    plan, _ = _planned(check_model(model), options, example_inputs)
+    return plan
+
+
+def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
+    """Convert a model as a plan says.
+
+    Args:
+        model: The model the plan was made for, or one of the same structure.
+        plan: From :func:`make_plan`, ``Plan.edit`` or ``Plan.from_json``.
+        inplace: Change ``model`` itself instead of a copy.
+
+    Returns:
+        The converted model, of the same class, with the same ``state_dict`` keys.
+
+    Raises:
+        PlanError: If the plan is for another model.
+        ModelTypeError: If ``model`` is no plain module.
+        AlreadyConvertedError: If it was converted before.
+    """
+    check_model(model)
+    if not isinstance(plan, Plan):
+        raise PlanError(f"{type(plan).__name__} is no Plan; make one with nmconv.make_plan or Plan.from_json")
+    found = fingerprint(model)
+    if found != plan.fingerprint:
+        raise PlanError(
+            f"this plan is for a {plan.model} with fingerprint {plan.fingerprint}, the model is a "
+            f"{type(model).__name__} with {found}: make a plan for this model with nmconv.make_plan"
+        )
+    return _applied(model, plan, {}, inplace)
+
+
+def convert(
+    model: nn.Module,
+    ratio: object = "2:1",
+    *,
+    keep: Keep = "last",
+    relocate: bool = False,
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = (),
+    linear: bool = False,
+    example_inputs: Any = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """Turn a model's convolutions into N:M proportional units (arXiv 1709.06247): N convolutions, M activations.
+
+    Args:
+        model: Any module: a CNN of timm's, of torchvision's or your own, in any mode, dtype and device.
+        ratio: ``"N:M"``, a pair (N, M), or an ordered mapping from patterns to either or None (left alone), of which
+            the first that matches wins. A pattern is a glob on qualified names (``"layer3"`` stands for everything in
+            it), ``"re:..."``, or ``"stage:2"`` in timm's ``feature_info``.
+        keep: Which activations a unit keeps: ``"last"``, its boundary (the first ones where activations stand before
+            their convolutions), ``"first"``, the other end, ``"spread"``, evenly spaced, or a function from
+            :class:`nmconv.Unit` to the positions in ``unit.sites`` that stay.
+        relocate: Move the kept activation to the unit's end where the unit's last convolution has none, behind its
+            norm and residual add.
+        include: Pattern or patterns; everything else is left alone.
+        exclude: Pattern or patterns of what is left alone.
+        linear: Count ``nn.Linear`` as a convolution.
+        example_inputs: What the model is called with: a tensor, a tuple of arguments, or a dict of keyword arguments.
+            Only their structure, shapes and dtypes are used.
+        inplace: Convert ``model`` itself instead of a copy.
+
+    Returns:
+        The converted model: the same class, methods and ``state_dict`` keys. :func:`get_plan` tells what was done.
+
+    Raises:
+        RatioError, PatternError, OptionError: For an argument that is none; nothing has been touched then.
+        NoSitesError: If no activation of the model belongs to a convolution.
+        ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted.
+        AlreadyConvertedError: If it was converted before.
+
+    Warns:
+        NoEffectWarning: If nothing changes.
+    """
+    options = Options(ratio, keep, bool(relocate), include, exclude, bool(linear))
+    plan, known = _planned(check_model(model), options, example_inputs)
+    return _applied(model, plan, known, inplace)
+
+
+def get_plan(model: nn.Module) -> Plan | None:
+    """The plan that a model was converted by, or None if it was not."""
+    return plan_of(model)
+
+
+def _planned(model: nn.Module, options: Options, example_inputs: Any) -> tuple[Plan, Known]:
+    """The plan, with what cannot be rewritten locked, and the methods that were written to find that out."""
+    options.check()
+    structure = structure_of(model, linear=options.linear, example_inputs=example_inputs)
+    if not any(item.act is not None for chain in structure.chains for item in chain.items):
+        raise NoSitesError(_no_sites(model, structure.untraced, options.linear))
+    identity = fingerprint(model)
+    locked: dict[int, str] = {}
+    known: Known = {}
+    while True:
+        plan = draw_up(structure, options, identity, locked)
+        failures = Surgery(model, plan, known).failures()
+        if not failures:
+            return plan, known
+        for index, site in enumerate(plan.sites):
+            places = [(site.owner, site.method)] if site.how == "rewrite" and site.action != "keep" else []
+            places += [(site.place.owner, site.place.method)] if site.place is not None else []
+            for place in places:
+                if place in failures:
+                    locked[index] = str(failures[place])
+
+
+def _no_sites(model: nn.Module, untraced: Any, linear: bool) -> str:
+    text = f"no activation of this {type(model).__name__} belongs to a convolution"
+    if untraced:
+        parts = "; ".join(f"{part.name or 'the model itself'}: {part.reason}" for part in untraced[:3])
+        return f"{text} that could be traced ({parts}): pass example_inputs"
+    return text if linear else f"{text}; linear=True counts linear layers as well"
+
+
+def _applied(model: nn.Module, plan: Plan, known: Known, inplace: bool) -> nn.Module:
+    if not plan.changes:
+        warnings.warn(
+            f"nothing to change in this {type(model).__name__} at {plan.ratio}: every unit has few enough activations",
+            NoEffectWarning,
+            stacklevel=3,
+        )
+    if not inplace:
+        model = copy_of(model)
+    Surgery(model, plan, known).commit()
+    return model

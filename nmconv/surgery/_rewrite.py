@@ -1,0 +1,118 @@
+"""Editing one method's graphs: activations taken out of it, and put into it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.fx import Node
+
+from nmconv.errors import RewriteError
+from nmconv.graph import FlowTracer, MethodTrace, trace_method
+from nmconv.planning import Place, Site
+from nmconv.surgery._classes import Method
+from nmconv.surgery._source import method_source
+
+__all__ = ["Edit", "rewrite"]
+
+
+@dataclass
+class Edit:
+    """What is to be done to one method.
+
+    Attributes:
+        remove: Sites whose calls go.
+        insert: Pairs of a place and the name of the child that is called on its value.
+    """
+
+    takes: str
+    remove: list[Site] = field(default_factory=list)
+    insert: list[tuple[Place, str]] = field(default_factory=list)
+
+
+def rewrite(model: nn.Module, path: str, method: str, edit: Edit, sites: Sequence[Site]) -> Method:
+    """The method of the module at ``path`` with the edit done.
+
+    Args:
+        model: Read only.
+        path: Qualified name of the method's owner.
+        method: The method's name.
+        edit: What to do.
+        sites: All sites of the plan.
+
+    Raises:
+        RewriteError: If the method cannot be traced faithfully, if a call the plan names is not in it, or if it is
+            called several times in one forward, so that one decision would change several calls.
+    """
+    owner = model.get_submodule(path)
+    trace = trace_method(owner, path, method, edit.takes)
+    for tracer, modes, training in _graphs(trace):
+        for place, child in edit.insert:
+            _insert(tracer, place, child)
+        for site in edit.remove:
+            if site.modes in modes:
+                _check_steps(tracer, site, modes, training, model, sites)
+                _remove(tracer, site, training, model)
+    return method_source(owner, method, trace)
+
+
+def _graphs(trace: MethodTrace) -> Iterable[tuple[FlowTracer, tuple[str, ...], bool]]:
+    if trace.train is trace.eval:
+        return [(trace.eval, ("both", "eval", "train"), False)]
+    return [(trace.eval, ("both", "eval"), False), (trace.train, ("both", "train"), True)]
+
+
+def _calls(tracer: FlowTracer, site: Site, model: nn.Module) -> dict[int, Node]:
+    """The calls of the site's activation in the graph, by number."""
+    module = None if site.function else model.get_submodule(site.name)
+    return {
+        call.step: node
+        for node, call in tracer.acts.items()
+        if call.method == site.method and call.function == site.function and call.module is module
+    }
+
+
+def _remove(tracer: FlowTracer, site: Site, training: bool, model: nn.Module) -> None:
+    step = site.train_step if training or site.modes == "train" else site.step
+    node = _calls(tracer, site, model).get(step or 0)
+    if node is None:
+        raise RewriteError(f"{site.id} is not in {site.owner or 'the model'}.{site.method}: was the model changed?")
+    value = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))
+    if not isinstance(value, Node):
+        raise RewriteError(f"{site.id} is called on something that is no tensor")
+    if site.copy:
+        with tracer.graph.inserting_before(node):
+            value = tracer.graph.call_method("clone", (value,))
+    node.replace_all_uses_with(value)
+    tracer.graph.erase_node(node)
+    del tracer.acts[node]
+
+
+def _insert(tracer: FlowTracer, place: Place, child: str) -> None:
+    for node, (_, label, number) in tracer.where.items():
+        if label == place.op and number == place.call:
+            with tracer.graph.inserting_after(node):
+                added = tracer.graph.call_module(child, (node,))
+            node.replace_all_uses_with(added)
+            added.args = (node,)
+            return
+    raise RewriteError(f"{place.op}#{place.call} is not in {place.owner}.{place.method}: was the model changed?")
+
+
+def _check_steps(
+    tracer: FlowTracer, site: Site, modes: tuple[str, ...], training: bool, model: nn.Module, sites: Sequence[Site]
+) -> None:
+    """The method's calls of this activation must be those the plan knows: else one stands for several."""
+    like = (site.owner, site.method, site.name, site.function)
+    known = {
+        (other.train_step if training or other.modes == "train" else other.step)
+        for other in sites
+        if (other.owner, other.method, other.name, other.function) == like and other.modes in modes
+    }
+    seen = tracer.first_calls.setdefault(like, set(_calls(tracer, site, model)))
+    if seen != known:
+        raise RewriteError(
+            f"{site.owner or 'the model'}.{site.method} makes {len(seen)} calls of {site.name or 'it'} where a whole "
+            f"forward makes {len(known)}: one decision would change several"
+        )

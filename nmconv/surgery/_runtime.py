@@ -1,0 +1,46 @@
+"""What rewritten methods call besides torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nmconv.errors import RewriteError
+
+__all__ = ["check", "iadd", "imul", "isub", "itruediv"]
+
+
+def check(value: Any, expected: Any, method: str, name: str) -> None:
+    """Raise RewriteError unless a non-tensor argument is what the method was rewritten for."""
+    if value is expected:
+        return
+    if isinstance(value, torch.Tensor) or type(value) is not type(expected) or value != expected:
+        raise RewriteError(
+            f"{method} was rewritten by nmconv for {name}={expected!r} and is called with {value!r}: convert the "
+            "original model with example_inputs that call it like this"
+        )
+
+
+def iadd(value: Any, other: Any) -> Any:
+    """``value += other``."""
+    value += other
+    return value
+
+
+def isub(value: Any, other: Any) -> Any:
+    """``value -= other``."""
+    value -= other
+    return value
+
+
+def imul(value: Any, other: Any) -> Any:
+    """``value *= other``."""
+    value *= other
+    return value
+
+
+def itruediv(value: Any, other: Any) -> Any:
+    """``value /= other``."""
+    value /= other
+    return value

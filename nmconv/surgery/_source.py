@@ -1,0 +1,140 @@
+"""From a traced method, its graphs edited, to Python source."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph
+
+from nmconv.errors import RewriteError
+from nmconv.graph import FlowTracer, MethodTrace
+from nmconv.surgery import _runtime
+from nmconv.surgery._classes import Method
+
+__all__ = ["method_source"]
+
+
+def method_source(module: nn.Module, name: str, trace: MethodTrace) -> Method:
+    """The method that does what the graphs of ``trace`` say, with the signature of the one it replaces.
+
+    Arguments that are no tensors have the values they were traced with; a call with others raises RewriteError.
+    """
+    signature = inspect.signature(getattr(type(module), name))
+    bound: dict[str, Any] = {"_check": _runtime.check}
+    mutated = _final_containers(trace, signature)
+    parts = [_function("_eval", trace.eval, bound)]
+    two = trace.train is not trace.eval
+    if two:
+        parts.append(_function("_train", trace.train, bound))
+    head, passed = _arguments(signature, trace, name, bound)
+    call = f"(_train if self.training else _eval)(self{passed})" if two else f"_eval(self{passed})"
+    body = [f"    result = {call}"] if mutated else [f"    return {call}"]
+    if mutated:
+        body = [f"    result, lists = {call}"]
+        body += [f"    {target}[:] = lists[{at}]" for at, target in enumerate(mutated)]
+        body += ["    return result"]
+    source = "\n\n".join([*parts, "\n".join([*head, *body])]) + "\n"
+    return Method.with_globals(name, source, bound)
+
+
+def _function(name: str, tracer: FlowTracer, bound: dict[str, Any]) -> str:
+    graph = tracer.graph
+    _keep_numbers_apart(graph)
+    code = graph.python_code("self")
+    for key, value in code.globals.items():
+        if key in bound and bound[key] is not value:
+            raise RewriteError(f"two meanings of the name {key}")
+        bound[key] = value
+    lines = [line for line in code.src.strip("\n").split("\n") if line.strip()]
+    start = next(index for index, line in enumerate(lines) if line.startswith("def "))
+    arguments = lines[start].partition("(")[2].rpartition(")")[0]
+    first = "(".join(["def " + name, arguments])
+    return "\n".join([first.partition(")")[0] + "):", *lines[start + 1 :]])
+
+
+def _keep_numbers_apart(graph: Graph) -> None:
+    """fx writes ``a += b`` as a statement, which for a number would change every later reading of ``a``."""
+    for node in graph.nodes:
+        if node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator":
+            name = getattr(node.target, "__name__", "")
+            if hasattr(_runtime, name):
+                node.target = getattr(_runtime, name)
+
+
+def _arguments(
+    signature: inspect.Signature, trace: MethodTrace, method: str, bound: dict[str, Any]
+) -> tuple[list[str], str]:
+    """The def line and the checks of the method, and the arguments it passes on."""
+    names, shown = [], []
+    for parameter in list(signature.parameters.values())[1:]:
+        prefix = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        if parameter.kind is parameter.KEYWORD_ONLY and not any(name.startswith("*") for name in shown):
+            shown.append("*")
+        text = prefix + parameter.name
+        if parameter.default is not parameter.empty:
+            bound[f"_default_{parameter.name}"] = parameter.default
+            text += f"=_default_{parameter.name}"
+        names.append(parameter)
+        shown.append(text)
+    head = [f"def {method}(self{''.join(', ' + text for text in shown)}):"]
+    given = signature.bind(None, *trace.arguments.args, **trace.arguments.kwargs)
+    passed: list[str] = []
+    for parameter in names:
+        if parameter.name in given.arguments:
+            value = given.arguments[parameter.name]
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            value = ()
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            value = {}
+        else:
+            value = parameter.default
+        _pass(value, parameter.name, method, head, passed)
+    return head, "".join(f", {text}" for text in passed)
+
+
+def _pass(value: Any, text: str, method: str, head: list[str], passed: list[str]) -> None:
+    """Pass on the tensors in one argument; check that the rest is as it was traced."""
+    if isinstance(value, torch.Tensor):
+        passed.append(text)
+    elif isinstance(value, (list, tuple)):
+        head.append(f"    _check(len({text}), {len(value)}, {method!r}, 'len({text})')")
+        for at, part in enumerate(value):
+            _pass(part, f"{text}[{at}]", method, head, passed)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            _pass(part, f"{text}[{key!r}]", method, head, passed)
+    elif value is None or isinstance(value, (bool, int, float, str)):
+        head.append(f"    _check({text}, {value!r}, {method!r}, {text!r})")
+    else:  # only a default can be anything else
+        head.append(f"    _check({text}, _default_{text}, {method!r}, {text!r})")
+
+
+def _final_containers(trace: MethodTrace, signature: inspect.Signature) -> list[str]:
+    """Names of lists among the arguments whose content the method replaces; the graphs are made to return them too."""
+    tracers = list(dict.fromkeys((trace.eval, trace.train)))
+    changed = [{name: value for name, value in _changed(tracer, signature)} for tracer in tracers]
+    if any(set(found) != set(changed[0]) for found in changed):
+        raise RewriteError("it changes a list it was given in one mode only")
+    if changed[0]:
+        for tracer, found in zip(tracers, changed, strict=True):
+            lists = [tracer.create_arg(list(found[name])) for name in changed[0]]
+            output = next(node for node in reversed(tracer.graph.nodes) if node.op == "output")
+            output.args = ((output.args[0], lists),)
+    return list(changed[0])
+
+
+def _changed(tracer: FlowTracer, signature: inspect.Signature) -> Iterator[tuple[str, Any]]:
+    given = signature.bind(None, *tracer.inputs[0], **tracer.inputs[1]).arguments
+    for now, before in tracer.containers:
+        keys = before.keys() if isinstance(before, dict) else range(len(before))
+        if len(now) == len(before) and all(now[key] is before[key] for key in keys):
+            continue
+        name = next((name for name, value in given.items() if value is now and isinstance(value, list)), None)
+        if name is not None:
+            yield name, now
+        elif now is not tracer.inputs[1]:
+            raise RewriteError("it changes a container inside its arguments")
