@@ -27,6 +27,8 @@ from nmconv.graph._tracer import FlowTracer
 __all__ = ["is_inplace", "lower"]
 
 _ALIASING = {Op.LAYOUT, Op.PASS, Op.DROP}
+# What else these are given is read for its shape, dtype or statistics: expand_as, view_as, type_as, ...
+_ONE_INPUT = {Op.NORM, Op.LAYOUT, Op.PASS, Op.DROP, Op.PAD, Op.BOUNDED}
 # Between a tensor and numbers these still make the tensor's main path.
 _ARITHMETIC = {Op.ADD, Op.MUL}
 
@@ -127,7 +129,7 @@ class _Lowering:
                 made.inputs = data
             elif made.op is Op.MUL and "div" in getattr(node.target, "__name__", str(node.target)):
                 made.op = Op.OTHER
-        elif made.op is Op.NORM:
+        elif made.op in _ONE_INPUT:
             made.inputs = data[:1]
 
     def _functional_conv(self, made: FlowNode, node: Node, data: list[int]) -> None:

@@ -1,0 +1,162 @@
+"""timm's and torchvision's models for the tests: how to build one, what to feed it, and the check that judges it.
+
+A name is ``timm/resnet18`` or ``torchvision/resnet18``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from oracle import assert_same, dropped
+from torch import nn
+
+import nmconv
+
+RATIOS = ("2:1", "3:2", "3:1", "4:1")
+_SIZES = (64, 96, 128, None)  # tried in turn; None is the model's own
+
+
+def all_names() -> list[str]:
+    """Every model of both zoos, torchvision's quantized ones aside (their convolutions are no floating-point ones)."""
+    vision = [name for name in torchvision.models.list_models() if not name.startswith("quantized")]
+    return [f"torchvision/{name}" for name in vision] + [f"timm/{name}" for name in timm.list_models()]
+
+
+def file_of(name: str) -> str:
+    """The timm file a model is defined in."""
+    from timm.models._registry import _model_to_module
+
+    return _model_to_module[name.removeprefix("timm/")]
+
+
+def build(name: str, device: str = "cpu") -> nn.Module:
+    """The model with random weights."""
+    library, _, model = name.partition("/")
+    with warnings.catch_warnings(), torch.device(device):
+        warnings.simplefilter("ignore")
+        if library == "timm":
+            return timm.create_model(model)
+        builder = torchvision.models.get_model_builder(model)
+        takes = inspect.signature(builder).parameters
+        options = {"weights_backbone": None} if "weights_backbone" in takes else {}
+        if model in ("googlenet", "inception_v3"):
+            options["init_weights"] = False  # scipy's truncated normal takes a minute
+        return builder(weights=None, **options)
+
+
+def is_detector(model: nn.Module) -> bool:
+    """Whether the model takes a list of images, and targets in train mode."""
+    return type(model).__module__.startswith("torchvision.models.detection")
+
+
+def inputs(model: nn.Module) -> Iterator[tuple[Any, ...]]:
+    """Arguments to try in turn, smallest first."""
+    kind = type(model).__module__
+    if is_detector(model):
+        yield ([torch.rand(3, 96, 96), torch.rand(3, 80, 96)],)
+    elif "optical_flow" in kind:
+        yield (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128))
+    elif "torchvision.models.video" in kind:
+        yield (torch.rand(2, 3, 16, 64, 64),)
+        yield (torch.rand(1, 3, 16, 224, 224),)
+    else:
+        config = getattr(model, "pretrained_cfg", None) or {}
+        channels, *own = config.get("input_size", (3, 224, 224))
+        sizes = (None,) if config.get("fixed_input_size") else _SIZES
+        for size in sizes:
+            yield (torch.rand(2, channels, *((size, size) if size else own)),)
+        if "inception" in kind:
+            yield (torch.rand(2, 3, 299, 299),)
+
+
+def targets() -> list[dict[str, torch.Tensor]]:
+    """What detectors are trained on: one box each, with label, mask and keypoints."""
+    masks = torch.zeros(1, 96, 96, dtype=torch.uint8)
+    masks[:, 20:60, 20:60] = 1
+    return [
+        {
+            "boxes": torch.tensor([[20.0, 20.0, 60.0, 60.0]]),
+            "labels": torch.tensor([1]),
+            "masks": masks[:, :height],
+            "keypoints": torch.tensor([[[30.0, 30.0, 1.0]] * 17]),
+        }
+        for height in (96, 80)
+    ]
+
+
+def run(model: nn.Module, args: tuple[Any, ...], *, training: bool) -> tuple[Any, dict[str, torch.Tensor]]:
+    """What the model returns in one mode, seeded, and its buffers after that; the buffers are put back."""
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    model.train(training)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        if training and is_detector(model):
+            args = (*args, targets())
+        output = model(*args)
+        after = {name: value.clone() for name, value in model.named_buffers()}
+        for name, value in model.named_buffers():
+            value.copy_(before[name])
+    return output, after
+
+
+def usable_inputs(model: nn.Module) -> tuple[Any, ...]:
+    """The first arguments the untouched model can be called with in both modes."""
+    problems = []
+    for args in inputs(model):
+        try:
+            for training in (False, True):
+                run(model, args, training=training)
+            return args
+        except Exception as error:
+            problems.append(f"{type(error).__name__}: {error}")
+    raise RuntimeError("no input fits: " + "; ".join(problems))
+
+
+def check(name: str, ratio: str = "2:1", **options: Any) -> nmconv.Plan:
+    """Convert the model and hold it against the oracle: the original, its dropped calls skipped at run time.
+
+    Both outputs and all buffers must be equal to the bit, in eval and in train mode with the same seed, and the keys
+    of the state_dict and the class must be the same.
+    """
+    torch.manual_seed(0)
+    model = build(name)
+    randomize(model)
+    args = usable_inputs(model)
+    plan = nmconv.make_plan(model, ratio, **options)
+    gone = [site for site in plan.sites if site.action == "drop"]
+    expected = []
+    for training in (False, True):
+        with dropped(model, gone) as log:
+            expected.append(run(model, args, training=training))
+        log.assert_all_hit(training=training)
+    log.assert_inplace_agrees()
+    keys, kind, methods = list(model.state_dict()), type(model), dir(type(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", nmconv.NoEffectWarning)
+        converted = nmconv.apply_plan(model, plan, inplace=True)
+    assert converted is model
+    assert list(converted.state_dict()) == keys
+    assert isinstance(converted, kind)
+    assert set(methods) <= set(dir(converted))
+    for training, wanted in zip((False, True), expected, strict=True):
+        output, buffers = run(converted, args, training=training)
+        assert_same(output, wanted[0])
+        assert_same(buffers, wanted[1])
+    return plan
+
+
+def randomize(model: nn.Module) -> None:
+    """Weights under which every activation matters: some initialisations make whole branches zero."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim <= 1 and not torch.any(parameter != 0):
+                parameter.uniform_(-0.1, 0.1, generator=generator)
+            elif parameter.ndim <= 1:
+                parameter.add_(torch.empty_like(parameter).uniform_(-0.1, 0.1, generator=generator))
