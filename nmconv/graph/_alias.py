@@ -1,4 +1,4 @@
-"""Which activations must leave a copy when they go: where two readers would come to share memory that is overwritten."""
+"""Which activations must leave a copy when they go: where readers would come to share memory that is overwritten."""
 
 from __future__ import annotations
 
@@ -67,4 +67,3 @@ def _family_of(flow: Flow, readers: list[list[int]], origin: int) -> set[int]:
                 family.add(reader)
                 todo.append(reader)
     return family
-

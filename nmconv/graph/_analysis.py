@@ -108,7 +108,7 @@ def _root_arguments(model: nn.Module, example_inputs: Any) -> Arguments:
     values = Values(model)
 
     def fake(value: Any) -> Any:
-            return map_proxies(value, values.like)
+        return map_proxies(value, values.like)
 
     if isinstance(example_inputs, dict):
         return Arguments((), fake(example_inputs))

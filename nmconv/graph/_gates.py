@@ -56,7 +56,7 @@ def _resolve(flow: Flow, node: FlowNode, values: Values, full: list[bool]) -> No
             # the branch stays on the main path; only the activation is the gate
             node.op = Op.GATED
             node.inputs = [source for source in operands if source not in acting] + acting
-        elif not acting or acting:
+        else:
             node.op = Op.OTHER
         return
     if gates:

@@ -26,6 +26,7 @@ from nmconv.graph._tracer import FlowTracer
 
 __all__ = ["is_inplace", "lower"]
 
+_ATTRIBUTES = {"T": Op.LAYOUT, "mT": Op.LAYOUT, "H": Op.LAYOUT, "mH": Op.LAYOUT, "data": Op.PASS}
 _ALIASING = {Op.LAYOUT, Op.PASS, Op.DROP}
 # What else these are given is read for its shape, dtype or statistics: expand_as, view_as, type_as, ...
 _ONE_INPUT = {Op.NORM, Op.LAYOUT, Op.PASS, Op.DROP, Op.PAD, Op.BOUNDED}
@@ -85,11 +86,10 @@ class _Lowering:
             return
         if not sources or self._reads_shape(node):
             return  # numbers, shapes, tensors made from them
-        module = self.tracer.root.get_submodule(str(node.target)) if node.op == "call_module" else None  # type: ignore[union-attr]
+        module = self.tracer.root.get_submodule(str(node.target)) if node.op == "call_module" else None
         op = self._op(node, module)
         inplace = is_inplace(node, module)
-        ordered = [node.args[0]] if node.args and node.args[0] in sources else []
-        ordered += [source for source in sources if source not in ordered]
+        ordered = sorted(sources, key=lambda source: not node.args or source is not node.args[0])  # the first first
         frame, label, number = self.tracer.where.get(node, (None, "", 0))
         made = FlowNode(
             0, op, [self.now[source] for source in ordered], node, frame=frame, label=label, number=number,
@@ -167,7 +167,7 @@ class _Lowering:
         if node.op == "call_method":
             return METHODS.get(str(node.target), Op.OTHER)
         if node.target is getattr:
-            return Op.LAYOUT if node.args[1] in ("T", "mT", "H", "mH") else Op.PASS if node.args[1] == "data" else Op.OTHER
+            return _ATTRIBUTES.get(str(node.args[1]), Op.OTHER)
         return FUNCTIONS.get(node.target, Op.OTHER)  # type: ignore[arg-type]
 
     def _reads_shape(self, node: Node) -> bool:

@@ -11,7 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["ACT_FUNCTIONS", "ACT_METHODS", "ACT_MODULES", "FUNCTIONS", "INPLACE_ARG", "METHODS", "MODULES", "PLAIN_ACTS", "Op"]
+__all__ = [
+    "ACT_FUNCTIONS",
+    "ACT_KINDS",
+    "ACT_METHODS",
+    "ACT_MODULES",
+    "FUNCTIONS",
+    "INPLACE_ARG",
+    "METHODS",
+    "MODULES",
+    "PLAIN_ACTS",
+    "SHAPE_ATTRIBUTES",
+    "SHAPE_FUNCTIONS",
+    "SHAPE_METHODS",
+    "Op",
+]
 
 
 class Op(Enum):
@@ -161,11 +175,16 @@ METHODS: dict[str, Op] = {name: op for op, names in _METHOD_NAMES.items() for na
 )
 # What reads only a tensor's shape or type: no flow of data.
 SHAPE_METHODS = frozenset(
-    "size dim numel nelement ndimension stride element_size is_contiguous is_floating_point get_device "
-    "new_empty new_zeros new_ones new_full".split()
+    (
+        *("size", "dim", "numel", "nelement", "ndimension", "stride", "element_size", "is_contiguous"),
+        *("is_floating_point", "get_device", "new_empty", "new_zeros", "new_ones", "new_full"),
+    )
 )
 SHAPE_ATTRIBUTES = frozenset(
-    "shape ndim dtype device layout is_cuda requires_grad is_meta is_sparse is_quantized itemsize nbytes".split()
+    (
+        *("shape", "ndim", "dtype", "device", "layout", "requires_grad", "itemsize", "nbytes"),
+        *("is_cuda", "is_meta", "is_sparse", "is_quantized"),
+    )
 )
 SHAPE_FUNCTIONS = frozenset(
     _functions("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "numel", "is_tensor")

@@ -54,7 +54,8 @@ def _fold(flow: Flow, add: int) -> None:
     node = flow.nodes[add]
     folded = [*convs, *inside, *_sums(flow, add)]
     node.op = Op.CONV
-    node.members = tuple(name for conv in sorted(convs) for name in (flow.nodes[conv].members or (flow.nodes[conv].name,)))
+    folded_convs = [flow.nodes[conv] for conv in sorted(convs)]
+    node.members = tuple(name for conv in folded_convs for name in conv.members or (conv.name,))
     node.inputs = list(sources)
     for index in folded:
         flow.nodes[index].op = Op.DEAD

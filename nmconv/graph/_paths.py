@@ -67,6 +67,6 @@ class Paths:
         """Longest path from ``start`` onwards, not into ``stop``; ``order`` visits a node after all it leads to."""
         best: dict[int, int] = {}
         for index in order:
-            own = self._flow.nodes[index].op is Op.CONV
-            best[index] = own + max((best[other] for other in onward[index] if other in best and other != stop), default=0)
+            further = [best[other] for other in onward[index] if other in best and other != stop]
+            best[index] = (self._flow.nodes[index].op is Op.CONV) + max(further, default=0)
         return best[start]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
+from torch.fx import Node
 
 from nmconv.graph import _zoo
-from nmconv.graph._chains import Ownership
 from nmconv.graph._flow import Flow
 from nmconv.graph._modules import is_sequential
 from nmconv.graph._ops import Op
@@ -24,10 +26,12 @@ class Ends:
     Args:
         flow: With gates resolved and parallel branches folded.
         mode_readers: Ids of modules whose forward asks for the mode: places in them differ between the modes.
+        methods: For nodes that the root itself makes, the method that does.
     """
 
-    def __init__(self, flow: Flow, mode_readers: set[int]) -> None:
+    def __init__(self, flow: Flow, mode_readers: set[int], methods: Mapping[Node, str]) -> None:
         self._flow = flow
+        self._methods = methods
         self._readers = mode_readers
         self._paths: Paths | None = None
         self._exposed = [False] * len(flow.nodes)
@@ -55,7 +59,9 @@ class Ends:
             return None, f"the forward of {frame.path or 'the model'} differs between eval and train mode"
         if is_sequential(frame.module):
             return Place(frame.path, "forward", label, number, "insert"), ""
-        return Place(frame.path, self._method(node.index), label, number, "rewrite"), ""
+        if self._methods.get(node.origin, "forward") != "forward":
+            return None, "the unit's end lies in another method than forward, which others may call on its own"
+        return Place(frame.path, "forward", label, number, "rewrite"), ""
 
     def _end(self, conv: int) -> int:
         flow, at = self._flow, conv
@@ -79,6 +85,3 @@ class Ends:
         fork = self._paths.fork(operands)
         lengths = {operand: self._paths.convs_above(operand, fork) for operand in operands}
         return add if lengths.get(at, -1) == max(lengths.values()) else at
-
-    def _method(self, index: int) -> str:
-        return "forward"

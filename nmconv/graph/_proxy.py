@@ -1,57 +1,65 @@
-"""Proxies for fx that pass for tensors, record in-place operators, and let the tracer answer control flow."""
+"""Proxies for fx that record in-place operators and let the tracer answer control flow, and an honest isinstance."""
 
 from __future__ import annotations
 
+import builtins
+import dis
 import operator
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.fx.proxy import Proxy
+from torch.fx.proxy import Attribute, Proxy
 
-__all__ = ["TensorProxy"]
+__all__ = ["TensorProxy", "patched_isinstance"]
 
 
-class TensorProxy(Proxy):
-    """A proxy that ``isinstance`` takes for a tensor.
+class _Answering:
+    """What both kinds of proxy add to fx's: length, iteration and numbers are asked of the tracer."""
 
-    fx's own proxies are no tensors to ``isinstance``, so a forward that asks would take the wrong branch without a
-    word; and fx records ``x += y`` as ``x = x + y``, which loses who shares memory with whom.
-    """
-
-    _is_param = False  # what isinstance asks of tensors for nn.Parameter
-    _is_buffer = False  # and for nn.Buffer
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return torch.Tensor
+    node: Any
+    tracer: Any
 
     def __iter__(self) -> Iterator[Any]:
         """Unpacking works as in fx; any other iteration asks the tracer for the length."""
-        import dis
-        import sys
-
         caller = sys._getframe(1)
         at = caller.f_lasti
-        name = next((step for step in dis.get_instructions(caller.f_code) if step.offset == at), None)
-        if name is not None and name.opname == "UNPACK_SEQUENCE":
-            return (self[index] for index in range(name.argval))
+        step = next((step for step in dis.get_instructions(caller.f_code) if step.offset == at), None)
+        if step is not None and step.opname == "UNPACK_SEQUENCE":
+            return iter([self[index] for index in range(step.argval)])  # type: ignore[index]
         return self.tracer.iter(self)
 
     def __len__(self) -> int:
-        return self.tracer.length_of(self)  # type: ignore[union-attr]
+        return self.tracer.length_of(self)
 
     def __index__(self) -> int:
-        return operator.index(self.tracer.value_of(self.node))  # type: ignore[union-attr]
+        return operator.index(self.tracer.value_of(self.node))
 
     def __int__(self) -> int:
-        return int(self.tracer.value_of(self.node))  # type: ignore[union-attr]
+        return int(self.tracer.value_of(self.node))
 
     def __float__(self) -> float:
-        return float(self.tracer.value_of(self.node))  # type: ignore[union-attr]
+        return float(self.tracer.value_of(self.node))
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+
+class AttributeProxy(_Answering, Attribute):
+    """A proxy of an attribute, such as ``x.shape``; one that is called becomes a method call."""
+
+
+class TensorProxy(_Answering, Proxy):
+    """A proxy of a value. fx's own records ``x += y`` as ``x = x + y``, which loses who shares memory with whom."""
+
+    def __getattr__(self, k: str) -> Any:
+        if k == "device":
+            known = self.tracer.known_device()
+            if known is not None:
+                return known
+        return AttributeProxy(self, k)
 
 
 def _inplace(name: str) -> Any:
@@ -66,3 +74,35 @@ def _inplace(name: str) -> Any:
 
 for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"):
     setattr(TensorProxy, f"__{_name}__", _inplace(_name))
+
+
+def _isinstance(value: Any, classes: Any) -> bool:
+    """``isinstance`` for which a proxy is what it stands for: a tensor, or a number computed from shapes."""
+    if type(value) is TensorProxy:
+        wanted = classes if builtins.isinstance(classes, tuple) else (classes,)
+        return (int if value.tracer.is_number(value.node) else torch.Tensor) in wanted
+    return builtins.isinstance(value, classes)
+
+
+@contextmanager
+def patched_isinstance() -> Iterator[Any]:
+    """A function that gives a module's globals the honest ``isinstance`` until the end of the context.
+
+    Without it a forward that asks whether its input is a tensor takes the wrong branch without a word. Python code
+    alone sees it: torch's C++ asks on its own, and must not be lied to.
+    """
+    patched: dict[int, dict[str, Any]] = {}
+
+    def patch(space: dict[str, Any]) -> None:
+        if id(space) not in patched and "isinstance" not in space:
+            patched[id(space)] = space
+            space["isinstance"] = _isinstance
+
+    is_tensor = torch.is_tensor
+    torch.is_tensor = lambda obj: _isinstance(obj, torch.Tensor)  # type: ignore[assignment]
+    try:
+        yield patch
+    finally:
+        torch.is_tensor = is_tensor
+        for space in patched.values():
+            del space["isinstance"]

@@ -74,7 +74,7 @@ class _Builder:
 
     def _take(self, analysis: Analysis, mode: str) -> None:
         for traced in analysis.traced:
-            ends = Ends(traced.flow, analysis.mode_readers)
+            ends = Ends(traced.flow, analysis.mode_readers, traced.tracer.methods)
             keys: dict[int, _Key] = {}
             hashes = _local_hashes(traced.flow)
             repeated: set[_Key] = set()
@@ -109,7 +109,7 @@ class _Builder:
             if value == local and other[:4] == base:
                 return other
         calls = [other for other in self.local if other[:4] == base]
-        return key if key not in calls or len(calls) == 1 and call.call == 1 else (*base, -call.call)
+        return key if key not in calls or (len(calls) == 1 and call.call == 1) else (*base, -call.call)
 
     def _see(self, key: _Key, node: FlowNode, traced: Traced, mode: str) -> bool:
         """Note the call; True if it was there already in this mode (its owner is called several times)."""
@@ -216,7 +216,10 @@ class _Builder:
             )
             chains.append(Chain(kept, pre, mode))
         activations = [self._described(key) for key in ordered]
-        broken = {name: error for analysis in analyses for name, error in analysis.broken.items()}
+        broken: dict[str, tuple[BaseException, str]] = {}
+        for analysis, mode in zip(analyses, ("", " (in train mode only)"), strict=False):
+            for name, error in analysis.broken.items():
+                broken.setdefault(name, (error, mode))
         activations += self._unseen(broken)
         return Structure(
             model=type(self.model).__name__,
@@ -224,7 +227,7 @@ class _Builder:
             chains=tuple(chains),
             leading=tuple((index[key], reason) for key, reason in stays.items()),
             stages=_zoo.stage_names(self.model),
-            untraced=tuple(_untraced(name, error, examples) for name, error in broken.items()),
+            untraced=tuple(_untraced(name, *why, examples) for name, why in broken.items()),
         )
 
     def _described(self, key: _Key) -> Activation:
@@ -262,7 +265,7 @@ class _Builder:
     def _slots_of(owner: nn.Module, module: nn.Module) -> list[str]:
         return [slot for slot, child in owner._modules.items() if child is module]
 
-    def _unseen(self, broken: dict[str, BaseException]) -> Iterator[Activation]:
+    def _unseen(self, broken: Iterable[str]) -> Iterator[Activation]:
         """Activation modules that no trace has met."""
         met = {id(seen.module) for seen in self.seen.values()}
         for name, module in self.model.named_modules():
@@ -305,14 +308,14 @@ def _calls(analyses: Iterable[Analysis]) -> dict[str, list[Arguments]]:
     return calls
 
 
-def _untraced(name: str, error: BaseException, examples: bool) -> Untraced:
+def _untraced(name: str, error: BaseException, mode: str, examples: bool) -> Untraced:
     text = str(error).strip().split("\n")[0][:200]
     hint = (
         "What its children do was analysed one by one; what it does itself is left as it is"
         if examples
         else "Pass example_inputs to reach it if shapes decide; its children were analysed one by one"
     )
-    return Untraced(name, f"{type(error).__name__}: {text}", hint)
+    return Untraced(name, f"{type(error).__name__}: {text}{mode}", hint)
 
 
 def _local_hashes(flow: Flow) -> dict[int, int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Proxy
 
 from nmconv.errors import RewriteError
 from nmconv.graph._tracer import Arguments, UnknownTensor
@@ -42,7 +43,7 @@ def _encode_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _encode(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, (Proxy, torch.Tensor)):
         return _TENSOR
     if value is None or type(value) in (bool, int, float):
         return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Graph, Node, Tracer
-from torch.fx.proxy import Attribute, Proxy, TraceError
+from torch.fx.proxy import Proxy, TraceError
 
 from nmconv.graph import _zoo
 from nmconv.graph._modules import leaf_op
 from nmconv.graph._ops import ACT_FUNCTIONS, ACT_METHODS, Op
-from nmconv.graph._proxy import TensorProxy
+from nmconv.graph._proxy import AttributeProxy, TensorProxy, patched_isinstance
 from nmconv.graph._values import Unknown, Values
 
 __all__ = ["ActCall", "Arguments", "FlowTracer", "Frame", "UnknownTensor", "map_proxies"]
@@ -93,7 +94,10 @@ class FlowTracer(Tracer):
         self.mode_readers = mode_readers
         self.where: dict[Node, tuple[Frame, str, int]] = {}
         self.acts: dict[Node, ActCall] = {}
+        self.methods: dict[Node, str] = {}
         self.dead: set[Node] = set()
+        self.numbers: set[Node] = set()
+        self.shapes: set[Node] = set()
         self.opaque: set[Node] = set()
         self.broken: dict[str, BaseException] = {}
         self.constants: dict[str, torch.Tensor] = {}
@@ -124,7 +128,9 @@ class FlowTracer(Tracer):
         self._state = self._ambient()
         self.stack = [Frame(root, path)]
         self.prefix = f"{path}." if path else ""
-        return self.trace(root)
+        with patched_isinstance() as self._patch_isinstance:
+            self._patch_isinstance(getattr(getattr(type(root), self.traced_func_name), "__globals__", {}))
+            return self.trace(root)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -169,10 +175,10 @@ class FlowTracer(Tracer):
 
     def create_arg(self, a: Any) -> Any:
         kind = type(a)
-        if kind is TensorProxy or kind is Attribute:
+        if kind is TensorProxy or kind is AttributeProxy:
             return a.node
         if isinstance(a, torch.Tensor):
-            name = self._attributes.get(id(a))
+            name = self._attributes.get(id(a)) or self.tensor_attrs.get(a)
             if name is None:
                 if not self.deep:
                     raise TraceError("a tensor made inside the forward would be frozen into it")
@@ -182,13 +188,14 @@ class FlowTracer(Tracer):
                 self.values.set(node, a)
                 return node
             return self.create_node("get_attr", name, (), {})
-        if isinstance(a, nn.Module) or callable(a) and not isinstance(a, type):
+        if isinstance(a, nn.Module) or (callable(a) and not isinstance(a, type)):
             return super().create_arg(a) if not self.deep else repr(type(a))
         return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         node = super().create_node(*args, **kwargs)
         self._size += 1
+        self._note_number(node)
         return node
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Proxy:
@@ -204,7 +211,7 @@ class FlowTracer(Tracer):
         return proxy
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
-        if isinstance(attr_val, torch.Tensor) and type(attr_val) is not TensorProxy:
+        if isinstance(attr_val, torch.Tensor):
             name = self._attributes.get(id(attr_val))
             if name is not None:
                 if name not in parameter_proxy_cache:
@@ -258,6 +265,14 @@ class FlowTracer(Tracer):
     def iter(self, obj: Proxy) -> Iterator[Any]:
         return iter([obj[index] for index in range(self.length_of(obj))])  # type: ignore[index]
 
+    def known_device(self) -> torch.device | None:
+        """The model's device, for analysis; a rewritten method must ask its input."""
+        return self.values.device if self.deep else None
+
+    def is_number(self, node: Node) -> bool:
+        """Whether the node is a number computed from shapes."""
+        return node in self.numbers
+
     def length_of(self, obj: Proxy) -> int:
         """What ``len`` gives for a proxy."""
         return len(self.value_of(obj.node))
@@ -274,6 +289,7 @@ class FlowTracer(Tracer):
             if _zoo.is_norm_act(m):
                 result = self._norm_act(m, name, args, kwargs)
             else:
+                self._patch_isinstance(getattr(m.forward, "__globals__", {}))
                 # not m(...): hooks are the user's, and are not to see proxies
                 result = m.forward(*args, **kwargs)
         except Exception as error:
@@ -294,7 +310,7 @@ class FlowTracer(Tracer):
         return result
 
     def _norm_act(self, m: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """timm's norm + act, in its three parts; its own code would inline the norm."""
+        """Timm's norm + act, in its three parts; its own code would inline the norm."""
         proxy: Any = self.create_proxy("call_module", name, args, kwargs)
         self._note(proxy.node, "norm")
         drop = getattr(m, "drop", None)
@@ -308,6 +324,28 @@ class FlowTracer(Tracer):
         if not counted:
             frame.labels[label] += 1
         self.where[node] = (frame, label, frame.labels[label])
+        if frame.parent is None and self.deep:
+            self.methods[node] = self._method(frame)
+
+    def _note_number(self, node: Node) -> None:
+        """Remember what is a shape, and what is a number computed from shapes."""
+        sources = node.all_input_nodes
+        if node.op == "call_method" and node.target in ("size", "dim", "numel", "stride"):
+            (self.shapes if node.target in ("size", "stride") and len(node.args) == 1 else self.numbers).add(node)
+        elif node.target is getattr:
+            if node.args[1] == "shape":
+                self.shapes.add(node)
+            elif node.args[1] == "ndim":
+                self.numbers.add(node)
+        elif node.target is operator.getitem and sources and sources[0] in self.shapes:
+            (self.shapes if isinstance(node.args[1], slice) else self.numbers).add(node)
+        elif (
+            node.op == "call_function"
+            and sources
+            and getattr(node.target, "__module__", "") in ("_operator", "math")
+            and all(source in self.numbers for source in sources)
+        ):
+            self.numbers.add(node)
 
     def _note_act(self, node: Node, module: nn.Module | None, name: str, function: str | None) -> None:
         frame = self.stack[-1]
@@ -315,15 +353,13 @@ class FlowTracer(Tracer):
         what = function or id(module)
         frame.acts[what] += 1
         frame.acts[what, method] += 1
-        self.acts[node] = ActCall(
-            frame, method, module, name, function, frame.acts[what], frame.acts[what, method]
-        )
+        self.acts[node] = ActCall(frame, method, module, name, function, frame.acts[what], frame.acts[what, method])
 
     @staticmethod
     def _method(frame: Frame) -> str:
         """The name of the innermost method of the frame's module that is running."""
-        at: Any = sys._getframe(3)
-        while at is not None:
+        at: Any = None if _zoo.is_norm_act(frame.module) else sys._getframe(3)
+        while at:
             code = at.f_code
             if code.co_argcount and at.f_locals.get(code.co_varnames[0]) is frame.module:
                 found = getattr(type(frame.module), code.co_name, None)
@@ -377,7 +413,7 @@ def _relative(owner: nn.Module, child: nn.Module, name: str) -> str:
 
 def map_proxies(value: Any, function: Callable[[Any], Any]) -> Any:
     """A copy of nested tuples, lists and dicts with ``function`` of every tensor and proxy in it."""
-    if type(value) is TensorProxy or isinstance(value, torch.Tensor):
+    if isinstance(value, (Proxy, torch.Tensor)):
         return function(value)
     if isinstance(value, tuple):
         parts = [map_proxies(part, function) for part in value]
@@ -391,7 +427,7 @@ def map_proxies(value: Any, function: Callable[[Any], Any]) -> Any:
 
 def _collect(value: Any, found: list[Any], seen: set[int]) -> None:
     """All proxies in a value, looking into containers and plain objects."""
-    if type(value) is TensorProxy or type(value) is Attribute:
+    if isinstance(value, Proxy):
         found.append(value)
     elif id(value) in seen or isinstance(value, (str, bytes, type, nn.Module)):
         return

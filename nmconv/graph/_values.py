@@ -6,11 +6,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.fx.proxy import TraceError
-from torch import nn
 
 __all__ = ["Unknown", "Values", "fake_input"]
 

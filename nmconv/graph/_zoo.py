@@ -6,7 +6,6 @@ Neither is imported unless the program has done so already: a model of theirs ca
 from __future__ import annotations
 
 import sys
-from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -57,11 +56,15 @@ _NORM_ACTS = frozenset(f"timm.layers.{name}" for name in _TIMM_NORM_ACTS.split()
 _ACTS = {f"timm.layers.{name}": kind for name, kind in _TIMM_ACTS.items()}
 
 
-@lru_cache(maxsize=None)
+_paths: dict[Any, str] = {}
+
+
 def _path(cls: type[nn.Module]) -> str:
     """The class's full name; timm's layers by package, since their files move."""
-    home = "timm.layers" if cls.__module__.startswith("timm.layers.") else cls.__module__
-    return f"{home}.{cls.__qualname__}"
+    if cls not in _paths:
+        home = "timm.layers" if cls.__module__.startswith("timm.layers.") else cls.__module__
+        _paths[cls] = f"{home}.{cls.__qualname__}"
+    return _paths[cls]
 
 
 def module_op(cls: type[nn.Module]) -> Op | None:

@@ -73,10 +73,12 @@ class Site:
 
     @property
     def id(self) -> str:
-        """What names it in :meth:`Plan.edit`: ``layer1.0.relu#2``, or ``Mixed_5b.branch1x1:relu#1``."""
+        """What names it in :meth:`Plan.edit`: ``layer1.0.relu#2``, or ``Mixed_5b.branch1x1:relu#1``, one of a kind."""
         function = f":{self.function}" if self.function else ""
         train = "(train)" if self.modes == "train" else ""
-        return f"{self.name}{function}#{self.call}{train}"
+        # a call through another module than the one that holds it says who calls
+        caller = "" if self.function or self.name.rpartition(".")[0] == self.owner else f"@{self.owner}"
+        return f"{self.name}{function}#{self.call}{caller}{train}"
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,9 @@ class Plan:
     convs: int
     sites: tuple[Site, ...]
     untraced: tuple[Untraced, ...] = ()
+
+    def __deepcopy__(self, memo: object) -> Plan:
+        return self  # nothing in it can change
 
     @property
     def counts(self) -> Counts:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nmconv.errors import OptionError
 
-__all__ = ["Keep", "Unit", "choose", "check_keep"]
+__all__ = ["Keep", "Unit", "check_keep", "choose"]
 
 
 @dataclass(frozen=True)

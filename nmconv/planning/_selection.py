@@ -97,8 +97,7 @@ class Rules:
         if not found:
             raise PatternError(
                 f"{option}: {pattern!r} matches no convolution or activation of the model; names are qualified names "
-                "as named_modules() gives them, for instance "
-                + ", ".join(spot.names[0] for spot in self._spots[:3])
+                "as named_modules() gives them, for instance " + ", ".join(spot.names[0] for spot in self._spots[:3])
             )
         return found
 
@@ -108,7 +107,7 @@ class Rules:
             raise PatternError(f"{pattern!r}: the model has no feature_info (timm); give a glob on qualified names")
         if not number.isdecimal() or int(number) >= len(self._stages):
             raise PatternError(f"{pattern!r}: stages are numbered 0 to {len(self._stages) - 1} here")
-        ends = []
+        ends: list[int] = []
         for module in self._stages:
             inside = [spot.order for spot in self._spots if module in _with_parents(spot.names)]
             ends.append(max(inside, default=max(ends, default=-1)))
@@ -125,7 +124,7 @@ def _listed(patterns: object, option: str) -> tuple[str, ...]:
 
 
 def _with_parents(names: Iterable[str]) -> set[str]:
-    found = set()
+    found: set[str] = set()
     for name in names:
         parts = name.split(".")
         found.update(".".join(parts[:length]) for length in range(1, len(parts) + 1))

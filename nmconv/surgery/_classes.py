@@ -1,4 +1,4 @@
-"""Classes with other methods that are still themselves: rewritten modules keep isinstance, name, pickling and copying."""
+"""Classes with other methods that are still themselves: isinstance, name, pickling and copying stay."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def _import_path(value: Any) -> str | None:
     """``module:name`` under which the very object can be imported, or None."""
     name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
     for module in (getattr(value, "__module__", None), "torch", "torch.nn.functional", "torch._C._nn", "builtins"):
-        for candidate in (name, getattr(value, "__name__", None)):
+        candidates: tuple[Any, ...] = (name, getattr(value, "__name__", None))
+        for candidate in candidates:
             if module and isinstance(candidate, str) and "<" not in candidate:
                 try:
                     if _imported(f"{module}:{candidate}") is value:
@@ -84,7 +85,8 @@ class _Rewritten:
     _nmconv_methods: tuple[Method, ...]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        make, args, *rest = super().__reduce_ex__(protocol)
+        reduced: tuple[Any, ...] = super().__reduce_ex__(protocol)  # type: ignore[assignment]
+        make, args, *rest = reduced
         if make is not copyreg.__newobj__ or args != (type(self),):  # type: ignore[attr-defined]
             return (make, args, *rest)  # the base class has its own way
         return (_new, (self._nmconv_base, self._nmconv_methods), *rest)
@@ -103,7 +105,7 @@ def is_rewritten(module: nn.Module) -> bool:
 def rewritten(base: type[nn.Module], methods: tuple[Method, ...]) -> type[nn.Module]:
     """The subclass of ``base`` with these methods in place of its own; one class for all who ask for the same."""
     try:
-        return _cached(base, methods)
+        return _cached(base, methods)  # type: ignore[arg-type]
     except TypeError:  # a global that cannot be hashed
         return _make(base, methods)
 
@@ -123,7 +125,8 @@ def _make(base: type[nn.Module], methods: tuple[Method, ...]) -> type[nn.Module]
         "_nmconv_base": base,
         "_nmconv_methods": methods,
     }
-    return type(base)(base.__name__, (_Rewritten, base), space)
+    metaclass: Any = type(base)
+    return metaclass(base.__name__, (_Rewritten, base), space)
 
 
 _cached = lru_cache(maxsize=None)(_make)

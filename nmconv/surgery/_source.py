@@ -57,7 +57,7 @@ def _function(name: str, tracer: FlowTracer, bound: dict[str, Any]) -> str:
 
 
 def _keep_numbers_apart(graph: Graph) -> None:
-    """fx writes ``a += b`` as a statement, which for a number would change every later reading of ``a``."""
+    """Fx writes ``a += b`` as a statement, which for a number would change every later reading of ``a``."""
     for node in graph.nodes:
         if node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator":
             name = getattr(node.target, "__name__", "")
@@ -69,9 +69,11 @@ def _arguments(
     signature: inspect.Signature, trace: MethodTrace, method: str, bound: dict[str, Any]
 ) -> tuple[list[str], str]:
     """The def line and the checks of the method, and the arguments it passes on."""
-    names, shown = [], []
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    names: list[inspect.Parameter] = []
+    shown: list[str] = []
     for parameter in list(signature.parameters.values())[1:]:
-        prefix = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        prefix: str = stars.get(parameter.kind, "")
         if parameter.kind is parameter.KEYWORD_ONLY and not any(name.startswith("*") for name in shown):
             shown.append("*")
         text = prefix + parameter.name
@@ -116,7 +118,7 @@ def _pass(value: Any, text: str, method: str, head: list[str], passed: list[str]
 def _final_containers(trace: MethodTrace, signature: inspect.Signature) -> list[str]:
     """Names of lists among the arguments whose content the method replaces; the graphs are made to return them too."""
     tracers = list(dict.fromkeys((trace.eval, trace.train)))
-    changed = [{name: value for name, value in _changed(tracer, signature)} for tracer in tracers]
+    changed = [dict(_changed(tracer, signature)) for tracer in tracers]
     if any(set(found) != set(changed[0]) for found in changed):
         raise RewriteError("it changes a list it was given in one mode only")
     if changed[0]:
