@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -19,6 +20,14 @@ from torch import nn
 import nmconv
 
 RATIOS = ("2:1", "3:2", "3:1", "4:1")
+# torchvision reads numbers from tensors while it builds these.
+NOT_ON_META = frozenset(
+    f"torchvision/regnet_{kind}_{size}gf"
+    for kind, sizes in (("x", "16 1_6 32 3_2 400 800 8"), ("y", "128 16 1_6 32 3_2 400 800 8"))
+    for size in sizes.split()
+) | {f"torchvision/regnet_{kind}_{size}mf" for kind in "xy" for size in (400, 800)}
+# One model of every timm file that has sites, the smallest, and one of every family of torchvision's.
+QUICK = Path(__file__).with_name("zoo_quick.txt")
 _SIZES = (64, 96, 128, None)  # tried in turn; None is the model's own
 
 
@@ -26,6 +35,11 @@ def all_names() -> list[str]:
     """Every model of both zoos, torchvision's quantized ones aside (their convolutions are no floating-point ones)."""
     vision = [name for name in torchvision.models.list_models() if not name.startswith("quantized")]
     return [f"torchvision/{name}" for name in vision] + [f"timm/{name}" for name in timm.list_models()]
+
+
+def quick_names() -> list[str]:
+    """The models that the quick tests check."""
+    return QUICK.read_text().split()
 
 
 def file_of(name: str) -> str:
@@ -44,7 +58,9 @@ def build(name: str, device: str = "cpu") -> nn.Module:
             return timm.create_model(model)
         builder = torchvision.models.get_model_builder(model)
         takes = inspect.signature(builder).parameters
-        options = {"weights_backbone": None} if "weights_backbone" in takes else {}
+        options: dict[str, Any] = {"weights_backbone": None} if "weights_backbone" in takes else {}
+        if "detection" in builder.__module__ and "ssd" not in model:
+            options |= {"min_size": 96, "max_size": 128}
         if model in ("googlenet", "inception_v3"):
             options["init_weights"] = False  # scipy's truncated normal takes a minute
         return builder(weights=None, **options)

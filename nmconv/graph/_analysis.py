@@ -44,20 +44,31 @@ class Analysis:
         broken: From the qualified name of a module whose forward cannot be traced to the complaint.
         mode_readers: Ids of modules whose ``training`` was read on the way.
         lone: Names of convolutions that only such modules call.
+        tracers: Of all attempts, failed ones too.
     """
 
     traced: list[Traced]
     broken: dict[str, BaseException]
     mode_readers: set[int]
     lone: list[str]
+    tracers: list[FlowTracer]
 
 
-def analyse(model: nn.Module, *, training: bool, linear: bool, example_inputs: Any) -> Analysis:
+def analyse(
+    model: nn.Module, *, training: bool, linear: bool, example_inputs: Any, before: Analysis | None = None
+) -> Analysis:
     """Trace ``model`` as if it were in the mode given, and find its chains.
 
     Nothing of the model changes, and no data runs through it.
+
+    Args:
+        model: Read only.
+        training: The mode.
+        linear: Whether linear layers count as convolutions.
+        example_inputs: What the model is called with, or None.
+        before: The other mode's analysis: what it saw modules called with helps where this one does not get there.
     """
-    found = Analysis([], {}, set(), [])
+    found = Analysis([], {}, set(), [], [])
     done: set[int] = set()
     with left_as_found(model), in_mode(training, found.mode_readers):
         todo: list[tuple[nn.Module, str, Arguments | None]] = [(model, "", _root_arguments(model, example_inputs))]
@@ -73,6 +84,7 @@ def analyse(model: nn.Module, *, training: bool, linear: bool, example_inputs: A
             if not any(leaf_op(part) in (Op.ACT, Op.CONV) for part in module.modules()) and path:
                 continue
             tracer = FlowTracer(deep=True, mode_readers=found.mode_readers)
+            found.tracers.append(tracer)
             broken = [path]
             if _has_forward(module):
                 try:
@@ -80,13 +92,14 @@ def analyse(model: nn.Module, *, training: bool, linear: bool, example_inputs: A
                     broken = list(tracer.broken)
                     found.traced.append(_understand(tracer, linear))
                 except Exception as error:
-                    found.broken[path] = error
-            found.broken.update(tracer.broken)
+                    found.broken.setdefault(path, error)
+            for name, problem in tracer.broken.items():
+                found.broken.setdefault(name, problem)
             for name in broken:
                 parent = module if name == path else model.get_submodule(name)
                 for label, child in parent.named_children():
                     inner = f"{name}.{label}" if name else label
-                    todo.append((child, inner, _detached(tracer, inner)))
+                    todo.append((child, inner, _detached(found.tracers + (before.tracers if before else []), inner)))
     return found
 
 
@@ -143,9 +156,10 @@ def _unknown_arguments(module: nn.Module, size: tuple[int, ...] | None = None, f
     return Arguments(tuple(args), kwargs)
 
 
-def _detached(tracer: FlowTracer, path: str) -> Arguments | None:
+def _detached(tracers: list[FlowTracer], path: str) -> Arguments | None:
     """The arguments that a completed call of a module had, with fake tensors where the values can be known."""
-    if path not in tracer.completed:
+    tracer = next((tracer for tracer in tracers if path in tracer.completed), None)
+    if tracer is None:
         return None
     arguments = tracer.completed[path][0]
 

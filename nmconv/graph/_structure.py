@@ -56,7 +56,9 @@ class _Builder:
             self._take(first, "eval")
             analyses = [first]
             if first.mode_readers:
-                second = analyse(self.model, training=True, linear=self.linear, example_inputs=example_inputs)
+                second = analyse(
+                    self.model, training=True, linear=self.linear, example_inputs=example_inputs, before=first
+                )
                 analyses.append(second)
                 self._take(second, "train")
             else:

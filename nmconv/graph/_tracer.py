@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -301,13 +302,23 @@ class FlowTracer(Tracer):
             while self.stack.pop() is not frame:
                 pass
         if frame.path in self.broken:
-            proxy = self.create_proxy("call_module", name, _only_proxies(args), _only_proxies(kwargs))
-            self._note(proxy.node, label, counted=True)
-            self.opaque.add(proxy.node)
-            return proxy
+            return self._opaque_call(name, label, args, kwargs)
         self.completed.setdefault(frame.path, []).append(Arguments(args, kwargs))
         frame.result = result.node if type(result) is TensorProxy else None
         return result
+
+    def _opaque_call(self, name: str, label: str, args: Any, kwargs: Any) -> Proxy:
+        """One node for a call that could not be traced."""
+        try:
+            proxy = self.create_proxy("call_module", name, args, kwargs)
+        except Exception:  # arguments that fx has no words for: what flows in is all that can be said
+            found: list[Any] = []
+            _collect((args, kwargs), found, set())
+            proxy = self.create_proxy("call_module", name, tuple(found), {})
+            self.values.forget(proxy.node)
+        self._note(proxy.node, label, counted=True)
+        self.opaque.add(proxy.node)
+        return proxy
 
     def _norm_act(self, m: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Timm's norm + act, in its three parts; its own code would inline the norm."""
@@ -358,7 +369,7 @@ class FlowTracer(Tracer):
     @staticmethod
     def _method(frame: Frame) -> str:
         """The name of the innermost method of the frame's module that is running."""
-        at: Any = None if _zoo.is_norm_act(frame.module) else sys._getframe(3)
+        at: FrameType | None = None if _zoo.is_norm_act(frame.module) else sys._getframe(3)
         while at:
             code = at.f_code
             if code.co_argcount and at.f_locals.get(code.co_varnames[0]) is frame.module:
@@ -451,9 +462,3 @@ def _containers(value: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(value, (list, tuple, dict)):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _containers(part)
-
-
-def _only_proxies(value: Any) -> Any:
-    found: list[Any] = []
-    _collect(value, found, set())
-    return tuple(found) if isinstance(value, tuple) else {f"input_{at}": proxy for at, proxy in enumerate(found)}

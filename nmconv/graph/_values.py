@@ -23,13 +23,13 @@ class Values:
     """Evaluates nodes of one graph lazily, on fake tensors.
 
     Args:
-        root: The module the graph belongs to.
-        meta: Whether its parameters are on the meta device, where torch's meta kernels do and no fakes are needed.
+        root: The module the graph belongs to. If its parameters are on the meta device, no fakes are needed.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
         self._known: dict[Node, Any] = {}
+        self._lost: set[Node] = set()
         first = next(iter(root.parameters()), None)
         self.device = torch.device("cpu") if first is None else first.device
         self.dtype = torch.float32
@@ -40,6 +40,10 @@ class Values:
     def set(self, node: Node, value: Any) -> None:
         """Give a placeholder's value: a real or fake tensor is taken for its shape, dtype and device only."""
         self._known[node] = self.like(value) if isinstance(value, torch.Tensor) else value
+
+    def forget(self, node: Node) -> None:
+        """Never evaluate this node: its arguments are not what its module takes."""
+        self._lost.add(node)
 
     def like(self, tensor: torch.Tensor) -> torch.Tensor:
         """A fake tensor of the same shape and dtype on the model's device."""
@@ -71,6 +75,8 @@ class Values:
         return self._known[node]
 
     def _compute(self, node: Node) -> Any:
+        if node in self._lost:
+            raise Unknown(f"what {node.target} returns is not known, since it could not be traced")
         if node.op == "placeholder":
             raise Unknown(f"the shape of input {node.target!r} is not known")
         if node.op == "get_attr":

@@ -69,11 +69,11 @@ def _arguments(
     signature: inspect.Signature, trace: MethodTrace, method: str, bound: dict[str, Any]
 ) -> tuple[list[str], str]:
     """The def line and the checks of the method, and the arguments it passes on."""
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     names: list[inspect.Parameter] = []
     shown: list[str] = []
     for parameter in list(signature.parameters.values())[1:]:
-        prefix: str = stars.get(parameter.kind, "")
+        prefix = stars.get(parameter.kind, "")
         if parameter.kind is parameter.KEYWORD_ONLY and not any(name.startswith("*") for name in shown):
             shown.append("*")
         text = prefix + parameter.name

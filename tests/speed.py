@@ -1,0 +1,128 @@
+"""What a conversion costs, and what a converted model costs: measured, one thread, interleaved, as ratios.
+
+    python tests/speed.py            one model of every timm file, and torchvision's classifiers
+    python tests/speed.py --all      every model of both zoos
+
+1. ``nmconv.convert(model, inplace=True)`` against one ``torch.fx.symbolic_trace`` of the same model (meta device: no
+   arithmetic on either side), for the models that plain tracing can trace.
+2. A converted model's forward against the same model edited by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+import torchvision
+import zoo
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+from torch.utils.benchmark import Timer
+
+import nmconv
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def conversion(name: str, rounds: int = 3) -> tuple[float, float] | None:
+    """Least seconds of a symbolic trace and of a conversion in place, of a fresh model each; None if not traceable."""
+    traces, conversions = [], []
+    for _ in range(rounds):
+        model = zoo.build(name, "meta")
+        try:
+            traces.append(seconds(lambda model=model: torch.fx.symbolic_trace(model)))
+        except Exception:
+            return None
+        model = zoo.build(name, "meta")
+        try:
+            conversions.append(seconds(lambda model=model: nmconv.convert(model, inplace=True)))
+        except nmconv.NoSitesError:
+            return None
+    return min(traces), min(conversions)
+
+
+class HandEdited(torchvision.models.resnet.BasicBlock):
+    """torchvision's basic block at 2:1, as a person would write it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        identity = x
+        out = self.bn1(self.conv1(x))
+        out = self.bn2(self.conv2(out))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+
+def by_hand_torchvision() -> tuple[nn.Module, nn.Module]:
+    """resnet18 converted, and the same with its blocks' class changed by hand."""
+    model = torchvision.models.resnet18()
+    converted = nmconv.convert(model)
+    for module in model.modules():
+        if type(module) is torchvision.models.resnet.BasicBlock:
+            module.__class__ = HandEdited
+    return converted, model
+
+
+def by_hand_timm() -> tuple[nn.Module, nn.Module]:
+    """tf_efficientnet_lite0 converted, and the same with its first activations replaced by hand."""
+    model = timm.create_model("tf_efficientnet_lite0")
+    converted = nmconv.convert(model)
+    model.bn1.act = nn.Identity()
+    for block in (block for stage in model.blocks[1:] for block in stage):
+        block.bn1.act = nn.Identity()
+    return converted, model
+
+
+def forward_ratio(pair: tuple[nn.Module, nn.Module], rounds: int) -> tuple[float, float]:
+    """Median of (converted / edited by hand) over interleaved rounds, and the median of the same model with itself."""
+    converted, edited = (model.eval() for model in pair)
+    x = torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(converted(x), edited(x)), "the hand edit does something else"
+        timers = [
+            Timer("model(x)", globals={"model": model, "x": x}, num_threads=1) for model in (converted, edited, edited)
+        ]
+        for timer in timers:
+            timer.timeit(3)
+        times = [[timer.timeit(2).mean for timer in timers] for _ in range(rounds)]
+    return statistics.median(a / b for a, b, _ in times), statistics.median(c / b for _, b, c in times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every model of both zoos (an hour)")
+    parser.add_argument("--rounds", type=int, default=60, help="rounds of the forward comparison")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    console = Console()
+    names = zoo.all_names() if options.all else zoo.quick_names()
+    rows = {name: pair for name in track(names, "converting") if (pair := conversion(name)) is not None}
+    ratios = sorted((convert / trace, name) for name, (trace, convert) in rows.items())
+    table = Table("model", "symbolic_trace [ms]", "convert [ms]", "ratio", title="conversion against one trace")
+    for ratio, name in ratios:
+        trace, convert = rows[name]
+        table.add_row(name, f"{trace * 1e3:.0f}", f"{convert * 1e3:.0f}", f"{ratio:.2f}")
+    console.print(table)
+    print(f"median over {len(ratios)} models: {statistics.median(ratio for ratio, _ in ratios):.2f}x")
+    for name, pair in (("torchvision resnet18", by_hand_torchvision()), ("tf_efficientnet_lite0", by_hand_timm())):
+        ratio, noise = forward_ratio(pair, options.rounds)
+        print(f"{name}: converted / edited by hand = {ratio:.4f} (the same model against itself: {noise:.4f})")
+
+
+if __name__ == "__main__":
+    main()
