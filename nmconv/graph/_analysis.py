@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,10 @@ from nmconv.graph._quiet import in_mode, left_as_found
 from nmconv.graph._tracer import Arguments, FlowTracer, UnknownTensor, map_proxies
 from nmconv.graph._values import Values, fake_input
 
-__all__ = ["Analysis", "Traced", "analyse"]
+__all__ = ["Analysis", "Called", "Traced", "act_calls", "analyse", "counted"]
+
+# Owner, name and kind of function of an activation call.
+Called = tuple[str, str, "str | None"]
 
 
 @dataclass(eq=False)
@@ -54,6 +59,22 @@ class Analysis:
     tracers: list[FlowTracer]
 
 
+def act_calls(model: nn.Module, *, training: bool, example_inputs: Any) -> Counter[Called]:
+    """How often each activation is called by whom, in one mode; without the rest of the analysis."""
+    return counted(_trace(model, training, example_inputs, None, lambda tracer: None))
+
+
+def counted(found: Analysis) -> Counter[Called]:
+    """How often each activation is called by whom."""
+    return Counter(
+        (call.frame.path, call.name, call.function)
+        for tracer in found.tracers
+        if tracer.finished
+        for node, call in tracer.acts.items()
+        if node not in tracer.dead
+    )
+
+
 def analyse(
     model: nn.Module, *, training: bool, linear: bool, example_inputs: Any, before: Analysis | None = None
 ) -> Analysis:
@@ -68,6 +89,17 @@ def analyse(
         example_inputs: What the model is called with, or None.
         before: The other mode's analysis: what it saw modules called with helps where this one does not get there.
     """
+    return _trace(model, training, example_inputs, before, lambda tracer: _understand(tracer, linear))
+
+
+def _trace(
+    model: nn.Module,
+    training: bool,
+    example_inputs: Any,
+    before: Analysis | None,
+    understand: Callable[[FlowTracer], Traced | None],
+) -> Analysis:
+    """Trace the model, or, where its forward cannot be traced, its parts."""
     found = Analysis([], {}, set(), [], [])
     done: set[int] = set()
     with left_as_found(model), in_mode(training, found.mode_readers):
@@ -90,7 +122,10 @@ def analyse(
                 try:
                     tracer.run(module, arguments or _unknown_arguments(module), path)
                     broken = list(tracer.broken)
-                    found.traced.append(_understand(tracer, linear))
+                    understood = understand(tracer)
+                    tracer.finished = True
+                    if understood is not None:
+                        found.traced.append(understood)
                 except Exception as error:
                     found.broken.setdefault(path, error)
             for name, problem in tracer.broken.items():

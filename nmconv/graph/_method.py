@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from nmconv.errors import RewriteError
+from nmconv.graph._constants import frozen_attributes
 from nmconv.graph._quiet import changed_attributes, drew_random_numbers, in_mode, left_as_found, snapshot
 from nmconv.graph._takes import arguments_from
 from nmconv.graph._tracer import Arguments, FlowTracer
@@ -16,11 +18,19 @@ __all__ = ["MethodTrace", "trace_method"]
 
 @dataclass(eq=False)
 class MethodTrace:
-    """A method's trace in eval and in train mode; the same object twice where the method never asks for the mode."""
+    """A method's traces.
+
+    Attributes:
+        eval: In eval mode.
+        train: In train mode; the same object where the method never asks for the mode.
+        arguments: What it was traced with.
+        constants: Attributes of the module whose values are frozen into the traces.
+    """
 
     eval: FlowTracer
     train: FlowTracer
     arguments: Arguments
+    constants: dict[str, Any]
 
 
 def trace_method(module: nn.Module, path: str, method: str, takes: str) -> MethodTrace:
@@ -42,11 +52,12 @@ def trace_method(module: nn.Module, path: str, method: str, takes: str) -> Metho
         arguments = arguments_from(takes)
         readers: set[int] = set()
         first = _trace(module, method, takes, False, readers)
+        constants = frozen_attributes(module, method)
         if not readers:
-            return MethodTrace(first, first, arguments)
+            return MethodTrace(first, first, arguments, constants)
         if readers != {id(module)}:
             raise RewriteError("it asks for the mode of another module")
-        return MethodTrace(first, _trace(module, method, takes, True, readers), arguments)
+        return MethodTrace(first, _trace(module, method, takes, True, readers), arguments, constants)
     except Exception as error:
         text = str(error).strip().split("\n")[0]
         raise RewriteError(f"{what} cannot be rewritten: {text}") from error

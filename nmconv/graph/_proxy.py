@@ -8,6 +8,7 @@ import operator
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -84,19 +85,32 @@ def _isinstance(value: Any, classes: Any) -> bool:
     return builtins.isinstance(value, classes)
 
 
+@lru_cache(maxsize=64)
+def _spaces(package: str, loaded: int) -> list[dict[str, Any]]:
+    """The globals of all loaded modules of a package; ``loaded`` only tells when to look again."""
+    names = [name for name in sys.modules if name == package or name.startswith(f"{package}.")]
+    return [space for name in names if (space := getattr(sys.modules[name], "__dict__", None)) is not None]
+
+
 @contextmanager
 def patched_isinstance() -> Iterator[Any]:
-    """A function that gives a module's globals the honest ``isinstance`` until the end of the context.
+    """A function that gives a class's whole package the honest ``isinstance`` until the end of the context.
 
     Without it a forward that asks whether its input is a tensor takes the wrong branch without a word. Python code
     alone sees it: torch's C++ asks on its own, and must not be lied to.
     """
-    patched: dict[int, dict[str, Any]] = {}
+    patched: list[dict[str, Any]] = []
+    packages = {"torch"}
 
-    def patch(space: dict[str, Any]) -> None:
-        if id(space) not in patched and "isinstance" not in space:
-            patched[id(space)] = space
-            space["isinstance"] = _isinstance
+    def patch(cls: type) -> None:
+        package = cls.__module__.partition(".")[0]
+        if package in packages:
+            return
+        packages.add(package)
+        for space in _spaces(package, len(sys.modules)):
+            if "isinstance" not in space:
+                space["isinstance"] = _isinstance
+                patched.append(space)
 
     is_tensor = torch.is_tensor
     torch.is_tensor = lambda obj: _isinstance(obj, torch.Tensor)  # type: ignore[assignment]
@@ -104,5 +118,5 @@ def patched_isinstance() -> Iterator[Any]:
         yield patch
     finally:
         torch.is_tensor = is_tensor
-        for space in patched.values():
+        for space in patched:
             del space["isinstance"]

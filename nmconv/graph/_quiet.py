@@ -10,30 +10,52 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["changed_attributes", "drew_random_numbers", "in_mode", "left_as_found", "snapshot"]
+__all__ = ["changed_attributes", "drew_random_numbers", "in_mode", "left_as_found", "mode_hidden", "snapshot"]
 
 _Snapshot = list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]
 
 
+_modes: list[tuple[bool, set[int]]] = []  # innermost last
+
+
+def _read(module: nn.Module) -> bool:
+    if not _modes:
+        return bool(module.__dict__["training"])
+    training, seen = _modes[-1]
+    seen.add(id(module))
+    return training
+
+
+def _write(module: nn.Module, value: bool) -> None:
+    module.__dict__["training"] = value
+
+
 @contextmanager
-def in_mode(training: bool, seen: set[int]) -> Iterator[None]:
-    """Make every module read ``training`` as given, without setting it, and note the ids of those that read it.
+def mode_hidden() -> Iterator[None]:
+    """Let modules' ``training`` be read through a property, so that :func:`in_mode` can answer.
 
     A property on nn.Module wins over the instances' own entries. (torch.fx patches the same class while it traces.)
+    Changing that class is slow; around many traces this does it once.
     """
-
-    def read(module: nn.Module) -> bool:
-        seen.add(id(module))
-        return training
-
-    def write(module: nn.Module, value: bool) -> None:
-        module.__dict__["training"] = value
-
-    nn.Module.training = property(read, write)  # type: ignore[assignment]
+    if "training" in nn.Module.__dict__:
+        yield
+        return
+    nn.Module.training = property(_read, _write)  # type: ignore[assignment]
     try:
         yield
     finally:
         del nn.Module.training
+
+
+@contextmanager
+def in_mode(training: bool, seen: set[int]) -> Iterator[None]:
+    """Make every module read ``training`` as given, without setting it, and note the ids of those that read it."""
+    with mode_hidden():
+        _modes.append((training, seen))
+        try:
+            yield
+        finally:
+            _modes.pop()
 
 
 def snapshot(model: nn.Module) -> _Snapshot:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from nmconv.graph import _zoo
-from nmconv.graph._analysis import Analysis, Traced, analyse
+from nmconv.graph._analysis import Analysis, Called, Traced, analyse, counted
 from nmconv.graph._flow import Flow, FlowNode
+from nmconv.graph._holders import Holders
 from nmconv.graph._modules import act_kind, is_activation
 from nmconv.graph._ops import PLAIN_ACTS, Op
 from nmconv.graph._places import Ends
@@ -20,7 +21,7 @@ from nmconv.graph._takes import takes_of
 from nmconv.graph._tracer import Arguments
 from nmconv.planning import Activation, Chain, Item, Place, Structure, Untraced
 
-__all__ = ["structure_of"]
+__all__ = ["Reading", "read"]
 
 _Key = tuple[str, str, str, "str | None", int]
 
@@ -50,7 +51,7 @@ class _Builder:
     arguments: dict[str, list[Arguments]] = field(default_factory=dict)
     order: int = 0
 
-    def build(self, example_inputs: Any) -> Structure:
+    def build(self, example_inputs: Any) -> Reading:
         with left_as_found(self.model):
             first = analyse(self.model, training=False, linear=self.linear, example_inputs=example_inputs)
             self._take(first, "eval")
@@ -70,7 +71,8 @@ class _Builder:
                         train_step=seen.activation.step,
                     )
                 self.chains = [(items, pre, "both") for items, pre, _ in self.chains]
-        return self._finish(analyses, example_inputs is not None)
+        calls = {bool(training): counted(analysis) for training, analysis in enumerate(analyses)}
+        return Reading(self._finish(analyses, example_inputs is not None), calls)
 
     # -- one mode -----------------------------------------------------------------------------------------------------
 
@@ -200,6 +202,7 @@ class _Builder:
     # -- both ---------------------------------------------------------------------------------------------------------
 
     def _finish(self, analyses: Iterable[Analysis], examples: bool) -> Structure:
+        self.holders = Holders(self.model)
         ordered = sorted(self.seen, key=lambda key: self.seen[key].place)
         index = {key: at for at, key in enumerate(ordered)}
         for key in self.mixed:
@@ -235,7 +238,7 @@ class _Builder:
     def _described(self, key: _Key) -> Activation:
         seen = self.seen[key]
         skip = "" if key in self.owned else seen.skip
-        how = self._how(seen)
+        how = self._how(seen, self.holders)
         takes = ""
         if how == "rewrite":
             owner = self.model.get_submodule(seen.activation.owner)
@@ -248,24 +251,17 @@ class _Builder:
         owner = self.model.get_submodule(place.owner)
         return replace(place, takes=takes_of(owner, place.method, self.arguments.get(place.owner, ())))
 
-    def _how(self, seen: _Seen) -> str:
+    def _how(self, seen: _Seen, holders: Holders) -> str:
         """``swap`` where replacing one slot changes this call and no other."""
-        if seen.module is None:
+        if seen.module is None or holders.is_kept_elsewhere(seen.module):
             return "rewrite"
         callers = self.callers[id(seen.module)]
-        if len(callers) == 1:
+        if len(callers) == 1 and holders.count(seen.module) == 1:
             return "swap"
-        owner = self.model.get_submodule(seen.activation.owner)
-        slots = {path: self._slots(path, seen.module) for path, _ in callers}
-        alone = sum(path == seen.activation.owner for path, _ in callers) == 1
-        return "swap" if alone and all(slots.values()) and len(self._slots_of(owner, seen.module)) == 1 else "rewrite"
-
-    def _slots(self, path: str, module: nn.Module) -> list[str]:
-        return self._slots_of(self.model.get_submodule(path), module)
-
-    @staticmethod
-    def _slots_of(owner: nn.Module, module: nn.Module) -> list[str]:
-        return [slot for slot, child in owner._modules.items() if child is module]
+        # Several modules hold it: replacing this one's slot is enough if everybody calls what is in a slot of its own.
+        mine = [path for path, _ in callers].count(seen.activation.owner) == 1
+        own = all(holders.slots(path, seen.module) == 1 for path, _ in callers)
+        return "swap" if mine and own else "rewrite"
 
     def _unseen(self, broken: Iterable[str]) -> Iterator[Activation]:
         """Activation modules that no trace has met."""
@@ -284,10 +280,10 @@ class _Builder:
                     function=None,
                     owner=name.rpartition(".")[0],
                     method="forward",
-                    call=1,
-                    train_call=1,
-                    step=1,
-                    train_step=1,
+                    call=0,
+                    train_call=0,
+                    step=0,
+                    train_step=0,
                     takes="",
                     modes="both",
                     kind=act_kind(module),
@@ -376,11 +372,25 @@ def _within(node: FlowNode, frame: Any) -> bool:
     return at is frame or node.op is Op.PARAM
 
 
-def structure_of(model: nn.Module, *, linear: bool = False, example_inputs: Any = None) -> Structure:
+@dataclass(frozen=True)
+class Reading:
+    """What was read off a model.
+
+    Attributes:
+        structure: Its chains and activations, as plain data.
+        calls: In eval mode (False), and where it differs in train mode (True): how often each activation is called
+            by whom.
+    """
+
+    structure: Structure
+    calls: dict[bool, Counter[Called]]
+
+
+def read(model: nn.Module, *, linear: bool = False, example_inputs: Any = None) -> Reading:
     """Analyse a model.
 
     Args:
-        model: Any module; read only.
+        model: Any module; nothing of it changes.
         linear: Whether ``nn.Linear`` counts as a convolution.
         example_inputs: What the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
             Only shapes are taken from it.

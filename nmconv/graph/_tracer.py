@@ -97,6 +97,7 @@ class FlowTracer(Tracer):
         self.acts: dict[Node, ActCall] = {}
         self.methods: dict[Node, str] = {}
         self.dead: set[Node] = set()
+        self.finished = False
         self.numbers: set[Node] = set()
         self.shapes: set[Node] = set()
         self.opaque: set[Node] = set()
@@ -130,7 +131,7 @@ class FlowTracer(Tracer):
         self.stack = [Frame(root, path)]
         self.prefix = f"{path}." if path else ""
         with patched_isinstance() as self._patch_isinstance:
-            self._patch_isinstance(getattr(getattr(type(root), self.traced_func_name), "__globals__", {}))
+            self._patch_isinstance(type(root))
             return self.trace(root)
 
     def create_args_for_root(
@@ -290,7 +291,7 @@ class FlowTracer(Tracer):
             if _zoo.is_norm_act(m):
                 result = self._norm_act(m, name, args, kwargs)
             else:
-                self._patch_isinstance(getattr(m.forward, "__globals__", {}))
+                self._patch_isinstance(type(m))
                 # not m(...): hooks are the user's, and are not to see proxies
                 result = m.forward(*args, **kwargs)
         except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 from torch import nn
 
 from nmconv.errors import PlanError, RewriteError
-from nmconv.graph import PLAIN_ACTS, is_activation
+from nmconv.graph import PLAIN_ACTS, Called, is_activation
 from nmconv.planning import Plan, Site
 from nmconv.surgery._classes import Method, rewritten
 from nmconv.surgery._guard import MARK
 from nmconv.surgery._identity import identity_for
 from nmconv.surgery._rewrite import Edit, rewrite
+from nmconv.surgery._verify import Calls, calls_of, check_calls
 
 __all__ = ["Known", "Surgery", "copy_of"]
 
@@ -52,6 +54,7 @@ class Surgery:
         self._edits: dict[tuple[str, str], Edit] = {}
         self._slots: list[tuple[nn.Module, str, nn.Module]] = []
         self._added: list[tuple[nn.Module, str, nn.Module, str | None]] = []
+        self._moved: Counter[Called] = Counter()
         for site in plan.changes:
             self._take_out(site)
 
@@ -70,12 +73,20 @@ class Surgery:
                 failed[owner, method] = known[1]
         return failed
 
-    def commit(self) -> None:
-        """Make the changes; if one fails, undo them all.
+    def commit(self, calls: Calls | None = None, example_inputs: Any = None) -> None:
+        """Make the changes and check them; if anything fails, undo them all.
+
+        Args:
+            calls: The calls that the model makes before; traced if not given.
+            example_inputs: What the model is called with, or None.
 
         Raises:
-            RewriteError: If a method cannot be written.
+            RewriteError: If a method cannot be written, or the result does not make the calls it should.
         """
+        if not self._plan.changes:
+            self._model.__dict__[MARK] = self._plan
+            return
+        before = calls_of(self._model, self._plan, example_inputs) if calls is None else calls
         for error in self.failures().values():
             raise error
         methods: dict[str, tuple[Method, ...]] = {}
@@ -96,11 +107,13 @@ class Surgery:
             for module, cls in classes:
                 undo.append(_restoring_class(module))
                 module.__class__ = cls
-            self._model.__dict__[MARK] = self._plan
+            after = calls_of(self._model, self._plan, example_inputs)
+            check_calls(before, after, self._plan, self._moved)
         except BaseException:
             for step in reversed(undo):
                 step()
             raise
+        self._model.__dict__[MARK] = self._plan
 
     def _take_out(self, site: Site) -> None:
         act = None if site.function else self._activation(site)
@@ -121,10 +134,12 @@ class Surgery:
         owner = self._model.get_submodule(place.owner)
         if place.how == "slot":
             self._slots.append((owner, place.op, moved))
+            self._moved[place.owner, _join(place.owner, place.op), None] += 1
             return
         taken = {*owner._modules, *(name for parent, name, *_ in self._added if parent is owner)}
         name = next(name for number in range(len(taken) + 1) if (name := f"moved_act{number or ''}") not in taken)
         self._added.append((owner, name, moved, place.op if place.how == "insert" else None))
+        self._moved[place.owner, _join(place.owner, name), None] += 1
         if place.how == "rewrite":
             self._edit(place.owner, place.method, place.takes).insert.append((place, name))
 
@@ -139,6 +154,10 @@ class Surgery:
         if not is_activation(module):
             raise PlanError(f"{site.name!r} is a {type(module).__name__}, no activation, yet the plan changes it")
         return module
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _inserted(children: dict[str, Any], name: str, module: nn.Module, behind: str | None) -> dict[str, Any]:

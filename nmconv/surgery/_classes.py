@@ -117,7 +117,7 @@ def _make(base: type[nn.Module], methods: tuple[Method, ...]) -> type[nn.Module]
     space: dict[str, Any] = {method.name: method.compile() for method in methods}
     for name, function in space.items():
         function.__qualname__ = f"{base.__qualname__}.{name}"
-        function.__module__ = base.__module__
+        function.__module__ = __name__  # not torch's, whatever the base is
     space |= {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,

@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from nmconv.errors import NoEffectWarning, NoSitesError, PlanError
-from nmconv.graph import fingerprint, structure_of
+from nmconv.graph import fingerprint, mode_hidden, read
 from nmconv.planning import Keep, Options, Plan, draw_up
 from nmconv.surgery._apply import Known, Surgery, copy_of
 from nmconv.surgery._guard import check_model, plan_of
+from nmconv.surgery._verify import Calls
 
 __all__ = ["apply_plan", "convert", "get_plan", "make_plan"]
 
@@ -38,8 +39,9 @@ def make_plan(
     Raises: as :func:`convert` does.
     """
     options = Options(ratio, keep, bool(relocate), include, exclude, bool(linear))
-    plan, _ = _planned(check_model(model), options, example_inputs)
-    return plan
+    check_model(model)
+    with mode_hidden():
+        return _planned(model, options, example_inputs)[0]
 
 
 def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
@@ -67,7 +69,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
             f"this plan is for a {plan.model} with fingerprint {plan.fingerprint}, the model is a "
             f"{type(model).__name__} with {found}: make a plan for this model with nmconv.make_plan"
         )
-    return _applied(model, plan, {}, inplace)
+    return _applied(model, plan, {}, inplace, None, None)
 
 
 def convert(
@@ -114,8 +116,10 @@ def convert(
         NoEffectWarning: If nothing changes.
     """
     options = Options(ratio, keep, bool(relocate), include, exclude, bool(linear))
-    plan, known = _planned(check_model(model), options, example_inputs)
-    return _applied(model, plan, known, inplace)
+    check_model(model)
+    with mode_hidden():  # once, not for every trace
+        plan, known, calls = _planned(model, options, example_inputs)
+        return _applied(model, plan, known, inplace, calls, example_inputs)
 
 
 def get_plan(model: nn.Module) -> Plan | None:
@@ -123,10 +127,11 @@ def get_plan(model: nn.Module) -> Plan | None:
     return plan_of(model)
 
 
-def _planned(model: nn.Module, options: Options, example_inputs: Any) -> tuple[Plan, Known]:
-    """The plan, with what cannot be rewritten locked, and the methods that were written to find that out."""
+def _planned(model: nn.Module, options: Options, example_inputs: Any) -> tuple[Plan, Known, Calls]:
+    """The plan, with what cannot be rewritten locked; the methods written to find that out; the calls seen."""
     options.check()
-    structure = structure_of(model, linear=options.linear, example_inputs=example_inputs)
+    reading = read(model, linear=options.linear, example_inputs=example_inputs)
+    structure = reading.structure
     if not any(item.act is not None for chain in structure.chains for item in chain.items):
         raise NoSitesError(_no_sites(model, structure.untraced, options.linear))
     identity = fingerprint(model)
@@ -136,7 +141,7 @@ def _planned(model: nn.Module, options: Options, example_inputs: Any) -> tuple[P
         plan = draw_up(structure, options, identity, locked)
         failures = Surgery(model, plan, known).failures()
         if not failures:
-            return plan, known
+            return plan, known, reading.calls
         for index, site in enumerate(plan.sites):
             places = [(site.owner, site.method)] if site.how == "rewrite" and site.action != "keep" else []
             places += [(site.place.owner, site.place.method)] if site.place is not None else []
@@ -153,7 +158,9 @@ def _no_sites(model: nn.Module, untraced: Any, linear: bool) -> str:
     return text if linear else f"{text}; linear=True counts linear layers as well"
 
 
-def _applied(model: nn.Module, plan: Plan, known: Known, inplace: bool) -> nn.Module:
+def _applied(
+    model: nn.Module, plan: Plan, known: Known, inplace: bool, calls: Calls | None, example_inputs: Any
+) -> nn.Module:
     if not plan.changes:
         warnings.warn(
             f"nothing to change in this {type(model).__name__} at {plan.ratio}: every unit has few enough activations",
@@ -162,5 +169,5 @@ def _applied(model: nn.Module, plan: Plan, known: Known, inplace: bool) -> nn.Mo
         )
     if not inplace:
         model = copy_of(model)
-    Surgery(model, plan, known).commit()
+    Surgery(model, plan, known).commit(calls, example_inputs)
     return model

@@ -17,8 +17,8 @@ def check(value: Any, expected: Any, method: str, name: str) -> None:
         return
     if isinstance(value, torch.Tensor) or type(value) is not type(expected) or value != expected:
         raise RewriteError(
-            f"{method} was rewritten by nmconv for {name}={expected!r} and is called with {value!r}: convert the "
-            "original model with example_inputs that call it like this"
+            f"{method} was rewritten by nmconv for {name}={expected!r} and finds {value!r}: convert the original model "
+            "anew, with the attribute set or with example_inputs that call it like this"
         )
 
 

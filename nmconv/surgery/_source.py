@@ -21,7 +21,8 @@ __all__ = ["method_source"]
 def method_source(module: nn.Module, name: str, trace: MethodTrace) -> Method:
     """The method that does what the graphs of ``trace`` say, with the signature of the one it replaces.
 
-    Arguments that are no tensors have the values they were traced with; a call with others raises RewriteError.
+    Arguments that are no tensors, and attributes that the method reads, have the values they were traced with; a
+    call with others raises RewriteError.
     """
     signature = inspect.signature(getattr(type(module), name))
     bound: dict[str, Any] = {"_check": _runtime.check}
@@ -83,6 +84,10 @@ def _arguments(
         names.append(parameter)
         shown.append(text)
     head = [f"def {method}(self{''.join(', ' + text for text in shown)}):"]
+    head += [
+        f"    _check(self.{attribute}, {value!r}, {method!r}, 'self.{attribute}')"
+        for attribute, value in trace.constants.items()
+    ]
     given = signature.bind(None, *trace.arguments.args, **trace.arguments.kwargs)
     passed: list[str] = []
     for parameter in names:
