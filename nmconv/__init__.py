@@ -12,7 +12,7 @@ from nmconv.errors import (
     RatioError,
     RewriteError,
 )
-from nmconv.planning import Counts, Plan, Ratio, Site, Unit
+from nmconv.planning import Counts, Plan, Ratio, Site, Unit, Untraced
 from nmconv.surgery import apply_plan, convert, get_plan, make_plan
 
 __version__ = "0.1.0"
@@ -33,6 +33,7 @@ __all__ = [
     "RewriteError",
     "Site",
     "Unit",
+    "Untraced",
     "apply_plan",
     "convert",
     "get_plan",

@@ -31,7 +31,7 @@ def leaf_op(module: nn.Module) -> Op | None:
 
 def _is_torchs(cls: type[nn.Module]) -> bool:
     """Whether torch itself wrote the class's forward."""
-    return getattr(cls.forward, "__module__", "").startswith("torch.")
+    return (getattr(cls.forward, "__module__", None) or "").startswith("torch.")
 
 
 def act_kind(module: nn.Module) -> str:

@@ -20,7 +20,7 @@ _modes: list[tuple[bool, set[int]]] = []  # innermost last
 
 def _read(module: nn.Module) -> bool:
     if not _modes:
-        return bool(module.__dict__["training"])
+        return bool(module.__dict__["training"] if "training" in module.__dict__ else module.__getattr__("training"))
     training, seen = _modes[-1]
     seen.add(id(module))
     return training

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import copyreg
 import importlib
 import linecache
 from collections.abc import Callable
@@ -12,6 +11,8 @@ from functools import lru_cache
 from typing import Any
 
 from torch import nn
+
+from nmconv.errors import RewriteError
 
 __all__ = ["Method", "is_rewritten", "rewritten"]
 
@@ -86,10 +87,7 @@ class _Rewritten:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: tuple[Any, ...] = super().__reduce_ex__(protocol)  # type: ignore[assignment]
-        make, args, *rest = reduced
-        if make is not copyreg.__newobj__ or args != (type(self),):  # type: ignore[attr-defined]
-            return (make, args, *rest)  # the base class has its own way
-        return (_new, (self._nmconv_base, self._nmconv_methods), *rest)
+        return (_new, (self._nmconv_base, self._nmconv_methods), *reduced[2:])
 
 
 def _new(base: type[nn.Module], methods: tuple[Method, ...]) -> Any:
@@ -103,7 +101,14 @@ def is_rewritten(module: nn.Module) -> bool:
 
 
 def rewritten(base: type[nn.Module], methods: tuple[Method, ...]) -> type[nn.Module]:
-    """The subclass of ``base`` with these methods in place of its own; one class for all who ask for the same."""
+    """The subclass of ``base`` with these methods in place of its own; one class for all who ask for the same.
+
+    Raises:
+        RewriteError: If instances of ``base`` copy or pickle in a way of their own, which would undo the rewriting.
+    """
+    for name in ("__deepcopy__", "__reduce__", "__reduce_ex__", "__copy__"):
+        if getattr(base, name, None) is not getattr(nn.Module, name, None) and not issubclass(base, _Rewritten):
+            raise RewriteError(f"{base.__name__} defines {name}: its copies would not be rewritten")
     try:
         return _cached(base, methods)  # type: ignore[arg-type]
     except TypeError:  # a global that cannot be hashed

@@ -11,7 +11,7 @@ from torch.fx import Node
 from nmconv.errors import RewriteError
 from nmconv.graph import FlowTracer, MethodTrace, trace_method
 from nmconv.planning import Place, Site
-from nmconv.surgery._classes import Method
+from nmconv.surgery._classes import Method, rewritten
 from nmconv.surgery._source import method_source
 
 __all__ = ["Edit", "rewrite"]
@@ -54,7 +54,9 @@ def rewrite(model: nn.Module, path: str, method: str, edit: Edit, sites: Sequenc
             if site.modes in modes:
                 _check_steps(tracer, site, modes, training, model, sites)
                 _remove(tracer, site, training, model)
-    return method_source(owner, method, trace)
+    made = method_source(owner, method, trace)
+    rewritten(type(owner), (made,))  # that it can be done, and compiles
+    return made
 
 
 def _graphs(trace: MethodTrace) -> Iterable[tuple[FlowTracer, tuple[str, ...], bool]]:
