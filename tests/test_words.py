@@ -51,6 +51,33 @@ def test_conv_act_without_a_norm():
     expect(model, "1 drop 0 A0 post \n 2.1 keep 2.0 A0 post", convs=2)
 
 
+def test_the_activation_inside_a_norm_act_is_the_site():
+    def make():
+        return timm.layers.ConvNormAct(4, 4, 3)
+
+    text = "0.bn.act drop 0.conv A0 post \n 1.bn.act keep 1.conv A0 post"
+    plan = expect(nn.Sequential(make(), make()), text, convs=2)
+    assert plan.sites[0].owner == "0.bn"
+    plain = nn.Sequential(conv(), timm.layers.BatchNormAct2d(4, apply_act=False), conv(), nn.ReLU())
+    expect(plain, "3 keep 2 A0", convs=2)  # the first conv has none, its chain ends
+
+
+def test_torchvisions_conv_norm_activation():
+    parts = [torchvision.ops.Conv2dNormActivation(4, 4, 3) for _ in range(2)]
+    expect(nn.Sequential(*parts), "0.2 drop 0.0 A0 post \n 1.2 keep 1.0 A0 post", convs=2)
+
+
+def test_an_activations_forward_called_by_hand_is_a_functional_call_of_the_caller():
+    def forward(self, x):
+        return self.a2(self.c2(self.a1.forward(self.c1(x))))
+
+    plan = nmconv.make_plan(net(forward, **convs("c1 c2"), **relus("a1 a2")))
+    assert [row for row in rows(plan) if row[1] != "skip"] == [
+        (":relu#1", "drop", "c1", "A0", "post"),
+        ("a2#1", "keep", "c2", "A0", "post"),
+    ]
+
+
 MODULES = [
     *(nn.ReLU(), nn.ReLU(True), nn.ReLU6(), nn.LeakyReLU(0.1), nn.PReLU(), nn.PReLU(4), nn.ELU(), nn.SELU(), nn.CELU()),
     *(nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Hardswish(), nn.Mish(), nn.Softplus()),
@@ -533,6 +560,26 @@ def test_pre_activation_after_a_product_of_two_main_paths():
     expect(net(forward, **convs("c1 c2 c3"), **relus("a3")), "a3 keep c3 A0 pre", convs=3)
 
 
+def test_pre_activated_repvgg_branches_with_a_shortcut():
+    def forward(self, x):
+        x = F.max_pool2d(x, 2)
+        h = self.a1(self.n1(x))
+        return F.max_pool2d(self.c3(h) + self.c1(h) + x, 2)
+
+    expect(net(forward, **convs("c3 c1"), **norms("n1"), **relus("a1")), "a1 keep c3+c1 A0 pre", convs=1)
+
+
+def test_repvgg_with_squeeze_excite_before_the_activation():
+    def forward(self, x):
+        x = self.a0(self.c0(x))
+        y = self.c3(x) + self.c1(x) + x
+        y = y * self.g(F.adaptive_avg_pool2d(y, 1)).sigmoid()
+        return self.a2(self.c2(self.a1(y)))
+
+    model = net(forward, **convs("c0 c3 c1 c2 g"), **relus("a0 a1 a2"))
+    expect(model, "a0 drop c0 A0 \n a1 keep c3+c1 A0 \n a2 keep c2 B0", convs=3)
+
+
 # --- Chain: what it goes on through and where it ends -----------------------------------------------------------------
 
 BETWEEN = {
@@ -551,6 +598,8 @@ BETWEEN = {
     "StochasticDepth": torchvision.ops.StochasticDepth(0.1, "row"),
     "stochastic_depth": lambda self, x: torchvision.ops.stochastic_depth(x, 0.1, "row", self.training),
     "DropBlock": timm.layers.DropBlock2d(0.1),
+    "frozen norm by hand": lambda self, x: x * (self.flat * self.var.rsqrt()).view(1, -1, 1, 1) + self.bias,
+    "batch norm by hand": lambda self, x: F.batch_norm(x, self.var, self.var, self.flat, self.flat, self.training),
     "Identity": nn.Identity(),
     "ZeroPad2d": nn.ZeroPad2d(1),
     "ReflectionPad2d": nn.ReflectionPad2d(1),
@@ -577,7 +626,7 @@ def test_a_chain_goes_on_through(what, where):
     between = BETWEEN[what]
     between = between if isinstance(between, nn.Module) else net(
         between, gamma=nn.Parameter(torch.ones(4, 1, 1)), flat=nn.Parameter(torch.ones(4)),
-        gain=nn.Parameter(torch.zeros(())),
+        gain=nn.Parameter(torch.zeros(())), var=torch.ones(4), bias=torch.zeros(4, 1, 1),
     )  # fmt: skip
 
     def forward(self, x):
@@ -844,6 +893,16 @@ def test_linear_counts_only_where_the_user_asks():
     expect(nn.Sequential(block(), block()), text, linear=True, convs=6)
 
 
+def test_linear_layers_of_gates_do_not_count():
+    def forward(self, x):
+        x = self.a1(self.c1(x))
+        gate = self.f2(self.ga(self.f1(x.mean((2, 3))))).sigmoid()
+        return self.a2(self.c2(x * gate[:, :, None, None]))
+
+    model = net(forward, **convs("c1 c2"), **relus("a1 a2 ga"), f1=nn.Linear(4, 4), f2=nn.Linear(4, 4))
+    expect(model, "a1 keep c1 A0 \n ga skip - - \n a2 keep c2 B0", linear=True, convs=2)
+
+
 def test_linear_chains():
     model = nn.Sequential(conv(), nn.ReLU(), nn.Flatten(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
     plan = expect(model, "1 keep 0 A0 \n 4 skip - - \n 6 skip - -", convs=1)
@@ -862,6 +921,17 @@ def test_an_activation_beside_no_conv_is_listed_with_the_reason():
     assert plan.counts.activations_before == 1
     assert "linear" in skipped(plan, "a3#1").lower()
     assert "call" in skipped(plan, "unused#0")
+
+
+def test_an_unused_value_is_no_fork_and_its_activation_no_gate():
+    def forward(self, x):
+        y = self.c1(x)
+        self.a9(self.c9(y))
+        return self.a2(self.c2(self.a1(y)))
+
+    model = net(forward, **convs("c1 c2 c9"), **relus("a1 a2 a9"))
+    plan = expect(model, "a9 skip - - \n a1 drop c1 A0 \n a2 keep c2 A0", convs=2)
+    assert "gate" not in skipped(plan, "a9#1")
 
 
 def test_linear_then_activation_then_conv_is_pre_activation():
@@ -960,6 +1030,17 @@ def test_an_activation_after_gate_and_residual_add_belongs_to_the_conv_before_it
         ("a2#1", "keep", "c2", "A0"),
         ("a3#1", "keep", "c3", "B0"),
     ]
+
+
+def test_an_activation_after_gate_and_add_in_a_pre_activation_chain_belongs_to_the_conv_after_it():
+    def forward(self, x):
+        x = F.max_pool2d(x, 2)
+        y = self.c2(self.a2(self.c1(self.a1(self.n1(x)))))
+        y = y * self.g(y.mean((2, 3), keepdim=True)).sigmoid()
+        return F.max_pool2d(self.c3(self.a3(y + x)), 2)
+
+    model = net(forward, **convs("c1 c2 c3 g"), **norms("n1"), **relus("a1 a2 a3"))
+    expect(model, "a1 keep c1 A0 pre \n a2 drop c2 A0 pre \n a3 keep c3 B0 pre", convs=3)
 
 
 def test_an_activation_after_the_gate_of_a_pre_activation_chain_belongs_to_the_conv_after_it():
@@ -1191,11 +1272,13 @@ def test_an_activation_module_that_lives_elsewhere():
         return self.relu(self.c2(self.block(x, self.relu)))
 
     plan = nmconv.make_plan(net(forward, c2=conv(), block=block, relu=nn.ReLU()))
-    assert [(site.name, site.owner, site.call, site.action) for site in plan.sites] == [
-        ("relu", "block", 1, "drop"),
-        ("relu", "", 1, "keep"),
+    assert [(site.name, site.owner, site.call, site.convs, site.chain) for site in plan.sites] == [
+        ("relu", "block", 1, ("block.c",), 0),
+        ("relu", "", 1, ("c2",), 0),
     ]
     assert len({site.id for site in plan.sites}) == 2
+    # the block is called with a module, which it cannot be rewritten for; if it stays, the plan says so
+    assert plan.sites[0].action == "drop" or plan.sites[0].locked in plan.sites[0].reason
 
 
 def test_a_shared_conv_is_a_conv_of_the_chain_each_time():
@@ -1594,3 +1677,14 @@ def test_what_a_plan_says_is_no_matter_of_dtype_device_mode_or_freezing():
     )
     for name, model in vars(variants).items():
         assert nmconv.make_plan(model) == wanted, name
+
+
+def test_hooks_weight_norm_and_checkpointing_change_nothing():
+    wanted = nmconv.make_plan(zoo.build("timm/resnet18", "meta")).sites
+    model = zoo.build("timm/resnet18", "meta")
+    model.set_grad_checkpointing(True)
+    model.train()
+    model.layer1.register_forward_hook(lambda *_: pytest.fail("a hook was called"))
+    nn.utils.parametrizations.weight_norm(model.layer1[0].conv1)
+    nn.utils.parametrizations.spectral_norm(model.layer2[0].conv1)
+    assert nmconv.make_plan(model).sites == wanted

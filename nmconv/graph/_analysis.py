@@ -21,7 +21,8 @@ from nmconv.graph._modules import leaf_op
 from nmconv.graph._ops import Op
 from nmconv.graph._parallel import fold_parallel
 from nmconv.graph._quiet import in_mode, left_as_found
-from nmconv.graph._tracer import Arguments, FlowTracer, UnknownTensor, map_proxies
+from nmconv.graph._records import Arguments, UnknownTensor, map_proxies
+from nmconv.graph._tracer import FlowTracer
 from nmconv.graph._values import Values, fake_input
 
 __all__ = ["Analysis", "Called", "Traced", "act_calls", "analyse", "counted"]

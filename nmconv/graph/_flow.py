@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch.fx import Node
 
 from nmconv.graph._ops import Op
-from nmconv.graph._tracer import ActCall, Frame
+from nmconv.graph._records import ActCall, Frame
 
 __all__ = ["Flow", "FlowNode"]
 

@@ -10,8 +10,9 @@ from torch import nn
 from nmconv.errors import RewriteError
 from nmconv.graph._constants import frozen_attributes
 from nmconv.graph._quiet import changed_attributes, drew_random_numbers, in_mode, left_as_found, snapshot
+from nmconv.graph._records import Arguments
 from nmconv.graph._takes import arguments_from
-from nmconv.graph._tracer import Arguments, FlowTracer
+from nmconv.graph._tracer import FlowTracer
 
 __all__ = ["MethodTrace", "trace_method"]
 

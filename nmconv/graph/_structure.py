@@ -11,14 +11,15 @@ from torch import nn
 
 from nmconv.graph import _zoo
 from nmconv.graph._analysis import Analysis, Called, Traced, analyse, counted
-from nmconv.graph._flow import Flow, FlowNode
+from nmconv.graph._flow import FlowNode
 from nmconv.graph._holders import Holders
 from nmconv.graph._modules import act_kind, is_activation
 from nmconv.graph._ops import PLAIN_ACTS, Op
 from nmconv.graph._places import Ends
 from nmconv.graph._quiet import left_as_found
+from nmconv.graph._records import Arguments
+from nmconv.graph._same import local_hashes
 from nmconv.graph._takes import takes_of
-from nmconv.graph._tracer import Arguments
 from nmconv.planning import Activation, Chain, Item, Place, Structure, Untraced
 
 __all__ = ["Reading", "read"]
@@ -80,7 +81,7 @@ class _Builder:
         for traced in analysis.traced:
             ends = Ends(traced.flow, analysis.mode_readers, traced.tracer.methods)
             keys: dict[int, _Key] = {}
-            hashes = _local_hashes(traced.flow)
+            hashes = local_hashes(traced.flow)
             repeated: set[_Key] = set()
             for node in traced.flow.nodes:
                 if node.op is Op.ACT and node.act is not None:
@@ -314,62 +315,6 @@ def _untraced(name: str, error: BaseException, mode: str, examples: bool) -> Unt
         else "Pass example_inputs to reach it if shapes decide; its children were analysed one by one"
     )
     return Untraced(name, f"{type(error).__name__}: {text}{mode}", hint)
-
-
-def _local_hashes(flow: Flow) -> dict[int, int]:
-    """For every activation a hash of what its owner's forward has done to get its input.
-
-    The same in eval and in train mode for the same call, whatever calls of the same module come before: dropout and
-    identities are passed over, values from outside the forward are all alike.
-    """
-    result: dict[int, int] = {}
-    for node in flow.nodes:
-        if node.op is not Op.ACT or node.act is None:
-            continue
-        start = _first_index(flow, node)
-        memo: dict[int, int] = {}
-
-        def local(index: int, start: int = start, memo: dict[int, int] = memo) -> int:
-            stack = [index]
-            while stack:
-                at = stack[-1]
-                if at in memo:
-                    stack.pop()
-                    continue
-                current = flow.nodes[at]
-                sources = [source for source in (*current.inputs, *current.sides) if source >= start]
-                missing = [source for source in sources if source not in memo]
-                if missing and at >= start:
-                    stack += missing
-                    continue
-                if at < start:
-                    memo[at] = 0
-                elif current.op in (Op.DROP, Op.PASS) and sources:
-                    memo[at] = memo[sources[0]]
-                else:
-                    name = current.name.partition("#")[0] if current.op is not Op.ACT else current.kind
-                    memo[at] = hash((current.op.name, name, tuple(memo[source] for source in sources)))
-                stack.pop()
-            return memo[index]
-
-        result[node.index] = local(node.index)
-    return result
-
-
-def _first_index(flow: Flow, node: FlowNode) -> int:
-    """The first flow node made within the frame that calls the activation."""
-    frame = node.act.frame  # type: ignore[union-attr]
-    low = node.index
-    while low > 0 and _within(flow.nodes[low - 1], frame):
-        low -= 1
-    return low
-
-
-def _within(node: FlowNode, frame: Any) -> bool:
-    at = node.frame
-    while at is not None and at is not frame:
-        at = at.parent
-    return at is frame or node.op is Op.PARAM
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import Proxy
 
 from nmconv.errors import RewriteError
-from nmconv.graph._tracer import Arguments, UnknownTensor
+from nmconv.graph._records import Arguments, UnknownTensor
 
 __all__ = ["arguments_from", "takes_of"]
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -19,59 +17,10 @@ from nmconv.graph import _zoo
 from nmconv.graph._modules import leaf_op
 from nmconv.graph._ops import ACT_FUNCTIONS, ACT_METHODS, Op
 from nmconv.graph._proxy import AttributeProxy, TensorProxy, patched_isinstance
+from nmconv.graph._records import ActCall, Arguments, Frame, UnknownTensor, collect, containers, map_proxies
 from nmconv.graph._values import Unknown, Values
 
-__all__ = ["ActCall", "Arguments", "FlowTracer", "Frame", "UnknownTensor", "map_proxies"]
-
-
-class UnknownTensor(torch.Tensor):
-    """Stands for a tensor argument of unknown shape."""
-
-
-@dataclass(eq=False)
-class Frame:
-    """One call of one module's forward during a trace.
-
-    Attributes:
-        module: The module.
-        path: Its qualified name, the first it is registered under.
-        parent: The frame it was called from, None for the root's.
-        label: What it is called in the parent: its name relative to the parent's module.
-        number: Which call of that label in the parent it is, from 1.
-        start: How many nodes the graph had when the call began.
-        result: The node it returned, where it returned just one.
-    """
-
-    module: nn.Module
-    path: str
-    parent: Frame | None = None
-    label: str = ""
-    number: int = 0
-    start: int = 0
-    result: Node | None = None
-    labels: Counter[str] = field(default_factory=Counter)
-    acts: Counter[Any] = field(default_factory=Counter)
-
-
-@dataclass(frozen=True)
-class ActCall:
-    """What identifies one activation call: see :class:`nmconv.Site`, whose attributes these are."""
-
-    frame: Frame
-    method: str
-    module: nn.Module | None
-    name: str
-    function: str | None
-    call: int
-    step: int
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """The structure of a call's arguments, with tensors as proxies, placeholders' names or fake tensors."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+__all__ = ["FlowTracer"]
 
 
 class FlowTracer(Tracer):
@@ -152,14 +101,14 @@ class FlowTracer(Tracer):
         args = map_proxies(self._arguments.args, placeholder)
         kwargs = map_proxies(self._arguments.kwargs, placeholder)
         self.inputs = (args, kwargs)
-        self.containers = list(_containers((args, kwargs)))
+        self.containers = list(containers((args, kwargs)))
 
         def call() -> Any:
             self._made = root_fn(self.root, *args, **kwargs)
             if not self.deep:
                 return self._made
             found: list[Any] = []
-            _collect(self._made, found, set())
+            collect(self._made, found, set())
             self.stack[0].result = self._made.node if type(self._made) is TensorProxy else None
             return tuple(found)
 
@@ -314,7 +263,7 @@ class FlowTracer(Tracer):
             proxy = self.create_proxy("call_module", name, args, kwargs)
         except Exception:  # arguments that fx has no words for: what flows in is all that can be said
             found: list[Any] = []
-            _collect((args, kwargs), found, set())
+            collect((args, kwargs), found, set())
             proxy = self.create_proxy("call_module", name, tuple(found), {})
             self.values.forget(proxy.node)
         self._note(proxy.node, label, counted=True)
@@ -421,45 +370,3 @@ def _relative(owner: nn.Module, child: nn.Module, name: str) -> str:
         if module is child and path:
             return path
     return f"/{name}"
-
-
-def map_proxies(value: Any, function: Callable[[Any], Any]) -> Any:
-    """A copy of nested tuples, lists and dicts with ``function`` of every tensor and proxy in it."""
-    if isinstance(value, (Proxy, torch.Tensor)):
-        return function(value)
-    if isinstance(value, tuple):
-        parts = [map_proxies(part, function) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    if isinstance(value, list):
-        return [map_proxies(part, function) for part in value]
-    if isinstance(value, dict):
-        return type(value)((key, map_proxies(part, function)) for key, part in value.items())
-    return value
-
-
-def _collect(value: Any, found: list[Any], seen: set[int]) -> None:
-    """All proxies in a value, looking into containers and plain objects."""
-    if isinstance(value, Proxy):
-        found.append(value)
-    elif id(value) in seen or isinstance(value, (str, bytes, type, nn.Module)):
-        return
-    elif isinstance(value, dict):
-        seen.add(id(value))
-        for part in value.values():
-            _collect(part, found, seen)
-    elif isinstance(value, (list, tuple, set)):
-        seen.add(id(value))
-        for part in value:
-            _collect(part, found, seen)
-    elif hasattr(value, "__dict__"):
-        seen.add(id(value))
-        _collect(vars(value), found, seen)
-
-
-def _containers(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every list and dict in a value, with a copy of it."""
-    if isinstance(value, (list, dict)):
-        yield value, value.copy()
-    if isinstance(value, (list, tuple, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _containers(part)
