@@ -43,7 +43,9 @@ def test_conv_norm_act():
 
     model = net(forward, **convs("c1 c2"), **norms("n1 n2"), **relus("a1 a2"))
     plan = expect(model, "a1 drop c1 A0 post \n a2 keep c2 A0 post", convs=2)
-    assert [(site.kind, site.function, site.owner, site.modes) for site in plan.sites] == [("ReLU", None, "", "both")] * 2
+    assert [(site.kind, site.function, site.owner, site.modes) for site in plan.sites] == [
+        ("ReLU", None, "", "both")
+    ] * 2
 
 
 def test_conv_act_without_a_norm():
@@ -123,7 +125,9 @@ def test_a_hard_swish_by_hand_is_a_gate_and_no_site(form):
         x = eval(form, {"x": x, "relu6": F.relu6})
         return self.a3(self.c3(self.a2(self.c2(x))))
 
-    plan = expect(net(forward, **convs("c1 c2 c3"), **relus("a2 a3")), ":relu6 skip - - \n a2 drop c2 A0 \n a3 keep c3 A0")
+    plan = expect(
+        net(forward, **convs("c1 c2 c3"), **relus("a2 a3")), ":relu6 skip - - \n a2 drop c2 A0 \n a3 keep c3 A0"
+    )
     assert "gate" in skipped(plan, ":relu6#1")
 
 
@@ -351,7 +355,9 @@ def test_conv_plus_identity_alone_is_a_residual_join():
         x = self.a1(self.c1(x) + x)
         return self.a2(self.c2(x) + x)
 
-    expect(net(forward, **convs("c1 c2"), **relus("a1 a2")), "a1 keep c1 A0 residual \n a2 keep c2 B0 residual", convs=2)
+    expect(
+        net(forward, **convs("c1 c2"), **relus("a1 a2")), "a1 keep c1 A0 residual \n a2 keep c2 B0 residual", convs=2
+    )
 
 
 def test_convs_of_different_values_are_not_parallel():
@@ -812,7 +818,9 @@ class Scaled(nn.Conv2d):
         return self._conv_forward(x, self.weight * 0.5, self.bias)
 
 
-@pytest.mark.parametrize("cls", [WeightStandardised, SamePadded, SamePaddedByShape, Scaled], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "cls", [WeightStandardised, SamePadded, SamePaddedByShape, Scaled], ids=lambda cls: cls.__name__
+)
 def test_a_subclass_with_its_own_forward_is_the_conv_of_its_name(cls):
     def forward(self, x):
         return self.a2(self.c2(self.a1(self.c1(x))))
@@ -1398,7 +1406,9 @@ def test_units_of_a_pre_activation_chain_of_five(ratio, keep, stay):
     assert kept(pre(5), ratio, keep=keep) == (stay, [at // n for at in range(5)])
 
 
-@pytest.mark.parametrize(("ratio", "last", "front"), [("4:2", {1, 3}, {0, 2}), ("6:3", {1, 3, 5}, {0, 2, 4}), ("6:2", {2, 5}, {0, 3})])
+@pytest.mark.parametrize(
+    ("ratio", "last", "front"), [("4:2", {1, 3}, {0, 2}), ("6:3", {1, 3, 5}, {0, 2, 4}), ("6:2", {2, 5}, {0, 3})]
+)
 def test_spread_spaces_them_evenly(ratio, last, front):
     n = int(ratio[0])
     assert set(kept(post(n), ratio, keep="spread")[0]) == last
@@ -1581,9 +1591,7 @@ def test_auxiliary_heads_are_planned_and_numbered_for_both_modes(training):
     model = auxiliary().train(training)
     plan = nmconv.make_plan(model)
     assert model.training is training
-    found = {
-        (site.modes, site.call, site.train_call): (site.convs[0], site.action, site.id) for site in plan.sites
-    }
+    found = {(site.modes, site.call, site.train_call): (site.convs[0], site.action, site.id) for site in plan.sites}
     # eval: [c1 c2 c3]; in training also [b1 b2]
     assert found == {
         ("both", 1, 1): ("c1", "drop", "relu#1"),

@@ -182,13 +182,13 @@ class _Finder:
     # -- activation before a chain ------------------------------------------------------------------------------------
 
     def _feeding(self, conv: int) -> Iterator[int]:
-        """Activations before a convolution with nothing but norms and the like between."""
+        """Activations before a convolution with nothing but norms, layout and the like between."""
         at = self.flow.nodes[conv].inputs[0]
         while True:
             node = self.flow.nodes[at]
             if node.op is Op.ACT:
                 yield at
-            elif node.op not in _BETWEEN:
+            elif node.op not in _BETWEEN | {Op.LAYOUT}:
                 return
             at = node.inputs[0]
 
@@ -234,6 +234,8 @@ class _Finder:
         flow = self.flow
         if flow.nodes[act].why:
             return flow.nodes[act].why
+        if not flow.main[act] and not flow.gating[act]:
+            return "nothing that is returned depends on it"
         if not flow.main[act]:
             return "gate: it reaches the main path only as a factor (squeeze-excite, attention)"
         at = flow.nodes[act].inputs[0]

@@ -7,8 +7,8 @@ import hashlib
 from torch import nn
 
 from nmconv.graph import _zoo
-from nmconv.graph._modules import act_kind, leaf_op
-from nmconv.graph._ops import MODULES, Op
+from nmconv.graph._modules import act_kind, is_conv, leaf_op
+from nmconv.graph._ops import Op
 
 __all__ = ["fingerprint"]
 
@@ -25,12 +25,7 @@ def fingerprint(model: nn.Module) -> str:
         op = leaf_op(module)
         if op is Op.ACT:
             digest.update(f"{name} {act_kind(module)}\n".encode())
-        elif op is Op.CONV or _is_conv(module):
+        elif op is Op.CONV or is_conv(module):
             values = [getattr(module, attribute, None) for attribute in _SHOWN]
             digest.update(f"{name} conv {values}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def _is_conv(module: nn.Module) -> bool:
-    """Whether the class derives from a convolution, with a forward of its own."""
-    return any(MODULES.get(base) is Op.CONV for base in type(module).__mro__)

@@ -67,6 +67,7 @@ class Flow:
     nodes: list[FlowNode]
     readers: list[list[int]] = field(default_factory=list)
     main: list[bool] = field(default_factory=list)
+    gating: list[bool] = field(default_factory=list)
 
     def link(self) -> None:
         """(Re)compute which nodes are on the main path (reach an output) and their readers there."""
@@ -77,6 +78,11 @@ class Flow:
             if self.main[node.index] and node.op is not Op.DEAD:
                 for source in node.inputs:
                     self.main[source] = True
+        self.gating = [False] * len(self.nodes)
+        for node in reversed(self.nodes):
+            if self.main[node.index] or self.gating[node.index]:
+                for source in node.sides if self.main[node.index] else (*node.inputs, *node.sides):
+                    self.gating[source] = True
         self.readers = [[] for _ in self.nodes]
         for node in self.nodes:
             if self.main[node.index] and node.op is not Op.DEAD:

@@ -46,6 +46,9 @@ def _resolve(flow: Flow, node: FlowNode, values: Values, full: list[bool]) -> No
         gates = _broadcast(flow, node, values)
         if not gates and len(bounded) == len(operands) and node.op is Op.MUL:
             gates = bounded[1:]
+    if not gates:
+        by_hand = [source for source in operands if _is_hard_sigmoid(flow, source)]
+        gates = by_hand if len(by_hand) < len(operands) else []
     if not gates and node.op is Op.MUL:
         acting = [source for source in operands if _activation_behind(flow, source) is not None]
         for source in acting:
@@ -70,6 +73,15 @@ def _is_bounded(flow: Flow, index: int) -> bool:
     while node.op in _THROUGH and len(node.inputs) == 1:
         node = flow.nodes[node.inputs[0]]
     return node.op is Op.BOUNDED
+
+
+def _is_hard_sigmoid(flow: Flow, index: int) -> bool:
+    """Whether the value is a scaled ReLU6: a hard sigmoid written by hand, bounded though made of an activation."""
+    node, scaled = flow.nodes[index], False
+    while node.op in _THROUGH and len(node.inputs) == 1:
+        scaled |= node.op is Op.SCALE
+        node = flow.nodes[node.inputs[0]]
+    return scaled and node.op is Op.ACT and node.kind == "ReLU6"
 
 
 def _activation_behind(flow: Flow, index: int) -> int | None:

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from nmconv.graph import _zoo
 from nmconv.graph._flow import Flow, FlowNode
-from nmconv.graph._modules import act_kind, leaf_op
+from nmconv.graph._modules import act_kind, is_conv, leaf_op
 from nmconv.graph._ops import (
     ACT_KINDS,
     FUNCTIONS,
@@ -182,6 +182,8 @@ class _Lowering:
             return self.tracer.prefix + str(node.target)
         frame, label, number = self.tracer.where.get(node, (None, "", 0))
         owner = frame.path if frame is not None else ""
+        if frame is not None and is_conv(frame.module):  # a convolution whose class has a forward of its own
+            return owner
         return f"{owner}:{label}" if number == 1 else f"{owner}:{label}#{number}"
 
     def _is_parameter(self, node: Node) -> bool:

@@ -7,7 +7,7 @@ from torch import nn
 from nmconv.graph import _zoo
 from nmconv.graph._ops import ACT_MODULES, MODULES, Op
 
-__all__ = ["act_kind", "is_activation", "is_sequential", "leaf_op"]
+__all__ = ["act_kind", "is_activation", "is_conv", "is_sequential", "leaf_op"]
 
 
 def leaf_op(module: nn.Module) -> Op | None:
@@ -45,6 +45,11 @@ def act_kind(module: nn.Module) -> str:
 def is_activation(module: nn.Module) -> bool:
     """Whether the module is one of the activations that nmconv knows."""
     return leaf_op(module) is Op.ACT
+
+
+def is_conv(module: nn.Module) -> bool:
+    """Whether the module's class derives from a convolution, with or without a forward of its own."""
+    return any(MODULES.get(base) is Op.CONV for base in type(module).__mro__)
 
 
 def is_sequential(module: nn.Module) -> bool:

@@ -11,19 +11,21 @@ from torch import nn
 
 from nmconv.graph import _zoo
 from nmconv.graph._analysis import Analysis, Called, Traced, analyse, counted
-from nmconv.graph._flow import FlowNode
+from nmconv.graph._flow import Flow, FlowNode
 from nmconv.graph._holders import Holders
-from nmconv.graph._modules import act_kind, is_activation
+from nmconv.graph._modules import act_kind, is_activation, leaf_op
 from nmconv.graph._ops import PLAIN_ACTS, Op
 from nmconv.graph._places import Ends
 from nmconv.graph._quiet import left_as_found
 from nmconv.graph._records import Arguments
 from nmconv.graph._same import local_hashes
 from nmconv.graph._takes import takes_of
+from nmconv.graph._values import Unknown
 from nmconv.planning import Activation, Chain, Item, Place, Structure, Untraced
 
 __all__ = ["Reading", "read"]
 
+_STEPS = {Op.CONV, Op.NORM, Op.ACT, Op.ADD, Op.MUL, Op.GATED}
 _Key = tuple[str, str, str, "str | None", int]
 
 
@@ -50,7 +52,9 @@ class _Builder:
     local: dict[_Key, int] = field(default_factory=dict)
     callers: dict[int, set[tuple[str, int]]] = field(default_factory=lambda: defaultdict(set))
     arguments: dict[str, list[Arguments]] = field(default_factory=dict)
-    order: int = 0
+    steps: list[tuple[str, str]] = field(default_factory=list)
+    stages: dict[str, int] = field(default_factory=dict)
+    order: int = 0  # of execution: what was traced before counts on
 
     def build(self, example_inputs: Any) -> Reading:
         with left_as_found(self.model):
@@ -90,14 +94,31 @@ class _Builder:
                     if self._see(key, node, traced, mode):
                         repeated.add(key)
             self._take_chains(traced, keys, mode, ends)
+            if mode == "eval":
+                self._note_stages(traced.flow)
+                self.steps += [
+                    (node.op.name, node.name)
+                    for node in traced.flow.nodes
+                    if node.op in _STEPS and traced.flow.main[node.index]
+                ]
             for act in traced.ownership.leading:
                 self.leading.setdefault(keys[act], "stands before a chain and belongs to no convolution")
             for act, reason in traced.ownership.skipped.items():
                 if mode == "eval" or self.seen[keys[act]].activation.modes == "train":
                     self.seen[keys[act]].skip = self.seen[keys[act]].skip or reason
+            self.order += len(traced.flow.nodes)
         if mode == "eval":
             for name in analysis.lone:
                 self._lone(name)
+
+    def _note_stages(self, flow: Flow) -> None:
+        """When the last of each of ``feature_info``'s modules runs."""
+        for stage in _zoo.stage_names(self.model):
+            self.stages.setdefault(stage, -1)
+            for node in flow.nodes:
+                paths = (node.name, node.frame.path if node.frame is not None else "")
+                if any(path == stage or path.startswith((f"{stage}.", f"{stage}:")) for path in paths):
+                    self.stages[stage] = self.order + node.index
 
     def _key(self, node: FlowNode, mode: str, local: int) -> _Key:
         """What identifies the call in both modes: in train mode, the eval-mode call that does the same."""
@@ -131,7 +152,6 @@ class _Builder:
                 old = replace(old, modes="both", train_call=call.call, train_step=call.step)
             known.activation = replace(old, copy=old.copy or copy)
             return again
-        self.order += 1
         activation = Activation(
             name=call.name,
             function=call.function,
@@ -149,7 +169,7 @@ class _Builder:
             how="rewrite",
             movable=node.kind in PLAIN_ACTS if call.module is None else not call.module.state_dict(),
         )
-        self.seen[key] = _Seen(activation, self.order, call.module)
+        self.seen[key] = _Seen(activation, self.order + node.index, call.module)
         return False
 
     def _take_chains(self, traced: Traced, keys: dict[int, _Key], mode: str, ends: Ends) -> None:
@@ -163,8 +183,7 @@ class _Builder:
                 place, reason = (None, "")
                 if key is None and link is chain.links[-1] and len(chain.links) > 1 and not chain.pre:
                     place, reason = ends.place(link.conv)
-                self.order += 1
-                items.append((Item(names, self.order, None, link.role, place, reason), key))
+                items.append((Item(names, self.order + link.conv, None, link.role, place, reason), key))
             self._add(items, chain.pre, mode)
 
     def _add(self, items: list[tuple[Item, _Key | None]], pre: bool, mode: str) -> None:
@@ -232,7 +251,9 @@ class _Builder:
             activations=tuple(activations),
             chains=tuple(chains),
             leading=tuple((index[key], reason) for key, reason in stays.items()),
-            stages=_zoo.stage_names(self.model),
+            stages=tuple(self.stages.values()),
+            classifier=_zoo.classifier_names(self.model),
+            steps=tuple(self.steps),
             untraced=tuple(_untraced(name, *why, examples) for name, why in broken.items()),
         )
 
@@ -264,6 +285,14 @@ class _Builder:
         own = all(holders.slots(path, seen.module) == 1 for path, _ in callers)
         return "swap" if mine and own else "rewrite"
 
+    def _layer_around(self, name: str) -> str:
+        """The name of the leaf that holds a module, or ""."""
+        while "." in name:
+            name = name.rpartition(".")[0]
+            if leaf_op(self.model.get_submodule(name)) is not None:
+                return name
+        return ""
+
     def _unseen(self, broken: Iterable[str]) -> Iterator[Activation]:
         """Activation modules that no trace has met."""
         met = {id(seen.module) for seen in self.seen.values()}
@@ -271,11 +300,12 @@ class _Builder:
             if is_activation(module) and id(module) not in met:
                 parents = [path for path in broken if not path or name.startswith(f"{path}.")]
                 owner = max(parents, key=len, default="")
-                reason = (
-                    f"{owner or 'the model'} calls it or not: its forward cannot be traced"
-                    if parents
-                    else "the forward never calls it"
-                )
+                layer = self._layer_around(name)
+                reason = "the forward never calls it"
+                if parents:
+                    reason = f"{owner or 'the model'} calls it or not: its forward cannot be traced"
+                elif layer:
+                    reason = f"a part of {layer}, which is one indivisible layer"
                 yield Activation(
                     name=name,
                     function=None,
@@ -309,11 +339,9 @@ def _calls(analyses: Iterable[Analysis]) -> dict[str, list[Arguments]]:
 
 def _untraced(name: str, error: BaseException, mode: str, examples: bool) -> Untraced:
     text = str(error).strip().split("\n")[0][:200]
-    hint = (
-        "What its children do was analysed one by one; what it does itself is left as it is"
-        if examples
-        else "Pass example_inputs to reach it if shapes decide; its children were analysed one by one"
-    )
+    hint = "What it does itself is left as it is; its children were analysed one by one"
+    if isinstance(error, Unknown) and not examples:
+        hint = "Pass example_inputs to reach it; its children were analysed one by one"
     return Untraced(name, f"{type(error).__name__}: {text}{mode}", hint)
 
 

@@ -91,8 +91,22 @@ def stage_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(part["module"] for part in info)
 
 
+_TORCHVISION_HEADS = (
+    *(
+        "fc",
+        "classifier",
+        "aux_classifier",
+        "head.classification_head.cls_logits",
+        "head.classification_head.module_list",
+    ),
+    *("roi_heads.mask_predictor.mask_fcn_logits", "roi_heads.keypoint_predictor"),
+)
+
+
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
-    """Qualified names of the classifier as timm's ``pretrained_cfg`` gives them; empty where there is none."""
+    """Qualified names of what depends on the number of classes, by timm's ``pretrained_cfg`` or torchvision's habit."""
+    if _path(type(model)).startswith("torchvision.models."):
+        return _TORCHVISION_HEADS
     config = getattr(model, "pretrained_cfg", None)
     names = config.get("classifier") if isinstance(config, dict) else None
     if names is None:

@@ -4,6 +4,7 @@ from nmconv.planning._plan import Counts, Plan, Site
 from nmconv.planning._planner import Options, draw_up
 from nmconv.planning._policies import Keep, Unit
 from nmconv.planning._ratio import Ratio
+from nmconv.planning._selection import listed
 from nmconv.planning._structure import Activation, Chain, Item, Place, Structure, Untraced
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "Unit",
     "Untraced",
     "draw_up",
+    "listed",
 ]

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 from nmconv.errors import PlanError
+from nmconv.planning._plain import from_plain
 from nmconv.planning._structure import Place, Untraced
 from nmconv.planning._table import table
 
 __all__ = ["Counts", "Plan", "Site"]
 
 _VERSION = 1
-_ACTIONS = ("keep", "drop", "move", "skip")
-_MODES = ("both", "eval", "train")
 
 
 @dataclass(frozen=True)
@@ -99,6 +97,7 @@ class Plan:
     Attributes:
         model: Class name of the model.
         fingerprint: Identifies the model's structure (not weights, dtype, device, mode or classifier).
+        flow: Identifies the data flow that was found in it.
         ratio: The ratio asked for, as text.
         options: The other options that were given, as (name, text) pairs.
         convs: Convolutions on the main path in eval mode, parallel ones counted once.
@@ -108,6 +107,7 @@ class Plan:
 
     model: str
     fingerprint: str
+    flow: str
     ratio: str
     options: tuple[tuple[str, str], ...]
     convs: int
@@ -207,42 +207,27 @@ class Plan:
         if version != _VERSION:
             raise PlanError(f"a plan of version {version}; this nmconv reads {_VERSION}: make the plan anew")
         try:
-            sites = tuple(_site(site) for site in data.pop("sites"))
-            untraced = tuple(Untraced(**part) for part in data.pop("untraced"))
-            options = tuple((str(key), str(value)) for key, value in data.pop("options"))
-            plan = cls(**data, options=options, sites=sites, untraced=untraced)
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            plan: Plan = from_plain(cls, data)
+            _check(plan)
+        except (TypeError, ValueError) as error:
             raise PlanError(f"a damaged plan ({error}): make it anew with nmconv.make_plan") from error
-        _check(plan)
         return plan
 
 
-def _site(data: dict[str, Any]) -> Site:
-    place = data.pop("place", None)
-    return Site(**{**data, "convs": tuple(data["convs"]), "place": Place(**place) if place else None})
-
-
 def _check(plan: Plan) -> None:
-    """Refuse values that no plan of ours has: a plan is applied as it stands."""
-    texts = (plan.model, plan.fingerprint, plan.ratio)
-    if not all(isinstance(text, str) for text in texts) or type(plan.convs) is not int:
-        raise PlanError("a damaged plan (model, fingerprint, ratio or convs): make it anew with nmconv.make_plan")
-    integers = {"call", "step"}
-    booleans = {"inplace", "copy"}
-    strings = {"name", "owner", "method", "takes", "kind", "role", "reason", "locked"}
+    """Refuse values that no plan of ours has, with ValueError: a plan is applied as it stands."""
     for site in plan.sites:
-        values = {field.name: getattr(site, field.name) for field in fields(site)}
-        good = (
-            site.action in _ACTIONS
-            and site.modes in _MODES
-            and site.how in ("swap", "rewrite")
-            and all(type(values[name]) is int for name in integers)
-            and all(type(values[name]) is bool for name in booleans)
-            and all(type(values[name]) is str for name in strings)
-            and (site.action != "move" or site.place is not None)
+        known = (
+            (site.action, ("keep", "drop", "move", "skip")),
+            (site.modes, ("both", "eval", "train")),
+            (site.how, ("swap", "rewrite")),
+            (site.place.how if site.place else "slot", ("rewrite", "insert", "slot")),
         )
-        if not good:
-            raise PlanError(f"a damaged plan (site {values['name']!r}): make it anew with nmconv.make_plan")
+        for value, allowed in known:
+            if value not in allowed:
+                raise ValueError(f"{site.name}: {value!r} is none of {', '.join(allowed)}")
+        if (site.action == "move") != (site.place is not None):
+            raise ValueError(f"{site.name}: a place without a move, or a move without a place")
     ids = [site.id for site in plan.sites]
     if len(set(ids)) != len(ids):
-        raise PlanError("a damaged plan (a site stands twice in it): make it anew with nmconv.make_plan")
+        raise ValueError("a site stands twice in it")

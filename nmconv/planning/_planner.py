@@ -9,7 +9,7 @@ from itertools import groupby
 from nmconv.planning._plan import Plan, Site
 from nmconv.planning._policies import Keep, Unit, check_keep, choose
 from nmconv.planning._ratio import Ratio
-from nmconv.planning._selection import Rules, Spot
+from nmconv.planning._selection import Rules, Spot, listed
 from nmconv.planning._structure import Activation, Chain, Item, Structure
 
 __all__ = ["Options", "draw_up"]
@@ -27,6 +27,7 @@ class Options:
     include: str | Iterable[str] = "*"
     exclude: str | Iterable[str] = ()
     linear: bool = False
+    examples: bool = False
 
     def check(self) -> None:
         """Refuse what no model could be planned with.
@@ -46,6 +47,7 @@ class Options:
             "include": _text(self.include),
             "exclude": _text(self.exclude),
             "linear": self.linear,
+            "example_inputs": "given" if self.examples else "none",
         }
         return tuple((name, str(value)) for name, value in values.items())
 
@@ -72,11 +74,12 @@ def draw_up(
     rules = Rules(options.ratio, options.include, options.exclude, _spots(structure), structure.stages)
     for number, chain in enumerate(structure.chains):
         for index, site in _decide(number, chain, sites, rules, options, structure):
-            sites[index] = site
-    convs = sum(len(chain.items) for chain in structure.chains if chain.modes != "train")
+            sites[index] = site if sites[index].chain is None else _for_all(sites[index], site)
+    convs = len({item.convs for chain in structure.chains if chain.modes != "train" for item in chain.items})
     return Plan(
         model=structure.model,
         fingerprint=fingerprint,
+        flow=structure.digest(),
         ratio=rules.text,
         options=options.texts(),
         convs=convs,
@@ -86,7 +89,7 @@ def draw_up(
 
 
 def _text(patterns: str | Iterable[str]) -> str:
-    return patterns if isinstance(patterns, str) else ", ".join(map(str, patterns))
+    return ", ".join(listed(patterns))
 
 
 def _bare(activation: Activation) -> Site:
@@ -121,6 +124,14 @@ def _spot(item: Item, activations: Sequence[Activation | Site]) -> Spot:
 
 def _spots(structure: Structure) -> list[Spot]:
     return [_spot(item, structure.activations) for chain in structure.chains for item in chain.items]
+
+
+def _for_all(one: Site, other: Site) -> Site:
+    """One decision for an activation that stands in a chain several times: what one call must keep, all keep."""
+    if one.action == other.action:
+        return one
+    kept = one if one.action == "keep" else other
+    return replace(kept, action="keep", place=None, reason=f"{kept.reason}; one decision for all calls of it")
 
 
 def _decide(
@@ -159,10 +170,7 @@ def _decide_unit(
 ) -> Iterator[tuple[int, Site]]:
     owned = [(position, item, item.act) for position, item in enumerate(members) if item.act is not None]
     allowed = ratio.kept(len(members))
-    if len(owned) <= allowed:
-        for _, item, index in owned:
-            yield index, _kept(sites[index], chain, unit, item, f"unit of {len(members)} has few enough")
-        return
+    few = len(owned) <= allowed
     asked = Unit(
         chain=chain,
         unit=unit,
@@ -172,8 +180,9 @@ def _decide_unit(
         owners=tuple(position for position, _, _ in owned),
         allowed=allowed,
     )
-    stay = choose(options.keep, asked)
-    share = f"unit of {len(members)} keeps {allowed} of {len(owned)}"
+    stay = frozenset(range(len(owned))) if few else choose(options.keep, asked)
+    size = len(members)
+    share = f"unit of {size} has few enough" if few else f"unit of {size} keeps {allowed} of {len(owned)}"
     moved = max(stay, default=None) if options.relocate else None
     for place, (_, item, index) in enumerate(owned):
         site = _kept(sites[index], chain, unit, item, share)

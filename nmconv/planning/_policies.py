@@ -66,7 +66,7 @@ def choose(keep: Keep, unit: Unit) -> frozenset[int]:
         return positions
     if keep == "spread":
         if unit.pre:
-            return frozenset(step * count // allowed for step in range(allowed))
-        return frozenset(-(-(step + 1) * count // allowed) - 1 for step in range(allowed))
+            return frozenset(-(-step * count // allowed) for step in range(allowed))
+        return frozenset((step + 1) * count // allowed - 1 for step in range(allowed))
     at_end = (keep == "last") != unit.pre
     return frozenset(range(count - allowed, count) if at_end else range(allowed))

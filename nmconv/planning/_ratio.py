@@ -46,7 +46,12 @@ class Ratio:
             if match is None:
                 raise RatioError(f"{value!r} is no ratio: {_WAY_OUT}")
             return cls(int(match[1]), int(match[2]))
-        if isinstance(value, Sequence) and len(value) == 2 and all(type(part) is int for part in value):
+        if (
+            isinstance(value, Sequence)
+            and not isinstance(value, (bytes, bytearray))
+            and len(value) == 2
+            and all(type(part) is int for part in value)
+        ):
             return cls(value[0], value[1])
         raise RatioError(f"{value!r} is no ratio: {_WAY_OUT}")
 

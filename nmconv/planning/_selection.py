@@ -10,7 +10,7 @@ from fnmatch import translate
 from nmconv.errors import PatternError, RatioError
 from nmconv.planning._ratio import Ratio
 
-__all__ = ["Rules", "Spot"]
+__all__ = ["Rules", "Spot", "listed"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Rules:
         include: Pattern or patterns; what none of them matches is left alone.
         exclude: Pattern or patterns of what is left alone.
         spots: Everything in the model that a pattern could match.
-        stages: Module names of ``feature_info``, in order.
+        stages: For each of ``feature_info``, in order, when the last of its module has run (-1: it never does).
 
     Raises:
         PatternError: If a pattern is malformed or matches no spot.
@@ -46,7 +46,7 @@ class Rules:
         include: str | Iterable[str],
         exclude: str | Iterable[str],
         spots: Sequence[Spot],
-        stages: Sequence[str],
+        stages: Sequence[int],
     ) -> None:
         self._spots = spots
         self._stages = stages
@@ -54,8 +54,8 @@ class Rules:
         whole = not isinstance(ratio, Mapping)
         self.text = str(parsed["*"]) if whole else ", ".join(f"{key}={value}" for key, value in parsed.items())
         self._rules = [(value, self._match(pattern, "ratio")) for pattern, value in parsed.items()]
-        self._include = [self._match(pattern, "include") for pattern in _listed(include, "include")]
-        self._exclude = [self._match(pattern, "exclude") for pattern in _listed(exclude, "exclude")]
+        self._include = [self._match(pattern, "include") for pattern in listed(include)]
+        self._exclude = [self._match(pattern, "exclude") for pattern in listed(exclude)]
 
     @staticmethod
     def parse(ratio: object) -> dict[object, Ratio | None]:
@@ -105,27 +105,29 @@ class Rules:
         number = pattern.removeprefix("stage:")
         if not self._stages:
             raise PatternError(f"{pattern!r}: the model has no feature_info (timm); give a glob on qualified names")
-        if not number.isdecimal() or int(number) >= len(self._stages):
+        if not (number.isascii() and number.isdecimal()) or int(number) >= len(self._stages):
             raise PatternError(f"{pattern!r}: stages are numbered 0 to {len(self._stages) - 1} here")
-        ends: list[int] = []
-        for module in self._stages:
-            inside = [spot.order for spot in self._spots if module in _with_parents(spot.names)]
-            ends.append(max(inside, default=max(ends, default=-1)))
-        start = ends[int(number) - 1] if int(number) else -1
-        return frozenset(spot for spot in self._spots if start < spot.order <= ends[int(number)])
+        index = int(number)
+        start = max(self._stages[:index], default=-1)
+        return frozenset(spot for spot in self._spots if start < spot.order <= self._stages[index])
 
 
-def _listed(patterns: object, option: str) -> tuple[str, ...]:
+def listed(patterns: object) -> tuple[str, ...]:
+    """One pattern or several as a tuple; an iterator is read once, here.
+
+    Raises:
+        PatternError: If it is neither.
+    """
     if isinstance(patterns, str):
         return (patterns,)
     if not isinstance(patterns, Iterable):
-        raise PatternError(f"{option}: {patterns!r} is no pattern; give one, or a list of them")
+        raise PatternError(f"{patterns!r} is no pattern; give one, or a list of them")
     return tuple(patterns)
 
 
 def _with_parents(names: Iterable[str]) -> set[str]:
     found: set[str] = set()
-    for name in names:
-        parts = name.split(".")
+    for path in (path for name in names for path in {name, name.partition(":")[0]}):
+        parts = path.split(".")
         found.update(".".join(parts[:length]) for length in range(1, len(parts) + 1))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 __all__ = ["Activation", "Chain", "Item", "Place", "Structure", "Untraced"]
@@ -107,13 +108,36 @@ class Structure:
         activations: Every activation call seen, in order of execution.
         chains: Every chain, in order of execution.
         leading: Activations that always stay although convolutions are near: index and reason.
-        stages: Module names of timm's ``feature_info``, empty where there is none.
+        stages: For each part of timm's ``feature_info``, when the last of its module has run, in the order that items
+            count in (-1: it never does); empty where there is none.
         untraced: Parts that could not be traced.
+        classifier: Names of modules that depend on the number of classes.
+        steps: What the forward does in eval mode, step by step: convolutions, norms, activations, sums and products.
     """
 
     model: str
     activations: tuple[Activation, ...]
     chains: tuple[Chain, ...]
     leading: tuple[tuple[int, str], ...]
-    stages: tuple[str, ...]
+    stages: tuple[int, ...]
     untraced: tuple[Untraced, ...]
+    classifier: tuple[str, ...] = ()
+    steps: tuple[tuple[str, str], ...] = ()
+
+    def digest(self) -> str:
+        """A short text that differs where another data flow was found; the classifier does not count."""
+        facts: list[object] = [step for step in self.steps if not self._is_classifier(step[1])]
+        for chain in self.chains:
+            items = [item for item in chain.items if not any(map(self._is_classifier, item.convs))]
+            facts += [(chain.pre, item.convs, item.role, self._call(item.act)) for item in items]
+        facts += [self._call(index) for index, _ in self.leading]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+    def _is_classifier(self, name: str) -> bool:
+        return any(name == head or name.startswith((f"{head}.", f"{head}:")) for head in self.classifier)
+
+    def _call(self, index: int | None) -> object:
+        if index is None:
+            return None
+        act = self.activations[index]
+        return act.owner, act.name, act.function, act.call, act.train_call, act.kind, act.inplace, act.copy, act.how

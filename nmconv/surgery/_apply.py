@@ -119,8 +119,9 @@ class Surgery:
         act = None if site.function else self._activation(site)
         if act is not None and site.how == "swap":
             parent, _, slot = site.name.rpartition(".")
-            self._slots.append((self._model.get_submodule(parent), slot, identity_for(act, copies=site.copy)))
+            self._slots.append((self._module(parent), slot, identity_for(act, copies=site.copy)))
         else:
+            self._module(site.owner)
             self._edit(site.owner, site.method, site.takes).remove.append(site)
         if site.place is not None:
             self._put(site, act)
@@ -131,7 +132,9 @@ class Surgery:
         moved: Any = PLAIN_ACTS[site.kind]() if act is None else copy.deepcopy(act)
         if getattr(moved, "inplace", False):
             moved.inplace = False  # what it is applied to now may have other readers
-        owner = self._model.get_submodule(place.owner)
+        owner = self._module(place.owner)
+        if place.how != "rewrite" and place.op not in owner._modules:
+            raise PlanError(f"{place.owner or 'the model'} has no child {place.op!r} that the plan names")
         if place.how == "slot":
             self._slots.append((owner, place.op, moved))
             self._moved[place.owner, _join(place.owner, place.op), None] += 1
@@ -146,11 +149,14 @@ class Surgery:
     def _edit(self, owner: str, method: str, takes: str) -> Edit:
         return self._edits.setdefault((owner, method), Edit(takes))
 
-    def _activation(self, site: Site) -> nn.Module:
+    def _module(self, name: str) -> nn.Module:
         try:
-            module = self._model.get_submodule(site.name)
+            return self._model.get_submodule(name)
         except AttributeError as error:
-            raise PlanError(f"the model has no module {site.name!r} that the plan names") from error
+            raise PlanError(f"the model has no module {name!r} that the plan names") from error
+
+    def _activation(self, site: Site) -> nn.Module:
+        module = self._module(site.name)
         if not is_activation(module):
             raise PlanError(f"{site.name!r} is a {type(module).__name__}, no activation, yet the plan changes it")
         return module

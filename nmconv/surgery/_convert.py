@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from nmconv.errors import NoEffectWarning, NoSitesError, PlanError
+from nmconv.errors import ModelTypeError, NoEffectWarning, NoSitesError, PlanError
 from nmconv.graph import fingerprint, mode_hidden, read
-from nmconv.planning import Keep, Options, Plan, draw_up
+from nmconv.planning import Keep, Options, Plan, draw_up, listed
 from nmconv.surgery._apply import Known, Surgery, copy_of
 from nmconv.surgery._guard import check_model, plan_of
 from nmconv.surgery._verify import Calls
@@ -38,7 +38,9 @@ def make_plan(
 
     Raises: as :func:`convert` does.
     """
-    options = Options(ratio, keep, bool(relocate), include, exclude, bool(linear))
+    options = Options(
+        ratio, keep, bool(relocate), listed(include), listed(exclude), bool(linear), example_inputs is not None
+    )
     check_model(model)
     with mode_hidden():
         return _planned(model, options, example_inputs)[0]
@@ -69,7 +71,8 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
             f"this plan is for a {plan.model} with fingerprint {plan.fingerprint}, the model is a "
             f"{type(model).__name__} with {found}: make a plan for this model with nmconv.make_plan"
         )
-    return _applied(model, plan, {}, inplace, None, None)
+    with mode_hidden():
+        return _applied(model, plan, {}, inplace, _same_flow(model, plan), None)
 
 
 def convert(
@@ -115,15 +118,41 @@ def convert(
     Warns:
         NoEffectWarning: If nothing changes.
     """
-    options = Options(ratio, keep, bool(relocate), include, exclude, bool(linear))
+    options = Options(
+        ratio, keep, bool(relocate), listed(include), listed(exclude), bool(linear), example_inputs is not None
+    )
     check_model(model)
     with mode_hidden():  # once, not for every trace
         plan, known, calls = _planned(model, options, example_inputs)
         return _applied(model, plan, known, inplace, calls, example_inputs)
 
 
+def _same_flow(model: nn.Module, plan: Plan) -> Calls | None:
+    """The model's calls, if its data flow can be compared with the plan's and is the same.
+
+    Raises:
+        PlanError: If it is another.
+    """
+    options = dict(plan.options)
+    if options.get("example_inputs") == "given" or plan.untraced:
+        return None  # what needed examples cannot be found again without
+    reading = read(model, linear=options.get("linear") == "True")
+    if reading.structure.digest() != plan.flow and not reading.structure.untraced:
+        raise PlanError(
+            f"this plan is for a {plan.model} of the same layers as this {type(model).__name__}, but their forwards "
+            "differ: make a plan for this model with nmconv.make_plan"
+        )
+    return reading.calls
+
+
 def get_plan(model: nn.Module) -> Plan | None:
-    """The plan that a model was converted by, or None if it was not."""
+    """The plan that a model was converted by, or None if it was not.
+
+    Raises:
+        ModelTypeError: If ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelTypeError(f"{type(model).__name__} is no nn.Module: give the model itself")
     return plan_of(model)
 
 
