@@ -116,7 +116,7 @@ def _trace(
                 continue
             if not any(leaf_op(part) in (Op.ACT, Op.CONV) for part in module.modules()) and path:
                 continue
-            tracer = FlowTracer(deep=True, mode_readers=found.mode_readers)
+            tracer = FlowTracer(deep=True)
             found.tracers.append(tracer)
             broken = [path]
             if _has_forward(module):

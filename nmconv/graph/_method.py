@@ -65,7 +65,7 @@ def trace_method(module: nn.Module, path: str, method: str, takes: str) -> Metho
 
 
 def _trace(module: nn.Module, method: str, takes: str, training: bool, readers: set[int]) -> FlowTracer:
-    tracer = FlowTracer(deep=False, mode_readers=readers, method=method)
+    tracer = FlowTracer(deep=False, method=method)
     with left_as_found(module), drew_random_numbers() as random, in_mode(training, readers):
         before = snapshot(module)
         tracer.run(module, arguments_from(takes))

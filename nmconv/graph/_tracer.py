@@ -31,17 +31,15 @@ class FlowTracer(Tracer):
 
     Args:
         deep: Trace into modules that are no leaves; else every module is a leaf.
-        mode_readers: The set that :func:`nmconv.graph._quiet.in_mode` fills.
         method: The method of the root to trace.
     """
 
-    def __init__(self, *, deep: bool, mode_readers: set[int], method: str = "forward") -> None:
+    def __init__(self, *, deep: bool, method: str = "forward") -> None:
         super().__init__(param_shapes_constant=False)
         self.proxy_buffer_attributes = True
         self.trace_asserts = True
         self.traced_func_name = method
         self.deep = deep
-        self.mode_readers = mode_readers
         self.where: dict[Node, tuple[Frame, str, int]] = {}
         self.acts: dict[Node, ActCall] = {}
         self.methods: dict[Node, str] = {}
@@ -199,13 +197,8 @@ class FlowTracer(Tracer):
         """
         if not self.deep:
             raise Unknown("the forward branches on a shape or value")
-        readers = set(self.mode_readers)
         with _Undisturbed():
-            try:
-                return self.values.get(node)
-            finally:  # a leaf that is evaluated for its shape reads the mode; the forward that is traced did not
-                self.mode_readers.clear()
-                self.mode_readers.update(readers)
+            return self.values.get(node)
 
     def to_bool(self, obj: Proxy) -> bool:
         value = self.value_of(obj.node)

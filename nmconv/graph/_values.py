@@ -12,6 +12,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.fx.proxy import TraceError
 
+from nmconv.graph._quiet import in_mode
+
 __all__ = ["Unknown", "Values", "fake_input"]
 
 
@@ -84,7 +86,8 @@ class Values:
         args = map_arg(node.args, self._known.__getitem__)
         kwargs = map_arg(node.kwargs, self._known.__getitem__)
         try:
-            with self._mode or nullcontext(), torch.no_grad():
+            # In eval mode: a norm in train mode counts batches in a real buffer, and shapes are the same.
+            with self._mode or nullcontext(), torch.no_grad(), in_mode(False, set()):
                 if node.op == "call_function":
                     return node.target(*args, **kwargs)  # type: ignore[operator]
                 if node.op == "call_method":
