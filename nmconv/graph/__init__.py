@@ -3,7 +3,7 @@
 from nmconv.graph._analysis import Called, act_calls
 from nmconv.graph._fingerprint import fingerprint
 from nmconv.graph._method import MethodTrace, trace_method
-from nmconv.graph._modules import act_kind, is_activation
+from nmconv.graph._modules import act_kind, is_activation, is_sequential
 from nmconv.graph._ops import PLAIN_ACTS
 from nmconv.graph._quiet import mode_hidden
 from nmconv.graph._structure import Reading, read
@@ -19,6 +19,7 @@ __all__ = [
     "act_kind",
     "fingerprint",
     "is_activation",
+    "is_sequential",
     "mode_hidden",
     "read",
     "trace_method",

@@ -44,17 +44,15 @@ def _hazard(flow: Flow, readers: list[list[int]], act: int) -> bool:
         for reader in readers[member]
         if reader not in family or flow.nodes[reader].op is Op.OUTPUT
     ]
-    overwritten = any(
-        flow.nodes[member].inplace or any(flow.nodes[reader].opaque for reader in readers[member])
-        for member in family
-        if member > act
-    )
+    writes = [member for member in family if member > act and flow.nodes[member].inplace]
+    writes += [reader for member in family for reader in readers[member] if reader > act and flow.nodes[reader].opaque]
+    aside = any(write not in below and not set(flow.nodes[write].inputs) & below for write in writes)
     returned = any(flow.nodes[reader].op is Op.OUTPUT for member in below for reader in readers[member])
     others_returned = any(flow.nodes[reader].op is Op.OUTPUT for reader in outside)
     source = flow.nodes[origin].op
-    return (overwritten and (bool(outside) or source not in _FREE)) or (
-        returned and (others_returned or source in (Op.INPUT, Op.PARAM))
-    )
+    if aside or (writes and (outside or source not in _FREE)):
+        return True
+    return returned and (others_returned or source in (Op.INPUT, Op.PARAM))
 
 
 def _family_of(flow: Flow, readers: list[list[int]], origin: int) -> set[int]:

@@ -9,15 +9,38 @@ from typing import Any
 
 from torch import nn
 
+from nmconv.errors import RewriteError
+from nmconv.graph._quiet import is_chance
+
 __all__ = ["frozen_attributes"]
 
 _SCALARS = (bool, int, float, str, type(None))
+# Ways to ask what an object is that no proxy can answer, and sources of chance that no state shows.
+_REFUSED = {
+    "__class__": "it asks for the class of what it was given",
+    "is_grad_enabled": "it asks whether gradients are wanted",
+    "is_inference_mode_enabled": "it asks whether gradients are wanted",
+    "is_autocast_enabled": "it asks for autocast",
+    "set_grad_enabled": "it enters a context",
+}
+_REFUSED_STEPS = {
+    "MATCH_CLASS": "it asks for the class of what it was given",
+    "BEFORE_WITH": "it enters a context",
+    "SETUP_WITH": "it enters a context",
+    "LOAD_SPECIAL": "it enters a context",
+    "CHECK_EXC_MATCH": "it catches exceptions",
+    "JUMP_IF_NOT_EXC_MATCH": "it catches exceptions",
+}
 
 
 def frozen_attributes(module: nn.Module, method: str) -> dict[str, Any]:
     """From ``name`` or ``child.name`` to its value, for what the method's code (and that of methods it names) reads.
 
-    More may be listed than is read; ``training`` never is, since rewritten methods ask for it anew.
+    More may be listed than is read; ``training`` never is, since rewritten methods ask for it anew. Functions that the
+    code names are looked into for what cannot be traced.
+
+    Raises:
+        RewriteError: If the code asks for classes in a way that proxies cannot answer, or draws random numbers.
     """
     found: dict[str, Any] = {}
     done: set[CodeType] = set()
@@ -27,7 +50,18 @@ def frozen_attributes(module: nn.Module, method: str) -> dict[str, Any]:
         if code is None or code in done:
             continue
         done.add(code)
+        for name in [*code.co_names, *(step.opname for step in dis.get_instructions(code))]:
+            reason = _REFUSED.get(name) or _REFUSED_STEPS.get(name)
+            if reason:
+                raise RewriteError(f"{reason}, which tracing would freeze")
         todo += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        function = getattr(type(module), method, None)
+        space = getattr(function, "__globals__", {})
+        outside = [space[name] for name in code.co_names if name in space]
+        outside += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if cell]
+        if any(map(is_chance, outside)):
+            raise RewriteError("it draws random numbers that tracing would freeze")
+        todo += [getattr(value, "__code__", None) for value in outside]
         for chain in _chains(code):
             todo.append(_code(module, chain[0]))
             holder: Any = module
@@ -35,6 +69,8 @@ def frozen_attributes(module: nn.Module, method: str) -> dict[str, Any]:
                 holder = getattr(holder, "_modules", {}).get(name) or getattr(holder, "__dict__", {}).get(name, _chains)
                 if holder is _chains:
                     break
+                if is_chance(holder):
+                    raise RewriteError("it draws random numbers that tracing would freeze")
                 if _is_scalar(holder) and name != "training":
                     found[".".join(chain[: depth + 1])] = holder
     return found
@@ -47,8 +83,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _code(module: nn.Module, name: str) -> CodeType | None:
-    function = getattr(type(module), name, None)
-    return getattr(getattr(function, "__wrapped__", function), "__code__", None)
+    return getattr(getattr(type(module), name, None), "__code__", None)
 
 
 def _chains(code: CodeType) -> Iterator[tuple[str, ...]]:

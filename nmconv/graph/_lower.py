@@ -17,6 +17,7 @@ from nmconv.graph._ops import (
     FUNCTIONS,
     INPLACE_ARG,
     METHODS,
+    NEW_MEMORY,
     SHAPE_ATTRIBUTES,
     SHAPE_FUNCTIONS,
     SHAPE_METHODS,
@@ -88,8 +89,10 @@ class _Lowering:
             return  # numbers, shapes, tensors made from them
         module = self.tracer.root.get_submodule(str(node.target)) if node.op == "call_module" else None
         op = self._op(node, module)
-        inplace = is_inplace(node, module)
-        ordered = sorted(sources, key=lambda source: not node.args or source is not node.args[0])  # the first first
+        out = node.kwargs.get("out")
+        inplace = is_inplace(node, module) or out in self.now
+        first = out if inplace and out in self.now else node.args[0] if node.args else None
+        ordered = sorted(sources, key=lambda source: source is not first)
         frame, label, number = self.tracer.where.get(node, (None, "", 0))
         made = FlowNode(
             0, op, [self.now[source] for source in ordered], node, frame=frame, label=label, number=number,
@@ -101,9 +104,16 @@ class _Lowering:
         else:
             self._refine(made, node, module)
         made.view = made.op in _ALIASING or made.inplace
-        made.partial = node.target is operator.getitem or str(node.target) in ("chunk", "split", "unbind", "narrow")
+        made.partial = self._may_be_part(made, node)
         self._add(made)
         self._remember(node, made)
+
+    @staticmethod
+    def _may_be_part(made: FlowNode, node: Node) -> bool:
+        """Whether the result may be a view of a part of the input: whatever is not known to make new memory."""
+        if made.op is not Op.OTHER or node.target in NEW_MEMORY:
+            return False
+        return made.opaque or node.op != "call_module"
 
     def _refine(self, made: FlowNode, node: Node, module: nn.Module | None) -> None:
         """Turn ambiguous operators into what they are here."""
@@ -209,8 +219,10 @@ class _Lowering:
 
     def _remember(self, node: Node, made: FlowNode) -> None:
         """Who shares memory with whom; after an in-place call every name of that memory means the new value."""
-        target = node.args[0] if node.args and isinstance(node.args[0], Node) else None
-        target = target if target in self.now else None
+        out = node.kwargs.get("out")
+        target = next((other for other in node.all_input_nodes if other in self.now), None)
+        if isinstance(out, Node) and out in self.now:
+            target = out
         if target is None or not (made.view or made.partial):
             return
         if made.partial:

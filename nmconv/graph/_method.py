@@ -9,6 +9,7 @@ from torch import nn
 
 from nmconv.errors import RewriteError
 from nmconv.graph._constants import frozen_attributes
+from nmconv.graph._frozen import check_returned
 from nmconv.graph._quiet import changed_attributes, drew_random_numbers, in_mode, left_as_found, snapshot
 from nmconv.graph._records import Arguments
 from nmconv.graph._takes import arguments_from
@@ -50,10 +51,12 @@ def trace_method(module: nn.Module, path: str, method: str, takes: str) -> Metho
     """
     what = f"{path or 'the model'}.{method} ({type(module).__name__})"
     try:
+        if method in module.__dict__:
+            raise RewriteError("it is set on the object itself, not on its class")
         arguments = arguments_from(takes)
+        constants = frozen_attributes(module, method)
         readers: set[int] = set()
         first = _trace(module, method, takes, False, readers)
-        constants = frozen_attributes(module, method)
         if not readers:
             return MethodTrace(first, first, arguments, constants)
         if readers != {id(module)}:
@@ -66,9 +69,10 @@ def trace_method(module: nn.Module, path: str, method: str, takes: str) -> Metho
 
 def _trace(module: nn.Module, method: str, takes: str, training: bool, readers: set[int]) -> FlowTracer:
     tracer = FlowTracer(deep=False, method=method)
-    with left_as_found(module), drew_random_numbers() as random, in_mode(training, readers):
+    with left_as_found(module), drew_random_numbers(module) as random, in_mode(training, readers):
         before = snapshot(module)
         tracer.run(module, arguments_from(takes))
+        check_returned(tracer.returned)
         changed = changed_attributes(before)
     if changed:
         raise RewriteError(f"it stores attributes ({', '.join(changed[:3])})")

@@ -20,6 +20,7 @@ __all__ = [
     "INPLACE_ARG",
     "METHODS",
     "MODULES",
+    "NEW_MEMORY",
     "PLAIN_ACTS",
     "SHAPE_ATTRIBUTES",
     "SHAPE_FUNCTIONS",
@@ -172,6 +173,21 @@ FUNCTIONS: dict[Callable[..., Any], Op] = {
 } | dict.fromkeys(ACT_FUNCTIONS, Op.ACT)
 METHODS: dict[str, Op] = {name: op for op, names in _METHOD_NAMES.items() for name in names.split()} | dict.fromkeys(
     ACT_METHODS, Op.ACT
+)
+# What is of no kind above and certainly no view of its input.
+NEW_MEMORY: frozenset[Any] = frozenset(
+    (
+        *_functions(
+            "mean", "sum", "amax", "amin", "max", "min", "matmul", "bmm", "einsum", "exp", "log", "sqrt", "rsqrt"
+        ),
+        *_functions(
+            "pow", "ipow", "stack", "where", "rsqrt", "norm", "var", "std", "roll", "topk", "cumsum", "neg", "abs"
+        ),
+        *_functions("adaptive_avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool1d", "normalize", "grid_sample"),
+        *_functions("scaled_dot_product_attention", "addcmul", "fold", "linear", "eq", "gt", "lt", "ge", "le"),
+        *("mean", "sum", "amax", "amin", "max", "min", "matmul", "bmm", "exp", "log", "sqrt", "rsqrt", "pow", "norm"),
+        *("var", "std", "roll", "topk", "cumsum", "repeat", "neg", "abs", "new_tensor", "new_zeros", "new_ones"),
+    )
 )
 # What reads only a tensor's shape or type: no flow of data.
 SHAPE_METHODS = frozenset(

@@ -44,6 +44,14 @@ class _Answering:
     def __float__(self) -> float:
         return float(self.tracer.value_of(self.node))
 
+    def __str__(self) -> str:
+        self.tracer.refuse_text()
+        return repr(self)
+
+    def __format__(self, spec: str) -> str:
+        self.tracer.refuse_text()
+        return repr(self)
+
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
@@ -77,12 +85,59 @@ for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
     setattr(TensorProxy, f"__{_name}__", _inplace(_name))
 
 
+def _stands_for(value: Any) -> type:
+    """The class a proxy stands for: a tensor, or a number computed from shapes."""
+    return int if value.tracer.is_number(value.node) else torch.Tensor
+
+
 def _isinstance(value: Any, classes: Any) -> bool:
-    """``isinstance`` for which a proxy is what it stands for: a tensor, or a number computed from shapes."""
-    if type(value) is TensorProxy:
-        wanted = classes if builtins.isinstance(classes, tuple) else (classes,)
-        return (int if value.tracer.is_number(value.node) else torch.Tensor) in wanted
-    return builtins.isinstance(value, classes)
+    if builtins.type(value) is TensorProxy:
+        return issubclass(_stands_for(value), _real(classes))
+    return builtins.isinstance(value, _real(classes))
+
+
+def _issubclass(value: Any, classes: Any) -> bool:
+    return builtins.issubclass(value, _real(classes))
+
+
+def _hasattr(value: Any, name: str) -> bool:
+    return builtins.hasattr(_stands_for(value) if builtins.type(value) is TensorProxy else value, name)
+
+
+def _callable(value: Any) -> bool:
+    return builtins.type(value) is not TensorProxy and builtins.callable(value)
+
+
+def _real(classes: Any) -> Any:
+    """Classes as ``isinstance`` takes them, with our ``type`` put back to Python's."""
+    if builtins.isinstance(classes, tuple):
+        return tuple(map(_real, classes))
+    return builtins.type if classes is _Type else classes
+
+
+class _Asking(builtins.type):
+    """What makes ``_Type`` do as ``type`` does."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and builtins.type(args[0]) is TensorProxy:
+            return _stands_for(args[0])
+        return builtins.type(*args, **kwargs)
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(builtins.type, name)
+
+
+class _Type(metaclass=_Asking):
+    """``type``, which knows what proxies stand for."""
+
+
+_SHADOWS: dict[str, Any] = {
+    "isinstance": _isinstance,
+    "issubclass": _issubclass,
+    "hasattr": _hasattr,
+    "callable": _callable,
+    "type": _Type,
+}
 
 
 @lru_cache(maxsize=64)
@@ -94,12 +149,12 @@ def _spaces(package: str, loaded: int) -> list[dict[str, Any]]:
 
 @contextmanager
 def patched_isinstance() -> Iterator[Any]:
-    """A function that gives a class's whole package the honest ``isinstance`` until the end of the context.
+    """A function that gives a class's whole package honest answers about proxies until the end of the context.
 
     Without it a forward that asks whether its input is a tensor takes the wrong branch without a word. Python code
-    alone sees it: torch's C++ asks on its own, and must not be lied to.
+    alone sees ``isinstance``, ``type`` and their kin shadowed: torch's C++ asks on its own, and must not be lied to.
     """
-    patched: list[dict[str, Any]] = []
+    patched: list[tuple[dict[str, Any], str]] = []
     packages = {"torch"}
 
     def patch(cls: type) -> None:
@@ -108,9 +163,10 @@ def patched_isinstance() -> Iterator[Any]:
             return
         packages.add(package)
         for space in _spaces(package, len(sys.modules)):
-            if "isinstance" not in space:
-                space["isinstance"] = _isinstance
-                patched.append(space)
+            for name, shadow in _SHADOWS.items():
+                if name not in space:
+                    space[name] = shadow
+                    patched.append((space, name))
 
     is_tensor = torch.is_tensor
     torch.is_tensor = lambda obj: _isinstance(obj, torch.Tensor)  # type: ignore[assignment]
@@ -118,5 +174,5 @@ def patched_isinstance() -> Iterator[Any]:
         yield patch
     finally:
         torch.is_tensor = is_tensor
-        for space in patched:
-            del space["isinstance"]
+        for space, name in patched:
+            del space[name]

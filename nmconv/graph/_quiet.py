@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,9 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["changed_attributes", "drew_random_numbers", "in_mode", "left_as_found", "mode_hidden", "snapshot"]
+__all__ = [
+    "changed_attributes",
+    "drew_random_numbers",
+    "in_mode",
+    "is_chance",
+    "left_as_found",
+    "mode_hidden",
+    "snapshot",
+]
 
-_Snapshot = list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]
+_Snapshot = list[tuple[Any, Any, str]]  # a container, what it held, and where it is
 
 
 _modes: list[tuple[bool, set[int]]] = []  # innermost last
@@ -59,79 +69,152 @@ def in_mode(training: bool, seen: set[int]) -> Iterator[None]:
 
 
 def snapshot(model: nn.Module) -> _Snapshot:
-    """Every module's attributes, and a shallow copy of those that are containers."""
-    return [
-        (
-            module,
-            dict(module.__dict__),
-            {
-                key: value.copy()
-                for key, value in module.__dict__.items()
-                if isinstance(value, (dict, list, set)) and value
-            },
-        )
-        for module in model.modules()
-    ]
+    """Everything that attributes of the model's modules hold: dicts, lists, sets, queues and plain objects in them."""
+    found: _Snapshot = []
+    seen: set[int] = set()
+    for module in model.modules():
+        _note(module.__dict__, f"{type(module).__name__}.", found, seen, 4)
+    return found
+
+
+def _note(value: Any, where: str, found: _Snapshot, seen: set[int], depth: int) -> None:
+    if id(value) in seen or isinstance(value, (str, bytes, type, torch.Tensor, nn.Module)):
+        return
+    if isinstance(value, (dict, list, set, deque)):
+        seen.add(id(value))
+        # by the base class's own methods: subclasses may forbid, or do something else
+        held: Any = dict(dict.items(value)) if isinstance(value, dict) else list(_parts(value))
+        found.append((value, held, where))
+    elif isinstance(getattr(value, "__dict__", None), dict) and type(value).__module__ != "builtins":
+        _note(vars(value), where, found, seen, depth)
+        return
+    elif not isinstance(value, tuple):
+        return
+    if depth:
+        for part in dict.values(value) if isinstance(value, dict) else _parts(value):
+            _note(part, where, found, seen, depth - 1)
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    base: Any = next(kind for kind in (list, set, deque, tuple) if isinstance(value, kind))
+    return iter(base.__iter__(value))
 
 
 def changed_attributes(before: _Snapshot) -> list[str]:
-    """``Class.attribute`` for every attribute that is not the same object as it was, or not the same container."""
+    """``Class.attribute`` for everything that does not hold the very objects it held."""
     changed = []
-    for module, attributes, containers in before:
-        now = module.__dict__
-        names = [name for name in now if name not in attributes or now[name] is not attributes[name]]
-        names += [name for name in attributes if name not in now]
-        names += [name for name, value in containers.items() if not _same(now.get(name), value)]
-        names += [
-            name
-            for name, value in now.items()
-            if isinstance(value, (dict, list, set)) and value and name in attributes and name not in containers
-        ]
-        changed += [f"{type(module).__name__}.{name}" for name in dict.fromkeys(names)]
+    for value, held, where in before:
+        if not _same(value, held):
+            names = (
+                [key for key in {**held, **value} if held.get(key, held) is not value.get(key, held)]
+                if (isinstance(held, dict))
+                else [""]
+            )
+            changed += [f"{where}{name}" for name in names]
     return changed
 
 
 def _same(now: Any, before: Any) -> bool:
     """Whether a container still holds the same objects (never compares the objects: they may be tensors)."""
-    if type(now) is not type(before) or len(now) != len(before):
-        return False
     if isinstance(before, dict):
-        return all(key in now and now[key] is value for key, value in before.items())
-    if isinstance(before, set):
-        return {id(value) for value in now} == {id(value) for value in before}
-    return all(one is other for one, other in zip(now, before, strict=True))
+        items = list(dict.items(now))
+        return len(items) == len(before) and all(key in before and before[key] is value for key, value in items)
+    parts = list(_parts(now))
+    if isinstance(now, set):
+        return {id(part) for part in parts} == {id(part) for part in before}
+    return len(parts) == len(before) and all(one is other for one, other in zip(parts, before, strict=True))
 
 
 def _restore(before: _Snapshot) -> None:
-    for module, attributes, containers in before:
-        now = module.__dict__
-        if len(now) != len(attributes) or any(now.get(name) is not value for name, value in attributes.items()):
-            now.clear()
-            now.update(attributes)
-        for name, value in list(now.items()):
-            if isinstance(value, (dict, list, set)) and not _same(value, containers.get(name, type(value)())):
-                held = containers.get(name, type(value)())
-                value.clear()
-                value.extend(held) if isinstance(value, list) else value.update(held)
+    for value, held, _ in before:
+        if _same(value, held):
+            continue
+        if isinstance(value, dict):
+            kind: Any = OrderedDict if isinstance(value, OrderedDict) else dict
+            kind.clear(value)
+            kind.update(value, held)
+            continue
+        base: Any = next(kind for kind in (list, set, deque) if isinstance(value, kind))
+        base.clear(value)
+        (base.update if base is set else base.extend)(value, held)
+
+
+def is_chance(value: Any) -> bool:
+    """Whether the object is a random generator of its own."""
+    return isinstance(value, (random.Random, torch.Generator)) or type(value).__module__.startswith("numpy.random")
+
+
+class _Chance:
+    """The random states that a forward could draw from: the global ones and those of generators among attributes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._own = [value for module in model.modules() for value in module.__dict__.values() if is_chance(value)]
+        self._numpy = sys.modules.get("numpy")
+        self._before = self._now()
+
+    def _now(self) -> list[Any]:
+        states: list[Any] = [random.getstate(), torch.get_rng_state()]
+        states.append(None if self._numpy is None else self._numpy.random.get_state())
+        for value in self._own:
+            if isinstance(value, random.Random):
+                states.append(value.getstate())
+            elif isinstance(value, torch.Generator):
+                states.append(value.get_state())
+            else:
+                states.append(_numpy_state(value))
+        return states
+
+    def moved(self) -> bool:
+        """Whether anything was drawn."""
+        return any(
+            repr(_plain(one)) != repr(_plain(other)) for one, other in zip(self._before, self._now(), strict=True)
+        )
+
+    def put_back(self) -> None:
+        """As it was at first."""
+        random.setstate(self._before[0])
+        torch.set_rng_state(self._before[1])
+        if self._numpy is not None:
+            self._numpy.random.set_state(self._before[2])
+        for value, state in zip(self._own, self._before[3:], strict=True):
+            if isinstance(value, random.Random):
+                value.setstate(state)
+            elif isinstance(value, torch.Generator):
+                value.set_state(state)
+            elif hasattr(value, "bit_generator"):
+                value.bit_generator.state = state
+            elif hasattr(value, "set_state"):
+                value.set_state(state)
+
+
+def _numpy_state(value: Any) -> Any:
+    if hasattr(value, "bit_generator"):
+        return value.bit_generator.state
+    return value.get_state() if hasattr(value, "get_state") else None
+
+
+def _plain(state: Any) -> Any:
+    """A state without arrays, whose text would be shortened."""
+    if hasattr(state, "tolist"):
+        return state.tolist()
+    return tuple(map(_plain, state)) if isinstance(state, tuple) else state
 
 
 @contextmanager
 def left_as_found(model: nn.Module) -> Iterator[None]:
     """Put attributes (caches that tracing fills with proxies, counters) and random states back on the way out."""
-    before = snapshot(model)
-    python_state, torch_state = random.getstate(), torch.get_rng_state()
+    before, chance = snapshot(model), _Chance(model)
     try:
         yield
     finally:
-        random.setstate(python_state)
-        torch.set_rng_state(torch_state)
+        chance.put_back()
         _restore(before)
 
 
 @contextmanager
-def drew_random_numbers() -> Iterator[list[bool]]:
-    """A list that on the way out holds whether Python's or torch's random state has moved."""
-    python_state, torch_state = random.getstate(), torch.get_rng_state()
+def drew_random_numbers(model: nn.Module) -> Iterator[list[bool]]:
+    """A list that on the way out holds whether anything was drawn from a random generator."""
+    chance = _Chance(model)
     answer: list[bool] = []
     yield answer
-    answer.append(random.getstate() != python_state or not torch.equal(torch.get_rng_state(), torch_state))
+    answer.append(chance.moved())

@@ -9,12 +9,15 @@ from nmconv.graph._ops import Op
 
 __all__ = ["local_hashes"]
 
+_PASSED = {Op.DROP, Op.PASS, Op.SCALE, Op.LAYOUT, Op.ADD, Op.GATED, Op.NORM, Op.PAD}
 
-def local_hashes(flow: Flow) -> dict[int, int]:
+
+def local_hashes(flow: Flow, *, near: bool = False) -> dict[int, int]:
     """For every activation a hash of what its owner's forward has done to get its input.
 
     The same in eval and in train mode for the same call, whatever calls of the same module come before: dropout and
-    identities are passed over, values from outside the forward are all alike.
+    identities are passed over, values from outside the forward are all alike. With ``near`` only what comes right
+    before the call counts, back to the next layer.
     """
     result: dict[int, int] = {}
     for node in flow.nodes:
@@ -32,13 +35,15 @@ def local_hashes(flow: Flow) -> dict[int, int]:
                     continue
                 current = flow.nodes[at]
                 sources = [source for source in (*current.inputs, *current.sides) if source >= start]
+                if near and at != index and current.op not in _PASSED:
+                    sources = []
                 missing = [source for source in sources if source not in memo]
                 if missing and at >= start:
                     stack += missing
                     continue
                 if at < start:
                     memo[at] = 0
-                elif current.op in (Op.DROP, Op.PASS) and sources:
+                elif (current.op in (Op.DROP, Op.PASS) or (near and current.op is Op.SCALE)) and sources:
                     memo[at] = memo[sources[0]]
                 else:
                     name = current.name.partition("#")[0] if current.op is not Op.ACT else current.kind

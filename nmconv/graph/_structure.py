@@ -13,7 +13,7 @@ from nmconv.graph import _zoo
 from nmconv.graph._analysis import Analysis, Called, Traced, analyse, counted
 from nmconv.graph._flow import Flow, FlowNode
 from nmconv.graph._holders import Holders
-from nmconv.graph._modules import act_kind, is_activation, leaf_op
+from nmconv.graph._modules import act_kind, is_activation, is_sequential, leaf_op
 from nmconv.graph._ops import PLAIN_ACTS, Op
 from nmconv.graph._places import Ends
 from nmconv.graph._quiet import left_as_found
@@ -26,6 +26,7 @@ from nmconv.planning import Activation, Chain, Item, Place, Structure, Untraced
 __all__ = ["Reading", "read"]
 
 _STEPS = {Op.CONV, Op.NORM, Op.ACT, Op.ADD, Op.MUL, Op.GATED}
+_Callee = str | tuple[str, str]
 _Key = tuple[str, str, str, "str | None", int]
 
 
@@ -49,10 +50,11 @@ class _Builder:
     convs: set[tuple[str, ...]] = field(default_factory=set)
     mixed: set[_Key] = field(default_factory=set)
     owned: set[_Key] = field(default_factory=set)
-    local: dict[_Key, int] = field(default_factory=dict)
+    local: dict[_Key, tuple[int, int]] = field(default_factory=dict)
     callers: dict[int, set[tuple[str, int]]] = field(default_factory=lambda: defaultdict(set))
-    arguments: dict[str, list[Arguments]] = field(default_factory=dict)
+    arguments: dict[_Callee, list[Arguments]] = field(default_factory=dict)
     steps: list[tuple[str, str]] = field(default_factory=list)
+    odd: set[str] = field(default_factory=set)
     stages: dict[str, int] = field(default_factory=dict)
     order: int = 0  # of execution: what was traced before counts on
 
@@ -85,11 +87,11 @@ class _Builder:
         for traced in analysis.traced:
             ends = Ends(traced.flow, analysis.mode_readers, traced.tracer.methods)
             keys: dict[int, _Key] = {}
-            hashes = local_hashes(traced.flow)
+            far, near = local_hashes(traced.flow), local_hashes(traced.flow, near=True)
             repeated: set[_Key] = set()
             for node in traced.flow.nodes:
                 if node.op is Op.ACT and node.act is not None:
-                    key = self._key(node, mode, hashes[node.index])
+                    key = self._key(node, mode, (far[node.index], near[node.index]))
                     keys[node.index] = key
                     if self._see(key, node, traced, mode):
                         repeated.add(key)
@@ -120,7 +122,7 @@ class _Builder:
                 if any(path == stage or path.startswith((f"{stage}.", f"{stage}:")) for path in paths):
                     self.stages[stage] = self.order + node.index
 
-    def _key(self, node: FlowNode, mode: str, local: int) -> _Key:
+    def _key(self, node: FlowNode, mode: str, local: tuple[int, int]) -> _Key:
         """What identifies the call in both modes: in train mode, the eval-mode call that does the same."""
         call = node.act
         assert call is not None
@@ -129,13 +131,14 @@ class _Builder:
         if mode == "eval":
             self.local.setdefault(key, local)
             return key
-        if self.local.get(key) == local:
-            return key
-        for other, value in self.local.items():
-            if value == local and other[:4] == base:
-                return other
         calls = [other for other in self.local if other[:4] == base]
-        return key if key not in calls or (len(calls) == 1 and call.call == 1) else (*base, -call.call)
+        for kind in (0, 1):  # the same from the forward's start on, else the same since the last layer
+            alike = [other for other in calls if self.local[other][kind] == local[kind]]
+            if key in alike:
+                return key
+            if alike:
+                return alike[0]
+        return (*base, -call.call) if key in calls else key
 
     def _see(self, key: _Key, node: FlowNode, traced: Traced, mode: str) -> bool:
         """Note the call; True if it was there already in this mode (its owner is called several times)."""
@@ -225,10 +228,20 @@ class _Builder:
         self.holders = Holders(self.model)
         ordered = sorted(self.seen, key=lambda key: self.seen[key].place)
         index = {key: at for at, key in enumerate(ordered)}
+        modes = {key: seen.activation.modes for key, seen in self.seen.items()}
+        unpaired = {key[:4] for key in modes if modes[key] == "eval"} & {
+            key[:4] for key in modes if modes[key] == "train"
+        }
+        for key in modes:
+            if key[:4] in unpaired and modes[key] != "both":
+                self.mixed.add(key)
         for key in self.mixed:
             self.leading[key] = "its module is called in surroundings that differ, and one decision must serve all"
         stays = {key: reason for key, reason in self.leading.items() if key not in self.owned or key in self.mixed}
         self.arguments = _calls(analyses)
+        self.odd = {
+            path for analysis in analyses for traced in analysis.traced for path in traced.tracer.odd
+        }  # whose children return other things than one tensor: a single call of a child would not show it
         chains = []
         for items, pre, mode in self.chains:
             kept = tuple(
@@ -263,21 +276,25 @@ class _Builder:
         how = self._how(seen, self.holders)
         takes = ""
         if how == "rewrite":
-            owner = self.model.get_submodule(seen.activation.owner)
-            takes = takes_of(owner, seen.activation.method, self.arguments.get(seen.activation.owner, ()))
+            method = seen.activation.method
+            of = seen.activation.owner if method == "forward" else (seen.activation.owner, method)
+            takes = "" if seen.activation.owner in self.odd else takes_of(self.arguments.get(of, ()))
         return replace(seen.activation, how=how, takes=takes, skip=skip)
 
     def _with_arguments(self, place: Place) -> Place:
-        if place.how != "rewrite":
+        if place.how != "rewrite" or place.owner in self.odd:
             return place
-        owner = self.model.get_submodule(place.owner)
-        return replace(place, takes=takes_of(owner, place.method, self.arguments.get(place.owner, ())))
+        return replace(place, takes=takes_of(self.arguments.get(place.owner, ())))
 
     def _how(self, seen: _Seen, holders: Holders) -> str:
         """``swap`` where replacing one slot changes this call and no other."""
         if seen.module is None or holders.is_kept_elsewhere(seen.module):
             return "rewrite"
         callers = self.callers[id(seen.module)]
+        owner = seen.activation.owner
+        inside = seen.activation.name.rpartition(".")[0] == owner and is_sequential(self.model.get_submodule(owner))
+        if inside and all(path == owner or holders.slots(path, seen.module) == 1 for path, _ in callers):
+            return "swap"  # a Sequential calls each slot once
         if len(callers) == 1 and holders.count(seen.module) == 1:
             return "swap"
         # Several modules hold it: replacing this one's slot is enough if everybody calls what is in a slot of its own.
@@ -326,14 +343,16 @@ class _Builder:
                 )
 
 
-def _calls(analyses: Iterable[Analysis]) -> dict[str, list[Arguments]]:
-    """From every traced module's qualified name to the arguments of all its calls."""
-    calls: dict[str, list[Arguments]] = {}
+def _calls(analyses: Iterable[Analysis]) -> dict[_Callee, list[Arguments]]:
+    """From every traced module's qualified name, or that and a method's, to the arguments of all its calls."""
+    calls: dict[_Callee, list[Arguments]] = {}
     for analysis in analyses:
         for traced in analysis.traced:
             for path, arguments in traced.tracer.completed.items():
                 calls.setdefault(path, []).extend(arguments)
-            calls.setdefault(traced.tracer.stack[0].path, []).append(Arguments(*traced.tracer.inputs))
+            for method, arguments in traced.tracer.helped.items():
+                calls.setdefault(method, []).extend(arguments)
+            calls.setdefault(traced.tracer.stack[0].path, []).append(traced.tracer.given)
     return calls
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.fx import Proxy
 
 from nmconv.errors import RewriteError
@@ -19,18 +17,8 @@ __all__ = ["arguments_from", "takes_of"]
 _TENSOR = "T"
 
 
-def takes_of(module: nn.Module, method: str, calls: Iterable[Arguments]) -> str:
-    """JSON of the arguments that all ``calls`` of a module's forward have in common, "" if there is no such thing.
-
-    For another method than forward, its calls are not known: one tensor for every required parameter.
-    """
-    if method != "forward":
-        required = [
-            parameter
-            for parameter in list(inspect.signature(getattr(type(module), method)).parameters.values())[1:]
-            if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        ]
-        return json.dumps([[_TENSOR] * len(required), {}])
+def takes_of(calls: Iterable[Arguments]) -> str:
+    """JSON of the arguments that all ``calls`` of a method have in common, "" if there is no such thing."""
     try:
         seen = {json.dumps([_encode(list(call.args))[1:], _encode_kwargs(call.kwargs)]) for call in calls}
     except TypeError:
@@ -63,7 +51,10 @@ def arguments_from(text: str) -> Arguments:
         RewriteError: If the text says nothing.
     """
     if not text:
-        raise RewriteError("it is called with arguments that differ from call to call, or are no tensors or numbers")
+        raise RewriteError(
+            "it is called with arguments that differ from call to call or are no tensors or numbers, or a child of it "
+            "returns something else than one tensor"
+        )
     args, kwargs = json.loads(text)
     return Arguments(tuple(map(_decode, args)), {key: _decode(value) for key, value in kwargs.items()})
 

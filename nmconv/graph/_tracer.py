@@ -14,6 +14,7 @@ from torch.fx import Graph, Node, Tracer
 from torch.fx.proxy import Proxy, TraceError
 
 from nmconv.graph import _zoo
+from nmconv.graph._frozen import NoFrozenTensors
 from nmconv.graph._modules import leaf_op
 from nmconv.graph._ops import ACT_FUNCTIONS, ACT_METHODS, Op
 from nmconv.graph._proxy import AttributeProxy, TensorProxy, patched_isinstance
@@ -52,6 +53,8 @@ class FlowTracer(Tracer):
         self.constants: dict[str, torch.Tensor] = {}
         self.completed: dict[str, list[Arguments]] = {}
         self.first_calls: dict[Any, set[int]] = {}
+        self.odd: dict[str, str] = {}
+        self.helped: dict[tuple[str, str], list[Arguments]] = {}
         self.values: Values
         self.stack: list[Frame] = []
         self._attributes: dict[int, str] = {}
@@ -99,12 +102,15 @@ class FlowTracer(Tracer):
         args = map_proxies(self._arguments.args, placeholder)
         kwargs = map_proxies(self._arguments.kwargs, placeholder)
         self.inputs = (args, kwargs)
+        self.given = Arguments(map_proxies(args, _same), map_proxies(kwargs, _same))
         self.containers = list(containers((args, kwargs)))
 
         def call() -> Any:
-            self._made = root_fn(self.root, *args, **kwargs)
             if not self.deep:
+                with NoFrozenTensors():
+                    self._made = root_fn(self.root, *args, **kwargs)
                 return self._made
+            self._made = root_fn(self.root, *args, **kwargs)
             found: list[Any] = []
             collect(self._made, found, set())
             self.stack[0].result = self._made.node if type(self._made) is TensorProxy else None
@@ -209,6 +215,11 @@ class FlowTracer(Tracer):
     def iter(self, obj: Proxy) -> Iterator[Any]:
         return iter([obj[index] for index in range(self.length_of(obj))])  # type: ignore[index]
 
+    def refuse_text(self) -> None:
+        """What a forward writes about its input it may also branch on."""
+        if not self.deep:
+            raise TraceError("the forward makes text of a tensor or a shape")
+
     def known_device(self) -> torch.device | None:
         """The model's device, for analysis; a rewritten method must ask its input."""
         return self.values.device if self.deep else None
@@ -226,6 +237,7 @@ class FlowTracer(Tracer):
     def _descend(self, m: nn.Module, name: str, parent: Frame, args: Any, kwargs: Any) -> Any:
         label = _relative(parent.module, m, name)
         parent.labels[label] += 1
+        given = Arguments(map_proxies(args, _same), map_proxies(kwargs, _same))  # the forward may change its lists
         frame = Frame(m, self.prefix + name, parent, label, parent.labels[label], self._size)
         self.stack.append(frame)
         before = len(self.graph.nodes)
@@ -246,7 +258,9 @@ class FlowTracer(Tracer):
                 pass
         if frame.path in self.broken:
             return self._opaque_call(name, label, args, kwargs)
-        self.completed.setdefault(frame.path, []).append(Arguments(args, kwargs))
+        self.completed.setdefault(frame.path, []).append(given)
+        if not isinstance(result, Proxy):
+            self.odd.setdefault(parent.path, label)
         frame.result = result.node if type(result) is TensorProxy else None
         return result
 
@@ -303,23 +317,28 @@ class FlowTracer(Tracer):
 
     def _note_act(self, node: Node, module: nn.Module | None, name: str, function: str | None) -> None:
         frame = self.stack[-1]
-        method = self._method(frame)
+        method = self._method(frame, arguments=True)
         what = function or id(module)
         frame.acts[what] += 1
         frame.acts[what, method] += 1
         self.acts[node] = ActCall(frame, method, module, name, function, frame.acts[what], frame.acts[what, method])
 
-    @staticmethod
-    def _method(frame: Frame) -> str:
-        """The name of the innermost method of the frame's module that is running."""
+    def _method(self, frame: Frame, arguments: bool = False) -> str:
+        """The name of the innermost method of the frame's module that is running.
+
+        With ``arguments``, those of a method other than forward are noted as they are now.
+        """
         at: FrameType | None = None if _zoo.is_norm_act(frame.module) else sys._getframe(3)
         while at:
             code = at.f_code
             if code.co_argcount and at.f_locals.get(code.co_varnames[0]) is frame.module:
                 found = getattr(type(frame.module), code.co_name, None)
-                if getattr(found, "__code__", None) is code or code.co_name == "forward":
-                    return code.co_name
-                if getattr(getattr(found, "__wrapped__", None), "__code__", None) is code:
+                wrapped = getattr(found, "__wrapped__", found)
+                if code.co_name == "forward" or getattr(wrapped, "__code__", None) is code:
+                    if arguments and code.co_name != "forward":
+                        held = [at.f_locals.get(name) for name in code.co_varnames[1 : code.co_argcount]]
+                        given = Arguments(tuple(map_proxies(held, _same)), {})
+                        self.helped.setdefault((frame.path, code.co_name), []).append(given)
                     return code.co_name
             at = at.f_back
         return "forward"
@@ -327,10 +346,10 @@ class FlowTracer(Tracer):
     @staticmethod
     def _ambient() -> tuple[Any, ...]:
         return (
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled("cpu"),
-            torch.is_autocast_enabled("cuda"),
+            _GRAD(),
+            _INFERENCE(),
+            _AUTOCAST("cpu"),
+            _AUTOCAST("cuda"),
         )
 
 
@@ -347,7 +366,12 @@ class _Undisturbed:
         cls.__call__, cls.__getattr__ = self._patched
 
 
+_GRAD, _INFERENCE, _AUTOCAST = torch.is_grad_enabled, torch.is_inference_mode_enabled, torch.is_autocast_enabled
 _CALL, _GETATTR = nn.Module.__call__, nn.Module.__getattr__
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _join(path: str, name: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from nmconv.errors import PlanError, RewriteError
-from nmconv.graph import PLAIN_ACTS, Called, is_activation
+from nmconv.graph import PLAIN_ACTS, Called, is_activation, is_sequential
 from nmconv.planning import Plan, Site
 from nmconv.surgery._classes import Method, rewritten
 from nmconv.surgery._guard import MARK
@@ -57,6 +57,10 @@ class Surgery:
         self._moved: Counter[Called] = Counter()
         for site in plan.changes:
             self._take_out(site)
+        for (owner, method), edit in self._edits.items():
+            for (other, name), its in self._edits.items():
+                if other == owner and name != method:
+                    edit.others += its.remove
 
     def failures(self) -> dict[tuple[str, str], RewriteError]:
         """Write all new methods; for each that cannot be written, by owner and method, why."""
@@ -119,7 +123,11 @@ class Surgery:
         act = None if site.function else self._activation(site)
         if act is not None and site.how == "swap":
             parent, _, slot = site.name.rpartition(".")
-            self._slots.append((self._module(parent), slot, identity_for(act, copies=site.copy)))
+            holder = self._module(parent)
+            if is_sequential(holder) and site.owner == parent:  # the call's number tells which slot
+                slots = [name for name, child in holder._modules.items() if child is act]
+                slot = slots[site.call - 1] if site.call <= len(slots) else slot
+            self._slots.append((holder, slot, identity_for(act, copies=site.copy)))
         else:
             self._module(site.owner)
             self._edit(site.owner, site.method, site.takes).remove.append(site)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import builtins
 import importlib
+import inspect
 import linecache
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -121,6 +123,10 @@ def _make(base: type[nn.Module], methods: tuple[Method, ...]) -> type[nn.Module]
         return rewritten(base._nmconv_base, (*kept, *methods))
     space: dict[str, Any] = {method.name: method.compile() for method in methods}
     for name, function in space.items():
+        original: Any = getattr(base, name, None)
+        with suppress(TypeError, ValueError):
+            function.__signature__ = inspect.signature(original)
+        function.__doc__ = getattr(original, "__doc__", None)
         function.__qualname__ = f"{base.__qualname__}.{name}"
         function.__module__ = __name__  # not torch's, whatever the base is
     space |= {
@@ -131,7 +137,10 @@ def _make(base: type[nn.Module], methods: tuple[Method, ...]) -> type[nn.Module]
         "_nmconv_methods": methods,
     }
     metaclass: Any = type(base)
-    return metaclass(base.__name__, (_Rewritten, base), space)
+    try:
+        return metaclass(base.__name__, (_Rewritten, base), space)
+    except Exception as error:
+        raise RewriteError(f"no subclass of {base.__name__} can be made: {error}") from error
 
 
 _cached = lru_cache(maxsize=None)(_make)

@@ -10,7 +10,7 @@ from torch import nn
 
 from nmconv.errors import ModelTypeError, NoEffectWarning, NoSitesError, PlanError
 from nmconv.graph import fingerprint, mode_hidden, read
-from nmconv.planning import Keep, Options, Plan, draw_up, listed
+from nmconv.planning import Keep, Options, Plan, Site, draw_up, listed
 from nmconv.surgery._apply import Known, Surgery, copy_of
 from nmconv.surgery._guard import check_model, plan_of
 from nmconv.surgery._verify import Calls
@@ -169,14 +169,31 @@ def _planned(model: nn.Module, options: Options, example_inputs: Any) -> tuple[P
     while True:
         plan = draw_up(structure, options, identity, locked)
         failures = Surgery(model, plan, known).failures()
-        if not failures:
+        if not failures and _all_dropped(plan) is None:
             return plan, known, reading.calls
+        if not failures:  # so that a plan says of every site whether it can be dropped, for those who edit it
+            failures = Surgery(model, _all_dropped(plan) or plan, {}).failures()
+            for index, site in enumerate(plan.sites):
+                if site.action == "keep" and (site.owner, site.method) in failures and site.how == "rewrite":
+                    locked[index] = str(failures[site.owner, site.method])
+            return draw_up(structure, options, identity, locked), known, reading.calls
         for index, site in enumerate(plan.sites):
             places = [(site.owner, site.method)] if site.how == "rewrite" and site.action != "keep" else []
             places += [(site.place.owner, site.place.method)] if site.place is not None else []
             for place in places:
                 if place in failures:
                     locked[index] = str(failures[place])
+
+
+def _all_dropped(plan: Plan) -> Plan | None:
+    """The plan with every site dropped whose method it leaves alone, or None if there is no such site."""
+    touched = {(site.owner, site.method) for site in plan.changes}
+    left: dict[str | Site, str] = {}
+    for site in plan.sites:
+        free = site.action == "keep" and site.how == "rewrite" and not site.locked
+        if free and (site.owner, site.method) not in touched:
+            left[site] = "drop"
+    return plan.edit(left) if left else None
 
 
 def _no_sites(model: nn.Module, untraced: Any, linear: bool) -> str:

@@ -12,7 +12,7 @@ from nmconv.errors import RewriteError
 from nmconv.graph import FlowTracer, MethodTrace, trace_method
 from nmconv.planning import Place, Site
 from nmconv.surgery._classes import Method, rewritten
-from nmconv.surgery._source import method_source
+from nmconv.surgery._source import method_source, return_changed_lists
 
 __all__ = ["Edit", "rewrite"]
 
@@ -23,11 +23,13 @@ class Edit:
 
     Attributes:
         remove: Sites whose calls go.
+        others: Sites of the owner's other methods whose calls go: if this one calls those, they are inlined here.
         insert: Pairs of a place and the name of the child that is called on its value.
     """
 
     takes: str
     remove: list[Site] = field(default_factory=list)
+    others: list[Site] = field(default_factory=list)
     insert: list[tuple[Place, str]] = field(default_factory=list)
 
 
@@ -47,6 +49,7 @@ def rewrite(model: nn.Module, path: str, method: str, edit: Edit, sites: Sequenc
     """
     owner = model.get_submodule(path)
     trace = trace_method(owner, path, method, edit.takes)
+    mutated = return_changed_lists(owner, method, trace)
     for tracer, modes, training in _graphs(trace):
         for place, child in edit.insert:
             _insert(tracer, place, child)
@@ -54,7 +57,10 @@ def rewrite(model: nn.Module, path: str, method: str, edit: Edit, sites: Sequenc
             if site.modes in modes:
                 _check_steps(tracer, site, modes, training, model, sites)
                 _remove(tracer, site, training, model)
-    made = method_source(owner, method, trace)
+        for site in edit.others:
+            if site.modes in modes and _node_of(tracer, site, training, model) is not None:
+                _remove(tracer, site, training, model)
+    made = method_source(owner, method, trace, mutated)
     rewritten(type(owner), (made,))  # that it can be done, and compiles
     return made
 
@@ -75,9 +81,13 @@ def _calls(tracer: FlowTracer, site: Site, model: nn.Module) -> dict[int, Node]:
     }
 
 
-def _remove(tracer: FlowTracer, site: Site, training: bool, model: nn.Module) -> None:
+def _node_of(tracer: FlowTracer, site: Site, training: bool, model: nn.Module) -> Node | None:
     step = site.train_step if training or site.modes == "train" else site.step
-    node = _calls(tracer, site, model).get(step or 0)
+    return _calls(tracer, site, model).get(step or 0)
+
+
+def _remove(tracer: FlowTracer, site: Site, training: bool, model: nn.Module) -> None:
+    node = _node_of(tracer, site, training, model)
     if node is None:
         raise RewriteError(f"{site.id} is not in {site.owner or 'the model'}.{site.method}: was the model changed?")
     value = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))

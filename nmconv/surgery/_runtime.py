@@ -8,17 +8,27 @@ import torch
 
 from nmconv.errors import RewriteError
 
-__all__ = ["check", "iadd", "imul", "isub", "itruediv"]
+__all__ = ["check", "check_tensor", "iadd", "imul", "isub", "itruediv"]
 
 
 def check(value: Any, expected: Any, method: str, name: str) -> None:
     """Raise RewriteError unless a non-tensor argument is what the method was rewritten for."""
     if value is expected:
         return
-    if isinstance(value, torch.Tensor) or type(value) is not type(expected) or value != expected:
+    nan = value != value and expected != expected if isinstance(value, float) and isinstance(expected, float) else False
+    if not nan and (isinstance(value, torch.Tensor) or type(value) is not type(expected) or value != expected):
         raise RewriteError(
             f"{method} was rewritten by nmconv for {name}={expected!r} and finds {value!r}: convert the original model "
             "anew, with the attribute set or with example_inputs that call it like this"
+        )
+
+
+def check_tensor(value: Any, method: str, name: str) -> None:
+    """Raise RewriteError unless the method is given a tensor where it was when it was rewritten."""
+    if value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)):
+        raise RewriteError(
+            f"{method} was rewritten by nmconv for a tensor as {name} and is given {value!r}: convert the original "
+            "model with example_inputs that call it like this"
         )
 
 

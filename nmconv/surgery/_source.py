@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,18 +16,17 @@ from nmconv.graph import FlowTracer, MethodTrace
 from nmconv.surgery import _runtime
 from nmconv.surgery._classes import Method
 
-__all__ = ["method_source"]
+__all__ = ["method_source", "return_changed_lists"]
 
 
-def method_source(module: nn.Module, name: str, trace: MethodTrace) -> Method:
+def method_source(module: nn.Module, name: str, trace: MethodTrace, mutated: list[str]) -> Method:
     """The method that does what the graphs of ``trace`` say, with the signature of the one it replaces.
 
     Arguments that are no tensors, and attributes that the method reads, have the values they were traced with; a
-    call with others raises RewriteError.
+    call with others raises RewriteError. ``mutated`` is what :func:`return_changed_lists` gave.
     """
     signature = inspect.signature(getattr(type(module), name))
-    bound: dict[str, Any] = {"_check": _runtime.check}
-    mutated = _final_containers(trace, signature)
+    bound: dict[str, Any] = {"_check": _runtime.check, "_tensor": _runtime.check_tensor}
     parts = [_function("_eval", trace.eval, bound)]
     two = trace.train is not trace.eval
     if two:
@@ -89,39 +89,47 @@ def _arguments(
         for attribute, value in trace.constants.items()
     ]
     given = signature.bind(None, *trace.arguments.args, **trace.arguments.kwargs)
-    passed: list[str] = []
+    passing = _Passing(method, head, bound)
     for parameter in names:
         if parameter.name in given.arguments:
             value = given.arguments[parameter.name]
+            passing.add(value, parameter.name)
         elif parameter.kind is parameter.VAR_POSITIONAL:
-            value = ()
+            passing.add((), parameter.name)
         elif parameter.kind is parameter.VAR_KEYWORD:
-            value = {}
+            passing.add({}, parameter.name)
         else:
-            value = parameter.default
-        _pass(value, parameter.name, method, head, passed)
-    return head, "".join(f", {text}" for text in passed)
+            head.append(f"    _check({parameter.name}, _default_{parameter.name}, {method!r}, {parameter.name!r})")
+    return head, "".join(f", {text}" for text in passing.passed)
 
 
-def _pass(value: Any, text: str, method: str, head: list[str], passed: list[str]) -> None:
-    """Pass on the tensors in one argument; check that the rest is as it was traced."""
-    if isinstance(value, torch.Tensor):
-        passed.append(text)
-    elif isinstance(value, (list, tuple)):
-        head.append(f"    _check(len({text}), {len(value)}, {method!r}, 'len({text})')")
-        for at, part in enumerate(value):
-            _pass(part, f"{text}[{at}]", method, head, passed)
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            _pass(part, f"{text}[{key!r}]", method, head, passed)
-    elif value is None or isinstance(value, (bool, int, float, str)):
-        head.append(f"    _check({text}, {value!r}, {method!r}, {text!r})")
-    else:  # only a default can be anything else
-        head.append(f"    _check({text}, _default_{text}, {method!r}, {text!r})")
+@dataclass
+class _Passing:
+    """Passes on the tensors in the arguments, and writes the checks that the rest is as it was traced."""
+
+    method: str
+    head: list[str]
+    bound: dict[str, Any]
+    passed: list[str] = field(default_factory=list)
+
+    def add(self, value: Any, text: str) -> None:
+        """One argument, or a part of one."""
+        if isinstance(value, torch.Tensor):
+            self.head.append(f"    _tensor({text}, {self.method!r}, {text!r})")
+            self.passed.append(text)
+        elif isinstance(value, (list, tuple, dict)):
+            self.head.append(f"    _check(len({text}), {len(value)}, {self.method!r}, 'len({text})')")
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+                self.add(part, f"{text}[{key!r}]")
+        else:
+            name = f"_expected_{len(self.bound)}"
+            self.bound[name] = value
+            self.head.append(f"    _check({text}, {name}, {self.method!r}, {text!r})")
 
 
-def _final_containers(trace: MethodTrace, signature: inspect.Signature) -> list[str]:
+def return_changed_lists(module: nn.Module, method: str, trace: MethodTrace) -> list[str]:
     """Names of lists among the arguments whose content the method replaces; the graphs are made to return them too."""
+    signature = inspect.signature(getattr(type(module), method))
     tracers = list(dict.fromkeys((trace.eval, trace.train)))
     changed = [dict(_changed(tracer, signature)) for tracer in tracers]
     if any(set(found) != set(changed[0]) for found in changed):
