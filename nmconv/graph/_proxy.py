@@ -155,7 +155,7 @@ def patched_isinstance() -> Iterator[Any]:
     alone sees ``isinstance``, ``type`` and their kin shadowed: torch's C++ asks on its own, and must not be lied to.
     """
     patched: list[tuple[dict[str, Any], str]] = []
-    packages = {"torch"}
+    packages = {"torch", __name__.partition(".")[0]}  # never our own code, which must see proxies as proxies
 
     def patch(cls: type) -> None:
         package = cls.__module__.partition(".")[0]
