@@ -2017,3 +2017,256 @@ def test_complaints_are_named_in_the_plan():
     site = next(site for site in plan.sites if site.locked)
     assert "block.forward" in site.locked and "cannot be rewritten" in site.locked
     assert site.id in str(plan) and "branches on a shape" in str(plan)
+
+
+# --- the same, hidden one step further away -----------------------------------------------------------------------
+
+exec(
+    """
+import torch
+
+def twice_if_tensor(x):
+    return x * 2 if isinstance(x, torch.Tensor) else x
+
+def scaled(x, module):
+    return x * module.scale
+
+def precise(x, module):
+    with torch.autocast("cpu", enabled=False):
+        return module(x.float())
+
+def inner(x, module):
+    return precise(x, module)
+
+def deep(x, module):
+    return inner(x, module)
+
+@torch.autocast("cpu", enabled=False)
+def decorated(x, module):
+    return module(x.float())
+
+def with_grad(x, module):
+    with torch.enable_grad():
+        return module(x)
+""",
+    LIBRARY.__dict__,
+)
+inner_of_library = LIBRARY.deep
+
+
+def precise_here(x, module):
+    with torch.autocast("cpu", enabled=False):
+        return module(x.float())
+
+
+def calls_precise_here(x, module):
+    return precise_here(x, module)
+
+
+class Precise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = conv()
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return self.conv(x.float())
+
+    def run(self, x):
+        return self.forward(x)
+
+    @property
+    def mode(self):
+        return torch.autocast("cpu", enabled=False)
+
+
+HIDDEN = {
+    "a library's function": lambda self, x: LIBRARY.precise(x, self.conv),
+    "a library's function that calls another": lambda self, x: LIBRARY.deep(x, self.conv),
+    "an imported function": lambda self, x: inner_of_library(x, self.conv),
+    "a decorated function": lambda self, x: LIBRARY.decorated(x, self.conv),
+    "a function that calls another": lambda self, x: calls_precise_here(x, self.conv),
+    "a child's forward": lambda self, x: self.child.forward(x),
+    "a child's method": lambda self, x: self.child.run(x),
+    "an exit stack": lambda self, x: [stack := contextlib.ExitStack(), stack.enter_context(self.child.mode),
+                                      self.conv(x.float()), stack.close()][2],
+    "by hand": lambda self, x: [mode := self.child.mode, mode.__enter__(), self.conv(x.float()),
+                                mode.__exit__(None, None, None)][2],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", HIDDEN)
+def test_a_context_that_is_entered_out_of_sight(how):
+    def part(self, x):
+        return F.relu(HIDDEN[how](self, x))
+
+    model = outer(net(part, conv=conv(), child=Precise()))
+    converted, plan = everything(model)
+    with torch.no_grad(), torch.autocast("cpu"):
+        for each in (model, converted):
+            seen = []
+            for child in (each.block.conv, each.block.child.conv):
+                child.register_forward_hook(lambda m, i, o, seen=seen: seen.append(o.dtype))
+            with dropped(model, plan.changes) if each is model else contextlib.nullcontext():
+                each(picture())
+            assert seen == [torch.float32]
+
+
+def test_enable_grad_in_a_library():
+    def part(self, x):
+        return F.relu(LIBRARY.with_grad(x, self.conv))
+
+    model = outer(net(part, conv=conv()))
+    converted, _ = everything(model)
+    with torch.no_grad():
+        seen = []
+        converted.block.conv.register_forward_hook(lambda m, i, o: seen.append(o.requires_grad))
+        converted(picture())
+    assert seen == [True]
+
+
+def test_a_library_asks_for_the_type():
+    def part(self, x):
+        return F.relu(self.conv(LIBRARY.twice_if_tensor(x)))
+
+    everything(outer(net(part, conv=conv())))
+
+
+def scaled_by_second(x, module):
+    return x * module.scale
+
+
+def scaled_by_first(module, x):
+    return x * module.scale
+
+
+@pytest.mark.parametrize("how", ["library", "second argument", "first argument", "child's forward", "alias", "tuple"])
+def test_an_attribute_that_is_read_out_of_sight(how):
+    def part(self, x):
+        x = F.relu(self.conv(x))
+        if how == "library":
+            return LIBRARY.scaled(x, self)
+        if how == "second argument":
+            return scaled_by_second(x, self)
+        if how == "first argument":
+            return scaled_by_first(self, x)
+        if how == "child's forward":
+            return self.child.forward(x)
+        if how == "alias":
+            me = self
+            return x * me.scale
+        scale, _ = (self.scale, 1)
+        return x * scale
+
+    block = net(part, conv=conv(), scale=2.0, child=net(lambda self, x: x * self.scale, scale=2.0))
+    model = outer(block)
+    converted, plan = everything(model)
+    for each in (model, converted):
+        each.block.scale = each.block.child.scale = 3.0
+    with contextlib.suppress(nmconv.RewriteError), dropped(model, plan.changes):
+        assert_same(converted(picture()), model(picture()))
+
+
+def test_a_container_of_settings_that_changes_later():
+    def part(self, x):
+        x = F.relu(self.conv(x))
+        for scale in self.scales:
+            x = x * scale
+        return F.interpolate(x, **self.options)
+
+    model = outer(net(part, conv=conv(), scales=[2.0, 3.0], options={"scale_factor": 2}))
+    converted, plan = everything(model)
+    for each in (model, converted):
+        each.block.scales.append(5.0)
+        each.block.options["scale_factor"] = 3
+    with contextlib.suppress(nmconv.RewriteError), dropped(model, plan.changes):
+        assert_same(converted(picture()), model(picture()))
+
+
+def test_children_that_are_exchanged_later_are_used():
+    def part(self, x):
+        x = F.relu(self.conv(x))
+        for layer in self.layers:
+            x = layer(x)
+        return self.extra(x)
+
+    model = outer(net(part, conv=conv(), layers=nn.ModuleList([conv(), conv()]), extra=nn.Identity()))
+    converted, plan = everything(model)
+    replaced, another = conv(), conv()
+    for each in (model, converted):
+        each.block.extra = replaced
+        each.block.layers[1] = another
+        each.block.conv = another
+    with dropped(model, plan.changes):
+        assert_same(converted(picture()), model(picture()))
+    for each in (model, converted):
+        each.block.layers.append(replaced)
+    with contextlib.suppress(nmconv.RewriteError), dropped(model, plan.changes):
+        assert_same(converted(picture()), model(picture()))
+
+
+def test_a_child_that_is_none_at_first():
+    def part(self, x):
+        y = F.relu(self.conv(x))
+        return y + (x if self.downsample is None else self.downsample(x))
+
+    block = net(part, conv=conv())
+    block.downsample = None
+    block.register_module("other", None)
+    model = outer(block)
+    converted, plan = everything(model)
+    added = conv()
+    for each in (model, converted):
+        each.block.downsample = added
+    with contextlib.suppress(nmconv.RewriteError), dropped(model, plan.changes):
+        assert_same(converted(picture()), model(picture()))
+
+
+def test_an_optional_parameter_and_buffer():
+    def part(self, x):
+        x = F.relu(self.conv(x))
+        if self.bias is not None:
+            x = x + self.bias
+        if self.mask is not None:
+            x = x * self.mask
+        return x
+
+    block = net(part, conv=conv())
+    block.register_parameter("bias", None)
+    block.register_buffer("mask", None)
+    model = outer(block)
+    converted, plan = everything(model)
+    for each in (model, converted):
+        each.block.bias = nn.Parameter(torch.ones(4, 1, 1))
+        each.block.mask = torch.full((4, 1, 1), 2.0)
+    with contextlib.suppress(nmconv.RewriteError), dropped(model, plan.changes):
+        assert_same(converted(picture()), model(picture()))
+
+
+SCALE = 2.0
+
+
+def test_a_global_that_changes_later(monkeypatch):
+    def part(self, x):
+        return F.relu(self.conv(x)) * SCALE
+
+    model = outer(net(part, conv=conv()))
+    converted, plan = everything(model)
+    monkeypatch.setitem(globals(), "SCALE", 3.0)
+    with contextlib.suppress(nmconv.RewriteError), dropped(model, plan.changes):
+        assert_same(converted(picture()), model(picture()))
+
+
+def test_a_loop_whose_length_is_an_attribute():
+    def part(self, x):
+        for _ in range(self.repeats):
+            x = F.relu(self.conv(x))
+        return x
+
+    block = net(part, conv=conv(), repeats=2)
+    model = outer(block)
+    converted, plan = everything(model)
+    for each in (model, converted):
+        each.block.repeats = 3
+    with contextlib.suppress(nmconv.RewriteError), dropped(model, plan.changes):
+        assert_same(converted(picture()), model(picture()))

@@ -196,4 +196,4 @@ def _restoring_children(parent: nn.Module) -> Callable[[], object]:
 
 def _restoring_class(module: nn.Module) -> Callable[[], object]:
     before = type(module)
-    return lambda: setattr(module, "__class__", before)
+    return lambda: object.__setattr__(module, "__class__", before)

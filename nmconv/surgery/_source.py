@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +40,8 @@ def method_source(module: nn.Module, name: str, trace: MethodTrace, mutated: lis
         body += [f"    {target}[:] = lists[{at}]" for at, target in enumerate(mutated)]
         body += ["    return result"]
     source = "\n\n".join([*parts, "\n".join([*head, *body])]) + "\n"
-    return Method.with_globals(name, source, bound)
+    used = set(re.findall(r"\w+", source))
+    return Method.with_globals(name, source, {key: value for key, value in bound.items() if key in used})
 
 
 def _function(name: str, tracer: FlowTracer, bound: dict[str, Any]) -> str:
