@@ -37,16 +37,17 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def conversion(name: str, rounds: int = 3) -> tuple[float, float] | None:
+def conversion(name: str, rounds: int = 2) -> tuple[float, float] | None:
     """Least seconds of a symbolic trace and of a conversion in place, of a fresh model each; None if not traceable."""
     traces, conversions = [], []
+    device = "cpu" if name in zoo.NOT_ON_META else "meta"
     for _ in range(rounds):
-        model = zoo.build(name, "meta")
+        model = zoo.build(name, device)
         try:
             traces.append(seconds(lambda model=model: torch.fx.symbolic_trace(model)))
         except Exception:
             return None
-        model = zoo.build(name, "meta")
+        model = zoo.build(name, device)
         try:
             conversions.append(seconds(lambda model=model: nmconv.convert(model, inplace=True)))
         except nmconv.NoSitesError:
