@@ -2270,3 +2270,148 @@ def test_a_loop_whose_length_is_an_attribute():
         each.block.repeats = 3
     with contextlib.suppress(nmconv.RewriteError), dropped(model, plan.changes):
         assert_same(converted(picture()), model(picture()))
+
+
+# --- the same call in both modes ----------------------------------------------------------------------------------
+
+
+def both_modes(how):
+    """Forwards in which what comes before a call differs between the modes; the call itself is one and the same."""
+
+    def clamped_in_eval(self, x):
+        if not self.training:
+            x = x.clamp(-1, 1)
+        x = self.act(x)
+        return F.relu(self.b(F.relu(self.a(x) + x)))
+
+    def relu_in_train(self, x):
+        if self.training:
+            x = F.relu(x, True)
+        y = F.relu(self.a(x), inplace=True)
+        y = self.act(self.b(y) + x)
+        F.relu_(x.chunk(2, 1)[1])
+        return F.relu(self.c(y)) + self.act2(self.d(x))
+
+    def written_in_train(self, x):
+        y = self.act(self.a(x))
+        if self.training:
+            y.mul_(0.5)
+        z = self.act2(self.b(y) + y)
+        return F.relu(self.c(F.relu(self.d(z))))
+
+    def same_conv(self, x):
+        if self.training:
+            x = F.relu(self.a(x))
+        x = F.relu(self.a(x), inplace=True)
+        return F.relu(self.b(x))
+
+    def two_of_three(self, x):
+        for at in range(3 if self.training else 2):
+            x = F.relu(self.a(x) + at)
+        return F.relu(self.b(x))
+
+    def other_branch(self, x):
+        if self.training:
+            x = self.act(self.a(x))
+            x = self.act(self.b(x)) * 2
+        else:
+            x = self.act(self.a(x) + 1)
+        return self.act(self.c(x))
+
+    def another_order(self, x):
+        one, other = F.relu(self.a(x)), None
+        if self.training:
+            other = F.silu(self.b(x))
+            one = F.silu(self.c(one))
+        else:
+            one = F.silu(self.c(one))
+            other = F.silu(self.b(x))
+        return one + other
+
+    def aux(self, x):
+        x = self.act(self.a(x))
+        extra = self.act(self.d(self.act(self.c(x)))) if self.training else None
+        return self.act(self.b(x)), extra
+
+    forward = locals()[how]
+    return net(forward, **convs("a", "b", "c", "d"), act=nn.SiLU(inplace=True), act2=nn.SiLU())
+
+
+MODES = ["clamped_in_eval", "relu_in_train", "written_in_train", "same_conv", "two_of_three", "other_branch"]
+MODES += ["another_order", "aux"]
+
+
+@pytest.mark.parametrize("how", MODES)
+def test_the_plan_names_every_call_once_in_each_mode(how):
+    model = both_modes(how)
+    plan = planned(model)
+    for training in (False, True):
+        with record(model.train(training)) as entries:
+            model(picture())
+        real = [(entry.owner, entry.name or "", entry.call, entry.inplace) for entry in entries]
+        found = [
+            (site.owner, site.name, site.train_call if training and site.modes == "both" else site.call, site.inplace)
+            for site in plan.sites
+            if site.modes in ("both", "train" if training else "eval") and "never calls it" not in site.reason
+        ]
+        assert sorted(found) == sorted(real), f"training={training}"
+
+
+@pytest.mark.parametrize("how", MODES)
+def test_every_choice_of_calls_is_done_right_in_both_modes(how):
+    model = both_modes(how)
+    plan = planned(model)
+    sites = droppable(plan)
+    for gone in itertools.islice(itertools.product((False, True), repeat=len(sites)), 1, 64):
+        edits = {site.id: "drop" if drop else "keep" for site, drop in zip(sites, gone, strict=True)}
+        try:
+            apply(model, plan.edit(edits))
+        except nmconv.RewriteError as error:
+            assert "one decision would change several" in str(error) or "cannot be rewritten: " in str(error)
+            continue
+        faithful(model, plan.edit(edits), picture())
+
+
+def test_a_module_call_that_is_the_same_in_both_modes_is_one_site():
+    for how in ("clamped_in_eval", "relu_in_train", "written_in_train"):
+        plan = planned(both_modes(how))
+        assert [site.modes for site in plan.sites if site.name == "act"] == ["both"], how
+
+
+# --- the shape of the memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["expand", "expand_as", "slice", "chunk", "step", "broadcast_to", "narrow"])
+@pytest.mark.parametrize("then", ["view", "write", "read", "flatten"])
+def test_an_activation_made_dense_what_was_a_part_or_an_expansion(how, then):
+    """A call that allocates returns dense memory; without it a view of a part cannot be viewed or written alike."""
+
+    def forward(self, x):
+        y = self.a(x)
+        if how == "expand":
+            y = y.mean((2, 3), keepdim=True).expand(-1, -1, 6, 6)
+        elif how == "expand_as":
+            y = y.mean((2, 3), keepdim=True).expand_as(x)
+        elif how == "broadcast_to":
+            y = torch.broadcast_to(y.mean((2, 3), keepdim=True), x.shape)
+        elif how == "slice":
+            y = y[:, :, 1:, 1:]
+        elif how == "chunk":
+            y = torch.chunk(y, 2, 3)[0]
+        elif how == "narrow":
+            y = y.narrow(2, 0, 4)
+        else:
+            y = y[:, :, ::2, ::2]
+        z = F.relu(y)
+        if then == "view":
+            z = z.view(z.shape[0], 4, -1, z.shape[2])
+        elif then == "write":
+            z += 1
+        elif then == "flatten":
+            return F.relu(self.b(z)), z.view(-1)
+        return F.relu(self.b(z))
+
+    model = net(forward, **convs("a", "b"))
+    plan = planned(model)
+    edited = plan.edit(dict.fromkeys((site.id for site in droppable(plan)), "drop"))
+    faithful(model, edited, picture())

@@ -68,17 +68,29 @@ def in_mode(training: bool, seen: set[int]) -> Iterator[None]:
             _modes.pop()
 
 
+# What nn.Module keeps for itself and no forward touches, and what holds nothing that could change.
+_INTERNAL = frozenset(key for key in nn.Module().__dict__ if key not in ("_parameters", "_buffers", "_modules"))
+_ATOMS = frozenset((bool, int, float, str, bytes, type(None), torch.Tensor, nn.Parameter, torch.dtype, torch.device))
+
+
 def snapshot(model: nn.Module) -> _Snapshot:
     """Everything that attributes of the model's modules hold: dicts, lists, sets, queues and plain objects in them."""
     found: _Snapshot = []
     seen: set[int] = set()
     for module in model.modules():
-        _note(module.__dict__, f"{type(module).__name__}.", found, seen, 4)
+        where = f"{type(module).__name__}."
+        space = module.__dict__
+        found.append((space, dict(space), where))
+        for key, value in space.items():
+            if key in ("_parameters", "_buffers", "_modules"):
+                found.append((value, dict(value), where))
+            elif key not in _INTERNAL and type(value) not in _ATOMS:
+                _note(value, where, found, seen, 3)
     return found
 
 
 def _note(value: Any, where: str, found: _Snapshot, seen: set[int], depth: int) -> None:
-    if id(value) in seen or isinstance(value, (str, bytes, type, torch.Tensor, nn.Module)):
+    if type(value) in _ATOMS or id(value) in seen or isinstance(value, (type, torch.Tensor, nn.Module)):
         return
     if isinstance(value, (dict, list, set, deque)):
         seen.add(id(value))
@@ -117,7 +129,7 @@ def changed_attributes(before: _Snapshot) -> list[str]:
 def _same(now: Any, before: Any) -> bool:
     """Whether a container still holds the same objects (never compares the objects: they may be tensors)."""
     if isinstance(before, dict):
-        items = list(dict.items(now))
+        items = dict.items(now)
         return len(items) == len(before) and all(key in before and before[key] is value for key, value in items)
     parts = list(_parts(now))
     if isinstance(now, set):
@@ -148,7 +160,12 @@ class _Chance:
     """The random states that a forward could draw from: the global ones and those of generators among attributes."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._own = [value for module in model.modules() for value in module.__dict__.values() if is_chance(value)]
+        self._own = [
+            value
+            for module in model.modules()
+            for key, value in module.__dict__.items()
+            if key not in _INTERNAL and type(value) not in _ATOMS and is_chance(value)
+        ]
         self._numpy = sys.modules.get("numpy")
         self._before = self._now()
 
@@ -166,9 +183,7 @@ class _Chance:
 
     def moved(self) -> bool:
         """Whether anything was drawn."""
-        return any(
-            repr(_plain(one)) != repr(_plain(other)) for one, other in zip(self._before, self._now(), strict=True)
-        )
+        return not all(map(_alike, self._before, self._now()))
 
     def put_back(self) -> None:
         """As it was at first."""
@@ -193,11 +208,15 @@ def _numpy_state(value: Any) -> Any:
     return value.get_state() if hasattr(value, "get_state") else None
 
 
-def _plain(state: Any) -> Any:
-    """A state without arrays, whose text would be shortened."""
-    if hasattr(state, "tolist"):
-        return state.tolist()
-    return tuple(map(_plain, state)) if isinstance(state, tuple) else state
+def _alike(one: Any, other: Any) -> bool:
+    """Equality of states, in which there may be arrays and tensors."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, tuple):
+        return one == other if type(one[-1]) is int else all(map(_alike, one, other))
+    if isinstance(one, dict):
+        return all(_alike(value, other[key]) for key, value in one.items())
+    return bool((one == other).all()) if hasattr(one, "all") else bool(one == other)
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from nmconv.graph._holders import Holders
 from nmconv.graph._modules import act_kind, is_activation, is_sequential, leaf_op
 from nmconv.graph._ops import PLAIN_ACTS, Op
 from nmconv.graph._places import Ends
-from nmconv.graph._quiet import left_as_found
 from nmconv.graph._records import Arguments
 from nmconv.graph._same import local_hashes
 from nmconv.graph._takes import takes_of
@@ -59,25 +58,22 @@ class _Builder:
     order: int = 0  # of execution: what was traced before counts on
 
     def build(self, example_inputs: Any) -> Reading:
-        with left_as_found(self.model):
-            first = analyse(self.model, training=False, linear=self.linear, example_inputs=example_inputs)
-            self._take(first, "eval")
-            analyses = [first]
-            if first.mode_readers:
-                second = analyse(
-                    self.model, training=True, linear=self.linear, example_inputs=example_inputs, before=first
+        first = analyse(self.model, training=False, linear=self.linear, example_inputs=example_inputs)
+        self._take(first, "eval")
+        analyses = [first]
+        if first.mode_readers:
+            second = analyse(self.model, training=True, linear=self.linear, example_inputs=example_inputs, before=first)
+            analyses.append(second)
+            self._take(second, "train")
+        else:
+            for seen in self.seen.values():
+                seen.activation = replace(
+                    seen.activation,
+                    modes="both",
+                    train_call=seen.activation.call,
+                    train_step=seen.activation.step,
                 )
-                analyses.append(second)
-                self._take(second, "train")
-            else:
-                for seen in self.seen.values():
-                    seen.activation = replace(
-                        seen.activation,
-                        modes="both",
-                        train_call=seen.activation.call,
-                        train_step=seen.activation.step,
-                    )
-                self.chains = [(items, pre, "both") for items, pre, _ in self.chains]
+            self.chains = [(items, pre, "both") for items, pre, _ in self.chains]
         calls = {bool(training): counted(analysis) for training, analysis in enumerate(analyses)}
         return Reading(self._finish(analyses, example_inputs is not None), calls)
 
