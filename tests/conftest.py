@@ -1,5 +1,18 @@
-"""One thread a worker: tests run side by side."""
+"""One thread a worker, since tests run side by side; and the limits that are known."""
 
+import json
+from pathlib import Path
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+LIMITS = json.loads(Path(__file__).with_name("known_limits.json").read_text())
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of limits that are known must fail: one that passes has to leave the list."""
+    for item in items:
+        reason = LIMITS.get(item.nodeid.removeprefix("tests/"))
+        if reason is not None:
+            item.add_marker(pytest.mark.xfail(reason=reason, strict=True))

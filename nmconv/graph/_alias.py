@@ -24,13 +24,23 @@ def must_copy(flow: Flow) -> set[int]:
     return {
         node.index
         for node in flow.nodes
-        if node.op is Op.ACT and not node.inplace and _hazard(flow, readers, node.index)
+        if node.op is Op.ACT
+        and not node.inplace
+        and (_not_dense(flow, node.index) or _hazard(flow, readers, node.index))
     }
 
 
 def _shares(flow: Flow, index: int) -> bool:
     node = flow.nodes[index]
     return node.op is Op.ACT or node.view or node.partial
+
+
+def _not_dense(flow: Flow, act: int) -> bool:
+    """Whether the activation's input may be a slice or an expansion, of which its output was a dense copy."""
+    at = flow.nodes[act].inputs[0]
+    while flow.nodes[at].inputs and flow.nodes[at].op in (Op.PASS, Op.DROP, Op.ACT):
+        at = flow.nodes[at].inputs[0]
+    return flow.nodes[at].op is Op.LAYOUT or flow.nodes[at].partial
 
 
 def _hazard(flow: Flow, readers: list[list[int]], act: int) -> bool:

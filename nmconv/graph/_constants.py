@@ -34,7 +34,9 @@ _REFUSED_STEPS = {
 
 
 def frozen_attributes(module: nn.Module, method: str) -> dict[str, Any]:
-    """From ``name`` or ``child.name`` to its value, for what the method's code (and that of methods it names) reads.
+    """From ``self.name``, ``self.child.name`` or ``len(self.list)`` to the value that the method's code finds there.
+
+    Methods that it names are looked into as well.
 
     More may be listed than is read; ``training`` never is, since rewritten methods ask for it anew. Functions that the
     code names are looked into for what cannot be traced.
@@ -66,14 +68,25 @@ def frozen_attributes(module: nn.Module, method: str) -> dict[str, Any]:
             todo.append(_code(module, chain[0]))
             holder: Any = module
             for depth, name in enumerate(chain):
-                holder = getattr(holder, "_modules", {}).get(name) or getattr(holder, "__dict__", {}).get(name, _chains)
+                holder = _held(holder, name)
                 if holder is _chains:
                     break
                 if is_chance(holder):
                     raise RewriteError("it draws random numbers that tracing would freeze")
                 if _is_scalar(holder) and name != "training":
-                    found[".".join(chain[: depth + 1])] = holder
+                    found[f"self.{'.'.join(chain[: depth + 1])}"] = holder
+                if isinstance(holder, (nn.ModuleList, nn.ModuleDict)):
+                    found[f"len(self.{'.'.join(chain[: depth + 1])})"] = len(holder)
     return found
+
+
+def _held(holder: Any, name: str) -> Any:
+    """The child, attribute, or missing parameter or buffer of that name; ``_chains`` if there is none."""
+    for kept in ("_modules", "_parameters", "_buffers"):
+        among = getattr(holder, kept, {})
+        if name in among and (kept == "_modules" or among[name] is None):
+            return among[name]
+    return getattr(holder, "__dict__", {}).get(name, _chains)
 
 
 def _is_scalar(value: Any) -> bool:

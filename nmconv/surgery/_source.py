@@ -87,8 +87,8 @@ def _arguments(
         shown.append(text)
     head = [f"def {method}(self{''.join(', ' + text for text in shown)}):"]
     head += [
-        f"    _check(self.{attribute}, {value!r}, {method!r}, 'self.{attribute}')"
-        for attribute, value in trace.constants.items()
+        f"    _check({expression}, {value!r}, {method!r}, {expression!r})"
+        for expression, value in trace.constants.items()
     ]
     given = signature.bind(None, *trace.arguments.args, **trace.arguments.kwargs)
     passing = _Passing(method, head, bound)
