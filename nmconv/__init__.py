@@ -2,6 +2,8 @@
 
 from nmconv.errors import (
     AlreadyConvertedError,
+    FileError,
+    MergeError,
     ModelTypeError,
     NmconvError,
     NoEffectWarning,
@@ -12,6 +14,7 @@ from nmconv.errors import (
     RatioError,
     RewriteError,
 )
+from nmconv.merging import Merge, Run, find_runs, fold_norms, merge
 from nmconv.planning import Counts, Plan, Ratio, Site, Unit, Untraced
 from nmconv.surgery import apply_plan, convert, get_plan, make_plan
 
@@ -20,6 +23,9 @@ __version__ = "0.1.0"
 __all__ = [
     "AlreadyConvertedError",
     "Counts",
+    "FileError",
+    "Merge",
+    "MergeError",
     "ModelTypeError",
     "NmconvError",
     "NoEffectWarning",
@@ -31,11 +37,15 @@ __all__ = [
     "Ratio",
     "RatioError",
     "RewriteError",
+    "Run",
     "Site",
     "Unit",
     "Untraced",
     "apply_plan",
     "convert",
+    "find_runs",
+    "fold_norms",
     "get_plan",
     "make_plan",
+    "merge",
 ]

@@ -2,6 +2,8 @@
 
 __all__ = [
     "AlreadyConvertedError",
+    "FileError",
+    "MergeError",
     "ModelTypeError",
     "NmconvError",
     "NoEffectWarning",
@@ -48,6 +50,14 @@ class AlreadyConvertedError(NmconvError, ValueError):
 
 class RewriteError(NmconvError, RuntimeError):
     """A module whose forward cannot be rewritten faithfully, or a rewritten one called in a way it was not made for."""
+
+
+class MergeError(NmconvError, RuntimeError):
+    """A model that cannot be merged: in train mode, or with a run whose merged form differs from it."""
+
+
+class FileError(NmconvError, ValueError):
+    """A file that :func:`nmconv.load` cannot read: damaged, foreign, or another model's."""
 
 
 class NoEffectWarning(UserWarning):

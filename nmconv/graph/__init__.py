@@ -6,21 +6,33 @@ from nmconv.graph._method import MethodTrace, trace_method
 from nmconv.graph._modules import act_kind, is_activation, is_sequential
 from nmconv.graph._ops import PLAIN_ACTS
 from nmconv.graph._quiet import mode_hidden
+from nmconv.graph._runs import Element, Join, LinearRun, Step, calls_by_kind, linear_runs, steps_of
 from nmconv.graph._structure import Reading, read
 from nmconv.graph._tracer import FlowTracer
+from nmconv.graph._zoo import is_frozen_norm, is_norm_act, pads_same
 
 __all__ = [
     "PLAIN_ACTS",
     "Called",
+    "Element",
     "FlowTracer",
+    "Join",
+    "LinearRun",
     "MethodTrace",
     "Reading",
+    "Step",
     "act_calls",
     "act_kind",
+    "calls_by_kind",
     "fingerprint",
     "is_activation",
+    "is_frozen_norm",
+    "is_norm_act",
     "is_sequential",
+    "linear_runs",
     "mode_hidden",
+    "pads_same",
     "read",
+    "steps_of",
     "trace_method",
 ]

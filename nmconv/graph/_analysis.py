@@ -25,7 +25,7 @@ from nmconv.graph._records import Arguments, UnknownTensor, map_proxies
 from nmconv.graph._tracer import FlowTracer
 from nmconv.graph._values import Values, fake_input
 
-__all__ = ["Analysis", "Called", "Traced", "act_calls", "analyse", "counted"]
+__all__ = ["Analysis", "Called", "Traced", "act_calls", "analyse", "counted", "trace_parts"]
 
 # Owner, name and kind of function of an activation call.
 Called = tuple[str, str, "str | None"]
@@ -46,14 +46,14 @@ class Analysis:
     """A model in one mode.
 
     Attributes:
-        traced: The model itself, or the parts of it that could be traced.
+        traced: What was understood (:class:`Traced`) of the model itself, or of its parts that could be traced.
         broken: From the qualified name of a module whose forward cannot be traced to the complaint.
         mode_readers: Ids of modules whose ``training`` was read on the way.
         lone: Names of convolutions that only such modules call.
         tracers: Of all attempts, failed ones too.
     """
 
-    traced: list[Traced]
+    traced: list[Any]
     broken: dict[str, BaseException]
     mode_readers: set[int]
     lone: list[str]
@@ -62,7 +62,7 @@ class Analysis:
 
 def act_calls(model: nn.Module, *, training: bool, example_inputs: Any) -> Counter[Called]:
     """How often each activation is called by whom, in one mode; without the rest of the analysis."""
-    return counted(_trace(model, training, example_inputs, None, lambda tracer: None))
+    return counted(trace_parts(model, training, example_inputs, None, lambda tracer: None))
 
 
 def counted(found: Analysis) -> Counter[Called]:
@@ -90,17 +90,17 @@ def analyse(
         example_inputs: What the model is called with, or None.
         before: The other mode's analysis: what it saw modules called with helps where this one does not get there.
     """
-    return _trace(model, training, example_inputs, before, lambda tracer: _understand(tracer, linear))
+    return trace_parts(model, training, example_inputs, before, lambda tracer: _understand(tracer, linear))
 
 
-def _trace(
+def trace_parts(
     model: nn.Module,
     training: bool,
     example_inputs: Any,
     before: Analysis | None,
-    understand: Callable[[FlowTracer], Traced | None],
+    understand: Callable[[FlowTracer], Any],
 ) -> Analysis:
-    """Trace the model, or, where its forward cannot be traced, its parts."""
+    """Trace the model, or, where its forward cannot be traced, its parts; ``understand`` what each trace says."""
     found = Analysis([], {}, set(), [], [])
     done: set[int] = set()
     with left_as_found(model), in_mode(training, found.mode_readers):

@@ -209,7 +209,7 @@ class _Finder:
         rivals = [conv for conv in self.fed[act] if next(self._feeding(conv), None) == act]
         if len(rivals) == 1:
             return act
-        join = self.paths.join(act)
+        join = self.paths.meeting(rivals)
         best = max(rivals, key=lambda conv: (self.paths.convs_below(conv, join), -conv))
         return act if best == head else None
 

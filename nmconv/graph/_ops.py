@@ -112,12 +112,7 @@ INPLACE_ARG: dict[Callable[..., Any], int] = {
 
 MODULES: dict[type[nn.Module], Op] = {
     **dict.fromkeys(ACT_MODULES, Op.ACT),
-    nn.Conv1d: Op.CONV,
-    nn.Conv2d: Op.CONV,
-    nn.Conv3d: Op.CONV,
-    nn.ConvTranspose1d: Op.CONV,
-    nn.ConvTranspose2d: Op.CONV,
-    nn.ConvTranspose3d: Op.CONV,
+    nn.modules.conv._ConvNd: Op.CONV,
     nn.Linear: Op.LINEAR,
     nn.modules.batchnorm._NormBase: Op.NORM,
     nn.GroupNorm: Op.NORM,

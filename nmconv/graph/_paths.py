@@ -52,6 +52,10 @@ class Paths:
         """The first value that all paths from ``index`` to an output pass through."""
         return self._below[index][0] if index in self._below else len(self._flow.nodes)
 
+    def meeting(self, indices: Sequence[int]) -> int:
+        """The first value behind all of ``indices`` that all paths from them to an output pass through."""
+        return reduce(lambda one, other: self._meet(self._below, one, other), map(self.join, indices))
+
     def convs_above(self, operand: int, fork: int) -> int:
         """The most convolutions on a path from behind ``fork`` up to and including ``operand``."""
         if operand == fork:

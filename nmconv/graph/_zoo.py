@@ -12,7 +12,16 @@ from torch import nn
 
 from nmconv.graph._ops import Op
 
-__all__ = ["act_kind", "classifier_names", "default_input_size", "is_norm_act", "module_op", "stage_names"]
+__all__ = [
+    "act_kind",
+    "classifier_names",
+    "default_input_size",
+    "is_frozen_norm",
+    "is_norm_act",
+    "module_op",
+    "pads_same",
+    "stage_names",
+]
 
 _TIMM_ACTS = {
     "Swish": "SiLU",
@@ -124,3 +133,14 @@ def default_input_size(model: nn.Module) -> tuple[int, ...] | None:
     if _path(type(model)).startswith("torchvision.models.video") and "torchvision" in sys.modules:
         return (3, 16, 112, 112)
     return None
+
+
+def pads_same(module: nn.Module) -> bool:
+    """Whether a convolution of timm's pads as TensorFlow's "same" does, by its input's size."""
+    path = _path(type(module))
+    return path.startswith("timm.layers.") and (path.endswith(".Conv2dSame") or getattr(module, "same_pad", False))
+
+
+def is_frozen_norm(module: nn.Module) -> bool:
+    """Whether the module is a batch norm that always uses the statistics it holds."""
+    return _path(type(module)) in ("torchvision.ops.misc.FrozenBatchNorm2d", "timm.layers.FrozenBatchNormAct2d")

@@ -1,5 +1,20 @@
 """Changing models: doing what a plan says, and nothing else."""
 
+from nmconv.surgery._apply import copy_of
+from nmconv.surgery._classes import Method, rewritten
 from nmconv.surgery._convert import apply_plan, convert, get_plan, make_plan
+from nmconv.surgery._guard import check_plain
+from nmconv.surgery._rewrite import Edit, rewrite
 
-__all__ = ["apply_plan", "convert", "get_plan", "make_plan"]
+__all__ = [
+    "Edit",
+    "Method",
+    "apply_plan",
+    "check_plain",
+    "convert",
+    "copy_of",
+    "get_plan",
+    "make_plan",
+    "rewrite",
+    "rewritten",
+]

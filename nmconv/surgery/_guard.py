@@ -10,15 +10,15 @@ from torch import nn
 from nmconv.errors import AlreadyConvertedError, ModelTypeError
 from nmconv.planning import Plan
 
-__all__ = ["MARK", "check_model", "plan_of"]
+__all__ = ["MARK", "check_model", "check_plain", "plan_of"]
 
 MARK = "_nmconv_plan"
 _WRAPPERS = {
-    "DistributedDataParallel": "convert model.module before wrapping",
-    "DataParallel": "convert model.module before wrapping",
-    "FullyShardedDataParallel": "convert the model before sharding it",
-    "FSDPModule": "convert the model before fully_shard",
-    "OptimizedModule": "convert model._orig_mod before torch.compile",
+    "DistributedDataParallel": "model.module before wrapping",
+    "DataParallel": "model.module before wrapping",
+    "FullyShardedDataParallel": "the model before sharding it",
+    "FSDPModule": "the model before fully_shard",
+    "OptimizedModule": "model._orig_mod before torch.compile",
 }
 
 
@@ -28,12 +28,15 @@ def plan_of(model: nn.Module) -> Plan | None:
     return plan if isinstance(plan, Plan) else None
 
 
-def check_model(model: Any) -> nn.Module:
-    """Return the model if it can be converted.
+def check_plain(model: Any, todo: str) -> nn.Module:
+    """Return the model if it is a plain one.
+
+    Args:
+        model: What the user gave.
+        todo: What is to be done with it, for the message: ``convert``.
 
     Raises:
         ModelTypeError: If it is no module, or wrapped, compiled or scripted.
-        AlreadyConvertedError: If it or a part of it was converted before.
     """
     if not isinstance(model, nn.Module):
         raise ModelTypeError(f"{type(model).__name__} is no nn.Module: give the model itself")
@@ -42,15 +45,28 @@ def check_model(model: Any) -> nn.Module:
         for base in type(module).__mro__:
             hint = _WRAPPERS.get(base.__name__) if base.__module__.startswith("torch.") else None
             if hint:
-                raise ModelTypeError(f"{where} is a {base.__name__}: {hint}")
+                raise ModelTypeError(f"{where} is a {base.__name__}: {todo} {hint}")
         if module.__dict__.get("_compiled_call_impl") is not None:
-            raise ModelTypeError(f"{where} is compiled: convert it before module.compile()")
+            raise ModelTypeError(f"{where} is compiled: {todo} it before module.compile()")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelTypeError(f"the model is scripted: {todo} it before torch.jit.script or torch.jit.trace")
+    return model
+
+
+def check_model(model: Any) -> nn.Module:
+    """Return the model if it can be converted.
+
+    Raises:
+        ModelTypeError: If it is no module, or wrapped, compiled or scripted.
+        AlreadyConvertedError: If it or a part of it was converted before.
+    """
+    check_plain(model, "convert")
+    for name, module in model.named_modules():
         plan = plan_of(module)
         if plan is not None and plan.changes:
             raise AlreadyConvertedError(
-                f"{where} was converted already (nmconv.get_plan gives its plan, at {plan.ratio}): a second conversion "
-                "would count from what the first has left; make one plan for the original model instead"
+                f"{repr(name) + ' in the model' if name else 'the model'} was converted already (nmconv.get_plan gives "
+                f"its plan, at {plan.ratio}): a second conversion would count from what the first has left; make one "
+                "plan for the original model instead"
             )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelTypeError("the model is scripted: convert it before torch.jit.script or torch.jit.trace")
     return model

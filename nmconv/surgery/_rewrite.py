@@ -25,12 +25,14 @@ class Edit:
         remove: Sites whose calls go.
         others: Sites of the owner's other methods whose calls go: if this one calls those, they are inlined here.
         insert: Pairs of a place and the name of the child that is called on its value.
+        sums: Additions that go: what they are called, which call of that name, and which operand stays.
     """
 
     takes: str
     remove: list[Site] = field(default_factory=list)
     others: list[Site] = field(default_factory=list)
     insert: list[tuple[Place, str]] = field(default_factory=list)
+    sums: list[tuple[str, int, int]] = field(default_factory=list)
 
 
 def rewrite(model: nn.Module, path: str, method: str, edit: Edit, sites: Sequence[Site]) -> Method:
@@ -51,6 +53,7 @@ def rewrite(model: nn.Module, path: str, method: str, edit: Edit, sites: Sequenc
     trace = trace_method(owner, path, method, edit.takes)
     mutated = return_changed_lists(owner, method, trace)
     for tracer, modes, training in _graphs(trace):
+        _drop_sums(tracer, edit.sums, path)
         for place, child in edit.insert:
             _insert(tracer, place, child)
         for site in edit.remove:
@@ -110,6 +113,25 @@ def _insert(tracer: FlowTracer, place: Place, child: str) -> None:
             added.args = (node,)
             return
     raise RewriteError(f"{place.op}#{place.call} is not in {place.owner}.{place.method}: was the model changed?")
+
+
+def _drop_sums(tracer: FlowTracer, sums: Sequence[tuple[str, int, int]], path: str) -> None:
+    """Let one operand take the place of each sum, and drop what only the other one was made for."""
+    named = {(label, number): node for node, (_, label, number) in tracer.where.items()}
+    for label, number, keep in sums:
+        node = named.get((label, number))
+        if node is None or len(node.args) != 2 or not all(isinstance(part, Node) for part in node.args):
+            raise RewriteError(f"{label}#{number} is not in {path or 'the model'}.forward: was the model changed?")
+        node.replace_all_uses_with(node.args[keep])  # type: ignore[arg-type]
+        gone = [node]
+        while gone:
+            last = gone.pop()
+            if last.users or last.op == "placeholder" or last not in tracer.graph.nodes:
+                continue
+            sources = last.all_input_nodes
+            tracer.graph.erase_node(last)
+            tracer.acts.pop(last, None)
+            gone += sources
 
 
 def _check_steps(

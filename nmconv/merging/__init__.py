@@ -1,0 +1,6 @@
+"""Merging linear runs into single convolutions."""
+
+from nmconv.merging._merge import find_runs, fold_norms, merge
+from nmconv.merging._records import Merge, Run
+
+__all__ = ["Merge", "Run", "find_runs", "fold_norms", "merge"]

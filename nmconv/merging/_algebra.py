@@ -1,0 +1,236 @@
+"""Composing and adding convolutions: tensors in, tensors out, differentiable. No modules.
+
+A convolution here is ``Affine``: out = conv(x, weight) + bias + conv(1, border), where the last term is the response of
+constants that later convolutions padded with zeros. It is what the original run makes of an all-zero input, and a
+kernel over a map of ones gives it for every input size and stride.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nmconv.merging._geometry import Geometry, composed, diagonal, identity, joined
+
+__all__ = ["Affine", "apply", "compose", "join", "of_identity", "of_norm"]
+
+_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_PAD_MODES = {"zeros": "constant"}
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """A convolution with its numbers.
+
+    Attributes:
+        geometry: Its extents.
+        weight: ``[out, in / groups, *kernel]``, or ``[channels]`` where ``diagonal``.
+        bias: ``[out]``: a constant everywhere, or None.
+        border: ``[out, 1, *kernel]``, the kernel 1 along axes that ``geometry.bounded`` does not name, or None.
+        diagonal: Whether it only multiplies each channel by a number of its own.
+    """
+
+    geometry: Geometry
+    weight: Tensor
+    bias: Tensor | None = None
+    border: Tensor | None = None
+    diagonal: bool = False
+
+    def dense(self) -> Affine:
+        """The same with its weight written out as a kernel."""
+        if not self.diagonal:
+            return self
+        weight = self.weight.reshape(-1, 1, *self.geometry.kernel)
+        return Affine(self.geometry, weight, self.bias, self.border)
+
+
+def of_norm(scale: Tensor, shift: Tensor, rank: int) -> Affine:
+    """A norm in eval mode, times ``scale`` plus ``shift``, each ``[channels]``."""
+    return Affine(diagonal(len(scale), rank), scale, shift, diagonal=True)
+
+
+def of_identity(like: Tensor, channels: int, rank: int) -> Affine:
+    """An identity, in the dtype and on the device of ``like``."""
+    return Affine(identity(channels, rank), like.new_ones(channels), diagonal=True)
+
+
+def compose(one: Affine, two: Affine) -> Affine:
+    """``two`` after ``one``: equal everywhere, borders included.
+
+    Raises:
+        Refusal: See :func:`nmconv.merging._geometry.composed`.
+    """
+    geometry = composed(one.geometry, two.geometry)
+    bounds = geometry.bounded or (False,) * geometry.rank
+    bias, border = two.bias, two.border
+    for constant, was in ((one.bias, ()), (one.border, one.geometry.bounded)):
+        if constant is None:
+            continue
+        kernel = constant if was else constant.reshape(-1, 1, *(1,) * geometry.rank)
+        cut = tuple(two.geometry.mode == "zeros" and two.geometry.is_padded(axis) for axis in range(geometry.rank))
+        response = _through(kernel, one, two, bounds if was or any(cut) else (False,) * geometry.rank)
+        if was or any(cut):
+            border = response if border is None else border + response
+        else:
+            bias = response.flatten() if bias is None else bias + response.flatten()
+    return Affine(geometry, _weights(one, two), bias, border, one.diagonal and two.diagonal)
+
+
+def join(branches: Sequence[Affine]) -> Affine:
+    """The sum of parallel convolutions of the same input.
+
+    Raises:
+        Refusal: See :func:`nmconv.merging._geometry.joined`.
+    """
+    geometry = joined([branch.geometry for branch in branches])
+    full = (True,) * geometry.rank
+    weights = [_ungrouped(branch.dense(), geometry.groups) for branch in branches]
+    weight = _sum([_spread(part, own.geometry, geometry, full) for part, own in zip(weights, branches, strict=True)])
+    biases = [branch.bias for branch in branches if branch.bias is not None]
+    borders = [
+        _spread(branch.border, branch.geometry, geometry, branch.geometry.bounded)
+        for branch in branches
+        if branch.border is not None
+    ]
+    return Affine(geometry, weight, _sum(biases) if biases else None, _sum(borders) if borders else None)
+
+
+def apply(input: Tensor, geometry: Geometry, weight: Tensor, bias: Tensor | None, border: Tensor | None) -> Tensor:
+    """Run it on ``[batch, in, *sizes]`` (or ``[in, *sizes]``); gives ``[batch, out, *sizes]``."""
+    sizes = input.shape[-geometry.rank :]
+    pads = geometry.pads(sizes)
+    result = _convolve(input, geometry, pads, weight, bias, geometry.groups)
+    return result if border is None else result + response(geometry, border, sizes, input.dim())
+
+
+def response(geometry: Geometry, border: Tensor, sizes: Sequence[int], dims: int) -> Tensor:
+    """What the run makes of its inner constants for inputs of ``sizes``: ``[1, out, *sizes]``, broadcasting.
+
+    Args:
+        geometry: Of the merged convolution.
+        border: Its kernel over a map of ones.
+        sizes: Of the input.
+        dims: Dimensions of the input: rank + 2, or rank + 1 where there is no batch.
+    """
+    pads = geometry.pads(sizes)
+    within = [size if inside else 1 for size, inside in zip(sizes, geometry.bounded, strict=True)]
+    ones = border.new_ones(*(1,) * (dims - geometry.rank), *within)
+    inner = [pair if inside else (0, 0) for pair, inside in zip(pads, geometry.bounded, strict=True)]
+    stride = [size if inside else 1 for size, inside in zip(geometry.stride, geometry.bounded, strict=True)]
+    dilation = [size if inside else 1 for size, inside in zip(geometry.dilation, geometry.bounded, strict=True)]
+    return _CONVS[geometry.rank](F.pad(ones, _flat(inner)), border, None, stride, 0, dilation)
+
+
+def _convolve(
+    input: Tensor, geometry: Geometry, pads: Sequence[tuple[int, int]], weight: Tensor, bias: Tensor | None, groups: int
+) -> Tensor:
+    conv = _CONVS[geometry.rank]
+    if geometry.mode == "zeros" and all(left == right for left, right in pads):
+        padding = [left for left, _ in pads]
+        return conv(input, weight, bias, geometry.stride, padding, geometry.dilation, groups)
+    if any(map(any, pads)):
+        input = F.pad(input, _flat(pads), mode=_PAD_MODES.get(geometry.mode, geometry.mode))
+    return conv(input, weight, bias, geometry.stride, 0, geometry.dilation, groups)
+
+
+def _flat(pads: Sequence[tuple[int, int]]) -> list[int]:
+    """As F.pad wants them: last axis first."""
+    return [extent for pair in reversed(pads) for extent in pair]
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _weights(one: Affine, two: Affine) -> Tensor:
+    """The composed kernel: ``[out, in / groups, *kernel]``, or ``[channels]`` for two diagonals."""
+    if two.diagonal:
+        shape = (-1,) if one.diagonal else (-1, *(1,) * (one.weight.dim() - 1))
+        return one.weight * two.weight.reshape(shape)
+    rank, groups = one.geometry.rank, two.geometry.groups
+    if one.diagonal:
+        outputs, inputs = two.weight.shape[:2]
+        scale = one.weight.reshape(groups, 1, inputs).expand(groups, outputs // groups, inputs)
+        return two.weight * scale.reshape(outputs, inputs, *(1,) * rank)
+    first = _ungrouped(one.dense(), composed(one.geometry, two.geometry).groups)
+    return _through(first, one, two, (True,) * rank)
+
+
+def _through(first: Tensor, one: Affine, two: Affine, along: Sequence[bool]) -> Tensor:
+    """Kernels ``[middle, n, *kernel]`` of ``one``'s geometry carried through ``two``: ``[out, n, *kernel]``.
+
+    Args:
+        first: The kernels; 1 along the axes that are not in ``along``.
+        one: Where they come from.
+        two: What follows.
+        along: Axes that are convolved; along the others the map is constant and ``two``'s kernel is summed.
+    """
+    if two.diagonal:
+        return first * two.weight.reshape(-1, *(1,) * (first.dim() - 1))
+    second = two.weight
+    grid, gaps = [], []
+    for axis, inside in enumerate(along):
+        if not inside:
+            second = second.sum(2 + axis, keepdim=True)
+            grid.append(1)
+            gaps.append(1)
+            continue
+        own, other = one.geometry.dilation[axis], one.geometry.stride[axis] * two.geometry.dilation[axis]
+        long, long2 = first.shape[2 + axis] > 1, second.shape[2 + axis] > 1
+        common = math.gcd(own if long else 0, other if long2 else 0) or 1
+        grid.append(own // common if long else 1)
+        gaps.append(other // common if long2 else 1)
+    groups = two.geometry.groups
+    outputs, inputs = second.shape[:2]
+    second = second.reshape(groups, outputs // groups, inputs, *second.shape[2:]).transpose(1, 2)
+    second = second.reshape(groups * inputs, outputs // groups, *second.shape[3:])
+    images = _dilated(first.transpose(0, 1), grid)
+    return _TRANSPOSED[len(along)](images, second, None, 1, 0, 0, groups, gaps).transpose(0, 1)
+
+
+def _dilated(kernels: Tensor, steps: Sequence[int]) -> Tensor:
+    """Kernels with ``steps - 1`` zeros between elements."""
+    if all(step == 1 for step in steps):
+        return kernels
+    sizes = [step * (size - 1) + 1 for size, step in zip(kernels.shape[2:], steps, strict=True)]
+    wide = kernels.new_zeros(*kernels.shape[:2], *sizes)
+    wide[(slice(None), slice(None), *(slice(None, None, step) for step in steps))] = kernels
+    return wide
+
+
+def _ungrouped(part: Affine, groups: int) -> Tensor:
+    """The weight for a smaller number of groups: ``[out, in / groups, *kernel]`` with zeros between groups."""
+    own = part.geometry.groups
+    if own == groups:
+        return part.weight
+    outputs, inputs = part.weight.shape[:2]
+    ratio = own // groups
+    blocks = part.weight.reshape(groups, ratio, outputs // own, inputs, *part.weight.shape[2:])
+    wide = blocks.new_zeros(groups, ratio, outputs // own, ratio, inputs, *part.weight.shape[2:])
+    at = torch.arange(ratio, device=blocks.device)
+    wide[:, at, :, at] = blocks.transpose(0, 1)
+    return wide.reshape(outputs, ratio * inputs, *part.weight.shape[2:])
+
+
+def _spread(kernel: Tensor, branch: Geometry, onto: Geometry, along: Sequence[bool]) -> Tensor:
+    """A branch's kernel laid onto the joint kernel's grid, along the axes where it has an extent."""
+    sizes, slots = [1] * onto.rank, [slice(None)] * onto.rank
+    for axis in range(onto.rank):
+        if along[axis]:
+            taps, gap = branch.taps(axis, onto.padding[axis][0]), onto.dilation[axis]
+            sizes[axis] = onto.kernel[axis]
+            slots[axis] = slice(taps[0] // gap, taps[-1] // gap + 1, max(taps.step // gap, 1))
+    if sizes == list(kernel.shape[2:]):
+        return kernel
+    wide = kernel.new_zeros(*kernel.shape[:2], *sizes)
+    wide[(slice(None), slice(None), *slots)] = kernel
+    return wide

@@ -1,0 +1,285 @@
+"""Which parts of a run become one convolution each: dynamic programming over all sub-runs, branches included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from nmconv.graph import Element, Join, Step, steps_of
+from nmconv.merging._effective import check_hooks, geometry_of
+from nmconv.merging._geometry import Geometry, Refusal, composed, identity, joined
+
+__all__ = ["Bracketing", "Node", "Segment", "bracket", "geometry_of_nodes", "nodes_of"]
+
+
+@dataclass(eq=False)
+class Node:
+    """An element of a run with its numbers.
+
+    Attributes:
+        element: What it is.
+        geometry: As one convolution, or why it is none.
+        sizes: Spatial extents of what comes in.
+        result: And of what goes out.
+        own: Multiply-adds if it stays as it is; for a join without its branches.
+        branches: Of a join.
+    """
+
+    element: Element
+    geometry: Geometry | Refusal
+    sizes: tuple[int, ...]
+    result: tuple[int, ...]
+    own: int
+    branches: tuple[tuple[Node, ...], ...] = ()
+
+    @property
+    def convs(self) -> tuple[str, ...]:
+        """Names of its convolutions, in order."""
+        return tuple(step.name for step in steps_of([self.element]) if step.kind == "conv")
+
+    @property
+    def cost(self) -> int:
+        """Multiply-adds of all in it."""
+        return self.own + sum(node.cost for branch in self.branches for node in branch)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive nodes that become one convolution."""
+
+    nodes: tuple[Node, ...]
+    geometry: Geometry
+
+    @property
+    def convs(self) -> tuple[str, ...]:
+        """Names of its convolutions, in order."""
+        return tuple(name for node in self.nodes for name in node.convs)
+
+    @property
+    def cost(self) -> int:
+        """Multiply-adds as it is."""
+        return sum(node.cost for node in self.nodes)
+
+    @property
+    def merged_cost(self) -> int:
+        """Multiply-adds of the one convolution, and of the map that is added where there is a border."""
+        positions = _product(self.nodes[-1].result)
+        return (self.geometry.weights + (self.geometry.out_channels if self.geometry.bounded else 0)) * positions
+
+    @property
+    def is_fold(self) -> bool:
+        """Whether it is a single convolution that only takes in norms and padding."""
+        return len(self.convs) == 1 and not any(isinstance(node.element, Join) for node in self.nodes)
+
+
+@dataclass
+class Bracketing:
+    """A choice of segments: the least ``cost`` (whatever the gate counts), and how many operations are left."""
+
+    cost: float = 0
+    left: int = 0
+    segments: tuple[Segment, ...] = ()
+
+    def cheapest(self) -> tuple[float, int]:
+        """What to compare by where the cost counts."""
+        return self.cost, self.left
+
+    def fewest(self) -> tuple[int, float]:
+        """What to compare by where the number of operations counts."""
+        return self.left, self.cost
+
+    def then(self, other: Bracketing) -> Bracketing:
+        """Both, one after the other."""
+        return Bracketing(self.cost + other.cost, self.left + other.left, (*self.segments, *other.segments))
+
+
+def nodes_of(
+    model: nn.Module,
+    elements: Iterable[Element],
+    channels: int | None,
+    sizes: tuple[int, ...],
+    padding: Callable[[str, Geometry], Geometry],
+    refused: Mapping[str, str],
+) -> tuple[Node, ...]:
+    """Elements with their numbers.
+
+    Args:
+        model: Holds the modules.
+        elements: Of a run.
+        channels: That come in, where known.
+        sizes: That come in.
+        padding: From a convolution's name and geometry to the geometry it had before its padding was hoisted.
+        refused: From owners of sums to why their forward cannot be rewritten.
+    """
+    elements = tuple(elements)
+    if channels is None:
+        channels = _channels_in(model, elements)
+    found = []
+    for element in elements:
+        if isinstance(element, Step):
+            node = _step(model, element, channels or 0, sizes, padding)
+        else:
+            node = _join(model, element, channels or 0, sizes, padding, refused)
+        found.append(node)
+        sizes = node.result
+        if isinstance(node.geometry, Geometry):
+            channels = node.geometry.out_channels
+        elif isinstance(element, Step) and element.kind == "conv":
+            channels = getattr(model.get_submodule(element.name.partition(":")[0]), "out_channels", channels)
+    return tuple(found)
+
+
+def _step(
+    model: nn.Module,
+    step: Step,
+    channels: int,
+    sizes: tuple[int, ...],
+    padding: Callable[[str, Geometry], Geometry],
+) -> Node:
+    rank = len(sizes)
+    if step.kind in ("pass", "drop"):
+        return Node(step, identity(channels, rank), sizes, sizes, 0)
+    try:
+        if ":" in step.name:
+            raise Refusal(step.why)
+        module = model.get_submodule(step.name)
+        geometry: Geometry | Refusal = geometry_of(module, step.kind, channels, rank)
+    except Refusal as refusal:
+        return Node(step, Refusal(f"{step.name}: {refusal}"), sizes, sizes, 0)
+    assert isinstance(geometry, Geometry)
+    before = padding(step.name, geometry)
+    result = _after(before, sizes)
+    own = geometry.weights * _product(result) if step.kind == "conv" else 0
+    if step.kind == "norm":
+        own = channels * _product(result)
+    try:
+        if step.why:
+            raise Refusal(step.why)
+        if geometry.rank != rank or geometry.in_channels != channels:
+            raise Refusal(f"it takes {geometry.in_channels} channels where {channels} come")
+        check_hooks(module, step.name)
+    except Refusal as refusal:
+        geometry = Refusal(f"{step.name}: {refusal}")
+    return Node(step, geometry, sizes, result, own)
+
+
+def _join(
+    model: nn.Module,
+    join: Join,
+    channels: int,
+    sizes: tuple[int, ...],
+    padding: Callable[[str, Geometry], Geometry],
+    refused: Mapping[str, str],
+) -> Node:
+    branches = tuple(nodes_of(model, branch, channels, sizes, padding, refused) for branch in join.branches)
+    results = {branch[-1].result if branch else sizes for branch in branches}
+    result = next(iter(results))
+    width = channels
+    try:
+        why = join.why or refused.get(join.owner)
+        if why:
+            raise Refusal(f"{join.owner or 'the model'}: {why}")
+        parts = [geometry_of_nodes(branch, channels, len(sizes)) for branch in branches]
+        geometry: Geometry | Refusal = joined(parts)
+        width = parts[0].out_channels
+    except Refusal as refusal:
+        geometry = refusal
+    return Node(join, geometry, sizes, result, width * _product(result), branches)
+
+
+def geometry_of_nodes(nodes: Sequence[Node], channels: int, rank: int) -> Geometry:
+    """All of them as one convolution.
+
+    Raises:
+        Refusal: If they are none.
+    """
+    parts = []
+    for node in nodes:
+        if isinstance(node.geometry, Refusal):
+            raise node.geometry
+        parts.append(node.geometry)
+    return reduce(composed, parts) if parts else identity(channels, rank)
+
+
+def bracket(
+    nodes: Sequence[Node],
+    price: Callable[[Segment], float | None],
+    *,
+    fold: bool,
+    fewest: bool = False,
+) -> Bracketing:
+    """The best choice of segments.
+
+    Args:
+        nodes: Of a run, or of a branch of one.
+        price: What a segment costs as one convolution in the unit of :attr:`Node.cost`, or None if it does not pay.
+        fold: Whether single convolutions take in their norms.
+        fewest: Whether few operations count more than a low cost.
+    """
+    best: list[Bracketing] = [Bracketing()]
+    for end in range(1, len(nodes) + 1):
+        options = [best[end - 1].then(_alone(nodes[end - 1], price, fold, fewest))]
+        for start in range(end - 1, -1, -1):
+            part = tuple(nodes[start:end])
+            if _quiet(part[0]) or _quiet(part[-1]) or not any(node.convs for node in part):
+                continue
+            try:
+                segment = Segment(part, geometry_of_nodes(part, 0, 0))
+            except Refusal:
+                break  # nothing that comes before mends it
+            if segment.is_fold and (not fold or len(segment.nodes) == 1 or segment.geometry.bounded):
+                continue
+            cost = segment.merged_cost if segment.is_fold else price(segment)
+            if cost is not None:
+                options.append(best[start].then(Bracketing(cost, 1, (segment,))))
+        best.append(min(options, key=Bracketing.fewest if fewest else Bracketing.cheapest))
+    return best[-1]
+
+
+def _alone(node: Node, price: Callable[[Segment], float | None], fold: bool, fewest: bool) -> Bracketing:
+    """One node that no segment takes in."""
+    kept = Bracketing(node.own, int(node.own > 0))
+    for branch in node.branches:
+        kept = kept.then(bracket(branch, price, fold=fold, fewest=fewest))
+    return kept
+
+
+def _quiet(node: Node) -> bool:
+    return isinstance(node.element, Step) and node.element.kind in ("pass", "drop")
+
+
+def _channels_in(model: nn.Module, elements: Iterable[Element]) -> int | None:
+    """What the first convolution or norm takes."""
+    for element in elements:
+        if isinstance(element, Join):
+            for branch in element.branches:
+                found = _channels_in(model, branch)
+                if found is not None:
+                    return found
+        elif ":" not in element.name and element.kind in ("conv", "norm"):
+            module = model.get_submodule(element.name)
+            if isinstance(module, _ConvNd):
+                return module.in_channels
+            mean = getattr(module, "running_mean", None)
+            return getattr(module, "num_features", None) if mean is None else len(mean)
+    return None
+
+
+def _after(geometry: Geometry, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Spatial extents of the output; at least 1."""
+    pads = geometry.pads(sizes)
+    return tuple(
+        max((size + left + right - extent) // step + 1, 1)
+        for size, (left, right), extent, step in zip(sizes, pads, geometry.extent, geometry.stride, strict=True)
+    )
+
+
+def _product(sizes: Iterable[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result

@@ -1,0 +1,127 @@
+"""The latency gate: a run as it is beside its merged form, timed on the model's device, dtype and backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmconv.graph import Join, Step
+from nmconv.merging._brackets import Node, Segment
+from nmconv.merging._geometry import Geometry, Refusal, composed
+from nmconv.merging._module import conv_module
+from nmconv.timing import interleaved, ratios, runner
+
+__all__ = ["LatencyGate"]
+
+_HOPELESS = 0.9  # multiply-adds before over after below which nothing was ever faster (docs/merging.md)
+
+
+class LatencyGate:
+    """Prices segments by measured time; the same geometry and shape are measured once.
+
+    Only extents matter to time, so both sides are built from geometries with weights of their own, norms folded. A
+    convolution whose padding was hoisted is timed as it was before.
+
+    Args:
+        like: A weight of the model: gives dtype and device.
+        batch: Of the example inputs.
+        backend: ``eager``, ``compile`` or ``onnxruntime``.
+        min_gain: What time before over time after must reach.
+        before: From a module's name and geometry to the geometry before its padding was hoisted.
+    """
+
+    def __init__(self, like: Tensor, batch: int, backend: str, min_gain: float, before: Any) -> None:
+        self._like, self._batch, self._backend, self._min_gain = like, batch, backend, min_gain
+        self._before = before
+        self._known: dict[Any, tuple[float, float]] = {}
+
+    def price(self, segment: Segment) -> float | None:
+        """Its multiply-adds less what it saves, time by far outweighing them; None if it is not faster."""
+        if segment.cost < _HOPELESS * segment.merged_cost:
+            return None
+        saved, gain = self._measured(segment)
+        return segment.cost - saved * 1e18 if gain >= self._min_gain else None
+
+    def _measured(self, segment: Segment) -> tuple[float, float]:
+        """Seconds saved, and time before over time after."""
+        sizes = segment.nodes[0].sizes
+        key = (_shape(segment.nodes, self._before), segment.geometry, sizes)
+        if key not in self._known:
+            x = torch.randn(
+                self._batch, segment.geometry.in_channels, *sizes, device=self._like.device, dtype=self._like.dtype
+            )
+            sides = (_sequence(segment.nodes, self._like, self._before), _conv(segment.geometry, self._like))
+            runners = [runner(side.eval(), (x,), self._backend) for side in sides]
+            times = interleaved(runners, rounds=7, seconds=0.02)
+            gain = ratios(times[0], times[1]).median
+            self._known[key] = (times[0].median - times[1].median, gain)
+        return self._known[key]
+
+
+def _shape(nodes: Sequence[Node], before: Any) -> Any:
+    return tuple(
+        tuple(_shape(branch, before) for branch in node.branches)
+        if isinstance(node.element, Join)
+        else _was(node, before)
+        for node in nodes
+    )
+
+
+def _was(node: Node, before: Any) -> Geometry:
+    assert isinstance(node.element, Step)
+    return before(node.element.name, node.geometry)  # type: ignore[no-any-return]
+
+
+class _Sum(nn.Module):
+    def __init__(self, one: nn.Module, two: nn.Module) -> None:
+        super().__init__()
+        self.one, self.two = one, two
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) + self.two(x)
+
+
+def _sequence(nodes: Sequence[Node], like: Tensor, before: Any) -> nn.Sequential:
+    """Modules that take as long as the nodes do with their norms and padding folded in."""
+    found: list[nn.Module] = []
+    held: Geometry | None = None
+
+    def flush() -> None:
+        nonlocal held
+        if held is not None:
+            found.append(_conv(held, like))
+        held = None
+
+    for node in nodes:
+        if isinstance(node.element, Join):
+            flush()
+            found.append(_Sum(*(_sequence(branch, like, before) for branch in node.branches)))
+        elif node.element.kind == "conv":
+            if held is not None and held.weights > held.in_channels:
+                flush()
+            held = _joined(held, _was(node, before), flush)
+        elif node.element.kind in ("norm", "pad"):
+            held = _joined(held, _was(node, before), flush)
+    flush()
+    return nn.Sequential(*found)
+
+
+def _joined(held: Geometry | None, geometry: Geometry, flush: Any) -> Geometry:
+    if held is None:
+        return geometry
+    try:
+        return composed(held, geometry)
+    except Refusal:
+        flush()
+        return geometry
+
+
+def _conv(geometry: Geometry, like: Tensor) -> nn.Module:
+    module = conv_module(geometry, like)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter.data, std=0.02)
+        parameter.requires_grad_(False)
+    return module

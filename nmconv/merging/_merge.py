@@ -1,0 +1,348 @@
+"""The public calls: what could merge, and merging it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmconv.errors import MergeError, NoEffectWarning, OptionError
+from nmconv.graph import Join, LinearRun, calls_by_kind, linear_runs, mode_hidden, steps_of
+from nmconv.merging._algebra import Affine, compose, join, of_identity
+from nmconv.merging._brackets import Bracketing, Node, Segment, bracket, geometry_of_nodes, nodes_of
+from nmconv.merging._effective import affine_of, double
+from nmconv.merging._geometry import Geometry, Refusal
+from nmconv.merging._hoist import before_hoisting
+from nmconv.merging._install import Undo, check_calls, install, record, write_methods
+from nmconv.merging._module import filled
+from nmconv.merging._records import Run
+from nmconv.merging._verify import check_model_outputs, check_segment
+from nmconv.surgery import check_plain, copy_of
+
+__all__ = ["find_runs", "fold_norms", "merge"]
+
+_GATES = ("flops", "latency", "always")
+_BACKENDS = ("eager", "compile", "onnxruntime")
+_SIZE = 256  # along each axis, where nothing tells the input's
+Price = Callable[[Segment], "float | None"]
+
+
+def merge(
+    model: nn.Module,
+    *,
+    gate: str = "flops",
+    min_gain: float = 1.05,
+    backend: str = "eager",
+    live: bool = False,
+    example_inputs: Any = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """Turn linear runs into single convolutions where that pays, with the outputs unchanged up to the border.
+
+    A run is a sequence of convolutions with only norms, identities, dropout and padding between them, also across
+    module boundaries; a residual identity or parallel branches around it are folded in (RepVGG, arXiv 2101.03697).
+    Norms next to a convolution that stays alone are folded into it. Which parts of a run become one convolution each
+    is chosen by dynamic programming over all of them. ``docs/merging.md`` has the algebra.
+
+    Args:
+        model: In eval mode, converted or not.
+        gate: ``"flops"``: a merge must save multiply-adds, ``min_gain`` times; ``"latency"``: it must be that much
+            faster on ``example_inputs``' shape, the model's device and dtype, and ``backend``; ``"always"``: every
+            exact merge is made, as few convolutions as possible left.
+        min_gain: Before over after; 1.05 is where the measured law breaks even.
+        backend: What the latency gate times on: ``"eager"``, ``"compile"`` or ``"onnxruntime"``.
+        live: Keep the factors as parameters, under their old keys, and compute merged kernels from them on the fly,
+            for fine-tuning with frozen norms.
+        example_inputs: What the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
+            Where given, the whole model is run on them before and after.
+        inplace: Change ``model`` itself instead of a copy.
+
+    Returns:
+        The merged model: the same class. :func:`nmconv.get_merges` tells what was done.
+
+    Raises:
+        OptionError: For a gate, gain or backend that is none, or a latency gate without ``example_inputs``.
+        ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted.
+        MergeError: If it, or a part of a run, is in train mode; or if a merged run differs from its original.
+
+    Warns:
+        NoEffectWarning: If nothing pays.
+    """
+    _check_options(gate, min_gain, backend, example_inputs)
+    _check_mode(model, "merge")
+    with mode_hidden():
+        made = _Merging(model, example_inputs, live)
+        if gate == "latency":
+            price = made.latency(min_gain, backend, example_inputs)
+        elif gate == "flops":
+            price = _flops(min_gain)
+        else:
+            price = _any
+        made.choose(price, fold=not live, fewest=gate == "always")
+        if not made.segments:
+            warnings.warn(
+                f"nothing to merge in this {type(model).__name__}: no linear run of it gains {min_gain} "
+                f"(nmconv.find_runs tells what there is)",
+                NoEffectWarning,
+                stacklevel=2,
+            )
+        return made.carry_out(inplace)
+
+
+def fold_norms(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Fold norms into the convolutions next to them, and do nothing else: what a fair baseline for merging is.
+
+    Args:
+        model: In eval mode.
+        inplace: Change ``model`` itself instead of a copy.
+
+    Raises: as :func:`merge` does.
+    """
+    _check_mode(model, "fold norms")
+    with mode_hidden():
+        made = _Merging(model, None, False)
+        made.choose(lambda segment: None, fold=True, fewest=False)
+        return made.carry_out(inplace)
+
+
+def find_runs(model: nn.Module, *, min_gain: float = 1.05, example_inputs: Any = None) -> tuple[Run, ...]:
+    """What could merge: the linear runs of two convolutions or more, in order of execution. Touches nothing.
+
+    Args:
+        model: In any mode; read as if it were in eval mode.
+        min_gain: Of the multiply-adds gate that ``Run.merges`` and ``Run.merged_multiply_adds`` go by.
+        example_inputs: What the model is called with; only their structure and shapes are used.
+
+    Raises:
+        ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted.
+    """
+    check_plain(model, "look at")
+    with mode_hidden():
+        made = _Merging(model, example_inputs, False)
+        runs = [nodes for nodes in made.runs if sum(len(node.convs) for node in nodes) > 1]
+        return tuple(made.described(nodes, _flops(min_gain)) for nodes in runs)
+
+
+def _check_options(gate: str, min_gain: float, backend: str, example_inputs: Any) -> None:
+    if gate not in _GATES:
+        raise OptionError(f"gate={gate!r}: give one of {', '.join(_GATES)}")
+    if backend not in _BACKENDS:
+        raise OptionError(f"backend={backend!r}: give one of {', '.join(_BACKENDS)}")
+    if isinstance(min_gain, bool) or not isinstance(min_gain, (int, float)) or not 0 < min_gain < math.inf:
+        raise OptionError(f"min_gain={min_gain!r}: give a positive number, such as 1.05")
+    if gate == "latency" and example_inputs is None:
+        raise OptionError('gate="latency" times on example_inputs: give what the model is called with')
+
+
+def _check_mode(model: nn.Module, todo: str) -> None:
+    check_plain(model, todo)
+    if model.training:
+        raise MergeError(
+            f"this {type(model).__name__} is in train mode, where norms depend on the batch: call model.eval() first"
+        )
+
+
+def _flops(min_gain: float) -> Price:
+    def price(segment: Segment) -> float | None:
+        return segment.merged_cost if segment.cost >= min_gain * segment.merged_cost else None
+
+    return price
+
+
+def _any(segment: Segment) -> float | None:
+    return segment.merged_cost
+
+
+class _Merging:
+    """One merge of one model: runs found, segments chosen, convolutions made, all put in place."""
+
+    def __init__(self, model: nn.Module, example_inputs: Any, live: bool) -> None:
+        self._model = model
+        self._examples = example_inputs
+        self._live = live
+        self._refused: dict[str, str] = {}  # owners of sums whose forward cannot be rewritten
+        self._found = linear_runs(model, example_inputs=example_inputs)
+        self.runs = [self._nodes(run) for run in self._found]
+        self.segments: list[Segment] = []
+
+    def _nodes(self, run: LinearRun) -> tuple[Node, ...]:
+        hooked = [name for name in run.crossed if _has_hooks(self._model.get_submodule(name))]
+        source = run.source
+        rank = len(source) - 1 if source else _rank(self._model, run)
+        sizes = tuple(source[1:]) if source and all(isinstance(size, int) for size in source) else (_SIZE,) * rank
+        nodes = nodes_of(self._model, run.elements, None, sizes, before_hoisting(self._model), self._refused)
+        if hooked:
+            reason = Refusal(f"{hooked[0]} has a hook, which would see other values: remove it first")
+            for node in nodes:
+                node.geometry = reason
+        return nodes
+
+    # -- choosing -----------------------------------------------------------------------------------------------------
+
+    def latency(self, min_gain: float, backend: str, example_inputs: Any) -> Price:
+        """The price by measured time."""
+        from nmconv.merging._latency import LatencyGate
+
+        like = next(iter(self._model.parameters()), torch.empty(0))
+        tensors = [value for value in torch.utils._pytree.tree_leaves(example_inputs) if isinstance(value, Tensor)]
+        batch = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
+        return LatencyGate(like, batch, backend, min_gain, before_hoisting(self._model)).price
+
+    def choose(self, price: Price, *, fold: bool, fewest: bool) -> None:
+        """Decide on segments; what cannot be rewritten is refused and decided anew."""
+        while True:
+            chosen = [bracket(nodes, price, fold=fold, fewest=fewest) for nodes in self.runs]
+            self.segments = [segment for choice in chosen for segment in choice.segments]
+            self._check_parts()
+            self._methods, failed = write_methods(self._model, [record(segment, False) for segment in self.segments])
+            if not failed:
+                return
+            self._refused |= {owner: str(error) for owner, error in failed.items()}
+            self.runs = [self._nodes(run) for run in self._found]
+
+    def _check_parts(self) -> None:
+        for segment in self.segments:
+            for step in steps_of(node.element for node in segment.nodes):
+                if self._model.get_submodule(step.name).__dict__["training"]:
+                    raise MergeError(f"{step.name} is in train mode, though the model is not: call model.eval() first")
+
+    def described(self, nodes: tuple[Node, ...], price: Price) -> Run:
+        """A run as plain data."""
+        elements = [node.element for node in nodes]
+        steps = list(steps_of(elements))
+        choice: Bracketing = bracket(nodes, price, fold=True, fewest=False)
+        real = [segment for segment in choice.segments if not segment.is_fold]
+        why, exact = "", True
+        try:
+            whole = Segment(nodes, geometry_of_nodes(nodes, 0, 0))
+            if [segment.convs for segment in real] != [whole.convs]:
+                why = f"as one convolution it would take {whole.merged_cost / max(whole.cost, 1):.2f} times the work"
+        except Refusal as refusal:
+            why, exact = str(refusal), False
+        convs = tuple(step.name for step in steps if step.kind == "conv")
+        before = {name: sum(p.numel() for p in self._parameters(name)) for name in {step.name for step in steps}}
+        taken = {step.name for part in choice.segments for step in steps_of(node.element for node in part.nodes)}
+        after = sum(_numbers(part.geometry) for part in choice.segments)
+        after += sum(count for name, count in before.items() if name not in taken)
+        return Run(
+            convs=convs,
+            norms=tuple(step.name for step in steps if step.kind == "norm"),
+            exact=exact,
+            why=why,
+            merges=tuple(segment.convs for segment in real),
+            size=nodes[0].sizes,
+            multiply_adds=sum(node.cost for node in nodes),
+            merged_multiply_adds=int(choice.cost),
+            parameters=sum(before.values()),
+            merged_parameters=after,
+        )
+
+    def _parameters(self, name: str) -> Sequence[Tensor]:
+        if ":" in name:
+            return ()
+        return list(self._model.get_submodule(name).parameters(recurse=False))
+
+    # -- doing --------------------------------------------------------------------------------------------------------
+
+    def carry_out(self, inplace: bool) -> nn.Module:
+        """Make the convolutions, check them, and put them into the model or a copy of it."""
+        if not self.segments:
+            return self._model if inplace else copy_of(self._model)
+        convs: dict[str, nn.Module] = {}
+        merges = []
+        for segment in self.segments:
+            affine = self._affine(segment.nodes, segment.geometry.rank)
+            head = self._model.get_submodule(record(segment, False).head)
+            like: Any = head.weight
+            if not like.is_meta:
+                check_segment(self._model, segment, affine)
+            merges.append(record(segment, self._trains(segment)))
+            try:
+                convs[merges[-1].head] = filled(affine, like, merges[-1].trainable)
+            except ValueError as error:
+                raise MergeError(f"{segment.convs[0]} … {segment.convs[-1]}: {error}") from error
+        model = self._model if inplace else copy_of(self._model)
+        before = self._outputs()
+        calls = calls_by_kind(self._model, training=False, example_inputs=self._examples)
+        undo: Undo = []
+        try:
+            install(model, merges, convs, self._methods, undo)
+            check_calls(calls, calls_by_kind(model, training=False, example_inputs=self._examples), self.segments)
+            if before is not None:
+                check_model_outputs(before, _called(model, self._examples), list(convs))
+        except BaseException:
+            for step in reversed(undo):
+                step()
+            raise
+        return model
+
+    def _affine(self, nodes: Sequence[Node], rank: int) -> Affine:
+        """The nodes as one convolution, in float64."""
+        parts = []
+        for node in nodes:
+            assert isinstance(node.geometry, Geometry)
+            if isinstance(node.element, Join):
+                like = torch.empty(0, dtype=torch.float64, device=self._device())
+                branches = [
+                    self._affine(branch, rank) if branch else of_identity(like, node.geometry.in_channels, rank)
+                    for branch in node.branches
+                ]
+                parts.append(join(branches))
+            elif node.element.kind == "pad":
+                like = torch.empty(0, dtype=torch.float64, device=self._device())
+                ones = of_identity(like, node.geometry.in_channels, rank)
+                parts.append(Affine(node.geometry, ones.weight, diagonal=True))
+            elif node.element.kind in ("conv", "norm"):
+                module = self._model.get_submodule(node.element.name)
+                parts.append(double(affine_of(module, node.element.kind, node.geometry)))
+        if not parts:
+            like = torch.empty(0, dtype=torch.float64, device=self._device())
+            return of_identity(like, nodes[0].geometry.in_channels, rank)  # type: ignore[union-attr]
+        return reduce(compose, parts)
+
+    def _device(self) -> str:
+        first = next(iter(self._model.parameters()), None)
+        return "meta" if first is not None and first.is_meta else "cpu"
+
+    def _trains(self, segment: Segment) -> bool:
+        names = [step.name for step in steps_of(node.element for node in segment.nodes)]
+        return any(value.requires_grad for name in names for value in self._parameters(name))
+
+    def _outputs(self) -> Any:
+        if self._examples is None or self._device() == "meta":
+            return None
+        return _called(self._model, self._examples)
+
+
+def _called(model: nn.Module, examples: Any) -> Any:
+    with torch.no_grad():
+        if isinstance(examples, dict):
+            return model(**examples)
+        return model(*examples) if isinstance(examples, tuple) else model(examples)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(module.__dict__.get(kind) for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
+
+
+def _rank(model: nn.Module, run: LinearRun) -> int:
+    for step in steps_of(run.elements):
+        size = getattr(model.get_submodule(step.name.partition(":")[0]), "kernel_size", None)
+        if step.kind == "conv" and isinstance(size, tuple):
+            return len(size)
+    return 2
+
+
+def _numbers(geometry: Geometry) -> int:
+    border = (
+        math.prod(size for size, inside in zip(geometry.kernel, geometry.bounded or (), strict=False) if inside)
+        * geometry.out_channels
+        if geometry.bounded
+        else 0
+    )
+    return geometry.weights + (geometry.out_channels if geometry.bias else 0) + border

@@ -1,0 +1,144 @@
+"""Before anything is touched: every merged run beside its original, in float64, on inputs of its own making."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from nmconv.errors import MergeError
+from nmconv.graph import Join, is_norm_act
+from nmconv.merging._algebra import Affine, apply
+from nmconv.merging._brackets import Node, Segment
+from nmconv.surgery import copy_of
+
+__all__ = ["check_model_outputs", "check_segment"]
+
+_ALLOWED = 1e-9  # of the largest output, in float64; measured: below 1e-14
+# Of a whole model's largest output, in its own dtype. Measured in float32: up to 1.7e-4 (docs/merging.md).
+_WHOLE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 2e-1}
+
+
+def check_segment(model: nn.Module, segment: Segment, affine: Affine) -> None:
+    """Compare a merged convolution with the modules it stands for.
+
+    Args:
+        model: Holds the modules; nothing of it changes.
+        segment: What was merged.
+        affine: What it became, in float64.
+
+    Raises:
+        MergeError: If they differ, naming the run.
+    """
+    name = f"{segment.convs[0]} … {segment.convs[-1]}"
+    parts = _Doubles(model)
+    random = torch.Generator().manual_seed(len(name))
+    dense, seen = affine.dense(), 0
+    with torch.no_grad():
+        for sizes in _sizes(segment):
+            x = torch.randn(2, segment.geometry.in_channels, *sizes, generator=random, dtype=torch.float64)
+            expected, problem = _tried(lambda x=x: parts.run(segment.nodes, x))
+            found, other = _tried(lambda x=x: apply(x, dense.geometry, dense.weight, dense.bias, dense.border))
+            if expected is None and found is None:
+                continue
+            if expected is None or found is None:
+                raise MergeError(f"{name}: at {_times(sizes)} one of the two fails: {problem or other}")
+            seen += 1
+            _compare(name, f"at {_times(sizes)}", expected, found, _ALLOWED)
+    if not seen:
+        raise MergeError(f"{name}: no input of any size tried ran through it")
+
+
+def check_model_outputs(expected: Any, found: Any, names: Sequence[str]) -> None:
+    """Compare a merged model's outputs with the original's, tensor by tensor.
+
+    Raises:
+        MergeError: If they differ by more than their dtype allows, naming the runs.
+    """
+    what = f"the whole model, after merging {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
+    before, after = (pytree.tree_leaves(value) for value in (expected, found))
+    if len(before) != len(after):
+        raise MergeError(f"{what}: it returns {len(after)} values instead of {len(before)}")
+    for one, other in zip(before, after, strict=True):
+        if isinstance(one, Tensor) and one.is_floating_point():
+            _compare(what, "on the example inputs", one, other, _WHOLE.get(one.dtype, 1e-3))
+
+
+def _compare(name: str, where: str, expected: Tensor, found: Tensor, allowed: float) -> None:
+    if expected.shape != found.shape:
+        raise MergeError(f"{name}: {where} the merged output is {tuple(found.shape)}, not {tuple(expected.shape)}")
+    if expected.numel() == 0:
+        return
+    finite = torch.isfinite(expected)
+    if not bool(finite.all()):
+        raise MergeError(f"{name}: {where} the original gives infinities or NaN, so that nothing can be compared")
+    difference = float((expected.double() - found.double()).abs().max())
+    largest = float(expected.double().abs().max())
+    if not difference <= allowed * largest + 1e-30:
+        raise MergeError(
+            f"{name}: {where} the merged output differs by {difference:.3g} where the largest is {largest:.3g} "
+            f"({allowed:.0e} of it is allowed); nothing was changed"
+        )
+
+
+def _times(sizes: Sequence[int]) -> str:
+    return "×".join(map(str, sizes))
+
+
+def _tried(run: Any) -> tuple[Tensor | None, str]:
+    """What it returns, or None and what it raised."""
+    try:
+        return run(), ""
+    except (RuntimeError, ValueError) as error:
+        return None, str(error)
+
+
+def _sizes(segment: Segment) -> list[tuple[int, ...]]:
+    """Odd, even and unequal extents around the kernel's, and some below it."""
+    rank = segment.geometry.rank
+    extents, strides = segment.geometry.extent, segment.geometry.stride
+    grown = [extent + 2 * step + 1 for extent, step in zip(extents, strides, strict=True)]
+    found = [
+        tuple(grown),
+        tuple(size + 1 + axis for axis, size in enumerate(grown)),
+        tuple(extents),
+        tuple(max(extent - 1, 1) for extent in extents),
+        (1,) * rank,
+        (2,) * rank,
+    ]
+    return list(dict.fromkeys(found))
+
+
+class _Doubles:
+    """The modules of a run in float64, each made when it is called first."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._made: dict[str, nn.Module] = {}
+
+    def run(self, nodes: Sequence[Node], x: Tensor) -> Tensor:
+        for node in nodes:
+            element = node.element
+            if isinstance(element, Join):
+                one, two = (self.run(branch, x) for branch in node.branches)
+                if one.shape != two.shape:
+                    raise MergeError(f"{element.owner}: summed branches differ in their shapes")
+                x = one + two
+            elif element.kind not in ("pass", "drop"):
+                x = self._call(element.name, x)
+        return x
+
+    def _call(self, name: str, x: Tensor) -> Tensor:
+        if name not in self._made:
+            self._made[name] = copy_of(self._model.get_submodule(name)).cpu().double()
+        module: Any = self._made[name]
+        if not is_norm_act(module):
+            result: Tensor = module(x)
+            return result
+        return F.batch_norm(
+            x, module.running_mean, module.running_var, module.weight, module.bias, False, 0.0, module.eps
+        )
