@@ -2,6 +2,7 @@
 
 from nmconv.graph._analysis import Called, act_calls
 from nmconv.graph._fingerprint import fingerprint
+from nmconv.graph._geometry import BEFORE, PADS, Padding, before_hoisting, check_hooks, geometry_of, norm_of
 from nmconv.graph._method import MethodTrace, trace_method
 from nmconv.graph._modules import act_kind, is_activation, is_sequential
 from nmconv.graph._ops import PLAIN_ACTS
@@ -12,6 +13,8 @@ from nmconv.graph._tracer import FlowTracer
 from nmconv.graph._zoo import is_frozen_norm, is_norm_act, pads_same
 
 __all__ = [
+    "BEFORE",
+    "PADS",
     "PLAIN_ACTS",
     "Called",
     "Element",
@@ -19,18 +22,23 @@ __all__ = [
     "Join",
     "LinearRun",
     "MethodTrace",
+    "Padding",
     "Reading",
     "Step",
     "act_calls",
     "act_kind",
+    "before_hoisting",
     "calls_by_kind",
+    "check_hooks",
     "fingerprint",
+    "geometry_of",
     "is_activation",
     "is_frozen_norm",
     "is_norm_act",
     "is_sequential",
     "linear_runs",
     "mode_hidden",
+    "norm_of",
     "pads_same",
     "read",
     "steps_of",

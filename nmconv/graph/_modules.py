@@ -23,7 +23,7 @@ def leaf_op(module: nn.Module) -> Op | None:
     for base in cls.__mro__:
         op = MODULES.get(base)
         if op is not None:
-            whole = _is_torchs(cls) or getattr(cls, "_nmconv_leaf", False)
+            whole = _is_torchs(cls) or getattr(module, "_nmconv_leaf", False)
             return op if whole and "forward" not in module.__dict__ else None
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return None

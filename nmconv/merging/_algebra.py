@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nmconv.merging._geometry import Geometry, composed, diagonal, identity, joined
+from nmconv.planning import Geometry, composed, diagonal, identity, joined
 
 __all__ = ["Affine", "apply", "compose", "join", "of_identity", "of_norm"]
 

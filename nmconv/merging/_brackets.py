@@ -9,9 +9,8 @@ from functools import reduce
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from nmconv.graph import Element, Join, Step, steps_of
-from nmconv.merging._effective import check_hooks, geometry_of
-from nmconv.merging._geometry import Geometry, Refusal, composed, identity, joined
+from nmconv.graph import Element, Join, Step, check_hooks, geometry_of, steps_of
+from nmconv.planning import Geometry, Refusal, composed, identity, joined
 
 __all__ = ["Bracketing", "Node", "Segment", "bracket", "geometry_of_nodes", "nodes_of"]
 

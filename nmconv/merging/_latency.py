@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from nmconv.graph import Join, Step
 from nmconv.merging._brackets import Node, Segment
-from nmconv.merging._geometry import Geometry, Refusal, composed
 from nmconv.merging._module import conv_module
+from nmconv.planning import Geometry, Refusal, composed
 from nmconv.timing import interleaved, ratios, runner
 
 __all__ = ["LatencyGate"]

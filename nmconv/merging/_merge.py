@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from nmconv.errors import MergeError, NoEffectWarning, OptionError
-from nmconv.graph import Join, LinearRun, calls_by_kind, linear_runs, mode_hidden, steps_of
+from nmconv.graph import Join, LinearRun, before_hoisting, calls_by_kind, linear_runs, mode_hidden, steps_of
 from nmconv.merging._algebra import Affine, compose, join, of_identity
 from nmconv.merging._brackets import Bracketing, Node, Segment, bracket, geometry_of_nodes, nodes_of
-from nmconv.merging._effective import affine_of, double
-from nmconv.merging._geometry import Geometry, Refusal
-from nmconv.merging._hoist import before_hoisting
 from nmconv.merging._install import Undo, check_calls, install, record, write_methods
 from nmconv.merging._module import filled
+from nmconv.merging._numbers import affine_of, double
 from nmconv.merging._records import Run
 from nmconv.merging._verify import check_model_outputs, check_segment
+from nmconv.planning import Geometry, Refusal
 from nmconv.surgery import check_plain, copy_of
 
 __all__ = ["find_runs", "fold_norms", "merge"]

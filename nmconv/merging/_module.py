@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nmconv.merging._algebra import Affine, apply, response
-from nmconv.merging._geometry import Geometry
+from nmconv.planning import Geometry
 
 __all__ = ["MergedConv", "conv_module", "is_plain"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nmconv.merging._geometry import Geometry
+from nmconv.planning import Geometry
 
 __all__ = ["Merge", "Run", "Sum"]
 

@@ -1,5 +1,6 @@
 """Ratios, chains, plans: what is decided, as plain data. Nothing here knows torch."""
 
+from nmconv.planning._geometry import Geometry, Refusal, Stage, composed, diagonal, identity, joined, padded
 from nmconv.planning._plan import Counts, Plan, Site
 from nmconv.planning._planner import Options, draw_up
 from nmconv.planning._policies import Keep, Unit
@@ -11,16 +12,24 @@ __all__ = [
     "Activation",
     "Chain",
     "Counts",
+    "Geometry",
     "Item",
     "Keep",
     "Options",
     "Place",
     "Plan",
     "Ratio",
+    "Refusal",
     "Site",
+    "Stage",
     "Structure",
     "Unit",
     "Untraced",
+    "composed",
+    "diagonal",
     "draw_up",
+    "identity",
+    "joined",
     "listed",
+    "padded",
 ]

@@ -1,26 +1,49 @@
-"""What a module of a run computes in eval mode, as a convolution: its geometry, and its numbers."""
+"""What a module of a linear run computes in eval mode, in numbers: its geometry as a convolution."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.overrides import TorchFunctionMode
 
-from nmconv.graph import is_frozen_norm, pads_same
-from nmconv.merging._algebra import Affine, of_norm
-from nmconv.merging._geometry import Geometry, Refusal, Stage, diagonal, padded
-from nmconv.merging._module import MergedConv
+from nmconv.graph._zoo import is_frozen_norm, pads_same
+from nmconv.planning import Geometry, Refusal, Stage, diagonal, padded
 
-__all__ = ["affine_of", "check_hooks", "geometry_of", "norm_of", "weight_of"]
+__all__ = ["BEFORE", "PADS", "Padding", "before_hoisting", "check_hooks", "geometry_of", "norm_of"]
+
+PADS = "_nmconv_pads"  # on a convolution whose padding was changed and that torch's attributes cannot say: a Padding
+BEFORE = "_nmconv_padding"  # on a convolution whose padding was hoisted: the Padding it had
+
+
+@dataclass(frozen=True)
+class Padding:
+    """How a convolution pads; see :class:`nmconv.planning.Geometry`, whose attributes these are."""
+
+    padding: tuple[tuple[int, int], ...]
+    mode: str
+    stages: tuple[tuple[Stage, ...], ...]
+
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def before_hoisting(model: nn.Module) -> Callable[[str, Geometry], Geometry]:
+    """From a module's name and geometry to the geometry it had before its padding was hoisted."""
+
+    def before(name: str, geometry: Geometry) -> Geometry:
+        held = model.get_submodule(name).__dict__.get(BEFORE)
+        if held is None:
+            return geometry
+        return replace(geometry, padding=held.padding, mode=held.mode, stages=held.stages)
+
+    return before
 
 
 def check_hooks(module: nn.Module, name: str) -> None:
@@ -48,8 +71,9 @@ def geometry_of(module: nn.Module, kind: str, channels: int, rank: int) -> Geome
         return diagonal(channels, rank)
     if kind == "pad":
         return _of_pad(module, channels, rank)
-    if isinstance(module, MergedConv):
-        return module.geometry
+    own = getattr(module, "geometry", None)
+    if isinstance(own, Geometry):  # a merged convolution
+        return own
     if isinstance(module, _ConvTransposeNd):
         raise Refusal(f"{type(module).__name__} is transposed")
     if not isinstance(module, _ConvNd):
@@ -60,7 +84,10 @@ def geometry_of(module: nn.Module, kind: str, channels: int, rank: int) -> Geome
     dilation = tuple(1 if size == 1 else gap for size, gap in zip(kernel, module.dilation, strict=True))
     extent = [gap * (size - 1) + 1 for size, gap in zip(kernel, dilation, strict=True)]
     stages: list[tuple[Stage, ...]] = [()] * len(kernel)
-    if pads_same(module):
+    changed = module.__dict__.get(PADS)
+    if changed is not None:
+        padding, stages = list(changed.padding), list(changed.stages) or stages
+    elif pads_same(module):
         padding = []
         for axis, step in enumerate(module.stride):
             stage = Stage(extent[axis], step, -1, -1)
@@ -72,59 +99,12 @@ def geometry_of(module: nn.Module, kind: str, channels: int, rank: int) -> Geome
         padding = [(size // 2, size - size // 2) for size in total]
     else:
         padding = [(size, size) for size in module.padding]
-    mode = module.padding_mode if any(map(any, padding)) else "zeros"
+    mode = module.padding_mode if changed is None else changed.mode
+    mode = mode if any(map(any, padding)) or any(stages) else "zeros"
     return Geometry(
         module.in_channels, module.out_channels, kernel, tuple(module.stride), dilation, module.groups,
         tuple(padding), mode, tuple(stages) if any(stages) else (), (), module.bias is not None,
     )  # fmt: skip
-
-
-def affine_of(module: nn.Module, kind: str, geometry: Geometry) -> Affine:
-    """The module with its numbers, as they are: in its dtype, on its device, with their history for autograd."""
-    if kind == "norm":
-        return of_norm(*norm_of(module), geometry.rank)
-    if kind == "pad":
-        raise AssertionError("a pad has no numbers of its own")
-    assert isinstance(module, _ConvNd)
-    border = module.border if isinstance(module, MergedConv) else None
-    return Affine(geometry, weight_of(module), module.bias, border)
-
-
-def weight_of(module: Any) -> Tensor:
-    """The weight that a convolution convolves with: standardised, normalised or as it is."""
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm) and hook.name == "weight":
-            made: Tensor = hook.compute_weight(module)
-            return made
-        if isinstance(hook, SpectralNorm) and hook.name == "weight":
-            made = hook.compute_weight(module, do_power_iteration=False)
-            return made
-    if type(module).forward.__module__.startswith("torch.") or isinstance(module, MergedConv):
-        weight: Tensor = module.weight
-        return weight
-    with _Watched() as watched:
-        sizes = [gap * (size - 1) + step for size, gap, step in _per_axis(module)]
-        module.forward(module.weight.new_zeros(1, module.in_channels, *sizes))
-    if len(watched.weights) != 1:
-        raise Refusal(f"{type(module).__name__} makes {len(watched.weights)} convolutions")
-    return watched.weights[0]
-
-
-def _per_axis(module: Any) -> Any:
-    return zip(module.kernel_size, module.dilation, module.stride, strict=True)
-
-
-class _Watched(TorchFunctionMode):
-    """Notes the weights that convolutions are called with."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights: list[Tensor] = []
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(function, "__name__", "") in ("conv1d", "conv2d", "conv3d"):
-            self.weights.append(args[1] if len(args) > 1 else (kwargs or {})["weight"])
-        return function(*args, **(kwargs or {}))
 
 
 def norm_of(module: Any) -> tuple[Tensor, Tensor]:
@@ -156,14 +136,3 @@ def _of_pad(module: Any, channels: int, rank: int) -> Geometry:
         (mode for name, mode in names.items() if any(name in c.__name__ for c in type(module).__mro__)), "zeros"
     )
     return padded(channels, pairs, kind if any(map(any, pairs)) else "zeros")
-
-
-def double(affine: Affine) -> Affine:
-    """The same in float64, on the CPU (or without data, on the meta device)."""
-
-    def cast(tensor: Tensor | None) -> Any:
-        if tensor is None:
-            return None
-        return tensor.detach().to("meta" if tensor.is_meta else "cpu", torch.float64)
-
-    return Affine(affine.geometry, cast(affine.weight), cast(affine.bias), cast(affine.border), affine.diagonal)

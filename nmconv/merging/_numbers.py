@@ -1,0 +1,78 @@
+"""What a module of a run computes in eval mode, with its numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
+
+from nmconv.graph import norm_of
+from nmconv.merging._algebra import Affine, of_norm
+from nmconv.merging._module import MergedConv
+from nmconv.planning import Geometry, Refusal
+
+__all__ = ["affine_of", "double", "weight_of"]
+
+
+def affine_of(module: nn.Module, kind: str, geometry: Geometry) -> Affine:
+    """The module with its numbers, as they are: in its dtype, on its device, with their history for autograd."""
+    if kind == "norm":
+        return of_norm(*norm_of(module), geometry.rank)
+    if kind == "pad":
+        raise AssertionError("a pad has no numbers of its own")
+    assert isinstance(module, _ConvNd)
+    border = module.border if isinstance(module, MergedConv) else None
+    return Affine(geometry, weight_of(module), module.bias, border)
+
+
+def weight_of(module: Any) -> Tensor:
+    """The weight that a convolution convolves with: standardised, normalised or as it is."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and hook.name == "weight":
+            made: Tensor = hook.compute_weight(module)
+            return made
+        if isinstance(hook, SpectralNorm) and hook.name == "weight":
+            made = hook.compute_weight(module, do_power_iteration=False)
+            return made
+    if type(module).forward.__module__.startswith("torch.") or isinstance(module, MergedConv):
+        weight: Tensor = module.weight
+        return weight
+    with _Watched() as watched:
+        sizes = [gap * (size - 1) + step for size, gap, step in _per_axis(module)]
+        module.forward(module.weight.new_zeros(1, module.in_channels, *sizes))
+    if len(watched.weights) != 1:
+        raise Refusal(f"{type(module).__name__} makes {len(watched.weights)} convolutions")
+    return watched.weights[0]
+
+
+def _per_axis(module: Any) -> Any:
+    return zip(module.kernel_size, module.dilation, module.stride, strict=True)
+
+
+class _Watched(TorchFunctionMode):
+    """Notes the weights that convolutions are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[Tensor] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") in ("conv1d", "conv2d", "conv3d"):
+            self.weights.append(args[1] if len(args) > 1 else (kwargs or {})["weight"])
+        return function(*args, **(kwargs or {}))
+
+
+def double(affine: Affine) -> Affine:
+    """The same in float64, on the CPU (or without data, on the meta device)."""
+
+    def cast(tensor: Tensor | None) -> Any:
+        if tensor is None:
+            return None
+        return tensor.detach().to("meta" if tensor.is_meta else "cpu", torch.float64)
+
+    return Affine(affine.geometry, cast(affine.weight), cast(affine.bias), cast(affine.border), affine.diagonal)
