@@ -1,7 +1,7 @@
 """Ratios, chains, plans: what is decided, as plain data. Nothing here knows torch."""
 
-from nmconv.planning._geometry import Geometry, Refusal, Stage, composed, diagonal, identity, joined, padded
-from nmconv.planning._plan import Counts, Plan, Site
+from nmconv.planning._geometry import Geometry, Refusal, Stage, composed, diagonal, hoisted, identity, joined, padded
+from nmconv.planning._plan import Counts, Hoist, Plan, Site
 from nmconv.planning._planner import Options, draw_up
 from nmconv.planning._policies import Keep, Unit
 from nmconv.planning._ratio import Ratio
@@ -13,6 +13,7 @@ __all__ = [
     "Chain",
     "Counts",
     "Geometry",
+    "Hoist",
     "Item",
     "Keep",
     "Options",
@@ -28,6 +29,7 @@ __all__ = [
     "composed",
     "diagonal",
     "draw_up",
+    "hoisted",
     "identity",
     "joined",
     "listed",

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-__all__ = ["Geometry", "Refusal", "Stage", "composed", "diagonal", "identity", "joined", "padded"]
+__all__ = ["Geometry", "Refusal", "Stage", "composed", "diagonal", "hoisted", "identity", "joined", "padded"]
 
 
 class Refusal(Exception):
@@ -214,6 +214,32 @@ def joined(branches: Sequence[Geometry]) -> Geometry:
         bounded=bounded,
         bias=bias,
     )
+
+
+def hoisted(parts: Sequence[Geometry]) -> list[Geometry]:
+    """Convolutions that follow one another with all their padding moved to the first: p1 + s1·p2 + s1·s2·p3 + ...
+
+    Output sizes stay as they are; what the border sees changes. They then are one convolution, exactly.
+
+    Raises:
+        Refusal: If their padding modes differ.
+    """
+    mode = _mode(parts)
+    rank = parts[0].rank
+    padding: list[tuple[int, int]] = []
+    stages: list[tuple[Stage, ...]] = []
+    for axis in range(rank):
+        line = _line(tuple(stage for part in parts for stage in part.axis_stages(axis)))
+        left = right = 0
+        scale = 1
+        for part in parts:
+            left, right = left + scale * part.padding[axis][0], right + scale * part.padding[axis][1]
+            scale *= part.stride[axis]
+        padding.append((0, 0) if line else (left, right))
+        stages.append(line)
+    none = ((0, 0),) * rank
+    first = replace(parts[0], padding=tuple(padding), mode=mode, stages=tuple(stages) if any(stages) else ())
+    return [first, *(replace(part, padding=none, mode="zeros", stages=()) for part in parts[1:])]
 
 
 def _taps(size: int, gap: int, size2: int, gap2: int) -> tuple[int, int]:

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 from nmconv.errors import PlanError
+from nmconv.planning._geometry import Geometry
 from nmconv.planning._plain import from_plain
 from nmconv.planning._structure import Place, Untraced
 from nmconv.planning._table import table
 
-__all__ = ["Counts", "Plan", "Site"]
+__all__ = ["Counts", "Hoist", "Plan", "Site"]
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,21 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Hoist:
+    """A linear run whose padding moves to its first convolution.
+
+    Attributes:
+        convs: Qualified names of its convolutions, in order.
+        geometries: What each of them is afterwards; empty where nothing moves.
+        why: Why the padding stays where it is, or "".
+    """
+
+    convs: tuple[str, ...]
+    geometries: tuple[Geometry, ...]
+    why: str = ""
+
+
+@dataclass(frozen=True)
 class Counts:
     """Totals in eval mode: convolutions on the main path, sites before and after, the ratio asked and reached."""
 
@@ -103,6 +119,7 @@ class Plan:
         convs: Convolutions on the main path in eval mode, parallel ones counted once.
         sites: Every activation call that was found, in order of execution.
         untraced: Parts of the model that could not be traced, and what to do about it.
+        hoists: Linear runs whose padding moves to their first convolution (``hoist_padding=True``).
     """
 
     model: str
@@ -113,6 +130,7 @@ class Plan:
     convs: int
     sites: tuple[Site, ...]
     untraced: tuple[Untraced, ...] = ()
+    hoists: tuple[Hoist, ...] = ()
 
     def __deepcopy__(self, memo: object) -> Plan:
         return self  # nothing in it can change
@@ -149,6 +167,11 @@ class Plan:
             for site in self.sites
         ]
         lines = [head, table(("site", "kind", "chain", "unit", "role", "action", "reason"), rows)]
+        lines += [
+            f"padding {'stays' if hoist.why else 'moves to'} {hoist.convs[0]}"
+            + (f": {hoist.why}" if hoist.why else f" from {', '.join(hoist.convs[1:])}")
+            for hoist in self.hoists
+        ]
         lines += [f"untraced: {part.name or 'the model itself'}: {part.reason}. {part.hint}" for part in self.untraced]
         return "\n".join(lines)
 
@@ -159,7 +182,8 @@ class Plan:
             actions: From a site (its ``id``, or the Site) to ``"keep"`` or ``"drop"``.
 
         Returns:
-            A new plan; a unit may then keep more than the ratio says, or none.
+            A new plan; a unit may then keep more than the ratio says, or none. Linear runs in which an action changes
+            are no longer hoisted.
 
         Raises:
             PlanError: If a site is not in the plan, cannot be changed, or the action is another.
@@ -184,7 +208,10 @@ class Plan:
             replace(site, action=wanted[site.id], reason="edited by hand", place=None) if site.id in wanted else site
             for site in self.sites
         )
-        return replace(self, sites=sites)
+        # A run in which an action changes is another run: its padding stays where it was.
+        touched = {conv for site in self.sites if site.id in wanted for conv in site.convs}
+        hoists = tuple(hoist for hoist in self.hoists if not touched.intersection(hoist.convs))
+        return replace(self, sites=sites, hoists=hoists)
 
     def to_json(self, *, indent: int | None = 1) -> str:
         """The plan as versioned JSON text."""
@@ -228,6 +255,9 @@ def _check(plan: Plan) -> None:
                 raise ValueError(f"{site.name}: {value!r} is none of {', '.join(allowed)}")
         if (site.action == "move") != (site.place is not None):
             raise ValueError(f"{site.name}: a place without a move, or a move without a place")
+    for hoist in plan.hoists:
+        if not hoist.why and len(hoist.convs) != len(hoist.geometries):
+            raise ValueError(f"{len(hoist.geometries)} geometries for {len(hoist.convs)} convolutions")
     ids = [site.id for site in plan.sites]
     if len(set(ids)) != len(ids):
         raise ValueError("a site stands twice in it")

@@ -28,6 +28,7 @@ class Options:
     exclude: str | Iterable[str] = ()
     linear: bool = False
     examples: bool = False
+    hoist: bool = False
 
     def check(self) -> None:
         """Refuse what no model could be planned with.
@@ -48,6 +49,7 @@ class Options:
             "exclude": _text(self.exclude),
             "linear": self.linear,
             "example_inputs": "given" if self.examples else "none",
+            "hoist_padding": self.hoist,
         }
         return tuple((name, str(value)) for name, value in values.items())
 

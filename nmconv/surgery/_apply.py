@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from nmconv.graph import PLAIN_ACTS, Called, is_activation, is_sequential
 from nmconv.planning import Plan, Site
 from nmconv.surgery._classes import Method, rewritten
 from nmconv.surgery._guard import MARK
+from nmconv.surgery._hoist import hoist_padding
 from nmconv.surgery._identity import identity_for
 from nmconv.surgery._rewrite import Edit, rewrite
 from nmconv.surgery._verify import Calls, calls_of, check_calls
@@ -33,6 +34,17 @@ def copy_of(model: nn.Module) -> nn.Module:
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
     return copy.deepcopy(model, memo)
+
+
+def outline_of(model: nn.Module) -> nn.Module:
+    """A copy of the modules alone: parameters and buffers are the model's own, for looking and not for running."""
+    tensors = (value for module in model.modules() for value in (*vars(module).values(), *_held(module)))
+    return copy.deepcopy(model, {id(value): value for value in tensors if isinstance(value, torch.Tensor)})
+
+
+def _held(module: nn.Module) -> Iterator[Any]:
+    yield from module._parameters.values()
+    yield from module._buffers.values()
 
 
 class Surgery:
@@ -87,7 +99,7 @@ class Surgery:
         Raises:
             RewriteError: If a method cannot be written, or the result does not make the calls it should.
         """
-        if not self._plan.changes:
+        if not self._plan.changes and not self._plan.hoists:
             self._model.__dict__[MARK] = self._plan
             return
         before = calls_of(self._model, self._plan, example_inputs) if calls is None else calls
@@ -113,6 +125,8 @@ class Surgery:
                 module.__class__ = cls
             after = calls_of(self._model, self._plan, example_inputs)
             check_calls(before, after, self._plan, self._moved)
+            for hoist in self._plan.hoists:
+                hoist_padding(self._model, hoist, undo)
         except BaseException:
             for step in reversed(undo):
                 step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -11,8 +12,9 @@ from torch import nn
 from nmconv.errors import ModelTypeError, NoEffectWarning, NoSitesError, PlanError
 from nmconv.graph import fingerprint, mode_hidden, read
 from nmconv.planning import Keep, Options, Plan, Site, draw_up, listed
-from nmconv.surgery._apply import Known, Surgery, copy_of
+from nmconv.surgery._apply import Known, Surgery, copy_of, outline_of
 from nmconv.surgery._guard import check_model, plan_of
+from nmconv.surgery._hoist import find_hoists
 from nmconv.surgery._verify import Calls
 
 __all__ = ["apply_plan", "convert", "get_plan", "make_plan"]
@@ -27,6 +29,7 @@ def make_plan(
     include: str | Iterable[str] = "*",
     exclude: str | Iterable[str] = (),
     linear: bool = False,
+    hoist_padding: bool = False,
     example_inputs: Any = None,
 ) -> Plan:
     """Decide which activations of a model stay, without touching it.
@@ -39,7 +42,14 @@ def make_plan(
     Raises: as :func:`convert` does.
     """
     options = Options(
-        ratio, keep, bool(relocate), listed(include), listed(exclude), bool(linear), example_inputs is not None
+        ratio=ratio,
+        keep=keep,
+        relocate=bool(relocate),
+        include=listed(include),
+        exclude=listed(exclude),
+        linear=bool(linear),
+        examples=example_inputs is not None,
+        hoist=bool(hoist_padding),
     )
     check_model(model)
     with mode_hidden():
@@ -84,6 +94,7 @@ def convert(
     include: str | Iterable[str] = "*",
     exclude: str | Iterable[str] = (),
     linear: bool = False,
+    hoist_padding: bool = False,
     example_inputs: Any = None,
     inplace: bool = False,
 ) -> nn.Module:
@@ -102,6 +113,9 @@ def convert(
         include: Pattern or patterns; everything else is left alone.
         exclude: Pattern or patterns of what is left alone.
         linear: Count ``nn.Linear`` as a convolution.
+        hoist_padding: Move the padding of each linear run (what lies between kept activations) to its first
+            convolution, so that :func:`nmconv.merge` can make one convolution of it, exactly, after training. What
+            the border of inner maps sees changes with that.
         example_inputs: What the model is called with: a tensor, a tuple of arguments, or a dict of keyword arguments.
             Only their structure, shapes and dtypes are used.
         inplace: Convert ``model`` itself instead of a copy.
@@ -119,7 +133,14 @@ def convert(
         NoEffectWarning: If nothing changes.
     """
     options = Options(
-        ratio, keep, bool(relocate), listed(include), listed(exclude), bool(linear), example_inputs is not None
+        ratio=ratio,
+        keep=keep,
+        relocate=bool(relocate),
+        include=listed(include),
+        exclude=listed(exclude),
+        linear=bool(linear),
+        examples=example_inputs is not None,
+        hoist=bool(hoist_padding),
     )
     check_model(model)
     with mode_hidden():  # once, not for every trace
@@ -157,6 +178,16 @@ def get_plan(model: nn.Module) -> Plan | None:
 
 
 def _planned(model: nn.Module, options: Options, example_inputs: Any) -> tuple[Plan, Known, Calls]:
+    """The plan, hoists included; the methods written for it; the calls seen."""
+    plan, known, calls = _drawn_up(model, options, example_inputs)
+    if options.hoist:
+        trial = outline_of(model)
+        Surgery(trial, plan, known).commit(calls, example_inputs)
+        plan = replace(plan, hoists=find_hoists(trial, example_inputs))
+    return plan, known, calls
+
+
+def _drawn_up(model: nn.Module, options: Options, example_inputs: Any) -> tuple[Plan, Known, Calls]:
     """The plan, with what cannot be rewritten locked; the methods written to find that out; the calls seen."""
     options.check()
     reading = read(model, linear=options.linear, example_inputs=example_inputs)
@@ -207,7 +238,7 @@ def _no_sites(model: nn.Module, untraced: Any, linear: bool) -> str:
 def _applied(
     model: nn.Module, plan: Plan, known: Known, inplace: bool, calls: Calls | None, example_inputs: Any
 ) -> nn.Module:
-    if not plan.changes:
+    if not plan.changes and not plan.hoists:
         warnings.warn(
             f"nothing to change in this {type(model).__name__} at {plan.ratio}: every unit has few enough activations",
             NoEffectWarning,

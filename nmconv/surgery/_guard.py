@@ -63,7 +63,7 @@ def check_model(model: Any) -> nn.Module:
     check_plain(model, "convert")
     for name, module in model.named_modules():
         plan = plan_of(module)
-        if plan is not None and plan.changes:
+        if plan is not None and (plan.changes or plan.hoists):
             raise AlreadyConvertedError(
                 f"{repr(name) + ' in the model' if name else 'the model'} was converted already (nmconv.get_plan gives "
                 f"its plan, at {plan.ratio}): a second conversion would count from what the first has left; make one "

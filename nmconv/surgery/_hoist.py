@@ -1,0 +1,174 @@
+"""Padding moved to the first convolution of a linear run: found in a converted model, and done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nmconv.errors import PlanError
+from nmconv.graph import (
+    BEFORE,
+    PADS,
+    Element,
+    Join,
+    Padding,
+    Step,
+    check_hooks,
+    geometry_of,
+    linear_runs,
+    pads_same,
+)
+from nmconv.planning import Geometry, Hoist, Refusal, hoisted
+from nmconv.surgery._classes import Method, rewritten
+
+__all__ = ["find_hoists", "hoist_padding", "padded_forward"]
+
+
+def find_hoists(model: nn.Module, example_inputs: Any) -> tuple[Hoist, ...]:
+    """What can move in a model whose activations are dropped already, and what cannot."""
+    runs = linear_runs(model, example_inputs=example_inputs, sizes=False)
+    lines = [line for run in runs for line in _lines(run.elements)]
+    return tuple(hoist for line in lines for hoist in _hoists(model, line))
+
+
+def _lines(elements: Iterable[Element]) -> Iterator[list[Step]]:
+    """Sequences without a join in them, those of branches too."""
+    line: list[Step] = []
+    for element in elements:
+        if isinstance(element, Join):
+            yield line
+            line = []
+            for branch in element.branches:
+                yield from _lines(branch)
+        else:
+            line.append(element)
+    yield line
+
+
+def _hoists(model: nn.Module, line: list[Step]) -> Iterator[Hoist]:
+    """The hoists of one sequence: what is no plain convolution or norm divides it."""
+    part: list[tuple[str, Geometry]] = []
+    for step in line:
+        if step.kind in ("pass", "drop"):
+            continue
+        try:
+            if step.why or step.kind == "pad":
+                raise Refusal(step.why or "it pads by itself")
+            module = model.get_submodule(step.name)
+            geometry = geometry_of(module, step.kind, 0, 0)
+            check_hooks(module, step.name)
+        except Refusal:
+            yield from _hoist(part)
+            part = []
+            continue
+        if step.kind == "conv":
+            part.append((step.name, geometry))
+    yield from _hoist(part)
+
+
+def _hoist(part: list[tuple[str, Geometry]]) -> Iterator[Hoist]:
+    names = tuple(name for name, _ in part)
+    geometries = [geometry for _, geometry in part]
+    if not any(geometry.is_padded(axis) for geometry in geometries[1:] for axis in range(geometry.rank)):
+        return
+    try:
+        yield Hoist(names, tuple(hoisted(geometries)))
+    except Refusal as refusal:
+        yield Hoist(names, (), str(refusal))
+
+
+def hoist_padding(model: nn.Module, hoist: Hoist, undo: list[Callable[[], object]]) -> None:
+    """Set the paddings of one run; appends to ``undo`` what takes it back.
+
+    Raises:
+        PlanError: If the model has no such convolutions.
+    """
+    if hoist.why:
+        return
+    for name, geometry in zip(hoist.convs, hoist.geometries, strict=True):
+        try:
+            module: Any = model.get_submodule(name)
+            now = geometry_of(module, "conv", 0, 0)
+        except (AttributeError, Refusal) as error:
+            raise PlanError(f"{name!r}, whose padding the plan moves, is no convolution of this model") from error
+        kept = (now.in_channels, now.out_channels, now.kernel, now.stride, now.dilation, now.groups)
+        told = (geometry.in_channels, geometry.out_channels, geometry.kernel, geometry.stride, geometry.dilation)
+        if kept != (*told, geometry.groups):
+            raise PlanError(f"{name!r} is another convolution than the one whose padding the plan moves")
+        undo.append(_restoring(module))
+        module.__dict__[BEFORE] = Padding(now.padding, now.mode, now.stages)
+        _pad(module, geometry)
+
+
+def _pad(module: Any, geometry: Geometry) -> None:
+    """Let the convolution pad as ``geometry`` says: by torch's attributes where they can say it."""
+    symmetric = all(left == right for left, right in geometry.padding) and not geometry.stages
+    if symmetric and type(module).forward.__module__.startswith("torch.nn."):
+        _set(module, tuple(left for left, _ in geometry.padding), geometry.mode)
+        return
+    changed = Padding(geometry.padding, geometry.mode, geometry.stages)
+    cls = rewritten(type(module), (_METHOD,))
+    _set(module, (0,) * geometry.rank, "zeros")
+    if getattr(module, "same_pad", False):
+        module.same_pad = False
+    module.__dict__[PADS] = changed
+    module.__dict__["_nmconv_leaf"] = True
+    module.__dict__["_nmconv_own"] = not pads_same(module) and not _torchs(type(module))
+    module.__class__ = cls
+
+
+def _torchs(cls: type) -> bool:
+    return bool(cls.forward.__module__.startswith("torch.nn."))  # type: ignore[attr-defined]
+
+
+def _set(module: Any, padding: tuple[int, ...], mode: str) -> None:
+    module.padding = padding
+    module.padding_mode = mode
+    module._reversed_padding_repeated_twice = [extent for extent in reversed(padding) for _ in range(2)]
+
+
+_METHOD = Method(
+    "forward",
+    "def forward(self, input):\n    return _padded(self, input)\n",
+    names=(("_padded", f"{__name__}:padded_forward"),),
+)
+
+
+def padded_forward(module: Any, input: Tensor) -> Tensor:
+    """A convolution's forward behind padding that torch's attributes cannot say; any shape the class takes."""
+    held: Padding = module.__dict__[PADS]
+    rank = len(module.kernel_size)
+    geometry = Geometry(
+        in_channels=module.in_channels,
+        out_channels=module.out_channels,
+        kernel=tuple(module.kernel_size),
+        stride=tuple(module.stride),
+        dilation=tuple(module.dilation),
+        groups=module.groups,
+        padding=held.padding,
+        mode=held.mode,
+        stages=held.stages,
+    )
+    pads = geometry.pads(input.shape[-rank:])
+    if any(map(any, pads)):
+        flat = [extent for pair in reversed(pads) for extent in pair]
+        input = F.pad(input, flat, mode="constant" if held.mode == "zeros" else held.mode)
+    if module.__dict__["_nmconv_own"]:
+        result: Tensor = type(module)._nmconv_base.forward(module, input)
+        return result
+    result = module._conv_forward(input, module.weight, module.bias)
+    return result
+
+
+def _restoring(module: nn.Module) -> Callable[[], object]:
+    before, cls = dict(module.__dict__), type(module)
+
+    def restore() -> None:
+        object.__setattr__(module, "__class__", cls)
+        module.__dict__.clear()
+        module.__dict__.update(before)
+
+    return restore
