@@ -17,7 +17,7 @@ from nmconv.merging._algebra import Affine, compose, join, of_identity
 from nmconv.merging._brackets import Bracketing, Node, Segment, bracket, geometry_of_nodes, nodes_of
 from nmconv.merging._install import Undo, check_calls, install, record, write_methods
 from nmconv.merging._module import filled
-from nmconv.merging._numbers import affine_of, double
+from nmconv.merging._numbers import affine_of, doubled
 from nmconv.merging._records import Run
 from nmconv.merging._verify import check_model_outputs, check_segment
 from nmconv.planning import Geometry, Refusal
@@ -250,6 +250,10 @@ class _Merging:
 
     def carry_out(self, inplace: bool) -> nn.Module:
         """Make the convolutions, check them, and put them into the model or a copy of it."""
+        with torch.no_grad():
+            return self._carried_out(inplace)
+
+    def _carried_out(self, inplace: bool) -> nn.Module:
         if not self.segments:
             return self._model if inplace else copy_of(self._model)
         convs: dict[str, nn.Module] = {}
@@ -298,7 +302,7 @@ class _Merging:
                 parts.append(Affine(node.geometry, ones.weight, diagonal=True))
             elif node.element.kind in ("conv", "norm"):
                 module = self._model.get_submodule(node.element.name)
-                parts.append(double(affine_of(module, node.element.kind, node.geometry)))
+                parts.append(affine_of(doubled(module), node.element.kind, node.geometry))
         if not parts:
             like = torch.empty(0, dtype=torch.float64, device=self._device())
             return of_identity(like, nodes[0].geometry.in_channels, rank)  # type: ignore[union-attr]

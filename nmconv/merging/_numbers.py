@@ -15,8 +15,9 @@ from nmconv.graph import norm_of
 from nmconv.merging._algebra import Affine, of_norm
 from nmconv.merging._module import MergedConv
 from nmconv.planning import Geometry, Refusal
+from nmconv.surgery import copy_of
 
-__all__ = ["affine_of", "double", "weight_of"]
+__all__ = ["affine_of", "doubled", "weight_of"]
 
 
 def affine_of(module: nn.Module, kind: str, geometry: Geometry) -> Affine:
@@ -67,12 +68,7 @@ class _Watched(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def double(affine: Affine) -> Affine:
-    """The same in float64, on the CPU (or without data, on the meta device)."""
-
-    def cast(tensor: Tensor | None) -> Any:
-        if tensor is None:
-            return None
-        return tensor.detach().to("meta" if tensor.is_meta else "cpu", torch.float64)
-
-    return Affine(affine.geometry, cast(affine.weight), cast(affine.bias), cast(affine.border), affine.diagonal)
+def doubled(module: nn.Module) -> nn.Module:
+    """A copy in float64, on the CPU (or without data, on the meta device)."""
+    meta = any(value.is_meta for value in module.parameters())
+    return copy_of(module).to("meta" if meta else "cpu", torch.float64)

@@ -14,7 +14,7 @@ from nmconv.errors import MergeError
 from nmconv.graph import Join, is_norm_act
 from nmconv.merging._algebra import Affine, apply
 from nmconv.merging._brackets import Node, Segment
-from nmconv.surgery import copy_of
+from nmconv.merging._numbers import doubled
 
 __all__ = ["check_model_outputs", "check_segment"]
 
@@ -134,7 +134,7 @@ class _Doubles:
 
     def _call(self, name: str, x: Tensor) -> Tensor:
         if name not in self._made:
-            self._made[name] = copy_of(self._model.get_submodule(name)).cpu().double()
+            self._made[name] = doubled(self._model.get_submodule(name))
         module: Any = self._made[name]
         if not is_norm_act(module):
             result: Tensor = module(x)
