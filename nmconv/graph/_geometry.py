@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -107,8 +108,12 @@ def geometry_of(module: nn.Module, kind: str, channels: int, rank: int) -> Geome
     )  # fmt: skip
 
 
-def norm_of(module: Any) -> tuple[Tensor, Tensor]:
+def norm_of(module: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Scale and shift of a norm in eval mode, each ``[channels]``.
+
+    Args:
+        module: The norm.
+        dtype: To compute in; the module's own if None.
 
     Raises:
         Refusal: If its statistics depend on the input.
@@ -117,11 +122,15 @@ def norm_of(module: Any) -> tuple[Tensor, Tensor]:
         raise Refusal(f"{type(module).__name__} has no fixed scale in eval mode")
     if module.running_mean is None or module.running_var is None:
         raise Refusal(f"a {type(module).__name__} keeps no running statistics, so that its scale depends on the input")
-    scale = (module.running_var + module.eps).rsqrt()
-    if module.weight is not None:
-        scale = scale * module.weight
-    shift = -module.running_mean * scale
-    return scale, shift if module.bias is None else shift + module.bias
+    mean, variance, weight, bias = (
+        value if value is None or dtype is None else value.to(dtype)
+        for value in (module.running_mean, module.running_var, module.weight, module.bias)
+    )
+    scale = (variance + module.eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias
 
 
 def _of_pad(module: Any, channels: int, rank: int) -> Geometry:

@@ -12,9 +12,16 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.fx.proxy import TraceError
 
+from nmconv.graph._modules import leaf_op
+from nmconv.graph._ops import Op
 from nmconv.graph._quiet import in_mode
+from nmconv.graph._zoo import is_norm_act
 
 __all__ = ["Unknown", "Values", "fake_input"]
+
+
+# Modules whose result is shaped as their input; evaluating a norm's parts costs the most of all.
+_KEEP_SHAPE = (Op.NORM, Op.ACT, Op.DROP, Op.BOUNDED)
 
 
 class Unknown(TraceError):
@@ -84,6 +91,8 @@ class Values:
         if node.op == "get_attr":
             return self._attribute(str(node.target))
         args = map_arg(node.args, self._known.__getitem__)
+        if node.op == "call_module" and args and self._keeps_shape(str(node.target)):
+            return args[0]
         kwargs = map_arg(node.kwargs, self._known.__getitem__)
         try:
             # In eval mode: a norm in train mode counts batches in a real buffer, and shapes are the same.
@@ -95,6 +104,10 @@ class Values:
                 return self._root.get_submodule(str(node.target)).forward(*args, **kwargs)
         except Exception as error:
             raise Unknown(f"the value of {node} cannot be known: {type(error).__name__}: {error}") from error
+
+    def _keeps_shape(self, name: str) -> bool:
+        module = self._root.get_submodule(name)
+        return leaf_op(module) in _KEEP_SHAPE or is_norm_act(module)
 
     def _attribute(self, name: str) -> Any:
         value: Any = self._root

@@ -17,7 +17,7 @@ from nmconv.merging._algebra import Affine, compose, join, of_identity
 from nmconv.merging._brackets import Bracketing, Node, Segment, bracket, geometry_of_nodes, nodes_of
 from nmconv.merging._install import Undo, check_calls, install, record, write_methods
 from nmconv.merging._module import filled
-from nmconv.merging._numbers import affine_of, doubled
+from nmconv.merging._numbers import affine_in_double
 from nmconv.merging._records import Run
 from nmconv.merging._verify import check_model_outputs, check_segment
 from nmconv.planning import Geometry, Refusal
@@ -269,7 +269,9 @@ class _Merging:
                 convs[merges[-1].head] = filled(affine, like, merges[-1].trainable)
             except ValueError as error:
                 raise MergeError(f"{segment.convs[0]} … {segment.convs[-1]}: {error}") from error
-        model = self._model if inplace else copy_of(self._model)
+        gone = {name for merge in merges for name in (merge.head, *merge.removed)}
+        spare = [value for name in gone for value in self._parameters(name)]
+        model = self._model if inplace else copy_of(self._model, spare)
         before = self._outputs()
         calls = calls_by_kind(self._model, training=False, example_inputs=self._examples)
         undo: Undo = []
@@ -302,7 +304,7 @@ class _Merging:
                 parts.append(Affine(node.geometry, ones.weight, diagonal=True))
             elif node.element.kind in ("conv", "norm"):
                 module = self._model.get_submodule(node.element.name)
-                parts.append(affine_of(doubled(module), node.element.kind, node.geometry))
+                parts.append(affine_in_double(module, node.element.kind, node.geometry))
         if not parts:
             like = torch.empty(0, dtype=torch.float64, device=self._device())
             return of_identity(like, nodes[0].geometry.in_channels, rank)  # type: ignore[union-attr]

@@ -17,18 +17,40 @@ from nmconv.merging._module import MergedConv
 from nmconv.planning import Geometry, Refusal
 from nmconv.surgery import copy_of
 
-__all__ = ["affine_of", "doubled", "weight_of"]
+__all__ = ["affine_in_double", "affine_of", "doubled", "weight_of"]
 
 
 def affine_of(module: nn.Module, kind: str, geometry: Geometry) -> Affine:
-    """The module with its numbers, as they are: in its dtype, on its device, with their history for autograd."""
+    """A convolution or norm with its numbers, as they are: in its dtype, on its device, with their history."""
     if kind == "norm":
         return of_norm(*norm_of(module), geometry.rank)
-    if kind == "pad":
-        raise AssertionError("a pad has no numbers of its own")
     assert isinstance(module, _ConvNd)
     border = module.border if isinstance(module, MergedConv) else None
     return Affine(geometry, weight_of(module), module.bias, border)
+
+
+def affine_in_double(module: nn.Module, kind: str, geometry: Geometry) -> Affine:
+    """The same computed in float64, on the CPU (or without data, on the meta device), without history."""
+    with torch.no_grad():
+        if kind == "norm":
+            scale, shift = norm_of(module, torch.float64)
+            return of_norm(_moved(scale), _moved(shift), geometry.rank)
+        if not _is_plain(module):
+            module = doubled(module)
+        made = affine_of(module, kind, geometry)
+        bias = None if made.bias is None else _moved(made.bias)
+        border = None if made.border is None else _moved(made.border)
+        return Affine(geometry, _moved(made.weight), bias, border)
+
+
+def _moved(tensor: Tensor) -> Tensor:
+    return tensor.to("meta" if tensor.is_meta else "cpu", torch.float64)
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether the convolution convolves with its ``weight`` as it is."""
+    own = type(module).forward.__module__.startswith("torch.nn.") or isinstance(module, MergedConv)
+    return own and isinstance(module._parameters.get("weight"), nn.Parameter) and not module._forward_pre_hooks
 
 
 def weight_of(module: Any) -> Tensor:
@@ -40,7 +62,7 @@ def weight_of(module: Any) -> Tensor:
         if isinstance(hook, SpectralNorm) and hook.name == "weight":
             made = hook.compute_weight(module, do_power_iteration=False)
             return made
-    if type(module).forward.__module__.startswith("torch.") or isinstance(module, MergedConv):
+    if type(module).forward.__module__.startswith("torch.nn.") or isinstance(module, MergedConv):
         weight: Tensor = module.weight
         return weight
     with _Watched() as watched:

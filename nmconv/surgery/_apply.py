@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,9 +26,12 @@ __all__ = ["Known", "Surgery", "copy_of"]
 Known = dict[tuple[str, str], tuple[Edit, Method | RewriteError]]
 
 
-def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy, also where modules hold tensors that are no leaves of autograd (old-style weight norm)."""
-    memo: dict[int, Any] = {}
+def copy_of(model: nn.Module, spare: Iterable[torch.Tensor] = ()) -> nn.Module:
+    """A deep copy, also where modules hold tensors that are no leaves of autograd (old-style weight norm).
+
+    Tensors in ``spare`` are not copied: the copy will not keep them.
+    """
+    memo: dict[int, Any] = {id(value): value for value in spare}
     for module in model.modules():
         for value in module.__dict__.values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
