@@ -14,7 +14,7 @@ from nmconv.errors import (
     RatioError,
     RewriteError,
 )
-from nmconv.merging import Merge, Run, find_runs, fold_norms, merge
+from nmconv.merging import Merge, Run, find_runs, fold_norms, get_merges, merge
 from nmconv.planning import Counts, Plan, Ratio, Site, Unit, Untraced
 from nmconv.surgery import apply_plan, convert, get_plan, make_plan
 
@@ -45,6 +45,7 @@ __all__ = [
     "convert",
     "find_runs",
     "fold_norms",
+    "get_merges",
     "get_plan",
     "make_plan",
     "merge",

@@ -1,6 +1,7 @@
 """Merging linear runs into single convolutions."""
 
+from nmconv.merging._asking import get_merges
 from nmconv.merging._merge import find_runs, fold_norms, merge
 from nmconv.merging._records import Merge, Run
 
-__all__ = ["Merge", "Run", "find_runs", "fold_norms", "merge"]
+__all__ = ["Merge", "Run", "find_runs", "fold_norms", "get_merges", "merge"]

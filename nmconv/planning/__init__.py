@@ -1,6 +1,7 @@
 """Ratios, chains, plans: what is decided, as plain data. Nothing here knows torch."""
 
 from nmconv.planning._geometry import Geometry, Refusal, Stage, composed, diagonal, hoisted, identity, joined, padded
+from nmconv.planning._plain import from_plain
 from nmconv.planning._plan import Counts, Hoist, Plan, Site
 from nmconv.planning._planner import Options, draw_up
 from nmconv.planning._policies import Keep, Unit
@@ -29,6 +30,7 @@ __all__ = [
     "composed",
     "diagonal",
     "draw_up",
+    "from_plain",
     "hoisted",
     "identity",
     "joined",
