@@ -1,0 +1,7 @@
+"""Timing modules on a backend, side by side."""
+
+from nmconv.timing._backends import BACKENDS, require, runner
+from nmconv.timing._interleaved import Spread, Timing, interleaved, ratios
+from nmconv.timing._threads import threads
+
+__all__ = ["BACKENDS", "Spread", "Timing", "interleaved", "ratios", "require", "runner", "threads"]
