@@ -121,6 +121,16 @@ def every_subset(model, *args, count, **kwargs):
     return plan.edit(dict.fromkeys((site.id for site in sites), "drop")), converted
 
 
+def assert_same_gradients(model, plan):
+    """After one step backwards the converted model's parameters have the gradients that the oracle's have."""
+    converted = apply(model, plan)
+    with dropped(model, plan.changes):
+        model(picture()).square().sum().backward()
+    converted(picture()).square().sum().backward()
+    for one, other in zip(model.parameters(), converted.parameters(), strict=True):
+        assert_same(one.grad, other.grad)
+
+
 def everything(model, *args, **kwargs):
     """Drop whatever can be dropped: it is done right, or there is a reason in words, and the model is as it was.
 
@@ -1065,6 +1075,60 @@ def test_a_write_that_nobody_reads_by_its_own_name():
         return F.relu(self.b(z))
 
     every_subset(net(forward, **convs("a", "b")), count=2)
+
+
+def test_a_write_that_also_reads_the_activated_value():
+    """The written memory is the first operand's; that the second comes from the activation does not make it safe."""
+
+    def forward(self, x):
+        y = self.a(x)
+        z = F.relu(y)
+        y.add_(z)
+        return F.relu(self.b(z))
+
+    every_subset(net(forward, **convs("a", "b")), count=2)
+
+
+def test_an_unread_write_to_what_a_gradient_needs():
+    def forward(self, x):
+        y = self.a(x)
+        z = F.relu(y)
+        w = self.b(z)  # keeps z for its weight's gradient
+        y.add_(z)
+        return F.relu(w)
+
+    model = net(forward, **convs("a", "b"))
+    plan, _ = every_subset(model, count=2)
+    assert_same_gradients(model, plan)
+
+
+@pytest.mark.parametrize("how", ["relu", "relu_", "sigmoid_"])
+def test_a_write_to_what_the_call_before_keeps_for_its_gradient(how):
+    """It stays, and needs what it made; the activation after it goes, and hands just that on to be overwritten."""
+
+    def forward(self, x):
+        y = getattr(torch, how)(self.a(x))
+        z = F.silu(y)
+        z.add_(1)
+        return self.b(z)
+
+    model = net(forward, **convs("a", "b"))
+    plan = planned(model)
+    site = next(site for site in droppable(plan) if site.function == "silu")
+    plan = plan.edit({site.id: "drop"})
+    faithful(model, plan, picture())
+    assert_same_gradients(model, plan)
+
+
+@pytest.mark.parametrize("how", ["activation", "sigmoid"])
+def test_a_write_by_a_product_whose_written_operand_is_the_gate(how):
+    def forward(self, x):
+        y = F.relu_(self.a(x)) if how == "activation" else self.a(x).sigmoid_()
+        z = F.silu(y)
+        y.mul_(self.c(x))
+        return F.relu(self.b(z)) + y
+
+    every_subset(net(forward, **convs("a", "b", "c")), count=2)
 
 
 def test_a_write_between_the_activation_and_its_reader_through_a_view():
@@ -2328,17 +2392,22 @@ def both_modes(how):
             other = F.silu(self.b(x))
         return one + other
 
+    def behind_a_child(self, x):
+        x = self.child(x)
+        return F.relu(self.b(F.silu(x, inplace=True)))
+
     def aux(self, x):
         x = self.act(self.a(x))
         extra = self.act(self.d(self.act(self.c(x)))) if self.training else None
         return self.act(self.b(x)), extra
 
     forward = locals()[how]
-    return net(forward, **convs("a", "b", "c", "d"), act=nn.SiLU(inplace=True), act2=nn.SiLU())
+    child = net(lambda self, x: F.elu(self.a(x)) if self.training else self.a(x), a=conv())
+    return net(forward, **convs("a", "b", "c", "d"), act=nn.SiLU(inplace=True), act2=nn.SiLU(), child=child)
 
 
 MODES = ["clamped_in_eval", "relu_in_train", "written_in_train", "same_conv", "two_of_three", "other_branch"]
-MODES += ["another_order", "aux"]
+MODES += ["another_order", "aux", "behind_a_child"]
 
 
 @pytest.mark.parametrize("how", MODES)
@@ -2348,7 +2417,7 @@ def test_the_plan_names_every_call_once_in_each_mode(how):
     for training in (False, True):
         with record(model.train(training)) as entries:
             model(picture())
-        real = [(entry.owner, entry.name or "", entry.call, entry.inplace) for entry in entries]
+        real = [(entry.owner, entry.name or entry.owner, entry.call, entry.inplace) for entry in entries]
         found = [
             (site.owner, site.name, site.train_call if training and site.modes == "both" else site.call, site.inplace)
             for site in plan.sites

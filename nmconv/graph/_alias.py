@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-from nmconv.graph._flow import Flow
+from collections.abc import Iterable
+
+from nmconv.graph._flow import Flow, FlowNode
 from nmconv.graph._ops import Op
 
 __all__ = ["must_copy"]
 
 # Their output is not needed for their own gradient, so overwriting it harms nobody.
-_FREE = {Op.CONV, Op.LINEAR, Op.NORM, Op.ADD, Op.SCALE, Op.POOL}
+_FREE = {Op.CONV, Op.LINEAR, Op.NORM, Op.ADD, Op.SCALE, Op.GATED, Op.POOL, Op.LAYOUT, Op.PASS, Op.DROP}
+# Their memory belongs to the caller or to the model.
+_FOREIGN = {Op.INPUT, Op.PARAM}
 
 
 def must_copy(flow: Flow) -> set[int]:
     """Indices of out-of-place activations whose identity must copy.
 
     Decided for each alone, as if every other one went too (a dropped activation hands its memory on) and as if every
-    in-place one stayed (it overwrites): whatever a plan drops, the answer is safe.
+    other one stayed (it overwrites, and its gradient needs what it read or made): whatever a plan drops, the answer is
+    safe.
     """
-    readers: list[list[int]] = [[] for _ in flow.nodes]
-    for node in flow.nodes:
-        for source in {*node.inputs, *node.sides}:
-            readers[source].append(node.index)
+    memory = _Memory(flow)
     return {
         node.index
         for node in flow.nodes
-        if node.op is Op.ACT
-        and not node.inplace
-        and (_not_dense(flow, node.index) or _hazard(flow, readers, node.index))
+        if node.op is Op.ACT and not node.inplace and (_not_dense(flow, node.index) or memory.hazard(node.index))
     }
-
-
-def _shares(flow: Flow, index: int) -> bool:
-    node = flow.nodes[index]
-    return node.op is Op.ACT or node.view or node.partial
 
 
 def _not_dense(flow: Flow, act: int) -> bool:
@@ -43,35 +38,56 @@ def _not_dense(flow: Flow, act: int) -> bool:
     return flow.nodes[at].op is Op.LAYOUT or flow.nodes[at].partial
 
 
-def _hazard(flow: Flow, readers: list[list[int]], act: int) -> bool:
-    origin = act  # where the memory comes from, if the activation hands its input on
-    while _shares(flow, origin) and flow.nodes[origin].inputs:
-        origin = flow.nodes[origin].inputs[0]
-    family, below = _family_of(flow, readers, origin), _family_of(flow, readers, act)
-    outside = [
-        reader
-        for member in family - below
-        for reader in readers[member]
-        if reader not in family or flow.nodes[reader].op is Op.OUTPUT
-    ]
-    writes = [member for member in family if member > act and flow.nodes[member].inplace]
-    writes += [reader for member in family for reader in readers[member] if reader > act and flow.nodes[reader].opaque]
-    aside = any(write not in below and not set(flow.nodes[write].inputs) & below for write in writes)
-    returned = any(flow.nodes[reader].op is Op.OUTPUT for member in below for reader in readers[member])
-    others_returned = any(flow.nodes[reader].op is Op.OUTPUT for reader in outside)
-    source = flow.nodes[origin].op
-    if aside or (writes and (outside or source not in _FREE)):
-        return True
-    return returned and (others_returned or source in (Op.INPUT, Op.PARAM))
+class _Memory:
+    """Of each value: whose memory it may share, and who shares, overwrites or only reads its own."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.nodes = flow.nodes
+        self.shared: list[list[int]] = [[] for _ in flow.nodes]
+        self.sharers: list[list[int]] = [[] for _ in flow.nodes]
+        self.writers: list[list[int]] = [[] for _ in flow.nodes]
+        self.readers: list[list[int]] = [[] for _ in flow.nodes]
+        for node in flow.nodes:
+            first, shares = _first(node), node.op is Op.ACT or node.view or node.partial
+            for source in {*node.inputs, *node.sides}:
+                if shares and source in first:
+                    self.shared[node.index].append(source)
+                    self.sharers[source].append(node.index)
+                else:
+                    self.readers[source].append(node.index)
+                if (node.inplace or node.opaque) and source in first:
+                    self.writers[source].append(node.index)
+
+    def hazard(self, act: int) -> bool:
+        """Whether it matters that the activation's output (below) be other memory than what it reads (above)."""
+        below = _closure({act}, self.sharers)
+        above = _closure(_closure({act}, self.shared), self.sharers) - below
+        if self._overwritten(above, act):
+            return True  # the output is there to be read, or kept for a gradient
+        if self._overwritten(below, act) and (any(self.readers[at] for at in above) or self._ops(above) - _FREE):
+            return True
+        return self._returned(below) and (self._returned(above) or bool(self._ops(above) & _FOREIGN))
+
+    def _overwritten(self, values: set[int], act: int) -> bool:
+        return any(writer > act for at in values for writer in self.writers[at])
+
+    def _returned(self, values: set[int]) -> bool:
+        return Op.OUTPUT in self._ops(reader for at in values for reader in self.readers[at])
+
+    def _ops(self, values: Iterable[int]) -> set[Op]:
+        return {self.nodes[at].op for at in values}
 
 
-def _family_of(flow: Flow, readers: list[list[int]], origin: int) -> set[int]:
-    """All values that may share memory with ``origin`` and come from it."""
-    family, todo = {origin}, [origin]
+def _first(node: FlowNode) -> list[int]:
+    """What may be the first operand: any, where gates were sorted from the main path, or of a module not traced."""
+    return [*node.inputs, *node.sides] if node.op is Op.GATED or node.opaque else node.inputs[:1]
+
+
+def _closure(start: set[int], step: list[list[int]]) -> set[int]:
+    found, todo = set(start), list(start)
     while todo:
-        for reader in readers[todo.pop()]:
-            first = flow.nodes[reader].inputs[:1]
-            if reader not in family and first and first[0] in family and _shares(flow, reader):
-                family.add(reader)
-                todo.append(reader)
-    return family
+        for other in step[todo.pop()]:
+            if other not in found:
+                found.add(other)
+                todo.append(other)
+    return found
