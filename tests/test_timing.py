@@ -113,7 +113,7 @@ def test_sessions_take_torchs_number_of_threads(monkeypatch):
 
 
 def test_unknown_backend():
-    with pytest.raises(OptionError, match="'tensorrt'.*eager, compile, onnxruntime"):
+    with pytest.raises(OptionError, match=r"'tensorrt'.*eager, compile, onnxruntime"):
         runner(small(), (torch.randn(1, 3, 8, 8),), "tensorrt")
 
 
