@@ -3,6 +3,7 @@
 from nmconv.errors import (
     AlreadyConvertedError,
     FileError,
+    FoldedNormWarning,
     MergeError,
     ModelTypeError,
     NmconvError,
@@ -14,6 +15,7 @@ from nmconv.errors import (
     RatioError,
     RewriteError,
 )
+from nmconv.io import load, save
 from nmconv.merging import Merge, Run, find_runs, fold_norms, get_merges, merge
 from nmconv.planning import Counts, Plan, Ratio, Site, Unit, Untraced
 from nmconv.surgery import apply_plan, convert, get_plan, make_plan
@@ -24,6 +26,7 @@ __all__ = [
     "AlreadyConvertedError",
     "Counts",
     "FileError",
+    "FoldedNormWarning",
     "Merge",
     "MergeError",
     "ModelTypeError",
@@ -47,6 +50,8 @@ __all__ = [
     "fold_norms",
     "get_merges",
     "get_plan",
+    "load",
     "make_plan",
     "merge",
+    "save",
 ]

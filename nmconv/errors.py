@@ -3,6 +3,7 @@
 __all__ = [
     "AlreadyConvertedError",
     "FileError",
+    "FoldedNormWarning",
     "MergeError",
     "ModelTypeError",
     "NmconvError",
@@ -62,3 +63,7 @@ class FileError(NmconvError, ValueError):
 
 class NoEffectWarning(UserWarning):
     """A conversion that changes nothing."""
+
+
+class FoldedNormWarning(UserWarning):
+    """A merged model that is trained on: its folded norms keep the statistics they had."""

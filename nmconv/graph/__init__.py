@@ -4,24 +4,27 @@ from nmconv.graph._analysis import Called, act_calls
 from nmconv.graph._fingerprint import fingerprint
 from nmconv.graph._geometry import BEFORE, PADS, Padding, before_hoisting, check_hooks, geometry_of, norm_of
 from nmconv.graph._method import MethodTrace, trace_method
-from nmconv.graph._modules import act_kind, is_activation, is_sequential
-from nmconv.graph._ops import PLAIN_ACTS
+from nmconv.graph._modules import LEAF, THROUGH, act_kind, is_activation, is_sequential, leaf_op
+from nmconv.graph._ops import PLAIN_ACTS, Op
 from nmconv.graph._quiet import mode_hidden
 from nmconv.graph._runs import Element, Join, LinearRun, Step, calls_by_kind, linear_runs, steps_of
 from nmconv.graph._structure import Reading, read
 from nmconv.graph._tracer import FlowTracer
-from nmconv.graph._zoo import is_frozen_norm, is_norm_act, pads_same
+from nmconv.graph._zoo import has_plain_weight, is_frozen_norm, is_norm_act, pads_same
 
 __all__ = [
     "BEFORE",
+    "LEAF",
     "PADS",
     "PLAIN_ACTS",
+    "THROUGH",
     "Called",
     "Element",
     "FlowTracer",
     "Join",
     "LinearRun",
     "MethodTrace",
+    "Op",
     "Padding",
     "Reading",
     "Step",
@@ -32,10 +35,12 @@ __all__ = [
     "check_hooks",
     "fingerprint",
     "geometry_of",
+    "has_plain_weight",
     "is_activation",
     "is_frozen_norm",
     "is_norm_act",
     "is_sequential",
+    "leaf_op",
     "linear_runs",
     "mode_hidden",
     "norm_of",

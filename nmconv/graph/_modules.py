@@ -7,7 +7,11 @@ from torch import nn
 from nmconv.graph import _zoo
 from nmconv.graph._ops import ACT_MODULES, MODULES, Op
 
-__all__ = ["act_kind", "is_activation", "is_conv", "is_sequential", "leaf_op"]
+__all__ = ["LEAF", "THROUGH", "act_kind", "is_activation", "is_conv", "is_sequential", "leaf_op"]
+
+# Marks of our own: on a class or an object that is one convolution whatever its forward; on one to be traced into.
+LEAF = "_nmconv_leaf"
+THROUGH = _zoo.THROUGH
 
 
 def leaf_op(module: nn.Module) -> Op | None:
@@ -17,13 +21,15 @@ def leaf_op(module: nn.Module) -> Op | None:
     or torchvision wrote it and it is known.
     """
     cls = type(module)
+    if THROUGH in module.__dict__:
+        return None
     known = _zoo.module_op(cls)
     if known is not None:
         return known
     for base in cls.__mro__:
         op = MODULES.get(base)
         if op is not None:
-            whole = _is_torchs(cls) or getattr(module, "_nmconv_leaf", False)
+            whole = _is_torchs(cls) or (getattr(cls, LEAF, False) or LEAF in module.__dict__)
             return op if whole and "forward" not in module.__dict__ else None
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return None

@@ -13,15 +13,19 @@ from torch import nn
 from nmconv.graph._ops import Op
 
 __all__ = [
+    "THROUGH",
     "act_kind",
     "classifier_names",
     "default_input_size",
+    "has_plain_weight",
     "is_frozen_norm",
     "is_norm_act",
     "module_op",
     "pads_same",
     "stage_names",
 ]
+
+THROUGH = "_nmconv_through"  # on a module that only hands on what it gets, whatever its class
 
 _TIMM_ACTS = {
     "Swish": "SiLU",
@@ -88,6 +92,8 @@ def act_kind(cls: type[nn.Module]) -> str | None:
 
 def is_norm_act(module: nn.Module) -> bool:
     """Whether the module is timm's norm, then ``drop``, then ``act``, which can be divided."""
+    if THROUGH in module.__dict__:
+        return False
     return _path(type(module)) in _NORM_ACTS and isinstance(getattr(module, "act", None), nn.Module)
 
 
@@ -139,6 +145,11 @@ def pads_same(module: nn.Module) -> bool:
     """Whether a convolution of timm's pads as TensorFlow's "same" does, by its input's size."""
     path = _path(type(module))
     return path.startswith("timm.layers.") and (path.endswith(".Conv2dSame") or getattr(module, "same_pad", False))
+
+
+def has_plain_weight(cls: type[nn.Module]) -> bool:
+    """Whether a convolution of timm's with a forward of its own convolves with ``weight`` as it is."""
+    return _path(cls) == "timm.layers.Conv2dSame"
 
 
 def is_frozen_norm(module: nn.Module) -> bool:

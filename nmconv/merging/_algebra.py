@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nmconv.planning import Geometry, composed, diagonal, identity, joined
 
-__all__ = ["Affine", "apply", "compose", "join", "of_identity", "of_norm"]
+__all__ = ["Affine", "apply", "compose", "join", "of_identity", "of_norm", "response", "sizes_of"]
 
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -103,28 +103,31 @@ def join(branches: Sequence[Affine]) -> Affine:
 
 def apply(input: Tensor, geometry: Geometry, weight: Tensor, bias: Tensor | None, border: Tensor | None) -> Tensor:
     """Run it on ``[batch, in, *sizes]`` (or ``[in, *sizes]``); gives ``[batch, out, *sizes]``."""
-    sizes = input.shape[-geometry.rank :]
-    pads = geometry.pads(sizes)
-    result = _convolve(input, geometry, pads, weight, bias, geometry.groups)
-    return result if border is None else result + response(geometry, border, sizes, input.dim())
+    sizes = sizes_of(input, geometry.rank)
+    result = _convolve(input, geometry, geometry.pads(sizes), weight, bias, geometry.groups)
+    return result if border is None else result + response(geometry, border, sizes)
 
 
-def response(geometry: Geometry, border: Tensor, sizes: Sequence[int], dims: int) -> Tensor:
-    """What the run makes of its inner constants for inputs of ``sizes``: ``[1, out, *sizes]``, broadcasting.
+def sizes_of(input: Tensor, rank: int) -> tuple[int, ...]:
+    """The last ``rank`` extents, one by one, so that they may be symbolic."""
+    return tuple(input.shape[axis - rank] for axis in range(rank))
+
+
+def response(geometry: Geometry, border: Tensor, sizes: Sequence[int]) -> Tensor:
+    """What the run makes of its inner constants for inputs of ``sizes``: ``[out, *sizes]``, broadcasting.
 
     Args:
         geometry: Of the merged convolution.
         border: Its kernel over a map of ones.
         sizes: Of the input.
-        dims: Dimensions of the input: rank + 2, or rank + 1 where there is no batch.
     """
     pads = geometry.pads(sizes)
     within = [size if inside else 1 for size, inside in zip(sizes, geometry.bounded, strict=True)]
-    ones = border.new_ones(*(1,) * (dims - geometry.rank), *within)
+    ones = border.new_ones(1, 1, *within)
     inner = [pair if inside else (0, 0) for pair, inside in zip(pads, geometry.bounded, strict=True)]
     stride = [size if inside else 1 for size, inside in zip(geometry.stride, geometry.bounded, strict=True)]
     dilation = [size if inside else 1 for size, inside in zip(geometry.dilation, geometry.bounded, strict=True)]
-    return _CONVS[geometry.rank](F.pad(ones, _flat(inner)), border, None, stride, 0, dilation)
+    return _CONVS[geometry.rank](F.pad(ones, _flat(inner)), border, None, stride, 0, dilation).squeeze(0)
 
 
 def _convolve(

@@ -5,43 +5,58 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from nmconv.errors import RewriteError
-from nmconv.graph import Element, Join, is_norm_act, steps_of
-from nmconv.merging._brackets import Node, Segment
+from nmconv.graph import THROUGH, Element, Join, is_norm_act, steps_of
+from nmconv.merging._brackets import Node, Segment, geometry_of_nodes, nodes_of
+from nmconv.merging._folded import AfterNorm, FoldedNorm
+from nmconv.merging._live import LIVE, elements_from, go_live, text_of
+from nmconv.merging._module import filled
+from nmconv.merging._numbers import affine_in_double
 from nmconv.merging._records import Merge, Sum
+from nmconv.planning import Refusal
 from nmconv.surgery import Edit, rewrite, rewritten
 
-__all__ = ["MERGES", "AfterNorm", "Undo", "check_calls", "install", "record", "write_methods"]
+__all__ = ["MERGES", "Undo", "bake", "check_calls", "install", "record", "undone_on_failure", "write_methods"]
 
 MERGES = "_nmconv_merges"
 Undo = list[Callable[[], object]]
 Methods = Mapping[str, Any]
+Slots = dict[int, list[tuple[nn.Module, str]]]
 
 
-class AfterNorm(nn.Module):
-    """What is left of timm's norm + act when the norm is folded away: ``drop``, then ``act``."""
-
-    def __init__(self, norm_act: Any) -> None:
-        super().__init__()
-        self.drop = norm_act.drop if isinstance(getattr(norm_act, "drop", None), nn.Module) else nn.Identity()
-        self.act = norm_act.act
-        self.training = norm_act.training
-
-    def forward(self, x: Any) -> Any:
-        """The activation of ``x``, any shape."""
-        return self.act(self.drop(x))
+@contextmanager
+def undone_on_failure() -> Iterator[Undo]:
+    """A list of what takes each change back, run backwards if something fails."""
+    undo: Undo = []
+    try:
+        yield undo
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
 
 
-def record(segment: Segment, trainable: bool) -> Merge:
+def record(segment: Segment, trainable: bool, live: bool) -> Merge:
     """The segment as plain data."""
     state = _Places()
     state.walk(segment.nodes)
     assert state.head
-    return Merge(state.head, segment.convs, segment.geometry, tuple(state.removed), tuple(state.sums), trainable)
+    return Merge(
+        head=state.head,
+        convs=segment.convs,
+        geometry=segment.geometry,
+        removed=tuple(state.removed),
+        sums=tuple(state.sums),
+        trainable=trainable,
+        live=live,
+        factors=text_of(node.element for node in segment.nodes) if live else "",
+    )
 
 
 class _Places:
@@ -98,21 +113,19 @@ def install(
     Args:
         model: Changed.
         merges: What to do.
-        convs: The merged convolutions by :attr:`Merge.head`.
+        convs: The merged convolutions by :attr:`Merge.head`; none for live ones.
         methods: From :func:`write_methods`.
         undo: To be run backwards if something fails.
     """
-    slots: dict[int, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            slots.setdefault(id(child), []).append((parent, name))
+    slots = _slots(model)
+    told: list[bool] = []
     for merge in merges:
-        changes = {name: _left_of(model.get_submodule(name)) for name in merge.removed}
-        changes[merge.head] = convs[merge.head]
-        for name, module in changes.items():
-            for parent, slot in slots[id(model.get_submodule(name))]:
-                undo.append(_restoring(parent, slot))
-                parent._modules[slot] = module
+        if merge.live:
+            nodes = nodes_of_merge(model, merge)
+            go_live(model, merge.head, merge.removed, nodes, merge.geometry, told, undo)
+            continue
+        changes = {name: _left_of(model.get_submodule(name), told) for name in merge.removed}
+        _put(model, slots, {**changes, merge.head: convs[merge.head]}, undo)
     for owner, method in methods.items():
         module = model.get_submodule(owner)
         cls = rewritten(type(module), (method,))
@@ -122,15 +135,69 @@ def install(
     model.__dict__[MERGES] = (*model.__dict__.get(MERGES, ()), tuple(merges))
 
 
-def _left_of(module: nn.Module) -> nn.Module:
+def bake(model: nn.Module, undo: Undo) -> None:
+    """Put plain convolutions in the place of live ones, as if they had been merged so at once."""
+    rounds = model.__dict__.get(MERGES, ())
+    if not any(merge.live for merges in rounds for merge in merges):
+        return
+    slots = _slots(model)
+    told: list[bool] = []
+    for merge in (merge for merges in rounds for merge in merges if merge.live):
+        head: Any = model.get_submodule(merge.head)
+        conv = filled(head.__dict__[LIVE].affine(affine_in_double), head.weight, merge.trainable)
+        _put(model, slots, {name: _left_of(model.get_submodule(name), told) for name in merge.removed}, undo)
+        _put(model, slots, {merge.head: conv}, undo)
+    undo.append(_restoring_mark(model))
+    model.__dict__[MERGES] = tuple(
+        tuple(replace(merge, live=False, factors="") for merge in merges) for merges in rounds
+    )
+
+
+def _slots(model: nn.Module) -> Slots:
+    """From every module's id to where it is registered."""
+    slots: Slots = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            slots.setdefault(id(child), []).append((parent, name))
+    return slots
+
+
+def _put(model: nn.Module, slots: Slots, changes: Mapping[str, nn.Module], undo: Undo) -> None:
+    for name, module in changes.items():
+        for parent, slot in slots[id(model.get_submodule(name))]:
+            undo.append(_restoring(parent, slot))
+            parent._modules[slot] = module
+
+
+def nodes_of_merge(model: nn.Module, merge: Merge) -> tuple[Node, ...]:
+    """What a live merge computes its kernel from, read off the model.
+
+    Raises:
+        ValueError: If the model's modules do not make the convolution that the merge says.
+    """
+    elements = elements_from(merge.factors)
+    sizes = tuple(max(extent, 1) for extent in merge.geometry.extent)
+    nodes = nodes_of(model, elements, merge.geometry.in_channels, sizes, lambda name, geometry: geometry, {})
+    try:
+        found = geometry_of_nodes(nodes, merge.geometry.in_channels, merge.geometry.rank)
+    except Refusal as refusal:
+        raise ValueError(f"{merge.head}: {refusal}") from refusal
+    if found != merge.geometry:
+        raise ValueError(f"{merge.head}: its factors make another convolution than the one described")
+    return nodes
+
+
+def _left_of(module: nn.Module, told: list[bool]) -> nn.Module:
     """What stays of a module that is folded away."""
-    if is_norm_act(module):
-        left = AfterNorm(module)
-        if not (isinstance(left.act, nn.Identity) and isinstance(left.drop, nn.Identity)):
-            return left
-    identity = nn.Identity()
-    identity.training = module.training
-    return identity
+    left: nn.Module = nn.Identity()
+    if is_norm_act(module) or module.__dict__.get(THROUGH) == "act":
+        after = AfterNorm(module, told)
+        plain = isinstance(after.act, nn.Identity) and isinstance(after.drop, nn.Identity)
+        left = FoldedNorm(told) if plain else after
+    elif getattr(module, "running_mean", None) is not None:
+        left = FoldedNorm(told)
+    left.training = module.training
+    return left
 
 
 def _restoring(parent: nn.Module, slot: str) -> Callable[[], object]:
@@ -162,7 +229,7 @@ def check_calls(before: Counter[str], after: Counter[str], segments: Sequence[Se
     expected = Counter(before)
     for segment in segments:
         expected.subtract(_gone(node.element for node in segment.nodes))
-        expected[record(segment, False).head] += 1
+        expected[record(segment, False, False).head] += 1
     expected = +expected
     if expected != after:
         wrong = sorted(name for name in expected.keys() | after.keys() if expected[name] != after[name])

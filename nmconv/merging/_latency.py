@@ -72,7 +72,7 @@ def _shape(nodes: Sequence[Node], before: Any) -> Any:
 
 def _was(node: Node, before: Any) -> Geometry:
     assert isinstance(node.element, Step)
-    return before(node.element.name, node.geometry)  # type: ignore[no-any-return]
+    return before(node.element.name, node.geometry)
 
 
 class _Sum(nn.Module):

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nmconv.errors import MergeError, NoEffectWarning, OptionError
-from nmconv.graph import Join, LinearRun, before_hoisting, calls_by_kind, linear_runs, mode_hidden, steps_of
-from nmconv.merging._algebra import Affine, compose, join, of_identity
+from nmconv.graph import LinearRun, before_hoisting, calls_by_kind, linear_runs, mode_hidden, steps_of
+from nmconv.merging._algebra import Affine
+from nmconv.merging._asking import get_merges
 from nmconv.merging._brackets import Bracketing, Node, Segment, bracket, geometry_of_nodes, nodes_of
-from nmconv.merging._install import Undo, check_calls, install, record, write_methods
+from nmconv.merging._install import Undo, bake, check_calls, install, record, undone_on_failure, write_methods
+from nmconv.merging._live import affine_of_nodes
 from nmconv.merging._module import filled
 from nmconv.merging._numbers import affine_in_double
 from nmconv.merging._records import Run
@@ -74,7 +75,11 @@ def merge(
     """
     _check_options(gate, min_gain, backend, example_inputs)
     _check_mode(model, "merge")
-    with mode_hidden():
+    with mode_hidden(), undone_on_failure() as undo:
+        baking = any(merge.live for merges in get_merges(model) for merge in merges)
+        if baking:
+            model, inplace = model if inplace else copy_of(model), True
+            bake(model, undo)
         made = _Merging(model, example_inputs, live)
         if gate == "latency":
             price = made.latency(min_gain, backend, example_inputs)
@@ -83,14 +88,14 @@ def merge(
         else:
             price = _any
         made.choose(price, fold=not live, fewest=gate == "always")
-        if not made.segments:
+        if not made.segments and not baking:
             warnings.warn(
                 f"nothing to merge in this {type(model).__name__}: no linear run of it gains {min_gain} "
                 f"(nmconv.find_runs tells what there is)",
                 NoEffectWarning,
                 stacklevel=2,
             )
-        return made.carry_out(inplace)
+        return made.carry_out(inplace, undo)
 
 
 def fold_norms(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -103,10 +108,10 @@ def fold_norms(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises: as :func:`merge` does.
     """
     _check_mode(model, "fold norms")
-    with mode_hidden():
+    with mode_hidden(), undone_on_failure() as undo:
         made = _Merging(model, None, False)
         made.choose(lambda segment: None, fold=True, fewest=False)
-        return made.carry_out(inplace)
+        return made.carry_out(inplace, undo)
 
 
 def find_runs(model: nn.Module, *, min_gain: float = 1.05, example_inputs: Any = None) -> tuple[Run, ...]:
@@ -198,7 +203,9 @@ class _Merging:
             chosen = [bracket(nodes, price, fold=fold, fewest=fewest) for nodes in self.runs]
             self.segments = [segment for choice in chosen for segment in choice.segments]
             self._check_parts()
-            self._methods, failed = write_methods(self._model, [record(segment, False) for segment in self.segments])
+            self._methods, failed = write_methods(
+                self._model, [record(segment, False, False) for segment in self.segments]
+            )
             if not failed:
                 return
             self._refused |= {owner: str(error) for owner, error in failed.items()}
@@ -248,67 +255,44 @@ class _Merging:
 
     # -- doing --------------------------------------------------------------------------------------------------------
 
-    def carry_out(self, inplace: bool) -> nn.Module:
+    def carry_out(self, inplace: bool, undo: Undo) -> nn.Module:
         """Make the convolutions, check them, and put them into the model or a copy of it."""
         with torch.no_grad():
-            return self._carried_out(inplace)
+            return self._carried_out(inplace, undo)
 
-    def _carried_out(self, inplace: bool) -> nn.Module:
+    def _carried_out(self, inplace: bool, undo: Undo) -> nn.Module:
         if not self.segments:
             return self._model if inplace else copy_of(self._model)
         convs: dict[str, nn.Module] = {}
         merges = []
         for segment in self.segments:
-            affine = self._affine(segment.nodes, segment.geometry.rank)
-            head = self._model.get_submodule(record(segment, False).head)
-            like: Any = head.weight
+            merge = record(segment, self._trains(segment), self._live)
+            merges.append(merge)
+            like: Any = self._model.get_submodule(merge.head).weight
+            affine = self._affine(segment.nodes)
             if not like.is_meta:
                 check_segment(self._model, segment, affine)
-            merges.append(record(segment, self._trains(segment)))
+            if self._live:
+                continue
             try:
-                convs[merges[-1].head] = filled(affine, like, merges[-1].trainable)
+                convs[merge.head] = filled(affine, like, merge.trainable)
             except ValueError as error:
                 raise MergeError(f"{segment.convs[0]} … {segment.convs[-1]}: {error}") from error
-        gone = {name for merge in merges for name in (merge.head, *merge.removed)}
+        gone = {name for merge in merges if not merge.live for name in (merge.head, *merge.removed)}
         spare = [value for name in gone for value in self._parameters(name)]
         model = self._model if inplace else copy_of(self._model, spare)
         before = self._outputs()
         calls = calls_by_kind(self._model, training=False, example_inputs=self._examples)
-        undo: Undo = []
-        try:
-            install(model, merges, convs, self._methods, undo)
-            check_calls(calls, calls_by_kind(model, training=False, example_inputs=self._examples), self.segments)
-            if before is not None:
-                check_model_outputs(before, _called(model, self._examples), list(convs))
-        except BaseException:
-            for step in reversed(undo):
-                step()
-            raise
+        install(model, merges, convs, self._methods, undo)
+        check_calls(calls, calls_by_kind(model, training=False, example_inputs=self._examples), self.segments)
+        if before is not None:
+            check_model_outputs(before, _called(model, self._examples), [merge.head for merge in merges])
         return model
 
-    def _affine(self, nodes: Sequence[Node], rank: int) -> Affine:
+    def _affine(self, nodes: Sequence[Node]) -> Affine:
         """The nodes as one convolution, in float64."""
-        parts = []
-        for node in nodes:
-            assert isinstance(node.geometry, Geometry)
-            if isinstance(node.element, Join):
-                like = torch.empty(0, dtype=torch.float64, device=self._device())
-                branches = [
-                    self._affine(branch, rank) if branch else of_identity(like, node.geometry.in_channels, rank)
-                    for branch in node.branches
-                ]
-                parts.append(join(branches))
-            elif node.element.kind == "pad":
-                like = torch.empty(0, dtype=torch.float64, device=self._device())
-                ones = of_identity(like, node.geometry.in_channels, rank)
-                parts.append(Affine(node.geometry, ones.weight, diagonal=True))
-            elif node.element.kind in ("conv", "norm"):
-                module = self._model.get_submodule(node.element.name)
-                parts.append(affine_in_double(module, node.element.kind, node.geometry))
-        if not parts:
-            like = torch.empty(0, dtype=torch.float64, device=self._device())
-            return of_identity(like, nodes[0].geometry.in_channels, rank)  # type: ignore[union-attr]
-        return reduce(compose, parts)
+        like = torch.empty(0, dtype=torch.float64, device=self._device())
+        return affine_of_nodes(nodes, self._model.get_submodule, affine_in_double, like)
 
     def _device(self) -> str:
         first = next(iter(self._model.parameters()), None)

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
-from nmconv.merging._algebra import Affine, apply, response
+from nmconv.merging._algebra import Affine, apply, response, sizes_of
 from nmconv.planning import Geometry
 
 __all__ = ["MergedConv", "conv_module", "is_plain"]
@@ -51,18 +52,22 @@ class MergedConv(nn.modules.conv._ConvNd):
         return result if self.border is None else result + self._response(input, result.dtype)
 
     def _response(self, input: Tensor, dtype: torch.dtype) -> Tensor:
-        sizes = input.shape[-self.geometry.rank :]
+        sizes = sizes_of(input, self.geometry.rank)
         assert self.border is not None
-        if torch.compiler.is_exporting() or (torch.is_grad_enabled() and self.border.requires_grad):
-            if not torch.compiler.is_compiling():
-                self._kept = None  # the border may be about to change
-            return response(self.geometry, self.border, sizes, input.dim())
+        if torch.compiler.is_compiling() or isinstance(
+            input, Proxy
+        ):  # also while exporting; a map kept here could go stale unnoticed
+            return response(self.geometry, self.border, sizes)
+        if torch.is_grad_enabled() and self.border.requires_grad:
+            self._kept = None  # the border may be about to change
+            return response(self.geometry, self.border, sizes)
+        version = 0 if self.border.is_inference() else self.border._version
+        key = (sizes, dtype, input.device, version)
         kept = self._kept
-        key = (tuple(sizes), input.dim(), dtype, input.device, self.border._version)
         if kept is not None and kept[0] == key:
             return kept[1]
-        made = response(self.geometry, self.border, sizes, input.dim())
-        if not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()):
+        made = response(self.geometry, self.border, sizes)
+        if not torch.is_inference_mode_enabled():
             self._kept = (key, made)
         return made
 

@@ -11,7 +11,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from nmconv.graph import norm_of
+from nmconv.graph import has_plain_weight, norm_of
 from nmconv.merging._algebra import Affine, of_norm
 from nmconv.merging._module import MergedConv
 from nmconv.planning import Geometry, Refusal
@@ -47,10 +47,22 @@ def _moved(tensor: Tensor) -> Tensor:
     return tensor.to("meta" if tensor.is_meta else "cpu", torch.float64)
 
 
+def _base(module: nn.Module) -> Any:
+    """The class it had before its padding moved, or it went live."""
+    return getattr(type(module), "_nmconv_base", type(module))
+
+
+def _has_own_weight(module: nn.Module) -> bool:
+    """Whether what it convolves with is called ``weight`` (which a parametrization may compute)."""
+    base = _base(module)
+    torchs = base.forward.__module__.startswith("torch.nn.")
+    return torchs or isinstance(module, MergedConv) or has_plain_weight(base)
+
+
 def _is_plain(module: Any) -> bool:
-    """Whether the convolution convolves with its ``weight`` as it is."""
-    own = type(module).forward.__module__.startswith("torch.nn.") or isinstance(module, MergedConv)
-    return own and isinstance(module._parameters.get("weight"), nn.Parameter) and not module._forward_pre_hooks
+    """Whether that is a parameter as it stands."""
+    weight = module._parameters.get("weight")
+    return _has_own_weight(module) and isinstance(weight, nn.Parameter) and not module._forward_pre_hooks
 
 
 def weight_of(module: Any) -> Tensor:
@@ -62,12 +74,13 @@ def weight_of(module: Any) -> Tensor:
         if isinstance(hook, SpectralNorm) and hook.name == "weight":
             made = hook.compute_weight(module, do_power_iteration=False)
             return made
-    if type(module).forward.__module__.startswith("torch.nn.") or isinstance(module, MergedConv):
+    if _has_own_weight(module):
         weight: Tensor = module.weight
         return weight
+    base = _base(module)
     with _Watched() as watched:
         sizes = [gap * (size - 1) + step for size, gap, step in _per_axis(module)]
-        module.forward(module.weight.new_zeros(1, module.in_channels, *sizes))
+        base.forward(module, module.weight.new_zeros(1, module.in_channels, *sizes))
     if len(watched.weights) != 1:
         raise Refusal(f"{type(module).__name__} makes {len(watched.weights)} convolutions")
     return watched.weights[0]

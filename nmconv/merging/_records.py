@@ -39,6 +39,8 @@ class Merge:
         removed: Qualified names of the other modules, which become identities.
         sums: Additions that go, innermost first.
         trainable: Whether its parameters require gradients.
+        live: Whether the factors stay parameters and the kernel is computed from them on the fly.
+        factors: Where it is live, what the kernel is computed from, as JSON.
     """
 
     head: str
@@ -47,6 +49,8 @@ class Merge:
     removed: tuple[str, ...]
     sums: tuple[Sum, ...] = ()
     trainable: bool = True
+    live: bool = False
+    factors: str = ""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nmconv.errors import PlanError
 from nmconv.graph import (
     BEFORE,
+    LEAF,
     PADS,
     Element,
     Join,
@@ -115,7 +116,7 @@ def _pad(module: Any, geometry: Geometry) -> None:
     if getattr(module, "same_pad", False):
         module.same_pad = False
     module.__dict__[PADS] = changed
-    module.__dict__["_nmconv_leaf"] = True
+    module.__dict__[LEAF] = True
     module.__dict__["_nmconv_own"] = not pads_same(module) and not _torchs(type(module))
     module.__class__ = cls
 

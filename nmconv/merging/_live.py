@@ -1,0 +1,208 @@
+"""Merged kernels computed from their factors on the fly: the factors stay parameters, under their old keys."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmconv.graph import LEAF, THROUGH, Element, Join, Step, is_norm_act
+from nmconv.merging._algebra import Affine, apply, compose, join, of_identity
+from nmconv.merging._brackets import Node
+from nmconv.merging._folded import FOLDED
+from nmconv.merging._numbers import affine_of
+from nmconv.planning import Geometry
+from nmconv.surgery import Method, rewritten
+
+__all__ = ["LIVE", "Live", "affine_of_nodes", "elements_from", "go_live", "text_of"]
+
+LIVE = "_nmconv_live"  # on the module that takes the merged convolution's place: a Live
+Numbers = Callable[[nn.Module, str, Geometry], Affine]
+
+
+@dataclass(eq=False)
+class Live:
+    """What a merged kernel is computed from.
+
+    Attributes:
+        nodes: Of the run.
+        modules: By name, those that the nodes speak of.
+        geometry: Of the merged convolution.
+    """
+
+    nodes: tuple[Node, ...]
+    modules: dict[str, nn.Module]
+    geometry: Geometry
+
+    def affine(self, numbers: Numbers = affine_of) -> Affine:
+        """The convolution, from the factors as they are now."""
+        like = next(value for module in self.modules.values() for value in module.parameters(recurse=False))
+        return affine_of_nodes(self.nodes, self.modules.__getitem__, numbers, like)
+
+
+def affine_of_nodes(
+    nodes: Sequence[Node], module: Callable[[str], nn.Module], numbers: Numbers, like: Tensor
+) -> Affine:
+    """The nodes as one convolution.
+
+    Args:
+        nodes: Of a run, all with a geometry.
+        module: From a name to the module.
+        numbers: From a module, its kind and its geometry to the convolution it is.
+        like: Gives dtype and device to identities.
+    """
+    parts = []
+    for node in nodes:
+        assert isinstance(node.geometry, Geometry)
+        channels, rank = node.geometry.in_channels, node.geometry.rank
+        if isinstance(node.element, Join):
+            branches = [
+                affine_of_nodes(branch, module, numbers, like) if branch else of_identity(like, channels, rank)
+                for branch in node.branches
+            ]
+            parts.append(join(branches))
+        elif node.element.kind == "pad":
+            parts.append(Affine(node.geometry, of_identity(like, channels, rank).weight, diagonal=True))
+        elif node.element.kind in ("conv", "norm"):
+            parts.append(numbers(module(node.element.name), node.element.kind, node.geometry))
+    if not parts:  # identities only
+        assert isinstance(nodes[0].geometry, Geometry)
+        return of_identity(like, nodes[0].geometry.in_channels, nodes[0].geometry.rank)
+    return reduce(compose, parts)
+
+
+def live_forward(module: nn.Module, input: Tensor) -> Tensor:
+    """The merged convolution of ``input``, ``[batch, in, *sizes]``, with a kernel made of the factors as they are."""
+    live: Live = module.__dict__[LIVE]
+    with torch.autocast(input.device.type, enabled=False):
+        made = live.affine().dense()
+    return apply(input, live.geometry, made.weight, made.bias, made.border)
+
+
+def after_norm(module: Any, input: Tensor) -> Tensor:
+    """What is left of timm's norm + act when its norm is part of a merged kernel."""
+    drop = getattr(module, "drop", None)
+    result: Tensor = module.act(input if drop is None else drop(input))
+    return result
+
+
+_THIS = f"{__name__}:"
+_HEAD = Method(
+    "forward", "def forward(self, input):\n    return _live(self, input)\n", (("_live", _THIS + "live_forward"),)
+)
+_THROUGH = Method("forward", "def forward(self, input):\n    return input\n")
+_AFTER = Method("forward", "def forward(self, x):\n    return _after(self, x)\n", (("_after", _THIS + "after_norm"),))
+_TRAIN = Method(
+    "train",
+    "def train(self, mode=True):\n    _tell(self, mode)\n    return _train(self, mode)\n",
+    (("_tell", "nmconv.merging._folded:tell"), ("_train", _THIS + "base_train")),
+)
+
+
+def base_train(module: Any, mode: bool) -> Any:
+    """``train`` of the class that a norm had before."""
+    return type(module)._nmconv_base.train(module, mode)
+
+
+def go_live(
+    model: nn.Module,
+    head: str,
+    removed: Iterable[str],
+    nodes: tuple[Node, ...],
+    geometry: Geometry,
+    told: list[bool],
+    undo: list[Callable[[], object]],
+) -> None:
+    """Let the module ``head`` compute the merged convolution, and the others hand their input on.
+
+    Args:
+        model: Changed.
+        head: Qualified name of the convolution whose place the merged one takes.
+        removed: Of the other modules.
+        nodes: Of the run.
+        geometry: Of the merged convolution.
+        told: Shared by all folded norms of the model; see :func:`nmconv.merging._folded.tell`.
+        undo: Appended to.
+    """
+    names = [name for node in nodes for name in _names(node)]
+    live = Live(nodes, {name: model.get_submodule(name) for name in names}, geometry)
+    for name in (head, *removed):
+        module: Any = model.get_submodule(name)
+        undo.append(_restoring(module))
+        norm_act = is_norm_act(module)
+        is_norm = getattr(module, "running_mean", None) is not None
+        methods: tuple[Method, ...] = (_HEAD,) if name == head else (_AFTER if norm_act else _THROUGH,)
+        if name == head:
+            module.__dict__.update({LIVE: live, LEAF: True, "geometry": geometry})
+        else:
+            module.__dict__[THROUGH] = "act" if norm_act else "all"
+        if is_norm:
+            module.__dict__[FOLDED] = told
+            methods = (*methods, _TRAIN)
+        module.__class__ = rewritten(type(module), methods)
+
+
+def _names(node: Node) -> Iterable[str]:
+    if isinstance(node.element, Join):
+        for branch in node.branches:
+            for inner in branch:
+                yield from _names(inner)
+    elif node.element.kind in ("conv", "norm"):
+        yield node.element.name
+
+
+def _restoring(module: nn.Module) -> Callable[[], object]:
+    before, cls = dict(module.__dict__), type(module)
+
+    def restore() -> None:
+        object.__setattr__(module, "__class__", cls)
+        module.__dict__.clear()
+        module.__dict__.update(before)
+
+    return restore
+
+
+def text_of(elements: Iterable[Element]) -> str:
+    """The elements of a run as JSON."""
+    return json.dumps(_plain(elements))
+
+
+def _plain(elements: Iterable[Element]) -> list[Any]:
+    found: list[Any] = []
+    for element in elements:
+        if isinstance(element, Step):
+            found.append([element.kind, element.name])
+        else:
+            branches = [_plain(branch) for branch in element.branches]
+            found.append([element.owner, element.takes, element.label, element.number, *branches])
+    return found
+
+
+def elements_from(text: str) -> tuple[Element, ...]:
+    """Read what :func:`text_of` wrote.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    try:
+        return _elements(json.loads(text))
+    except (TypeError, RecursionError, KeyError, IndexError) as error:
+        raise ValueError(f"these are no factors: {error}") from error
+
+
+def _elements(parts: Any) -> tuple[Element, ...]:
+    found: list[Element] = []
+    for part in parts:
+        if len(part) == 2 and part[0] in ("conv", "norm", "pad", "drop", "pass") and isinstance(part[1], str):
+            found.append(Step(part[0], part[1]))
+            continue
+        owner, takes, label, number, one, two = part
+        if [type(value) for value in (owner, takes, label, number)] != [str, str, str, int]:
+            raise TypeError("a sum of another form")
+        found.append(Join((_elements(one), _elements(two)), owner, takes, label, number))
+    return tuple(found)
