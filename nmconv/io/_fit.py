@@ -1,0 +1,111 @@
+"""Whether what a file says is about this model: every name is looked up, none is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from nmconv.graph import Op, fingerprint, is_norm_act, leaf_op, steps_of
+from nmconv.io._methods import callable_methods
+from nmconv.io._problems import Damaged, Foreign
+from nmconv.merging import Merge, elements_from
+from nmconv.planning import Geometry, Plan
+
+__all__ = ["check_merges", "check_plan"]
+
+_REMOVABLE = (Op.CONV, Op.NORM, Op.PAD, Op.DROP)
+Modules = Mapping[str, nn.Module]
+
+
+def check_plan(model: nn.Module, plan: Plan) -> None:
+    """Check that a plan is for a model of this structure, and names only what is in it.
+
+    Raises:
+        Foreign: If not.
+    """
+    if fingerprint(model) != plan.fingerprint:
+        raise Foreign(f"it was saved from a {plan.model} of another structure than this {type(model).__name__}")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    methods = callable_methods(model)
+    for site in plan.changes:
+        _module(modules, site.owner)
+        _module(modules, site.name)
+        if site.how == "rewrite" or site.function:
+            _check_method(site.method, methods, site.id)
+        if site.place is not None:
+            _module(modules, site.place.owner)
+            if site.place.how == "rewrite":
+                _check_method(site.place.method, methods, site.id)
+    for hoist in plan.hoists:
+        for name in hoist.convs:
+            _conv(modules, name)
+
+
+def check_merges(model: nn.Module, merges: Sequence[Merge]) -> None:
+    """Check that the merges of one round can be made of this model's modules.
+
+    Raises:
+        Foreign, Damaged: If not.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    taken: set[int] = set()
+    for merge in merges:
+        for name in (merge.head, *merge.removed):
+            module = _module(modules, name)
+            if not (leaf_op(module) in _REMOVABLE or is_norm_act(module)):
+                raise Foreign(f"it merges {name!r}, which is a {type(module).__name__} here")
+            if id(module) in taken:
+                raise Foreign(f"it merges {name!r} twice")
+            taken.add(id(module))
+        for name in merge.convs:
+            _conv(modules, name)
+        _check_ends(modules, merge)
+        for addition in merge.sums:
+            _module(modules, addition.owner)
+        if merge.live:
+            _check_factors(merge)
+
+
+def _check_ends(modules: Modules, merge: Merge) -> None:
+    """The merged convolution takes what its first one takes and gives what its last one gives."""
+    first, last = (_conv(modules, merge.convs[at]) for at in (0, -1))
+    first, last = (module.__dict__.get("geometry", module) for module in (first, last))  # merged ones, live or not
+    kernel = first.kernel if isinstance(first, Geometry) else first.kernel_size
+    found = (len(kernel), first.in_channels, last.out_channels)
+    told = (merge.geometry.rank, merge.geometry.in_channels, merge.geometry.out_channels)
+    if found != told:
+        raise Foreign(
+            f"the merged {merge.head!r} has (axes, channels in, channels out) {told}, which this model's convolutions "
+            f"{merge.convs[0]!r} to {merge.convs[-1]!r} do not make: {found}"
+        )
+
+
+def _check_factors(merge: Merge) -> None:
+    """A live kernel is computed from the modules it replaces, and from no others."""
+    try:
+        steps = list(steps_of(elements_from(merge.factors)))
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"the factors of {merge.head!r} cannot be read: {error}") from error
+    for step in steps:
+        if step.kind != "pass" and step.name not in (merge.head, *merge.removed):
+            raise Damaged(f"{merge.head!r} would be computed from {step.name!r}, which it does not replace")
+
+
+def _module(modules: Modules, name: str) -> nn.Module:
+    if name not in modules:
+        raise Foreign(f"it names {name!r}, which this model does not have")
+    return modules[name]
+
+
+def _conv(modules: Modules, name: str) -> Any:
+    module = _module(modules, name)
+    if leaf_op(module) is not Op.CONV or not isinstance(module, nn.modules.conv._ConvNd) or module.transposed:
+        raise Foreign(f"it names {name!r} as a convolution, which is a {type(module).__name__} here")
+    return module
+
+
+def _check_method(name: str, methods: frozenset[str], site: str) -> None:
+    if name not in methods:
+        raise Foreign(f"it would rewrite a method {name!r} for {site}, which no forward of this model calls")

@@ -1,0 +1,89 @@
+"""Loading: a file's plan and merges replayed on a pristine model, then its tensors loaded."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+
+from torch import nn
+
+from nmconv.errors import AlreadyConvertedError, FileError
+from nmconv.io._check import check_content
+from nmconv.io._content import from_text
+from nmconv.io._file import File, opened
+from nmconv.io._problems import Damaged, Foreign, Unread
+from nmconv.io._replay import replay
+from nmconv.io._state import fill, sources_of, state_of
+from nmconv.io._undo import undone_if_failing
+from nmconv.merging import get_merges
+from nmconv.surgery import check_model, copy_of
+
+__all__ = ["load"]
+
+_LONGEST = 600  # characters of an error's text that come from a file
+
+
+def load(model: nn.Module, path: str | os.PathLike[str], *, inplace: bool = False) -> nn.Module:
+    """Make of a pristine model the one that was saved: converted and merged as the file says, with its weights.
+
+    Nothing is decided or checked for gain again, and no forward pass is run. The tensors take the dtype and device of
+    the model's own, as with ``load_state_dict``; merged convolutions take their heads'. Parameters on the meta device
+    are made on the CPU. The model's mode, train or eval, stays.
+
+    Args:
+        model: As it was before it was converted and merged: built by the same code, with any weights.
+        path: What :func:`nmconv.save` wrote.
+        inplace: Change ``model`` itself instead of a copy. A second copy of its weights is kept meanwhile, so that it
+            is as it was if anything fails.
+
+    Returns:
+        The model, of the same class.
+
+    Raises:
+        FileError: If the file is damaged, of another format, or of another model.
+        OSError: If it cannot be opened (FileNotFoundError, ...).
+        AlreadyConvertedError: If the model is converted or merged already.
+        ModelTypeError: If it is no module, or wrapped, compiled or scripted; or if it is on the meta device and has
+            buffers that no state dict holds.
+    """
+    _check_pristine(model)
+    name = os.fspath(path)
+    try:
+        with opened(path) as file:
+            return _loaded(model, file, inplace)
+    except Damaged as error:
+        raise FileError(f"{name}: {_short(error)}; copy it anew, or save the model again") from error
+    except Unread as error:
+        raise FileError(
+            f"{name}: {_short(error)}; install the version of nmconv that wrote it, or save anew"
+        ) from error
+    except Foreign as error:
+        raise FileError(
+            f"{name}: {_short(error)}; give the model that was saved as it was before nmconv.convert and nmconv.merge"
+        ) from error
+
+
+def _loaded(model: nn.Module, file: File, inplace: bool) -> nn.Module:
+    content = from_text(file.text)
+    check_content(content)
+    result = model if inplace else copy_of(model)
+    with undone_if_failing(result) if inplace else nullcontext():
+        homes = replay(result, content)
+        sources = sources_of(state_of(result), file, content.aliases)
+        fill(result, file, sources, homes)
+    return result
+
+
+def _check_pristine(model: nn.Module) -> None:
+    check_model(model)
+    for name, module in model.named_modules():
+        if get_merges(module):
+            raise AlreadyConvertedError(
+                f"{repr(name) + ' in the model' if name else 'the model'} was merged already: give nmconv.load the "
+                "model as it was before"
+            )
+
+
+def _short(error: Exception) -> str:
+    text = str(error).strip()
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
