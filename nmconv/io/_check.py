@@ -135,10 +135,11 @@ def check_takes(text: str, where: str) -> None:
     parts = isinstance(value, list) and len(value) == 2 and isinstance(value[0], list) and isinstance(value[1], dict)
     _hold(parts, f"{where} has arguments that are no list and names")
     _hold(all(str.isidentifier(name) for name in value[1]), f"{where} has arguments whose names are no names")
-    for part in (*value[0], *value[1].values()):
-        for leaf in _leaves(part, where, 0):
-            small = not isinstance(leaf, (int, float)) or isinstance(leaf, bool) or abs(leaf) <= _ARGUMENT
-            _hold(small or leaf in (math.inf, -math.inf) or leaf != leaf, f"{where} has the argument {leaf}")
+    leaves = [leaf for part in (*value[0], *value[1].values()) for leaf in _leaves(part, where, 0)]
+    _hold("T" in leaves, f"{where} has no tensor among its arguments")
+    for leaf in leaves:
+        small = not isinstance(leaf, (int, float)) or isinstance(leaf, bool) or abs(leaf) <= _ARGUMENT
+        _hold(small or leaf in (math.inf, -math.inf) or leaf != leaf, f"{where} has the argument {leaf}")
 
 
 def _leaves(value: Any, where: str, depth: int) -> Iterator[Any]:

@@ -16,7 +16,7 @@ from nmconv.timing import interleaved, ratios, runner
 
 __all__ = ["LatencyGate"]
 
-_HOPELESS = 0.9  # multiply-adds before over after below which nothing was ever faster (docs/merging.md)
+_HOPELESS = 0.6  # multiply-adds before over after below which nothing was ever faster (docs/merging.md)
 
 
 class LatencyGate:
