@@ -1,7 +1,8 @@
-"""Train a timm network on real pictures at 1:1 and at N:M, side by side.
+"""Train a timm network on real pictures at 1:1 and at N:M, side by side, and merge what training leaves linear.
 
     python examples/demo.py                               # scikit-learn's handwritten digits: nothing is downloaded
     python examples/demo.py --ratio 2:1 3:1 --seed 1
+    python examples/demo.py --ratio 3:1 --model mobilenetv2_050 --relocate --hoist     # most of its convolutions merge
     python examples/demo.py --data-dir ~/data/cifar10     # any ImageFolder: train/<class>/*, test/<class>/* (or val/)
 
 Every network starts from the same weights and sees the same batches; only the activations differ. One seed and a short
@@ -34,6 +35,8 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import ImageFolder
 
 import nmconv
@@ -59,6 +62,11 @@ class Run:
     losses: list[float] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    difference: float | None = None  # of a merged network: from the converted one, of the largest output
+
+    @property
+    def name(self) -> str:
+        return self.ratio if self.difference is None else f"{self.ratio} merged"
 
 
 def digits(size: int, limit: int) -> tuple[Split, Split, int]:
@@ -119,7 +127,8 @@ def build(args: argparse.Namespace, ratio: str, channels: int, classes: int) -> 
             warnings.simplefilter("ignore", nmconv.NoEffectWarning)
         plan = nmconv.make_plan(model, ratio)
     if ratio != "1:1":
-        model = nmconv.convert(model, ratio, inplace=True)
+        model = nmconv.convert(model, ratio, relocate=args.relocate, hoist_padding=args.hoist, inplace=True)
+        plan = nmconv.get_plan(model)
     return Run(ratio, model.to(args.device), plan)
 
 
@@ -170,19 +179,58 @@ def train(run: Run, train_split: Split, test_split: Split, args: argparse.Namesp
     run.seconds = time.perf_counter() - start
 
 
-def table(runs: list[Run], args: argparse.Namespace) -> Table:
+def merged(run: Run, test_split: Split, args: argparse.Namespace) -> Run:
+    """The trained network with its linear runs merged where that saves multiply-adds, and its norms folded."""
+    normalise = Normalise(test_split, args.device)
+    model = run.model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", nmconv.NoEffectWarning)
+        after = nmconv.merge(model, gate=args.gate)
+    with torch.inference_mode():
+        x = normalise(test_split.images[:64])
+        one, other = model(x), after(x)
+    result = Run(run.ratio, after, run.plan, run.losses, [evaluate(after, test_split, normalise)])
+    result.difference = float((one - other).abs().max() / one.abs().max())
+    return result
+
+
+def multiply_adds(model: nn.Module, x: Tensor) -> int:
+    """Of one picture."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(x)
+    return counter.get_total_flops() // 2
+
+
+def latencies(runs: list[Run], x: Tensor, rounds: int = 9) -> list[float]:
+    """Median milliseconds of one forward, one thread, the networks taking turns; norms folded in all of them."""
+    models = [run.model if run.difference is not None else nmconv.fold_norms(run.model.eval()) for run in runs]
+    with torch.inference_mode():
+        timers = [Timer("model(x)", globals={"model": model, "x": x}, num_threads=1) for model in models]
+        samples = np.array([[timer.timeit(5).median for timer in timers] for _ in range(rounds)])
+    return [float(value) * 1e3 for value in np.median(samples, axis=0)]
+
+
+def table(runs: list[Run], x: Tensor, args: argparse.Namespace) -> Table:
     out = Table(title=f"{args.title}: {args.epochs} epoch(s), one seed ({args.seed})")
-    for heading in ("ratio", "reached", "convs", "activations", "train loss", "test accuracy", "seconds"):
+    for heading in ("ratio", "reached", "convs", "activations", "multiply-adds", "latency", "train loss"):
         out.add_column(heading, justify="right")
-    for run in runs:
+    for heading in ("test accuracy", "seconds", "difference"):
+        out.add_column(heading, justify="right")
+    times = latencies(runs, x)
+    for run, milliseconds in zip(runs, times, strict=True):
+        convs = sum(isinstance(module, nn.modules.conv._ConvNd) for module in run.model.modules())
         out.add_row(
-            run.ratio,
+            run.name,
             run.plan.counts.ratio_reached,
-            str(run.plan.counts.convs),
+            str(convs),
             str(run.plan.counts.activations_after),
+            f"{multiply_adds(run.model, x) / 1e6:.1f} M",
+            f"{milliseconds / times[0]:.2f}x",
             f"{run.losses[-1]:.3f}",
             f"{run.accuracies[-1]:.2f} %",
-            f"{run.seconds:.0f}",
+            f"{run.seconds:.0f}" if run.seconds else "",
+            "" if run.difference is None else f"{run.difference:.0e}",
         )
     return out
 
@@ -218,6 +266,11 @@ def at_least(least: int) -> Callable[[str], int]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ratio", nargs="+", default=["2:1"], metavar="N:M", help="ratios to train besides 1:1 [2:1]")
+    parser.add_argument("--relocate", action="store_true", help="move kept activations to the ends of their units")
+    parser.add_argument("--hoist", action="store_true", help="move padding to the front of linear runs before training")
+    parser.add_argument(
+        "--gate", choices=("flops", "always"), default="flops", help="what is merged afterwards [flops]"
+    )
     parser.add_argument("--model", default="resnet18", help="a timm model [resnet18, a quarter as wide]")
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
     parser.add_argument("--data-dir", type=Path, help="an ImageFolder with train/ and test/ or val/ [digits]")
@@ -258,7 +311,10 @@ def main() -> None:
         for run in runs:
             train(run, train_split, test_split, args, progress)
     plot(runs, args)
-    console.print(table(runs, args))
+    x = Normalise(train_split, args.device)(test_split.images[:1])
+    rows = [row for run in runs for row in ([run] if run.ratio == "1:1" else [run, merged(run, test_split, args)])]
+    console.print(table(rows, x, args))
+    console.print("Latency: of one picture, one thread, norms folded in every network, relative to 1:1.")
     console.print("One seed and a short schedule: no claim about which ratio is better.")
     console.print(f"The plot is in {args.out}", soft_wrap=True)
 

@@ -58,7 +58,8 @@ def test_digits(tmp_path):
     assert "The plan at 2:1:" in result.stdout
     assert "layer1.0.act1" in result.stdout
     columns = [(row[0], row[3]) for row in rows(result.stdout)]  # ratio asked, activations
-    assert columns == [("1:1", "17"), ("2:1", "9")]
+    assert float(rows(result.stdout)[-1][-1]) < 1e-4  # merged against converted
+    assert columns == [("1:1", "17"), ("2:1", "9"), ("2:1 merged", "9")]
     assert (tmp_path / "plots" / "demo.png").read_bytes().startswith(PNG)
     assert result.stderr == ""
 
@@ -69,8 +70,19 @@ def test_image_folder_and_several_ratios(tmp_path):
     result = demo(tmp_path, *flags, "--batch-size", "4", "--out", "demo.png")
     assert result.returncode == 0, result.stderr
     assert "8 pictures to train on, 8 to test on, 2 classes" in result.stdout
-    assert [row[0] for row in rows(result.stdout)] == ["1:1", "2:1", "3:1"]
+    assert [row[0] for row in rows(result.stdout)] == ["1:1", "2:1", "2:1 merged", "3:1", "3:1 merged"]
     assert (tmp_path / "demo.png").read_bytes().startswith(PNG)
+
+
+def test_merging_leaves_fewer_convolutions(tmp_path):
+    flags = ("--limit", "64", "--ratio", "3:1", "--model", "mobilenetv2_035", "--relocate", "--hoist")
+    result = demo(tmp_path, *flags, "--out", "demo.png")
+    assert result.returncode == 0, result.stderr
+    before, after = rows(result.stdout)[-2:]
+    assert (before[0], after[0]) == ("3:1", "3:1 merged")
+    assert int(after[2]) < int(before[2])  # convolutions
+    assert float(after[4].split()[0]) < float(before[4].split()[0])  # multiply-adds
+    assert float(after[-1]) < 1e-4
 
 
 def test_a_ratio_that_is_none_is_one_clear_line(tmp_path):
