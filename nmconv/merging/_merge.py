@@ -71,7 +71,7 @@ def merge(
         MergeError: If it, or a part of a run, is in train mode; or if a merged run differs from its original.
 
     Warns:
-        NoEffectWarning: If nothing pays.
+        NoEffectWarning: If no run pays; norms may have been folded all the same.
     """
     _check_options(gate, min_gain, backend, example_inputs)
     _check_mode(model, "merge")
@@ -88,7 +88,7 @@ def merge(
         else:
             price = _any
         made.choose(price, fold=not live, fewest=gate == "always")
-        if not made.segments and not baking:
+        if not baking and all(segment.is_fold for segment in made.segments):
             warnings.warn(
                 f"nothing to merge in this {type(model).__name__}: no linear run of it gains {min_gain} "
                 f"(nmconv.find_runs tells what there is)",

@@ -1,0 +1,118 @@
+"""Where merged models go: ONNX Runtime at sizes of its choice, torch.export, torchao's int8."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import nmconv
+
+
+class Net(nn.Module):
+    """A 1x1 with a shift before a padded 3x3 (a border term), a residual sum, and a lone convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 1), nn.BatchNorm2d(32), nn.Conv2d(32, 8, 3, 2, 1), nn.ReLU())
+        self.wide = nn.Conv2d(8, 48, 1)
+        self.norm = nn.BatchNorm2d(48)
+        self.depth = nn.Conv2d(48, 48, 3, padding=1, groups=48)
+        self.narrow = nn.Conv2d(48, 8, 1)
+        self.last = nn.Conv2d(8, 4, 3)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = torch.relu(x + self.narrow(self.depth(self.norm(self.wide(x)))))
+        return self.last(x).mean((2, 3))
+
+
+@pytest.fixture(scope="module")
+def nets():
+    torch.manual_seed(0)
+    net = Net().eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.bias)
+    fast = nmconv.merge(net, gate="always")
+    assert sum(isinstance(module, nn.modules.conv._ConvNd) for module in fast.modules()) == 3
+    assert sum(getattr(module, "border", None) is not None for module in fast.modules()) == 2
+    return net, fast
+
+
+def close(one, other):
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def shapes():
+    batch, height, width = (
+        torch.export.Dim(name, min=8 if name != "batch" else 2, max=512) for name in ("batch", "height", "width")
+    )
+    return ({0: batch, 2: height, 3: width},)
+
+
+def test_onnxruntime_at_any_batch_and_size(nets, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    net, fast = nets
+    path = str(tmp_path / "fast.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own
+        torch.onnx.export(fast, (torch.randn(2, 3, 24, 24),), path, dynamo=True, dynamic_shapes=shapes(), verbose=False)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    for shape in ((2, 3, 24, 24), (5, 3, 17, 30), (3, 3, 33, 9)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            close(torch.from_numpy(session.run(None, {name: x.numpy()})[0]), net(x))
+
+
+def test_onnxruntime_at_a_fixed_size_has_nothing_left_of_the_border(nets, tmp_path):
+    """The border's map is a constant there: one convolution a merged run, no kernel over a map of ones."""
+    runtime = pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    net, fast = nets
+    path, folded = str(tmp_path / "fast.onnx"), str(tmp_path / "folded.onnx")
+    x = torch.randn(1, 3, 20, 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(fast, (x,), path, dynamo=True, verbose=False)
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = folded
+    session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        close(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), net(x))
+    assert sum(node.op_type == "Conv" for node in onnx.load(folded).graph.node) == 3
+
+
+def test_export_at_any_batch_and_size(nets):
+    net, fast = nets
+    program = torch.export.export(fast, (torch.randn(2, 3, 24, 24),), dynamic_shapes=shapes())
+    x = torch.randn(4, 3, 19, 26)
+    with torch.no_grad():
+        close(program.module()(x), net(x))
+
+
+def test_int8_by_torchao(nets):
+    pytest.importorskip("torchao")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+        from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+        net, fast = nets
+        torch.manual_seed(0)
+        x = torch.randn(8, 3, 24, 24)
+        quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+        prepared = prepare_pt2e(torch.export.export(fast, (x,)).module(), quantizer)
+        prepared(x)
+        quantised = convert_pt2e(prepared)
+        with torch.no_grad():
+            expected, found = net(x), quantised(x)
+    text = str(quantised.graph)
+    assert text.count("quantize_per_channel") >= 3  # every convolution's weight
+    assert 0 < float((found - expected).norm() / expected.norm()) < 0.1
