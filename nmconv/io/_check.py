@@ -82,7 +82,7 @@ def _check_stages(stages: tuple[Stage, ...], geometry: Geometry, axis: int, wher
         fixed = 0 <= stage.left <= _LARGEST and 0 <= stage.right <= _LARGEST
         _hold(sizes and (fixed or (stage.left, stage.right) == (-1, -1)), f"{where} has the stage {stage}")
         total *= stage.stride
-        _hold(geometry.stride[axis] % total == 0, f"{where} has stages of stride {total} in {geometry.stride[axis]}")
+        _hold(total <= _LARGEST, f"{where} has stages of stride {total}")
 
 
 def _check_merge(merge: Merge, where: str) -> None:
@@ -143,7 +143,7 @@ def check_takes(text: str, where: str) -> None:
 
 
 def _leaves(value: Any, where: str, depth: int) -> Iterator[Any]:
-    """Numbers, flags and text in an encoded argument."""
+    """Tensors, numbers and flags in an encoded argument; text is what it is."""
     _hold(depth <= _DEPTH, f"{where} has arguments nested too deep")
     if not isinstance(value, list):
         plain = value is None or value == "T" or type(value) in (bool, int, float)
@@ -153,7 +153,6 @@ def _leaves(value: Any, where: str, depth: int) -> Iterator[Any]:
     _hold(bool(value) and value[0] in ("str", "list", "tuple"), f"{where} has an argument of no known kind")
     if value[0] == "str":
         _hold(len(value) == 2 and isinstance(value[1], str), f"{where} has an argument that is no text")
-        yield value[1]
         return
     for part in value[1:]:
         yield from _leaves(part, where, depth + 1)

@@ -69,7 +69,7 @@ def fill(model: nn.Module, file: File, sources: Mapping[str, str], homes: Homes)
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         raise Foreign(f"the model does not take its tensors: {error}") from error
 
