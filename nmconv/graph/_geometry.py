@@ -77,7 +77,7 @@ def geometry_of(module: nn.Module, kind: str, channels: int, rank: int) -> Geome
         return own
     if isinstance(module, _ConvTransposeNd):
         raise Refusal(f"{type(module).__name__} is transposed")
-    if not isinstance(module, _ConvNd):
+    if not isinstance(module, _ConvNd) or type(module).__module__.startswith("torch.ao."):
         raise Refusal(f"{type(module).__name__} is no single convolution")
     if not (module.weight.is_floating_point() and module.weight.dtype.itemsize > 1):
         raise Refusal(f"its weight is {module.weight.dtype}")

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import nn
+from torch.fx import Node, Proxy
 
 from nmconv.graph._analysis import trace_parts
 from nmconv.graph._flow import Flow, FlowNode
 from nmconv.graph._holders import Holders
 from nmconv.graph._lower import lower
 from nmconv.graph._ops import Op
-from nmconv.graph._records import Frame
+from nmconv.graph._records import Frame, collect
 from nmconv.graph._takes import takes_of
 from nmconv.graph._tracer import FlowTracer
 
@@ -115,6 +116,9 @@ class _Calls:
         self._holders = Holders(model)
         self._opaque = opaque
         self._read = {name for finder in finders for name in finder.read}
+        self._owners = Counter(
+            id(value) for module in model.modules() for value in module._parameters.values() if value is not None
+        )
         self._times: Counter[int] = Counter()
         for finder in finders:
             for name, times in finder.calls.items():
@@ -128,6 +132,8 @@ class _Calls:
             return "it is called several times"
         if name in self._read:
             return "something else reads its parameters"
+        if any(self._owners[id(value)] > 1 for value in module._parameters.values() if value is not None):
+            return "another module has the same parameters"
         if self._holders.is_kept_elsewhere(module):
             return "an attribute holds it without registering it, so that it cannot be replaced"
         if self._opaque and self._holders.count(module) > 1:
@@ -161,6 +167,7 @@ class _Finder:
             if node.op == "get_attr" and node.users and node not in tracer.dead
         }
         self.read = {name for name in read if name}
+        self.stored = _stored(tracer)
         self.readers: list[list[int]] = [[] for _ in self.flow.nodes]
         for node in self.flow.nodes:
             for source in {*node.inputs, *node.sides}:
@@ -169,7 +176,9 @@ class _Finder:
     # -- values -------------------------------------------------------------------------------------------------------
 
     def _single(self, index: int) -> bool:
-        """Whether one node reads the value, and nothing its shape."""
+        """Whether one node reads the value, and nothing its shape, and no attribute keeps it."""
+        if self.flow.nodes[index].origin in self.stored:
+            return False
         users = [user for user in self.flow.nodes[index].origin.users if user not in self.tracer.dead]
         return len(self.readers[index]) == 1 and len(users) == 1
 
@@ -229,6 +238,8 @@ class _Finder:
 
     def _only(self, index: int, inside: set[int]) -> bool:
         """Whether nobody else uses the value, not even its shape."""
+        if self.flow.nodes[index].origin in self.stored:
+            return False
         origins = {self.flow.nodes[at].origin for at in inside}
         return all(user in origins or user in self.tracer.dead for user in self.flow.nodes[index].origin.users)
 
@@ -296,6 +307,15 @@ _KINDS = {Op.CONV: "conv", Op.NORM: "norm", Op.PAD: "pad", Op.PASS: "pass", Op.D
 _KEEP = {"clone", "contiguous"}
 _QUIET = ("pass", "drop")
 _SUMS = {"add", "iadd", "add_"}
+
+
+def _stored(tracer: FlowTracer) -> set[Node]:
+    """Values that a forward has left in attributes of modules, for others to read."""
+    found: list[Any] = []
+    for module in tracer.root.modules():
+        held = [value for key, value in module.__dict__.items() if key not in ("_parameters", "_modules")]
+        collect([value for value in held if isinstance(value, (Proxy, list, tuple, dict))], found, set())
+    return {proxy.node for proxy in found}
 
 
 def _adds_nothing(node: FlowNode) -> bool:

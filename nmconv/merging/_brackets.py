@@ -141,6 +141,10 @@ def _step(
 ) -> Node:
     rank = len(sizes)
     if step.kind in ("pass", "drop"):
+        try:
+            check_hooks(model.get_submodule(step.name), step.name)
+        except Refusal as refusal:
+            return Node(step, refusal, sizes, sizes, 0)
         return Node(step, identity(channels, rank), sizes, sizes, 0)
     try:
         if ":" in step.name:

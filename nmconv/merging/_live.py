@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nmconv.errors import RewriteError
 from nmconv.graph import LEAF, THROUGH, Element, Join, Step, is_norm_act
 from nmconv.merging._algebra import Affine, apply, compose, join, of_identity
 from nmconv.merging._brackets import Node
@@ -19,7 +20,7 @@ from nmconv.merging._numbers import affine_of
 from nmconv.planning import Geometry
 from nmconv.surgery import Method, rewritten
 
-__all__ = ["LIVE", "Live", "affine_of_nodes", "elements_from", "go_live", "text_of"]
+__all__ = ["LIVE", "Live", "affine_of_nodes", "elements_from", "go_live", "text_of", "why_not_live"]
 
 LIVE = "_nmconv_live"  # on the module that takes the merged convolution's place: a Live
 Numbers = Callable[[nn.Module, str, Geometry], Affine]
@@ -107,6 +108,15 @@ _TRAIN = Method(
 def base_train(module: Any, mode: bool) -> Any:
     """``train`` of the class that a norm had before."""
     return type(module)._nmconv_base.train(module, mode)
+
+
+def why_not_live(module: nn.Module) -> str:
+    """Why the module cannot stay as a factor, or ""."""
+    try:
+        rewritten(type(module), (_THROUGH,))
+    except RewriteError as error:
+        return str(error)
+    return ""
 
 
 def go_live(

@@ -16,7 +16,7 @@ from nmconv.merging._algebra import Affine
 from nmconv.merging._asking import get_merges
 from nmconv.merging._brackets import Bracketing, Node, Segment, bracket, geometry_of_nodes, nodes_of
 from nmconv.merging._install import Undo, bake, check_calls, install, record, undone_on_failure, write_methods
-from nmconv.merging._live import affine_of_nodes
+from nmconv.merging._live import affine_of_nodes, why_not_live
 from nmconv.merging._module import filled
 from nmconv.merging._numbers import affine_in_double
 from nmconv.merging._records import Run
@@ -184,7 +184,22 @@ class _Merging:
             reason = Refusal(f"{hooked[0]} has a hook, which would see other values: remove it first")
             for node in nodes:
                 node.geometry = reason
+        if self._live:
+            self._refuse_factors(nodes)
         return nodes
+
+    def _refuse_factors(self, nodes: Sequence[Node]) -> None:
+        """Refuse what cannot be a factor of a live kernel."""
+        for node in nodes:
+            if isinstance(node.element, Join):
+                for branch in node.branches:
+                    self._refuse_factors(branch)
+                if any(isinstance(inner.geometry, Refusal) for branch in node.branches for inner in branch):
+                    node.geometry = Refusal("a branch cannot be a factor of a live kernel")
+            elif node.element.kind != "pass" and ":" not in node.element.name:
+                why = why_not_live(self._model.get_submodule(node.element.name))
+                if why:
+                    node.geometry = Refusal(f"{node.element.name}: {why}")
 
     # -- choosing -----------------------------------------------------------------------------------------------------
 
