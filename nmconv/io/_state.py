@@ -62,7 +62,12 @@ def sources_of(state: Mapping[str, Tensor], file: File, aliases: tuple[tuple[str
 
 
 def fill(model: nn.Module, file: File, sources: Mapping[str, str], homes: Homes) -> None:
-    """Load the tensors: into the model's own, in their dtypes and on their devices; new ones where they are on meta."""
+    """Load the tensors: into the model's own, in their dtypes and on their devices; new ones where they are on meta.
+
+    Raises:
+        Foreign: If the model does not take them as they are.
+        ModelTypeError: If it has a buffer whose numbers are nowhere.
+    """
     _materialise(model, homes)
     state: Any = OrderedDict((name, file.tensor(source)) for name, source in sources.items())
     state._metadata = getattr(model.state_dict(keep_vars=True), "_metadata", None)  # of what we have: all names agree
@@ -72,6 +77,24 @@ def fill(model: nn.Module, file: File, sources: Mapping[str, str], homes: Homes)
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
         raise Foreign(f"the model does not take its tensors: {error}") from error
+    _check_overlaps(model, state)
+
+
+def _check_overlaps(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Where several tensors of the model share memory, the last one loaded has overwritten the others."""
+    sharing: dict[int, dict[str, Tensor]] = {}
+    for name, value in state_of(model).items():
+        sharing.setdefault(value.untyped_storage()._cdata, {})[name] = value
+    for group in sharing.values():
+        for name, value in group.items() if len(group) > 1 else ():
+            if not torch.equal(_bits(value), _bits(state[name].to(value))):
+                raise Foreign(
+                    f"{', '.join(map(repr, group))} share memory in this model and contradict one another in it"
+                )
+
+
+def _bits(value: Tensor) -> Tensor:
+    return value.detach().reshape(-1).contiguous().view(torch.uint8)
 
 
 def _both(one: Any, other: Any) -> Iterator[tuple[Any, Any]]:

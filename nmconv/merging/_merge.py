@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nmconv.errors import MergeError, NoEffectWarning, OptionError
-from nmconv.graph import LinearRun, before_hoisting, calls_by_kind, linear_runs, mode_hidden, steps_of
+from nmconv.graph import Join, LinearRun, before_hoisting, calls_by_kind, linear_runs, mode_hidden, steps_of
 from nmconv.merging._algebra import Affine
 from nmconv.merging._asking import get_merges
 from nmconv.merging._brackets import Bracketing, Node, Segment, bracket, geometry_of_nodes, nodes_of
