@@ -5,7 +5,9 @@
 
 1. ``nmconv.convert(model, inplace=True)`` against one ``torch.fx.symbolic_trace`` of the same model (meta device: no
    arithmetic on either side), for the models that plain tracing can trace.
-2. A converted model's forward against the same model edited by hand.
+2. ``nmconv.merge`` of the hoisted 2:1 conversion against the same trace, its verification (each run beside its
+   original, and the result traced again) left out, weights and their arithmetic on the CPU included.
+3. A converted model's forward against the same model edited by hand.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+import unittest.mock
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +31,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 import nmconv
+from nmconv.merging import _merge
 
 
 def seconds(function: Callable[[], Any]) -> float:
@@ -53,6 +57,19 @@ def conversion(name: str, rounds: int = 2) -> tuple[float, float] | None:
         except nmconv.NoSitesError:
             return None
     return min(traces), min(conversions)
+
+
+def merging(name: str, rounds: int = 2) -> tuple[float, float] | None:
+    """Least seconds of a symbolic trace, and of a merge without its verification; None if not traceable."""
+    model = zoo.build(name)
+    try:
+        traces = [seconds(lambda: torch.fx.symbolic_trace(model)) for _ in range(rounds)]
+        converted = nmconv.convert(model, hoist_padding=True, inplace=True).eval()
+    except Exception:
+        return None
+    verification = ("check_segment", "check_calls", "calls_by_kind")
+    with unittest.mock.patch.multiple(_merge, **dict.fromkeys(verification, lambda *_, **__: None)):
+        return min(traces), min(seconds(lambda: nmconv.merge(converted)) for _ in range(rounds))
 
 
 class HandEdited(torchvision.models.resnet.BasicBlock):
@@ -112,14 +129,15 @@ def main() -> None:
     warnings.simplefilter("ignore")
     console = Console()
     names = zoo.all_names() if options.all else zoo.quick_names()
-    rows = {name: pair for name in track(names, "converting") if (pair := conversion(name)) is not None}
-    ratios = sorted((convert / trace, name) for name, (trace, convert) in rows.items())
-    table = Table("model", "symbolic_trace [ms]", "convert [ms]", "ratio", title="conversion against one trace")
-    for ratio, name in ratios:
-        trace, convert = rows[name]
-        table.add_row(name, f"{trace * 1e3:.0f}", f"{convert * 1e3:.0f}", f"{ratio:.2f}")
-    console.print(table)
-    print(f"median over {len(ratios)} models: {statistics.median(ratio for ratio, _ in ratios):.2f}x")
+    for title, measure in (("convert", conversion), ("merge", merging)):
+        rows = {name: pair for name in track(names, title) if (pair := measure(name)) is not None}
+        ratios = sorted((cost / trace, name) for name, (trace, cost) in rows.items())
+        table = Table("model", "symbolic_trace [ms]", f"{title} [ms]", "ratio", title=f"{title} against one trace")
+        for ratio, name in ratios:
+            trace, cost = rows[name]
+            table.add_row(name, f"{trace * 1e3:.0f}", f"{cost * 1e3:.0f}", f"{ratio:.2f}")
+        console.print(table)
+        print(f"{title}: median over {len(ratios)} models: {statistics.median(ratio for ratio, _ in ratios):.2f}x")
     for name, pair in (("torchvision resnet18", by_hand_torchvision()), ("tf_efficientnet_lite0", by_hand_timm())):
         ratio, noise = forward_ratio(pair, options.rounds)
         print(f"{name}: converted / edited by hand = {ratio:.4f} (the same model against itself: {noise:.4f})")
