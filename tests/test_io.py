@@ -446,6 +446,21 @@ def test_one_tensor_there_and_two_here(path):
     assert "tied.weight" in state(nmconv.load(net, path))
 
 
+def test_overlapping_here_and_contradicting_there(path):
+    net = drawn(Net())
+    net.part = torch.tensor([math.nan, -0.0])
+    nmconv.save(net, path)
+    pristine = drawn(Net(), 1)
+    before = snapshot(pristine)
+    for inplace in (False, True):
+        with pytest.raises(nmconv.FileError, match="'whole', 'part' share memory in this model and contradict"):
+            nmconv.load(pristine, path, inplace=inplace)
+        assert snapshot(pristine) == before
+    net.whole[2:4] = net.part
+    nmconv.save(net, path)
+    assert state(nmconv.load(pristine, path)) == state(net)
+
+
 def test_missing_and_unreadable(tmp_path):
     with pytest.raises(FileNotFoundError):
         nmconv.load(Net(), tmp_path / "none")
