@@ -387,6 +387,13 @@ def test_save_refuses(path):
         assert not list(path.parent.iterdir())
 
 
+def test_models_compiled_in_place_are_saved(path):
+    model = both(drawn(Net()))
+    model.compile()
+    nmconv.save(model, path)
+    assert state(nmconv.load(Net(), path)) == state(model)
+
+
 def test_load_refuses_models_that_are_not_pristine(path):
     nmconv.save(both(drawn(Net())), path)
     net = drawn(Net())
@@ -685,6 +692,10 @@ HOSTILE: dict[str, tuple[Callable[[Any], None], str]] = {
     "takes it very deep": (of_sum(takes="[" * 60_000), "no JSON"),
     "takes it long": (of_sum(takes="[" * 70_000), "characters"),
     "takes code": (of_sum(takes=json.dumps([["T"], {"x=__import__('os').abort()": 1}])), "no names"),
+    "takes code at once": (
+        of_sum(takes=json.dumps([["T"], {"x = 1)\r__import__('os').abort()\rdict(y": 1}])),
+        "no names",
+    ),
     "a method that saves": (of_site(method="restore", takes='[["T", ["str", "TRAP"]], {}]'), "which no forward"),
     "a method of Module's": (of_site(method="requires_grad_", takes='[["T"], {}]'), "which no forward"),
     "a method of object's": (of_site(method="__init__", takes='[["T"], {}]'), "which no forward"),

@@ -43,7 +43,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         FileError: If the tensors cannot be written.
         OSError: If the folder does not exist or the disk is full.
     """
-    check_plain(model, "save")
+    check_plain(model, "save", compiled=True)
     for name, module in model.named_modules():
         plan = get_plan(module)
         if name and (get_merges(module) or (plan is not None and (plan.changes or plan.hoists))):

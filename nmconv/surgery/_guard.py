@@ -28,12 +28,13 @@ def plan_of(model: nn.Module) -> Plan | None:
     return plan if isinstance(plan, Plan) else None
 
 
-def check_plain(model: Any, todo: str) -> nn.Module:
+def check_plain(model: Any, todo: str, *, compiled: bool = False) -> nn.Module:
     """Return the model if it is a plain one.
 
     Args:
         model: What the user gave.
         todo: What is to be done with it, for the message: ``convert``.
+        compiled: Whether one that was compiled in place will do.
 
     Raises:
         ModelTypeError: If it is no module, or wrapped, compiled or scripted.
@@ -46,7 +47,7 @@ def check_plain(model: Any, todo: str) -> nn.Module:
             hint = _WRAPPERS.get(base.__name__) if base.__module__.startswith("torch.") else None
             if hint:
                 raise ModelTypeError(f"{where} is a {base.__name__}: {todo} {hint}")
-        if module.__dict__.get("_compiled_call_impl") is not None:
+        if module.__dict__.get("_compiled_call_impl") is not None and not compiled:
             raise ModelTypeError(f"{where} is compiled: {todo} it before module.compile()")
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelTypeError(f"the model is scripted: {todo} it before torch.jit.script or torch.jit.trace")
