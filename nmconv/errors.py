@@ -58,7 +58,7 @@ class MergeError(NmconvError, RuntimeError):
 
 
 class FileError(NmconvError, ValueError):
-    """A file that :func:`nmconv.load` cannot read: damaged, foreign, or another model's."""
+    """A file that :func:`nmconv.load` cannot read (damaged, foreign, another model's), or `nmconv.save` not write."""
 
 
 class NoEffectWarning(UserWarning):

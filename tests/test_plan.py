@@ -1144,3 +1144,33 @@ def test_every_error_has_one_base():
         assert issubclass(error, NmconvError)
     assert issubclass(RatioError, ValueError) and issubclass(ModelTypeError, TypeError)
     assert issubclass(NoEffectWarning, Warning)
+
+
+def test_nothing_in_a_plan_becomes_code():
+    """Keyword names in a site's ``takes`` stand in the source that is written: what is no name is refused."""
+
+    class Called(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x, **kwargs):
+            return torch.relu(self.b(torch.relu(self.a(x))))
+
+    model = nn.Sequential(Called())
+    plan = nmconv.make_plan(model, "2:1")
+    for name in ("q = 1)\rraise SystemExit\rdef late(self):\r    dict(w", "a b", "lambda", "", "1"):
+        takes = json.dumps([["T"], {name: 1}])
+        sites = tuple(dataclasses.replace(site, takes=takes) if site.action == "drop" else site for site in plan.sites)
+        forged = nmconv.Plan.from_json(dataclasses.replace(plan, sites=sites).to_json())
+        with pytest.raises(nmconv.RewriteError, match="no names"):
+            nmconv.apply_plan(model, forged)
+
+
+def test_a_merged_model_is_not_converted():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU()).eval()
+    merged = nmconv.merge(model)
+    with pytest.raises(nmconv.AlreadyConvertedError, match="merged already"):
+        nmconv.convert(merged, "2:1")
+    with pytest.raises(nmconv.AlreadyConvertedError, match="merged already"):
+        nmconv.make_plan(nn.Sequential(merged), "2:1")

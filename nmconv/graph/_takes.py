@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import keyword
 from collections.abc import Iterable
 from typing import Any
 
@@ -56,6 +57,10 @@ def arguments_from(text: str) -> Arguments:
             "returns something else than one tensor"
         )
     args, kwargs = json.loads(text)
+    if not all(
+        name.isidentifier() and not keyword.iskeyword(name) for name in kwargs
+    ):  # they become a part of Python source
+        raise RewriteError(f"it is called with keywords that are no names: {', '.join(map(repr, kwargs))}")
     return Arguments(tuple(map(_decode, args)), {key: _decode(value) for key, value in kwargs.items()})
 
 

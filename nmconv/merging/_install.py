@@ -20,11 +20,11 @@ from nmconv.merging._module import filled
 from nmconv.merging._numbers import affine_in_double
 from nmconv.merging._records import Merge, Sum
 from nmconv.planning import Refusal
-from nmconv.surgery import Edit, rewrite, rewritten
+from nmconv.surgery import MERGED, Edit, rewrite, rewritten
 
 __all__ = ["MERGES", "Undo", "bake", "check_calls", "install", "record", "undone_on_failure", "write_methods"]
 
-MERGES = "_nmconv_merges"
+MERGES = MERGED  # on the model: what was merged, a tuple for each call of merge
 Undo = list[Callable[[], object]]
 Methods = Mapping[str, Any]
 Slots = dict[int, list[tuple[nn.Module, str]]]

@@ -3,10 +3,11 @@
 from nmconv.surgery._apply import copy_of
 from nmconv.surgery._classes import Method, rewritten
 from nmconv.surgery._convert import apply_plan, convert, get_plan, make_plan
-from nmconv.surgery._guard import check_model, check_plain
+from nmconv.surgery._guard import MERGED, check_model, check_plain
 from nmconv.surgery._rewrite import Edit, rewrite
 
 __all__ = [
+    "MERGED",
     "Edit",
     "Method",
     "apply_plan",

@@ -10,9 +10,10 @@ from torch import nn
 from nmconv.errors import AlreadyConvertedError, ModelTypeError
 from nmconv.planning import Plan
 
-__all__ = ["MARK", "check_model", "check_plain", "plan_of"]
+__all__ = ["MARK", "MERGED", "check_model", "check_plain", "plan_of"]
 
 MARK = "_nmconv_plan"
+MERGED = "_nmconv_merges"
 _WRAPPERS = {
     "DistributedDataParallel": "model.module before wrapping",
     "DataParallel": "model.module before wrapping",
@@ -69,5 +70,10 @@ def check_model(model: Any) -> nn.Module:
                 f"{repr(name) + ' in the model' if name else 'the model'} was converted already (nmconv.get_plan gives "
                 f"its plan, at {plan.ratio}): a second conversion would count from what the first has left; make one "
                 "plan for the original model instead"
+            )
+        if MERGED in module.__dict__:
+            raise AlreadyConvertedError(
+                f"{repr(name) + ' in the model' if name else 'the model'} was merged already (nmconv.get_merges tells "
+                "how): convert the original, then merge"
             )
     return model
