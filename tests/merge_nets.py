@@ -342,7 +342,7 @@ def shapes_for(draw: Any, net: nn.Module, rank: int) -> list[tuple[int, ...]]:
                 net(torch.zeros(1, channels, *(size,) * rank, dtype=torch.float64))
                 break
             except (RuntimeError, ValueError):
-                if size == 80:
+                if size == 400:
                     raise
                 size += 1
     more = [tuple(size + draw(st.integers(0, 3)) for _ in range(rank)) for _ in range(2)]

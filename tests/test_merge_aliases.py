@@ -175,6 +175,21 @@ RUNS = [
 ]  # fmt: skip
 
 
+def test_example_inputs_are_only_read():
+    """A model may write into what it is given; merging gives it copies."""
+
+    def forward(self, x):
+        x += x
+        return self.b(self.a(x))
+
+    model = made(forward, a=conv(1), b=conv(3))
+    x = picture(C, 8, 9)
+    merged = merge(model, example_inputs=x)
+    assert torch.equal(x, picture(C, 8, 9))
+    assert convs_of(merged, C, 8, 9) == 1
+    assert assert_agree(merged, model, *SHAPES)
+
+
 @pytest.mark.parametrize("forward", RUNS)
 @pytest.mark.parametrize("first", ["a", "b"])
 def test_writing_within_a_run(forward, first):
