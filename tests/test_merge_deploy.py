@@ -116,3 +116,45 @@ def test_int8_by_torchao(nets):
     text = str(quantised.graph)
     assert text.count("quantize_per_channel") >= 3  # every convolution's weight
     assert 0 < float((found - expected).norm() / expected.norm()) < 0.1
+
+
+class Amplifier(nn.Module):
+    """Takes a difference of two large, nearly equal values: float32 itself is off by percents here."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        y = self.b(self.a(x))
+        return (1e6 + y) - 1e6
+
+
+def test_a_network_that_amplifies_rounding_is_judged_by_its_own():
+    torch.manual_seed(0)
+    net, x = Amplifier().eval(), torch.randn(2, 3, 8, 8)
+    fast = nmconv.merge(net, example_inputs=x)
+    with torch.no_grad():
+        assert (fast(x) - net(x)).abs().max() > 1e-3 * net(x).abs().max()  # more than is usual
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_merge_that_goes_wrong_is_seen_and_undone(monkeypatch, inplace):
+    from nmconv.merging import _merge
+
+    right = _merge.filled
+
+    def wrong(affine, like, requires_grad):
+        module = right(affine, like, requires_grad)
+        module.weight.data.mul_(1.02)
+        return module
+
+    monkeypatch.setattr(_merge, "filled", wrong)
+    torch.manual_seed(0)
+    for net in (Amplifier().eval(), nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)).eval()):
+        modules, state = list(net.modules()), {key: value.clone() for key, value in net.state_dict().items()}
+        with pytest.raises(nmconv.MergeError, match="on the example inputs"):
+            nmconv.merge(net, example_inputs=100 * torch.randn(2, 3, 8, 8), inplace=inplace)
+        assert list(net.modules()) == modules
+        assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+        assert nmconv.get_merges(net) == ()
