@@ -119,7 +119,7 @@ def test_int8_by_torchao(nets):
 
 
 class Amplifier(nn.Module):
-    """Takes a difference of two large, nearly equal values: float32 itself is off by percents here."""
+    """Takes a difference of two large, nearly equal values: float32 itself is off by a hundredth here."""
 
     def __init__(self):
         super().__init__()
@@ -127,12 +127,12 @@ class Amplifier(nn.Module):
 
     def forward(self, x):
         y = self.b(self.a(x))
-        return (1e6 + y) - 1e6
+        return (2e5 + y) - 2e5
 
 
 def test_a_network_that_amplifies_rounding_is_judged_by_its_own():
     torch.manual_seed(0)
-    net, x = Amplifier().eval(), torch.randn(2, 3, 8, 8)
+    net, x = Amplifier().eval(), torch.randn(8, 3, 64, 64)
     fast = nmconv.merge(net, example_inputs=x)
     with torch.no_grad():
         assert (fast(x) - net(x)).abs().max() > 1e-3 * net(x).abs().max()  # more than is usual

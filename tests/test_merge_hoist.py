@@ -31,7 +31,7 @@ import nmconv
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 EXAMPLES = settings(
-    max_examples=50,
+    max_examples=30,
     deadline=None,
     database=None,
     derandomize=True,
@@ -103,7 +103,7 @@ def test_zero_padding_is_hoisted_and_merges(rank, data):
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
-@settings(EXAMPLES, max_examples=15)
+@settings(EXAMPLES, max_examples=10)
 @given(st.data())
 def test_mirrored_padding_is_hoisted_where_nothing_strides_before_it(rank, mode, data):
     net = data.draw(activated(rank, modes=(mode,)))

@@ -207,7 +207,7 @@ def test_gates_apply_to_live_ones_too(model):
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-@settings(max_examples=30, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_drawn_runs(rank, data):
     """Whatever merges live: keys, outputs, gradients; and baked in, the outputs again."""

@@ -3,6 +3,7 @@
 A few of every kind here, one of every timm file under ``slow``. In float64 at 1e-8, on small pictures.
 """
 
+import contextlib
 import copy
 import warnings
 
@@ -18,13 +19,11 @@ torch.set_num_threads(1)
 
 # name → whether something of it must merge where everything may
 QUICK = {
-    "timm/resnet18": True,
-    "timm/resnetv2_18": True,
+    "timm/resnet14t": True,
     "timm/mobilenetv2_100": True,
     "timm/mobilenetv3_small_050": True,
     "timm/densenet121": True,
     "timm/repvgg_a0": True,
-    "timm/mobileone_s0": True,
     "timm/regnetx_002": True,
     "timm/ghostnet_050": True,
     "timm/dla46x_c": True,
@@ -39,25 +38,32 @@ QUICK = {
 }
 
 
+def outputs(model, args):
+    """What the model returns; of a detector its feature maps and sorted scores, since ties order its boxes by noise."""
+    with torch.no_grad():
+        result = model(*copy.deepcopy(args))
+        if zoo.is_detector(model):
+            maps = model.backbone(args[0][0].unsqueeze(0))
+            return maps, [found["scores"].sort().values for found in result]
+    return result
+
+
 def arguments(model):
-    """What the model runs on in eval mode, in float64; and the same one pixel larger where that runs too."""
+    """What the model runs on in eval mode, in float64, with what it returns; and the same a few pixels larger."""
     found = []
     for args in zoo.inputs(model):
         args = tree_map_only(torch.Tensor, lambda value: value.double(), args)
         try:
-            with torch.no_grad():
-                found.append((args, model(*copy.deepcopy(args))))
+            found.append((args, outputs(model, args)))
         except Exception:
             continue
         break
-    assert found, "no input fits"
+    if not found:
+        pytest.skip("it does not run in float64")
     if not zoo.is_detector(model) and found[0][0][0].ndim == 4 and len(found[0][0]) == 1:
         larger = torch.nn.functional.pad(found[0][0][0], (0, 1, 0, 33), mode="reflect")
-        try:
-            with torch.no_grad():
-                found.append(((larger,), model(larger.clone())))
-        except Exception:
-            pass
+        with contextlib.suppress(Exception):
+            found.append(((larger,), outputs(model, (larger,))))
     return found
 
 
@@ -88,8 +94,7 @@ def check(name, ratio="2:1", **options):
         merged = merge(model, gate=gate)
         assert type(merged) is type(model)
         for args, output in wanted:
-            with torch.no_grad():
-                assert_near(merged(*copy.deepcopy(args)), output, 1e-8)
+            assert_near(outputs(merged, args), output, 1e-8)
         if after is None:
             after = convs(merged, wanted[0][0])
         for run in nmconv.find_runs(model) if gate == "flops" else ():
@@ -135,5 +140,4 @@ def test_live(name):
     live = merge(model, live=True)
     assert list(live.state_dict()) == list(model.state_dict())
     for args, output in arguments(model):
-        with torch.no_grad():
-            assert_near(live(*copy.deepcopy(args)), output, 1e-8)
+        assert_near(outputs(live, args), output, 1e-8)
