@@ -119,20 +119,19 @@ def test_int8_by_torchao(nets):
 
 
 class Amplifier(nn.Module):
-    """Takes a difference of two large, nearly equal values: float32 itself is off by a hundredth here."""
+    """Makes a hundredth of what float32 rounds off."""
 
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
 
     def forward(self, x):
-        y = self.b(self.a(x))
-        return (2e5 + y) - 2e5
+        return torch.sin(3e4 * self.b(self.a(x)))
 
 
 def test_a_network_that_amplifies_rounding_is_judged_by_its_own():
     torch.manual_seed(0)
-    net, x = Amplifier().eval(), torch.randn(8, 3, 64, 64)
+    net, x = Amplifier().eval(), torch.randn(2, 3, 32, 32)
     fast = nmconv.merge(net, example_inputs=x)
     with torch.no_grad():
         assert (fast(x) - net(x)).abs().max() > 1e-3 * net(x).abs().max()  # more than is usual
