@@ -201,12 +201,14 @@ def test_a_pair_that_must_not_merge(name):
     assert any(word in why.lower() for why in reasons), reasons
 
 
-def test_a_padded_1x1_is_a_1x1():
-    """Its border is its bias, and the response to zeros knows that."""
-    net = pair(nn.Conv2d(3, 4, 1, padding=1), nn.Conv2d(4, 6, 3, padding=1))
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_padded_1x1(bias):
+    """Without a bias its border is zeros, and a later padding adds more of them; with one it is a border of its own."""
+    net = pair(nn.Conv2d(3, 4, 1, padding=1, bias=bias), nn.Conv2d(4, 6, 3, padding=1))
     merged = merge(net)
     assert assert_agree(merged, net, *many_sizes(3))
-    assert convs_of(merged, 3, 12, 13) == 1
+    assert convs_of(merged, 3, 12, 13) == 1 + bias
+    assert bool(nmconv.find_runs(net)[0].why) == bias
 
 
 @pytest.mark.parametrize("own", [0, 1])

@@ -3,6 +3,7 @@
 from nmconv.graph._analysis import Called, act_calls
 from nmconv.graph._fingerprint import fingerprint
 from nmconv.graph._geometry import BEFORE, PADS, Padding, before_hoisting, check_hooks, geometry_of, norm_of
+from nmconv.graph._lower import is_inplace
 from nmconv.graph._method import MethodTrace, trace_method
 from nmconv.graph._modules import LEAF, THROUGH, act_kind, is_activation, is_sequential, leaf_op
 from nmconv.graph._ops import PLAIN_ACTS, Op
@@ -38,6 +39,7 @@ __all__ = [
     "has_plain_weight",
     "is_activation",
     "is_frozen_norm",
+    "is_inplace",
     "is_norm_act",
     "is_sequential",
     "leaf_op",

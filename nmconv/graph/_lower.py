@@ -111,7 +111,7 @@ class _Lowering:
     @staticmethod
     def _may_be_part(made: FlowNode, node: Node) -> bool:
         """Whether the result may be a view of a part of the input: whatever is not known to make new memory."""
-        if made.op is not Op.OTHER or node.target in NEW_MEMORY:
+        if made.op is not Op.OTHER or made.inplace or node.target in NEW_MEMORY:
             return False
         return made.opaque or node.op != "call_module"
 

@@ -244,8 +244,41 @@ class _Finder:
         return all(user in origins or user in self.tracer.dead for user in self.flow.nodes[index].origin.users)
 
     def _first_overwritten(self, node: FlowNode) -> bool:
-        """Whether the sum overwrites a value that others have a name for."""
-        return node.inplace and not self._single(node.inputs[0])
+        """Whether the sum overwrites memory that others have a name for: it may only write to new memory of its own."""
+        if not node.inplace:
+            return False
+        at = node.inputs[0]
+        while self._single(at):
+            made = self.flow.nodes[at]
+            if not (made.view or made.partial or made.opaque) and made.op in (Op.CONV, Op.NORM, Op.ADD, Op.PAD):
+                return False
+            if not made.inputs:
+                break
+            at = made.inputs[0]
+        return True
+
+    def _written_before(self, nodes: list[int], source: int) -> bool:
+        """Whether what a run reads is overwritten while it runs.
+
+        What stands before its first convolution becomes an identity, and hands on what is there by then.
+        """
+        convs = [index for index in nodes if self.flow.nodes[index].op is Op.CONV]
+        if not convs:
+            return False
+        origin = source
+        while self.flow.nodes[origin].inputs and (self.flow.nodes[origin].view or self.flow.nodes[origin].partial):
+            origin = self.flow.nodes[origin].inputs[0]
+        family, todo, written = {origin}, [origin], []
+        while todo:
+            for reader in self.readers[todo.pop()]:
+                made = self.flow.nodes[reader]
+                if made.inplace or made.opaque:
+                    written.append(reader)
+                if reader not in family and (made.view or made.partial):
+                    family.add(reader)
+                    todo.append(reader)
+        first, last = min(nodes), max(convs)
+        return any(first < index < last for index in written)
 
     def _takes(self, frame: Frame) -> str:
         calls = [self.tracer.given] if frame.parent is None else self.tracer.completed.get(frame.path, [])
@@ -279,7 +312,9 @@ class _Finder:
             taken.update(value.nodes)
             parts = list(_cut(value.elements, links))
             shape = self._shape(value.source) if sizes and len(parts) == 1 else None
-            for part in parts:
+            for at, part in enumerate(parts):
+                if at == 0 and self._written_before(value.nodes, value.source):
+                    part = _from_first_conv(part)
                 if any(step.kind == "conv" for step in steps_of(part)):
                     found.append((index, LinearRun(tuple(part), self._crossed(value), shape)))
         return iter(run for _, run in sorted(found, key=lambda pair: pair[0]))
@@ -340,6 +375,16 @@ def _pairs(elements: Iterable[Element]) -> Iterator[tuple[str, str]]:
         if before:
             yield before, name
         before = name
+
+
+def _from_first_conv(elements: list[Element]) -> list[Element]:
+    """The run without what stands before its first convolution; empty where that is a branch's."""
+    for at, element in enumerate(elements):
+        if isinstance(element, Join):
+            return []
+        if element.kind == "conv":
+            return elements[at:]
+    return []
 
 
 def _cut(elements: list[Element], links: set[tuple[str, str]] | None) -> Iterator[list[Element]]:

@@ -129,8 +129,10 @@ def _sizes(segment: Segment) -> list[tuple[int, ...]]:
     rank = segment.geometry.rank
     extents, strides = segment.geometry.extent, segment.geometry.stride
     grown = [extent + 2 * step + 1 for extent, step in zip(extents, strides, strict=True)]
+    widest = [max(pair) for pair in segment.geometry.padding]  # which reflections and wraps must stay below
     found = [
         tuple(grown),
+        tuple(size + pad for size, pad in zip(grown, widest, strict=True)),
         tuple(size + 1 + axis for axis, size in enumerate(grown)),
         tuple(extents),
         tuple(max(extent - 1, 1) for extent in extents),

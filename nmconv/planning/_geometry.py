@@ -145,7 +145,8 @@ def composed(one: Geometry, two: Geometry) -> Geometry:
     kernel, dilation, padding, stages = [], [], [], []
     for axis, step in enumerate(one.stride):
         if two.is_padded(axis):
-            if one.kernel[axis] != 1 or one.is_padded(axis):
+            more_zeros = one.mode == two.mode == "zeros" and not one.bias  # beyond zeros only more of them
+            if one.kernel[axis] != 1 or (one.is_padded(axis) and not more_zeros):
                 raise Refusal(
                     "a padded convolution follows one that is no unpadded 1x1: its padding would have to be hoisted "
                     "(nmconv.convert with hoist_padding=True)"

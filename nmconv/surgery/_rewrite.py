@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import Node
 
 from nmconv.errors import RewriteError
-from nmconv.graph import FlowTracer, MethodTrace, trace_method
+from nmconv.graph import FlowTracer, MethodTrace, is_inplace, trace_method
 from nmconv.planning import Place, Site
 from nmconv.surgery._classes import Method, rewritten
 from nmconv.surgery._source import method_source, return_changed_lists
@@ -126,7 +126,9 @@ def _drop_sums(tracer: FlowTracer, sums: Sequence[tuple[str, int, int]], path: s
         gone = [node]
         while gone:
             last = gone.pop()
-            if last.users or last.op == "placeholder" or last not in tracer.graph.nodes:
+            module = tracer.root.get_submodule(str(last.target)) if last.op == "call_module" else None
+            written = last is not node and is_inplace(last, module)  # somebody may read what it wrote to
+            if last.users or last.op == "placeholder" or written or last not in tracer.graph.nodes:
                 continue
             sources = last.all_input_nodes
             tracer.graph.erase_node(last)
