@@ -12,6 +12,7 @@ schedule show that training works and what it looks like. They do not show which
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 import warnings
 from collections.abc import Callable
@@ -291,6 +292,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # the timer asks for a compiler: no news
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Iterator
+from functools import lru_cache
 from types import CodeType
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from nmconv.errors import RewriteError
 from nmconv.graph._quiet import is_chance
 
-__all__ = ["frozen_attributes"]
+__all__ = ["frozen_attributes", "settings_read"]
 
 _SCALARS = (bool, int, float, str, type(None))
 # Ways to ask what an object is that no proxy can answer, and sources of chance that no state shows.
@@ -78,6 +79,36 @@ def frozen_attributes(module: nn.Module, method: str) -> dict[str, Any]:
                 if isinstance(holder, (nn.ModuleList, nn.ModuleDict)):
                     found[f"len(self.{'.'.join(chain[: depth + 1])})"] = len(holder)
     return found
+
+
+def settings_read(module: nn.Module) -> set[int]:
+    """Ids of modules below whose settings (``self.conv.kernel_size``) the module's forward reads."""
+    found: set[int] = set()
+    done: set[str] = set()
+    todo = ["forward"]
+    while todo:
+        method = todo.pop()
+        code = _code(module, method)
+        if code is None or method in done:
+            continue
+        done.add(method)
+        for chain in _chains_of(code):
+            todo.append(chain[0])
+            holder: Any = module
+            for name in chain:
+                value = _held(holder, name)
+                if isinstance(value, nn.Module):
+                    holder = value
+                    continue
+                if holder is not module and value is not _chains:
+                    found.add(id(holder))
+                break
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _chains_of(code: CodeType) -> tuple[tuple[str, ...], ...]:
+    return tuple(_chains(code))
 
 
 def _held(holder: Any, name: str) -> Any:

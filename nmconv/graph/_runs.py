@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import Node, Proxy
 
 from nmconv.graph._analysis import trace_parts
+from nmconv.graph._constants import settings_read
 from nmconv.graph._flow import Flow, FlowNode
 from nmconv.graph._holders import Holders
 from nmconv.graph._lower import lower
@@ -116,6 +117,7 @@ class _Calls:
         self._holders = Holders(model)
         self._opaque = opaque
         self._read = {name for finder in finders for name in finder.read}
+        self._settings = {held for finder in finders for held in finder.settings}
         self._owners = Counter(
             id(value) for module in model.modules() for value in module._parameters.values() if value is not None
         )
@@ -132,6 +134,8 @@ class _Calls:
             return "it is called several times"
         if name in self._read:
             return "something else reads its parameters"
+        if id(module) in self._settings:
+            return "a forward reads its settings"
         if any(self._owners[id(value)] > 1 for value in module._parameters.values() if value is not None):
             return "another module has the same parameters"
         if self._holders.is_kept_elsewhere(module):
@@ -168,6 +172,8 @@ class _Finder:
         }
         self.read = {name for name in read if name}
         self.stored = _stored(tracer)
+        frames = {id(frame.module): frame.module for frame in _frames(tracer)}
+        self.settings = {held for module in frames.values() for held in settings_read(module)}
         self.readers: list[list[int]] = [[] for _ in self.flow.nodes]
         for node in self.flow.nodes:
             for source in {*node.inputs, *node.sides}:
@@ -342,6 +348,17 @@ _KINDS = {Op.CONV: "conv", Op.NORM: "norm", Op.PAD: "pad", Op.PASS: "pass", Op.D
 _KEEP = {"clone", "contiguous"}
 _QUIET = ("pass", "drop")
 _SUMS = {"add", "iadd", "add_"}
+
+
+def _frames(tracer: FlowTracer) -> Iterator[Frame]:
+    """Of every module whose forward has made a node, and of those around it."""
+    seen: set[int] = set()
+    for frame, *_ in tracer.where.values():
+        at: Frame | None = frame
+        while at is not None and id(at) not in seen:
+            seen.add(id(at))
+            yield at
+            at = at.parent
 
 
 def _stored(tracer: FlowTracer) -> set[Node]:

@@ -84,8 +84,22 @@ class _Places:
         else:
             keep = has_conv.index(True)
         self.walk(node.branches[keep])
-        self.removed += [step.name for step in steps_of(join.branches[1 - keep]) if step.kind != "pass"]
+        gone = join.branches[1 - keep]
+        self.removed += [step.name for step in steps_of(gone) if step.kind != "pass"]
+        self.sums += [
+            Sum(inner.owner, inner.takes, inner.label, inner.number, 0) for inner in _sums_in(gone, join.owner)
+        ]
         self.sums.append(Sum(join.owner, join.takes, join.label, join.number, keep))
+
+
+def _sums_in(elements: Iterable[Element], owner: str) -> Iterator[Join]:
+    """The sums that one forward makes for a branch, innermost first."""
+    for element in elements:
+        if isinstance(element, Join):
+            for branch in element.branches:
+                yield from _sums_in(branch, owner)
+            if element.owner == owner:
+                yield element
 
 
 def write_methods(model: nn.Module, merges: Sequence[Merge]) -> tuple[dict[str, Any], dict[str, RewriteError]]:
