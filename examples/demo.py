@@ -12,7 +12,6 @@ schedule show that training works and what it looks like. They do not show which
 from __future__ import annotations
 
 import argparse
-import logging
 import time
 import warnings
 from collections.abc import Callable
@@ -206,11 +205,9 @@ def multiply_adds(model: nn.Module, x: Tensor) -> int:
 def latencies(runs: list[Run], x: Tensor, rounds: int = 9) -> list[float]:
     """Median milliseconds of one forward, one thread, the networks taking turns; norms folded in all of them."""
     models = [run.model if run.difference is not None else nmconv.fold_norms(run.model.eval()) for run in runs]
-    logging.disable(logging.WARNING)  # the timer asks for a compiler's home: no news
     with torch.inference_mode():
         timers = [Timer("model(x)", globals={"model": model, "x": x}, num_threads=1) for model in models]
         samples = np.array([[timer.timeit(5).median for timer in timers] for _ in range(rounds)])
-    logging.disable(logging.NOTSET)
     return [float(value) * 1e3 for value in np.median(samples, axis=0)]
 
 

@@ -61,7 +61,8 @@ def test_digits(tmp_path):
     assert float(rows(result.stdout)[-1][-1]) < 1e-4  # merged against converted
     assert columns == [("1:1", "17"), ("2:1", "9"), ("2:1 merged", "9")]
     assert (tmp_path / "plots" / "demo.png").read_bytes().startswith(PNG)
-    assert result.stderr == ""
+    # torch's timer looks for a compiler's home, and says so on machines with one and no GPU
+    assert [line for line in result.stderr.splitlines() if "No CUDA runtime is found" not in line] == []
 
 
 def test_image_folder_and_several_ratios(tmp_path):

@@ -327,6 +327,10 @@ class _Merging:
 
 
 def _called(model: nn.Module, examples: Any) -> Any:
+    # Copies: a model may write into what it is given.
+    examples = torch.utils._pytree.tree_map(
+        lambda value: value.clone() if isinstance(value, Tensor) else value, examples
+    )
     with torch.no_grad():
         if isinstance(examples, dict):
             return model(**examples)
