@@ -236,6 +236,28 @@ def test_a_conv_also_called_by_a_method():
         assert_near(merged.features(picture(C, 8, 8)), model.features(picture(C, 8, 8)))
 
 
+DROPPED_TWICE = {
+    "within and at the end": lambda self, x: self.c(torch.relu(self.d(self.b(self.d(self.a(x)))))),
+    "within and after the activation": lambda self, x: self.d(torch.relu(self.b(self.d(self.a(x))))),
+    "within and before": lambda self, x: self.b(self.d(self.a(torch.relu(self.d(x))))),
+    "within and at a sum": lambda self, x: x * 2 + self.d(self.b(self.d(self.a(x)))),
+    "twice within": lambda self, x: self.c(self.d(self.b(self.d(self.a(x))))),
+    "within two runs": lambda self, x: self.b(self.d(self.a(torch.relu(self.e(self.d(self.c(x))))))),
+}
+
+
+@pytest.mark.parametrize("live", [True, False])
+@pytest.mark.parametrize("make", [nn.Dropout, nn.Identity])
+@pytest.mark.parametrize("where", DROPPED_TWICE)
+def test_one_dropout_called_more_than_once(where, make, live):
+    """As in timm's ConvMlp: one of its calls is within a run, another is not."""
+    parts = {"a": conv(1), "b": conv(3), "c": conv(1), "d": make(), "e": conv(1)}
+    model = made(DROPPED_TWICE[where], **parts)
+    merged = merge(model, live=live)
+    assert assert_agree(merged, model, *SHAPES)
+    assert convs_of(merged, C, 8, 8) < convs_of(model, C, 8, 8)
+
+
 # Hooks ---------------------------------------------------------------------------------------------------------------
 
 
