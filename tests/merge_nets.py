@@ -232,9 +232,7 @@ def verdict(before: list[Step], step: Step) -> str:
         return "merge"
     rest = step.modes - {"zeros"}
     if all(each.point and not any(each.padded) for each in before):
-        mirrored = len(step.modes) == 1 and rest <= {"reflect", "replicate", "circular"}
-        if step.sources > 1:
-            return "open"
+        mirrored = step.sources == 1 and rest <= {"reflect", "replicate", "circular"}
         if not rest or (mirrored and all(set(each.stride) == {1} for each in before)):
             return "merge"
     for axis, padded in enumerate(step.padded):
