@@ -269,7 +269,7 @@ def test_functional_call_and_vmap(merged, model):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", slow("inductor")])
+@pytest.mark.parametrize("backend", [slow("eager"), "aot_eager", slow("inductor")])
 @pytest.mark.parametrize("live", [True, False])
 def test_compile(model, backend, live):
     merged = merge(model, live=live)

@@ -42,10 +42,6 @@ def folds(model, *, convs=1, sums=0, norms=0, shapes=SHAPES, shape=(C, 9, 10)):
     return merged
 
 
-def stays(model, *, convs, sums, shapes=SHAPES, shape=(C, 9, 10)):
-    return folds(model, convs=convs, sums=sums, shapes=shapes, shape=shape)
-
-
 # Identities ----------------------------------------------------------------------------------------------------------
 
 
@@ -272,7 +268,7 @@ OPEN = {
         {"a": lambda: conv(2, padding=1), "b": lambda: conv(4, padding=2)},
     ),
     "a branch that is not exact": (lambda self, x: self.a(x) + x, {"a": lambda: nn.Sequential(conv(), conv())}),
-    "different weights of one sum": (lambda self, x: self.a(x) + x + x, {"a": conv}),
+    "x twice": (lambda self, x: self.a(x) + x + x, {"a": conv}),
     "a detached branch": (lambda self, x: self.a(x).detach() + x, {"a": conv}),
     "out=": (lambda self, x: torch.add(self.a(x), x, out=torch.empty_like(x)), {"a": conv}),
 }
