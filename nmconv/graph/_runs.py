@@ -204,7 +204,10 @@ class _Finder:
         if kind is None or len(node.inputs) != 1 or node.sides or node.opaque:
             return None
         if node.origin.op == "call_module":
-            elements: list[Element] = [Step(kind, node.name, "" if kind in _QUIET else calls.why_not(node.name))]
+            why = "" if kind == "pass" else calls.why_not(node.name)
+            if kind == "drop" and why:  # in eval mode it hands on what it gets: it stays for its other callers
+                kind, why = "pass", ""
+            elements: list[Element] = [Step(kind, node.name, why)]
         elif kind == "conv":
             elements = [Step(kind, node.name, "it is a call of a function, not of a module")]
         elif kind == "pass" and (node.op is Op.SCALE or str(node.origin.target) in _KEEP):
