@@ -5,7 +5,7 @@ from nmconv.graph._fingerprint import fingerprint
 from nmconv.graph._geometry import BEFORE, PADS, Padding, before_hoisting, check_hooks, geometry_of, norm_of
 from nmconv.graph._lower import is_inplace
 from nmconv.graph._method import MethodTrace, trace_method
-from nmconv.graph._modules import LEAF, THROUGH, act_kind, is_activation, is_sequential, leaf_op
+from nmconv.graph._modules import LEAF, THROUGH, act_kind, hooks_of, is_activation, is_sequential, leaf_op
 from nmconv.graph._ops import PLAIN_ACTS, Op
 from nmconv.graph._quiet import mode_hidden
 from nmconv.graph._runs import Element, Join, LinearRun, Step, calls_by_kind, linear_runs, steps_of
@@ -37,6 +37,7 @@ __all__ = [
     "fingerprint",
     "geometry_of",
     "has_plain_weight",
+    "hooks_of",
     "is_activation",
     "is_frozen_norm",
     "is_inplace",

@@ -14,6 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from nmconv.graph._modules import hooks_of
 from nmconv.graph._zoo import is_frozen_norm, pads_same
 from nmconv.planning import Geometry, Refusal, Stage, diagonal, padded
 
@@ -32,9 +33,6 @@ class Padding:
     stages: tuple[tuple[Stage, ...], ...]
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 def before_hoisting(model: nn.Module) -> Callable[[str, Geometry], Geometry]:
     """From a module's name and geometry to the geometry it had before its padding was hoisted."""
 
@@ -49,10 +47,8 @@ def before_hoisting(model: nn.Module) -> Callable[[str, Geometry], Geometry]:
 
 def check_hooks(module: nn.Module, name: str) -> None:
     """Refuse a module whose hooks would no longer see what they see now (weight norm's own are understood)."""
-    for kind in _HOOKS:
-        for hook in getattr(module, kind, {}).values():
-            if not isinstance(hook, (WeightNorm, SpectralNorm)):
-                raise Refusal(f"{name} has a hook, which would not run any more: remove it first")
+    if not all(isinstance(hook, (WeightNorm, SpectralNorm)) for hook in hooks_of(module)):
+        raise Refusal(f"{name} has a hook, which would not run any more: remove it first")
 
 
 def geometry_of(module: nn.Module, kind: str, channels: int, rank: int) -> Geometry:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from nmconv.graph import _zoo
 from nmconv.graph._ops import ACT_MODULES, MODULES, Op
 
-__all__ = ["LEAF", "THROUGH", "act_kind", "is_activation", "is_conv", "is_sequential", "leaf_op"]
+__all__ = ["LEAF", "THROUGH", "act_kind", "hooks_of", "is_activation", "is_conv", "is_sequential", "leaf_op"]
 
 # Marks of our own: on a class or an object that is one convolution whatever its forward; on one to be traced into.
 LEAF = "_nmconv_leaf"
@@ -57,6 +59,14 @@ def is_activation(module: nn.Module) -> bool:
 def is_conv(module: nn.Module) -> bool:
     """Whether the module's class derives from a convolution, with or without a forward of its own."""
     return any(MODULES.get(base) is Op.CONV for base in type(module).__mro__)
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """All hooks on the module itself, of calls and of gradients."""
+    return [hook for kind in _HOOKS for hook in (module.__dict__.get(kind) or {}).values()]
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def is_sequential(module: nn.Module) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,26 +19,13 @@ from nmconv.merging._module import filled
 from nmconv.merging._numbers import affine_in_double
 from nmconv.merging._records import Merge, Sum
 from nmconv.planning import Refusal
-from nmconv.surgery import MERGED, Edit, rewrite, rewritten
+from nmconv.surgery import MERGED, Edit, Undo, restoring_children, restoring_class, rewrite, rewritten
 
-__all__ = ["MERGES", "Undo", "bake", "check_calls", "install", "record", "undone_on_failure", "write_methods"]
+__all__ = ["MERGES", "bake", "check_calls", "install", "record", "write_methods"]
 
 MERGES = MERGED  # on the model: what was merged, a tuple for each call of merge
-Undo = list[Callable[[], object]]
 Methods = Mapping[str, Any]
 Slots = dict[int, list[tuple[nn.Module, str]]]
-
-
-@contextmanager
-def undone_on_failure() -> Iterator[Undo]:
-    """A list of what takes each change back, run backwards if something fails."""
-    undo: Undo = []
-    try:
-        yield undo
-    except BaseException:
-        for step in reversed(undo):
-            step()
-        raise
 
 
 def record(segment: Segment, trainable: bool, live: bool) -> Merge:
@@ -143,7 +129,7 @@ def install(
     for owner, method in methods.items():
         module = model.get_submodule(owner)
         cls = rewritten(type(module), (method,))
-        undo.append(_restoring_class(module))
+        undo.append(restoring_class(module))
         module.__class__ = cls
     undo.append(_restoring_mark(model))
     model.__dict__[MERGES] = (*model.__dict__.get(MERGES, ()), tuple(merges))
@@ -179,7 +165,7 @@ def _slots(model: nn.Module) -> Slots:
 def _put(model: nn.Module, slots: Slots, changes: Mapping[str, nn.Module], undo: Undo) -> None:
     for name, module in changes.items():
         for parent, slot in slots[id(model.get_submodule(name))]:
-            undo.append(_restoring(parent, slot))
+            undo.append(restoring_children(parent))
             parent._modules[slot] = module
 
 
@@ -212,16 +198,6 @@ def _left_of(module: nn.Module, told: list[bool]) -> nn.Module:
         left = FoldedNorm(told)
     left.training = module.training
     return left
-
-
-def _restoring(parent: nn.Module, slot: str) -> Callable[[], object]:
-    before = parent._modules[slot]
-    return lambda: parent._modules.__setitem__(slot, before)
-
-
-def _restoring_class(module: nn.Module) -> Callable[[], object]:
-    before = type(module)
-    return lambda: object.__setattr__(module, "__class__", before)
 
 
 def _restoring_mark(model: nn.Module) -> Callable[[], object]:

@@ -18,7 +18,7 @@ from nmconv.merging._brackets import Node
 from nmconv.merging._folded import FOLDED
 from nmconv.merging._numbers import affine_of
 from nmconv.planning import Geometry
-from nmconv.surgery import Method, rewritten
+from nmconv.surgery import Method, Undo, restoring, rewritten
 
 __all__ = ["LIVE", "Live", "affine_of_nodes", "elements_from", "go_live", "text_of", "why_not_live"]
 
@@ -126,7 +126,7 @@ def go_live(
     nodes: tuple[Node, ...],
     geometry: Geometry,
     told: list[bool],
-    undo: list[Callable[[], object]],
+    undo: Undo,
 ) -> None:
     """Let the module ``head`` compute the merged convolution, and the others hand their input on.
 
@@ -143,7 +143,7 @@ def go_live(
     live = Live(nodes, {name: model.get_submodule(name) for name in names}, geometry)
     for name in (head, *removed):
         module: Any = model.get_submodule(name)
-        undo.append(_restoring(module))
+        undo.append(restoring(module))
         norm_act = is_norm_act(module)
         is_norm = getattr(module, "running_mean", None) is not None
         methods: tuple[Method, ...] = (_HEAD,) if name == head else (_AFTER if norm_act else _THROUGH,)
@@ -164,17 +164,6 @@ def _names(node: Node) -> Iterable[str]:
                 yield from _names(inner)
     elif node.element.kind in ("conv", "norm"):
         yield node.element.name
-
-
-def _restoring(module: nn.Module) -> Callable[[], object]:
-    before, cls = dict(module.__dict__), type(module)
-
-    def restore() -> None:
-        object.__setattr__(module, "__class__", cls)
-        module.__dict__.clear()
-        module.__dict__.update(before)
-
-    return restore
 
 
 def text_of(elements: Iterable[Element]) -> str:

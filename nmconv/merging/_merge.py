@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from nmconv.errors import MergeError, NoEffectWarning, OptionError
-from nmconv.graph import Join, LinearRun, before_hoisting, calls_by_kind, linear_runs, mode_hidden, steps_of
+from nmconv.graph import Join, LinearRun, before_hoisting, calls_by_kind, hooks_of, linear_runs, mode_hidden, steps_of
 from nmconv.merging._algebra import Affine
 from nmconv.merging._asking import get_merges
 from nmconv.merging._brackets import Bracketing, Node, Segment, bracket, geometry_of_nodes, nodes_of
-from nmconv.merging._install import Undo, bake, check_calls, install, record, undone_on_failure, write_methods
+from nmconv.merging._install import bake, check_calls, install, record, write_methods
 from nmconv.merging._live import affine_of_nodes, why_not_live
 from nmconv.merging._module import filled
 from nmconv.merging._numbers import affine_in_double
 from nmconv.merging._records import Run
 from nmconv.merging._verify import check_model_outputs, check_segment
 from nmconv.planning import Geometry, Refusal
-from nmconv.surgery import check_plain, copy_of
+from nmconv.surgery import Undo, check_plain, copy_of, undone_on_failure
 
 __all__ = ["find_runs", "fold_norms", "merge"]
 
@@ -176,7 +176,7 @@ class _Merging:
         self.segments: list[Segment] = []
 
     def _nodes(self, run: LinearRun) -> tuple[Node, ...]:
-        hooked = [name for name in run.crossed if _has_hooks(self._model.get_submodule(name))]
+        hooked = [name for name in run.crossed if hooks_of(self._model.get_submodule(name))]
         source = run.source
         rank = len(source) - 1 if source else _rank(self._model, run)
         sizes = tuple(source[1:]) if source and all(isinstance(size, int) for size in source) else (_SIZE,) * rank
@@ -342,10 +342,6 @@ def _called_in_double(model: nn.Module, examples: Any) -> Any:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     return _called(copy_of(model).double(), torch.utils._pytree.tree_map(double, examples))
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(module.__dict__.get(kind) for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
 
 
 def _rank(model: nn.Module, run: LinearRun) -> int:

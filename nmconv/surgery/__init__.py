@@ -5,11 +5,13 @@ from nmconv.surgery._classes import Method, rewritten
 from nmconv.surgery._convert import apply_plan, convert, get_plan, make_plan
 from nmconv.surgery._guard import MERGED, check_model, check_plain
 from nmconv.surgery._rewrite import Edit, rewrite
+from nmconv.surgery._undo import Undo, restoring, restoring_children, restoring_class, undone_on_failure
 
 __all__ = [
     "MERGED",
     "Edit",
     "Method",
+    "Undo",
     "apply_plan",
     "check_model",
     "check_plain",
@@ -17,6 +19,10 @@ __all__ = [
     "copy_of",
     "get_plan",
     "make_plan",
+    "restoring",
+    "restoring_children",
+    "restoring_class",
     "rewrite",
     "rewritten",
+    "undone_on_failure",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from nmconv.surgery._guard import MARK
 from nmconv.surgery._hoist import hoist_padding
 from nmconv.surgery._identity import identity_for
 from nmconv.surgery._rewrite import Edit, rewrite
+from nmconv.surgery._undo import restoring_children, restoring_class, set_children, undone_on_failure
 from nmconv.surgery._verify import Calls, calls_of, check_calls
 
 __all__ = ["Known", "Surgery", "copy_of"]
@@ -115,25 +116,20 @@ class Surgery:
             methods[owner] = (*methods.get(owner, ()), made)
         modules = {owner: self._model.get_submodule(owner) for owner in methods}
         classes = [(modules[owner], rewritten(type(modules[owner]), found)) for owner, found in methods.items()]
-        undo: list[Callable[[], object]] = []
-        try:
+        with undone_on_failure() as undo:
             for parent, slot, module in self._slots:
-                undo.append(_restoring_children(parent))
+                undo.append(restoring_children(parent))
                 parent._modules[slot] = module
             for parent, name, module, behind in self._added:
-                undo.append(_restoring_children(parent))
-                _set_children(parent, _inserted(parent._modules, name, module, behind))
+                undo.append(restoring_children(parent))
+                set_children(parent, _inserted(parent._modules, name, module, behind))
             for module, cls in classes:
-                undo.append(_restoring_class(module))
+                undo.append(restoring_class(module))
                 module.__class__ = cls
             after = calls_of(self._model, self._plan, example_inputs)
             check_calls(before, after, self._plan, self._moved)
             for hoist in self._plan.hoists:
                 hoist_padding(self._model, hoist, undo)
-        except BaseException:
-            for step in reversed(undo):
-                step()
-            raise
         self._model.__dict__[MARK] = self._plan
 
     def _take_out(self, site: Site) -> None:
@@ -199,18 +195,3 @@ def _inserted(children: dict[str, Any], name: str, module: nn.Module, behind: st
         if key == behind:
             result[name] = module
     return result if behind is not None else {**children, name: module}
-
-
-def _set_children(parent: nn.Module, children: dict[str, Any]) -> None:
-    parent._modules.clear()
-    parent._modules.update(children)
-
-
-def _restoring_children(parent: nn.Module) -> Callable[[], object]:
-    before = dict(parent._modules)
-    return lambda: _set_children(parent, before)
-
-
-def _restoring_class(module: nn.Module) -> Callable[[], object]:
-    before = type(module)
-    return lambda: object.__setattr__(module, "__class__", before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from nmconv.graph import (
 )
 from nmconv.planning import Geometry, Hoist, Refusal, hoisted
 from nmconv.surgery._classes import Method, rewritten
+from nmconv.surgery._undo import Undo, restoring
 
 __all__ = ["find_hoists", "hoist_padding", "padded_forward"]
 
@@ -81,7 +82,7 @@ def _hoist(part: list[tuple[str, Geometry]]) -> Iterator[Hoist]:
         yield Hoist(names, (), str(refusal))
 
 
-def hoist_padding(model: nn.Module, hoist: Hoist, undo: list[Callable[[], object]]) -> None:
+def hoist_padding(model: nn.Module, hoist: Hoist, undo: Undo) -> None:
     """Set the paddings of one run; appends to ``undo`` what takes it back.
 
     Raises:
@@ -99,7 +100,7 @@ def hoist_padding(model: nn.Module, hoist: Hoist, undo: list[Callable[[], object
         told = (geometry.in_channels, geometry.out_channels, geometry.kernel, geometry.stride, geometry.dilation)
         if kept != (*told, geometry.groups):
             raise PlanError(f"{name!r} is another convolution than the one whose padding the plan moves")
-        undo.append(_restoring(module))
+        undo.append(restoring(module))
         module.__dict__[BEFORE] = Padding(now.padding, now.mode, now.stages)
         _pad(module, geometry)
 
@@ -162,14 +163,3 @@ def padded_forward(module: Any, input: Tensor) -> Tensor:
         return result
     result = module._conv_forward(input, module.weight, module.bias)
     return result
-
-
-def _restoring(module: nn.Module) -> Callable[[], object]:
-    before, cls = dict(module.__dict__), type(module)
-
-    def restore() -> None:
-        object.__setattr__(module, "__class__", cls)
-        module.__dict__.clear()
-        module.__dict__.update(before)
-
-    return restore

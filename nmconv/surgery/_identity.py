@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import nn
 
+from nmconv.graph import hooks_of
 from nmconv.surgery._classes import Method, rewritten
 
 __all__ = ["Copy", "identity_for"]
@@ -22,7 +23,6 @@ class Copy(nn.Identity):
 
 _KEEPS = Method("forward", "def forward(self, input):\n    return input\n")
 _COPIES = Method("forward", "def forward(self, input):\n    return input.clone()\n")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def identity_for(act: nn.Module, *, copies: bool) -> nn.Module:
@@ -31,7 +31,7 @@ def identity_for(act: nn.Module, *, copies: bool) -> nn.Module:
     Mostly ``nn.Identity``. An activation with parameters, buffers or hooks keeps them (a PReLU's weight keeps its
     ``state_dict`` key, unused): it stays an instance of its class whose forward does nothing.
     """
-    if any(True for _ in act.state_dict()) or any(getattr(act, hooks, None) for hooks in _HOOKS) or act._modules:
+    if any(True for _ in act.state_dict()) or hooks_of(act) or act._modules:
         still = copy.copy(act)
         still.__class__ = rewritten(type(act), (_COPIES if copies else _KEEPS,))
         return still
