@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
+from nets import net
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,6 +60,21 @@ def settle(model: nn.Module, seed: int = 0) -> nn.Module:
                     module.weight[::2] *= -1
                     uniform(module.bias, -1.0, 1.0)
     return model
+
+
+C = 4
+SHAPES = [(C, size, 12 - size) for size in range(1, 12)]
+
+
+def conv(kernel: int = 3, inputs: int = C, outputs: int = C, **options: Any) -> nn.Module:
+    """A convolution that keeps the size where it has no stride."""
+    options.setdefault("padding", kernel // 2)
+    return nn.Conv2d(inputs, outputs, kernel, **options)
+
+
+def made(forward: Any, **parts: nn.Module) -> nn.Module:
+    """A settled net with this forward and these parts."""
+    return settle(net(forward, **parts))
 
 
 def statistics(model: nn.Module, seed: int = 0) -> nn.Module:

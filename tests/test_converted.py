@@ -1111,8 +1111,8 @@ def test_an_in_place_conversion_that_fails_leaves_the_model_as_it_was(name, relo
         return failing
 
     target = {
-        "swap": "_restoring_children",
-        "class": "_restoring_class",
+        "swap": "restoring_children",
+        "class": "restoring_class",
         "check": "check_calls",
         "end": "calls_of",
     }[where]

@@ -2,22 +2,10 @@
 
 import pytest
 import torch
-from merge_nets import assert_agree, assert_near, convs_of, merge, picture, settle
-from nets import net
+from merge_nets import SHAPES, C, assert_agree, assert_near, conv, convs_of, made, merge, picture
 from torch import nn
 
 torch.set_num_threads(1)
-C = 4
-SHAPES = [(C, size, 12 - size) for size in range(1, 12)]
-
-
-def conv(kernel=3, inputs=C, outputs=C, **options):
-    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, **options)
-
-
-def made(forward, **parts):
-    return settle(net(forward, **parts))
-
 
 ALIAS = {
     "identity": lambda self, x: self.i(x),

@@ -9,28 +9,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from merge_nets import CONV, NORM, assert_agree, assert_near, counts, merge, picture, settle
+from merge_nets import CONV, NORM, C, assert_agree, assert_near, conv, counts, made, merge, picture, settle
 from nets import net
 from torch import nn
 
 import nmconv
 
 torch.set_num_threads(1)
-C = 4
 SHAPES = [(C, size, width) for size in range(1, 12) for width in (size, 12 - size)]
-
-
-def conv(kernel=3, inputs=C, outputs=C, **options):
-    options.setdefault("padding", kernel // 2)
-    return nn.Conv2d(inputs, outputs, kernel, **options)
 
 
 def normed(kernel=3, **options):
     return nn.Sequential(conv(kernel, bias=False, **options), nn.BatchNorm2d(options.get("outputs", C)))
-
-
-def made(forward, **parts):
-    return settle(net(forward, **parts))
 
 
 def folds(model, *, convs=1, sums=0, norms=0, shapes=SHAPES, shape=(C, 9, 10)):

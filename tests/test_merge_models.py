@@ -11,24 +11,26 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from merge_nets import assert_agree, assert_near, convs_of, counts, merge, picture, settle, statistics
-from nets import net
+from merge_nets import (
+    SHAPES,
+    C,
+    assert_agree,
+    assert_near,
+    conv,
+    convs_of,
+    counts,
+    made,
+    merge,
+    picture,
+    settle,
+    statistics,
+)
 from timm.layers import Conv2dSame
 from torch import nn
 
 import nmconv
 
 torch.set_num_threads(1)
-C = 4
-SHAPES = [(C, size, 12 - size) for size in range(1, 12)]
-
-
-def conv(kernel=3, inputs=C, outputs=C, **options):
-    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, **options)
-
-
-def made(forward, **parts):
-    return settle(net(forward, **parts))
 
 
 def whys(model):

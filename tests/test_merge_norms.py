@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from merge_nets import assert_agree, convs_of, counts, merge, picture, settle
-from nets import net
+from merge_nets import SHAPES, C, assert_agree, conv, convs_of, counts, made, merge, picture, settle
 from timm.layers import (
     BatchNormAct2d,
     FrozenBatchNormAct2d,
@@ -22,16 +21,6 @@ from torchvision.ops import FrozenBatchNorm2d
 import nmconv
 
 torch.set_num_threads(1)
-C = 4
-SHAPES = [(C, size, 12 - size) for size in range(1, 12)]
-
-
-def conv(kernel=3, inputs=C, outputs=C, **options):
-    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, **options)
-
-
-def made(forward, **parts):
-    return settle(net(forward, **parts))
 
 
 def run_of(*layers):

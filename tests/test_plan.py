@@ -1174,3 +1174,31 @@ def test_a_merged_model_is_not_converted():
         nmconv.convert(merged, "2:1")
     with pytest.raises(nmconv.AlreadyConvertedError, match="merged already"):
         nmconv.make_plan(nn.Sequential(merged), "2:1")
+
+
+def test_a_plan_runs_no_method_that_no_forward_calls():
+    """Rewriting traces the method that a site names: one that saves, loads or erases must not run for a plan's sake."""
+    ran = []
+
+    class Called(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return torch.relu(self.b(torch.relu(self.a(x))))
+
+        def restore(self, x):
+            ran.append(x)
+            return torch.relu(torch.relu(x))
+
+    model = nn.Sequential(Called())
+    plan = nmconv.make_plan(model, "2:1")
+    for method in ("restore", "requires_grad_", "__init__", "no_such"):
+        sites = tuple(
+            dataclasses.replace(site, method=method) if site.action == "drop" else site for site in plan.sites
+        )
+        forged = nmconv.Plan.from_json(dataclasses.replace(plan, sites=sites).to_json())
+        with pytest.raises(nmconv.PlanError, match="which no forward of this model calls"):
+            nmconv.apply_plan(model, forged)
+    assert not ran

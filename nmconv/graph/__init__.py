@@ -1,6 +1,8 @@
 """Reading models: from an ``nn.Module`` to chains of convolutions and their activations. Changes nothing."""
 
-from nmconv.graph._analysis import Called, act_calls
+from nmconv.graph._analysis import Called, act_calls, calls_by_kind
+from nmconv.graph._callable import callable_methods
+from nmconv.graph._elements import Element, Join, LinearRun, Step, elements_from, steps_of, text_of
 from nmconv.graph._fingerprint import fingerprint
 from nmconv.graph._geometry import BEFORE, PADS, Padding, before_hoisting, check_hooks, geometry_of, norm_of
 from nmconv.graph._lower import is_inplace
@@ -8,32 +10,40 @@ from nmconv.graph._method import MethodTrace, trace_method
 from nmconv.graph._modules import LEAF, THROUGH, act_kind, hooks_of, is_activation, is_sequential, leaf_op
 from nmconv.graph._ops import PLAIN_ACTS, Op
 from nmconv.graph._quiet import mode_hidden
-from nmconv.graph._runs import Element, Join, LinearRun, Step, calls_by_kind, linear_runs, steps_of
+from nmconv.graph._runs import linear_runs
 from nmconv.graph._structure import Reading, read
 from nmconv.graph._tracer import FlowTracer
+from nmconv.graph._ways import NORM, SUM, Hop, Spot, Ways
 from nmconv.graph._zoo import has_plain_weight, is_frozen_norm, is_norm_act, pads_same
 
 __all__ = [
     "BEFORE",
     "LEAF",
+    "NORM",
     "PADS",
     "PLAIN_ACTS",
+    "SUM",
     "THROUGH",
     "Called",
     "Element",
     "FlowTracer",
+    "Hop",
     "Join",
     "LinearRun",
     "MethodTrace",
     "Op",
     "Padding",
     "Reading",
+    "Spot",
     "Step",
+    "Ways",
     "act_calls",
     "act_kind",
     "before_hoisting",
+    "callable_methods",
     "calls_by_kind",
     "check_hooks",
+    "elements_from",
     "fingerprint",
     "geometry_of",
     "has_plain_weight",
@@ -50,5 +60,6 @@ __all__ = [
     "pads_same",
     "read",
     "steps_of",
+    "text_of",
     "trace_method",
 ]

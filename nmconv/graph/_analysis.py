@@ -25,8 +25,9 @@ from nmconv.graph._records import Arguments, UnknownTensor, map_proxies
 from nmconv.graph._tracer import FlowTracer
 from nmconv.graph._values import Values, fake_input
 
-__all__ = ["Analysis", "Called", "Traced", "act_calls", "analyse", "counted", "trace_parts"]
+__all__ = ["Analysis", "Called", "Traced", "act_calls", "analyse", "calls_by_kind", "counted", "trace_parts"]
 
+_COUNTED = {Op.CONV, Op.NORM, Op.ACT, Op.ADD, Op.MUL, Op.PAD, Op.LINEAR, Op.POOL, Op.DROP, Op.BOUNDED}
 # Owner, name and kind of function of an activation call.
 Called = tuple[str, str, "str | None"]
 
@@ -74,6 +75,21 @@ def counted(found: Analysis) -> Counter[Called]:
         for node, call in tracer.acts.items()
         if node not in tracer.dead
     )
+
+
+def calls_by_kind(model: nn.Module, *, training: bool, example_inputs: Any = None) -> Counter[str]:
+    """How often each convolution, norm, activation and sum on the way to an output is called, by name.
+
+    Functions are named by the module that calls them: ``layer1.0:add``.
+    """
+    found: Counter[str] = Counter()
+    analysis = trace_parts(model, training, example_inputs, None, lambda tracer: lower(tracer, linear=False))
+    for flow in analysis.traced:
+        flow.link()
+        for node in flow.nodes:
+            if node.op in _COUNTED and (flow.main[node.index] or flow.gating[node.index]):
+                found[node.name.partition("#")[0]] += 1
+    return found
 
 
 def analyse(

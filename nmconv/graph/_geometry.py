@@ -20,7 +20,7 @@ from nmconv.planning import Geometry, Refusal, Stage, diagonal, padded
 
 __all__ = ["BEFORE", "PADS", "Padding", "before_hoisting", "check_hooks", "geometry_of", "norm_of"]
 
-PADS = "_nmconv_pads"  # on a convolution whose padding was changed and that torch's attributes cannot say: a Padding
+PADS = "_nmconv_pads"  # on a convolution whose padding was changed and that torch's attributes cannot say: its Geometry
 BEFORE = "_nmconv_padding"  # on a convolution whose padding was hoisted: the Padding it had
 
 
@@ -77,14 +77,14 @@ def geometry_of(module: nn.Module, kind: str, channels: int, rank: int) -> Geome
         raise Refusal(f"{type(module).__name__} is no single convolution")
     if not (module.weight.is_floating_point() and module.weight.dtype.itemsize > 1):
         raise Refusal(f"its weight is {module.weight.dtype}")
+    hoisted: Geometry | None = module.__dict__.get(PADS)
+    if hoisted is not None:
+        return hoisted
     kernel = tuple(module.kernel_size)
     dilation = tuple(1 if size == 1 else gap for size, gap in zip(kernel, module.dilation, strict=True))
     extent = [gap * (size - 1) + 1 for size, gap in zip(kernel, dilation, strict=True)]
     stages: list[tuple[Stage, ...]] = [()] * len(kernel)
-    changed = module.__dict__.get(PADS)
-    if changed is not None:
-        padding, stages = list(changed.padding), list(changed.stages) or stages
-    elif pads_same(module):
+    if pads_same(module):
         padding = []
         for axis, step in enumerate(module.stride):
             stage = Stage(extent[axis], step, -1, -1)
@@ -96,8 +96,7 @@ def geometry_of(module: nn.Module, kind: str, channels: int, rank: int) -> Geome
         padding = [(size // 2, size - size // 2) for size in total]
     else:
         padding = [(size, size) for size in module.padding]
-    mode = module.padding_mode if changed is None else changed.mode
-    mode = mode if any(map(any, padding)) or any(stages) else "zeros"
+    mode = module.padding_mode if any(map(any, padding)) or any(stages) else "zeros"
     return Geometry(
         module.in_channels, module.out_channels, kernel, tuple(module.stride), dilation, module.groups,
         tuple(padding), mode, tuple(stages) if any(stages) else (), (), module.bias is not None,

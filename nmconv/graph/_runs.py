@@ -5,87 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import nn
 from torch.fx import Node, Proxy
 
 from nmconv.graph._analysis import trace_parts
-from nmconv.graph._constants import settings_read
+from nmconv.graph._callers import Callers, Seen
+from nmconv.graph._elements import Element, Join, LinearRun, Step, steps_of
 from nmconv.graph._flow import Flow, FlowNode
-from nmconv.graph._holders import Holders
 from nmconv.graph._lower import lower
 from nmconv.graph._ops import Op
 from nmconv.graph._records import Frame, collect
 from nmconv.graph._takes import takes_of
 from nmconv.graph._tracer import FlowTracer
 
-__all__ = ["Element", "Join", "LinearRun", "Step", "calls_by_kind", "linear_runs", "steps_of"]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One module of a run, called once.
-
-    Attributes:
-        kind: ``conv``, ``norm``, ``pad``, ``drop`` (dropout, drop-path) or ``pass`` (identity).
-        name: Its qualified name.
-        why: Why it cannot be replaced without changing something else, or "".
-    """
-
-    kind: str
-    name: str
-    why: str = ""
-
-
-@dataclass(frozen=True)
-class Join:
-    """A sum of two parallel branches of one value.
-
-    Attributes:
-        branches: The operands, each a sequence of elements; an empty one is the value itself.
-        owner: Qualified name of the module whose forward adds.
-        takes: The structure of that forward's arguments.
-        label: What the addition is called there.
-        number: Which call of that label it is, from 1.
-        why: Why the owner's forward cannot be rewritten, or "".
-    """
-
-    branches: tuple[tuple[Element, ...], tuple[Element, ...]]
-    owner: str
-    takes: str
-    label: str
-    number: int
-    why: str = ""
-
-
-Element: TypeAlias = "Step | Join"
-
-
-@dataclass(frozen=True)
-class LinearRun:
-    """Elements that follow one another, each value between them read by the next one only.
-
-    Attributes:
-        elements: In order of execution.
-        crossed: Qualified names of modules that begin or end inside the run: their hooks would see other values.
-        rank: Spatial axes of its convolutions.
-        source: Shape of the input without the batch, where it can be known: ``(channels, *sizes)``.
-    """
-
-    elements: tuple[Element, ...]
-    crossed: tuple[str, ...] = ()
-    source: tuple[int, ...] | None = None
-
-
-def steps_of(elements: Iterable[Element]) -> Iterator[Step]:
-    """All modules of a run, those of branches too."""
-    for element in elements:
-        if isinstance(element, Step):
-            yield element
-        else:
-            for branch in element.branches:
-                yield from steps_of(branch)
+__all__ = ["linear_runs"]
 
 
 def linear_runs(model: nn.Module, *, example_inputs: Any = None, sizes: bool = True) -> tuple[LinearRun, ...]:
@@ -98,51 +33,16 @@ def linear_runs(model: nn.Module, *, example_inputs: Any = None, sizes: bool = T
         example_inputs: What the model is called with; only structure and shapes are used.
         sizes: Whether to find out the shapes of the runs' inputs.
     """
-    first = trace_parts(model, False, example_inputs, None, lambda tracer: _Finder(tracer))
+    first = trace_parts(model, False, example_inputs, None, _Finder)
     analyses = [first]
     if first.mode_readers:
-        analyses.append(trace_parts(model, True, example_inputs, first, lambda tracer: _Finder(tracer)))
-    calls = _Calls(model, [finder for analysis in analyses for finder in analysis.traced], bool(first.broken))
+        analyses.append(trace_parts(model, True, example_inputs, first, _Finder))
+    seen = [finder.seen for analysis in analyses for finder in analysis.traced]
+    calls = Callers(model, seen, bool(first.broken))
     links = None
     if first.mode_readers:
         links = {link for finder in analyses[1].traced for link in finder.links(calls)}
     return tuple(run for finder in first.traced for run in finder.runs(calls, links, sizes))
-
-
-class _Calls:
-    """Who calls which module, and whether replacing a module changes that one call and nothing else."""
-
-    def __init__(self, model: nn.Module, finders: Iterable[_Finder], opaque: bool) -> None:
-        self._model = model
-        self._holders = Holders(model)
-        self._opaque = opaque
-        self._read = {name for finder in finders for name in finder.read}
-        self._settings = {held for finder in finders for held in finder.settings}
-        self._owners = Counter(
-            id(value) for module in model.modules() for value in module._parameters.values() if value is not None
-        )
-        self._times: Counter[int] = Counter()
-        for finder in finders:
-            for name, times in finder.calls.items():
-                module = id(model.get_submodule(name))
-                self._times[module] = max(self._times[module], times)
-
-    def why_not(self, name: str) -> str:
-        """Why the module cannot be replaced, or ""."""
-        module = self._model.get_submodule(name)
-        if self._times[id(module)] != 1:
-            return "it is called several times"
-        if name in self._read:
-            return "something else reads its parameters"
-        if id(module) in self._settings:
-            return "a forward reads its settings"
-        if any(self._owners[id(value)] > 1 for value in module._parameters.values() if value is not None):
-            return "another module has the same parameters"
-        if self._holders.is_kept_elsewhere(module):
-            return "an attribute holds it without registering it, so that it cannot be replaced"
-        if self._opaque and self._holders.count(module) > 1:
-            return "it is registered several times in a model that cannot be traced as a whole"
-        return ""
 
 
 @dataclass(eq=False)
@@ -160,20 +60,10 @@ class _Finder:
     def __init__(self, tracer: FlowTracer) -> None:
         self.tracer = tracer
         self.flow: Flow = lower(tracer, linear=False)
-        self.calls = Counter(
-            tracer.prefix + str(node.target)
-            for node in tracer.graph.nodes
-            if node.op == "call_module" and node not in tracer.dead
-        )
-        read = {
-            tracer.prefix + str(node.target).rpartition(".")[0]
-            for node in tracer.graph.nodes
-            if node.op == "get_attr" and node.users and node not in tracer.dead
-        }
-        self.read = {name for name in read if name}
+        self.seen = Seen.of(tracer)
         self.stored = _stored(tracer)
-        frames = {id(frame.module): frame.module for frame in _frames(tracer)}
-        self.settings = {held for module in frames.values() for held in settings_read(module)}
+        frames = {id(node.frame): node.frame for node in self.flow.nodes if node.frame is not None}
+        self.forwards = Counter(id(frame.module) for frame in frames.values())
         self.readers: list[list[int]] = [[] for _ in self.flow.nodes]
         for node in self.flow.nodes:
             for source in {*node.inputs, *node.sides}:
@@ -188,7 +78,7 @@ class _Finder:
         users = [user for user in self.flow.nodes[index].origin.users if user not in self.tracer.dead]
         return len(self.readers[index]) == 1 and len(users) == 1
 
-    def _values(self, calls: _Calls) -> dict[int, _Value]:
+    def _values(self, calls: Callers) -> dict[int, _Value]:
         values: dict[int, _Value] = {}
         for node in self.flow.nodes:
             if node.op is Op.ADD:
@@ -199,7 +89,7 @@ class _Finder:
                 values[node.index] = made
         return values
 
-    def _step(self, node: FlowNode, values: dict[int, _Value], calls: _Calls) -> _Value | None:
+    def _step(self, node: FlowNode, values: dict[int, _Value], calls: Callers) -> _Value | None:
         kind = "pass" if _adds_nothing(node) else _KINDS.get(node.op)
         if kind is None or len(node.inputs) != 1 or node.sides or node.opaque:
             return None
@@ -298,18 +188,17 @@ class _Finder:
         assert frame is not None
         if self.tracer.methods.get(node.origin, "forward") != "forward":
             return "its sum is in another method than forward, which others may call on its own"
-        frames = {id(other.frame): other.frame for other in self.flow.nodes if other.frame is not None}
-        if sum(other.module is frame.module for other in frames.values()) > 1:
+        if self.forwards[id(frame.module)] > 1:
             return f"{frame.path or 'the model'} runs several times"
         return ""
 
     # -- runs ---------------------------------------------------------------------------------------------------------
 
-    def links(self, calls: _Calls) -> set[tuple[str, str]]:
+    def links(self, calls: Callers) -> set[tuple[str, str]]:
         """Which element's value is read by which next one only, as pairs of what identifies them."""
         return {pair for value in self._values(calls).values() for pair in _pairs(value.elements)}
 
-    def runs(self, calls: _Calls, links: set[tuple[str, str]] | None, sizes: bool) -> Iterator[LinearRun]:
+    def runs(self, calls: Callers, links: set[tuple[str, str]] | None, sizes: bool) -> Iterator[LinearRun]:
         """Maximal runs with a convolution in them, in order of execution."""
         values = self._values(calls)
         taken: set[int] = set()
@@ -322,7 +211,7 @@ class _Finder:
             parts = list(_cut(value.elements, links))
             shape = self._shape(value.source) if sizes and len(parts) == 1 else None
             for at, part in enumerate(parts):
-                if at == 0 and self._written_before(value.nodes, value.source):
+                if at == 0 and not _starts_with_conv(part) and self._written_before(value.nodes, value.source):
                     part = _from_first_conv(part)
                 if any(step.kind == "conv" for step in steps_of(part)):
                     found.append((index, LinearRun(tuple(part), self._crossed(value), shape)))
@@ -349,19 +238,7 @@ class _Finder:
 
 _KINDS = {Op.CONV: "conv", Op.NORM: "norm", Op.PAD: "pad", Op.PASS: "pass", Op.DROP: "drop"}
 _KEEP = {"clone", "contiguous"}
-_QUIET = ("pass", "drop")
 _SUMS = {"add", "iadd", "add_"}
-
-
-def _frames(tracer: FlowTracer) -> Iterator[Frame]:
-    """Of every module whose forward has made a node, and of those around it."""
-    seen: set[int] = set()
-    for frame, *_ in tracer.where.values():
-        at: Frame | None = frame
-        while at is not None and id(at) not in seen:
-            seen.add(id(at))
-            yield at
-            at = at.parent
 
 
 def _stored(tracer: FlowTracer) -> set[Node]:
@@ -384,7 +261,7 @@ def _pairs(elements: Iterable[Element]) -> Iterator[tuple[str, str]]:
     before = ""
     for element in elements:
         if isinstance(element, Step):
-            if element.kind in _QUIET:
+            if element.quiet:
                 continue
             name = element.name
         else:
@@ -395,6 +272,10 @@ def _pairs(elements: Iterable[Element]) -> Iterator[tuple[str, str]]:
         if before:
             yield before, name
         before = name
+
+
+def _starts_with_conv(elements: list[Element]) -> bool:
+    return bool(elements) and isinstance(elements[0], Step) and elements[0].kind == "conv"
 
 
 def _from_first_conv(elements: list[Element]) -> list[Element]:
@@ -419,23 +300,5 @@ def _cut(elements: list[Element], links: set[tuple[str, str]] | None) -> Iterato
             yield part
             part = []
         part.append(element)
-        last = last if isinstance(element, Step) and element.kind in _QUIET else [element]
+        last = last if isinstance(element, Step) and element.quiet else [element]
     yield part
-
-
-def calls_by_kind(model: nn.Module, *, training: bool, example_inputs: Any = None) -> Counter[str]:
-    """How often each convolution, norm, activation and sum on the way to an output is called, by name.
-
-    Functions are named by the module that calls them: ``layer1.0:add``.
-    """
-    found: Counter[str] = Counter()
-    analysis = trace_parts(model, training, example_inputs, None, lambda tracer: lower(tracer, linear=False))
-    for flow in analysis.traced:
-        flow.link()
-        for node in flow.nodes:
-            if node.op in _COUNTED and (flow.main[node.index] or flow.gating[node.index]):
-                found[node.name.partition("#")[0]] += 1
-    return found
-
-
-_COUNTED = {Op.CONV, Op.NORM, Op.ACT, Op.ADD, Op.MUL, Op.PAD, Op.LINEAR, Op.POOL, Op.DROP, Op.BOUNDED}

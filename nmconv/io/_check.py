@@ -67,6 +67,9 @@ def check_geometry(geometry: Geometry, where: str) -> None:
     _hold(not geometry.bounded or geometry.mode == "zeros", f"{where} is bounded, with mode={geometry.mode!r}")
     _hold(len(geometry.stages) in (0, rank), f"{where} has stages for {len(geometry.stages)} of {rank} axes")
     _hold(not geometry.stages or any(geometry.stages), f"{where} has stages for no axis")
+    _hold(len(geometry.crop) in (0, rank), f"{where} has crop={geometry.crop}")
+    for pair in geometry.crop:
+        _hold(all(0 <= size <= _LARGEST for size in pair), f"{where} has crop={geometry.crop}")
     for axis, stages in enumerate(geometry.stages):
         _check_stages(stages, geometry, axis, where)
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from nmconv.graph import Op, fingerprint, is_norm_act, leaf_op, steps_of
-from nmconv.io._methods import callable_methods
+from nmconv.graph import Op, elements_from, fingerprint, is_norm_act, leaf_op, steps_of
 from nmconv.io._problems import Damaged, Foreign
-from nmconv.merging import Merge, elements_from
+from nmconv.merging import Merge
 from nmconv.planning import Geometry, Plan
 
 __all__ = ["check_merges", "check_plan"]
@@ -28,16 +27,11 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     if fingerprint(model) != plan.fingerprint:
         raise Foreign(f"it was saved from a {plan.model} of another structure than this {type(model).__name__}")
     modules = dict(model.named_modules(remove_duplicate=False))
-    methods = callable_methods(model)
     for site in plan.changes:
         _module(modules, site.owner)
         _module(modules, site.name)
-        if site.how == "rewrite" or site.function:
-            _check_method(site.method, methods, site.id)
         if site.place is not None:
             _module(modules, site.place.owner)
-            if site.place.how == "rewrite":
-                _check_method(site.place.method, methods, site.id)
     for hoist in plan.hoists:
         for name in hoist.convs:
             _conv(modules, name)
@@ -104,8 +98,3 @@ def _conv(modules: Modules, name: str) -> Any:
     if leaf_op(module) is not Op.CONV or not isinstance(module, nn.modules.conv._ConvNd) or module.transposed:
         raise Foreign(f"it names {name!r} as a convolution, which is a {type(module).__name__} here")
     return module
-
-
-def _check_method(name: str, methods: frozenset[str], site: str) -> None:
-    if name not in methods:
-        raise Foreign(f"it would rewrite a method {name!r} for {site}, which no forward of this model calls")

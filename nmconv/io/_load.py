@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 from torch import nn
 
-from nmconv.errors import AlreadyConvertedError, FileError
+from nmconv.errors import FileError
 from nmconv.io._check import check_content
 from nmconv.io._content import from_text
 from nmconv.io._file import File, opened
@@ -15,7 +15,6 @@ from nmconv.io._problems import Damaged, Foreign, Unread
 from nmconv.io._replay import replay
 from nmconv.io._state import fill, sources_of, state_of
 from nmconv.io._undo import undone_if_failing
-from nmconv.merging import get_merges
 from nmconv.surgery import check_model, copy_of
 
 __all__ = ["load"]
@@ -46,7 +45,7 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, inplace: bool = Fals
         ModelTypeError: If it is no module, or wrapped, compiled or scripted; or if it is on the meta device and has
             buffers that no state dict holds.
     """
-    _check_pristine(model)
+    check_model(model)
     name = os.fspath(path)
     try:
         with opened(path) as file:
@@ -72,16 +71,6 @@ def _loaded(model: nn.Module, file: File, inplace: bool) -> nn.Module:
         sources = sources_of(state_of(result), file, content.aliases)
         fill(result, file, sources, homes)
     return result
-
-
-def _check_pristine(model: nn.Module) -> None:
-    check_model(model)
-    for name, module in model.named_modules():
-        if get_merges(module):
-            raise AlreadyConvertedError(
-                f"{repr(name) + ' in the model' if name else 'the model'} was merged already: give nmconv.load the "
-                "model as it was before"
-            )
 
 
 def _short(error: Exception) -> str:

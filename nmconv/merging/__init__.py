@@ -2,7 +2,6 @@
 
 from nmconv.merging._asking import get_merges
 from nmconv.merging._install import install, write_methods
-from nmconv.merging._live import elements_from
 from nmconv.merging._merge import find_runs, fold_norms, merge
 from nmconv.merging._module import conv_module
 from nmconv.merging._records import Merge, Run
@@ -11,7 +10,6 @@ __all__ = [
     "Merge",
     "Run",
     "conv_module",
-    "elements_from",
     "find_runs",
     "fold_norms",
     "get_merges",

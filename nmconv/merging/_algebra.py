@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nmconv.planning import Geometry, composed, diagonal, identity, joined
+from nmconv.surgery import pad
 
 __all__ = ["Affine", "apply", "compose", "join", "of_identity", "of_norm", "response", "sizes_of"]
 
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-_PAD_MODES = {"zeros": "constant"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,33 +60,35 @@ def of_identity(like: Tensor, channels: int, rank: int) -> Affine:
     return Affine(identity(channels, rank), like.new_ones(channels), diagonal=True)
 
 
-def compose(one: Affine, two: Affine) -> Affine:
-    """``two`` after ``one``: equal everywhere, borders included.
+def compose(one: Affine, two: Affine, *, exact: bool = True) -> Affine:
+    """``two`` after ``one``: equal everywhere, borders included; with ``exact=False`` away from the border.
 
     Raises:
-        Refusal: See :func:`nmconv.merging._geometry.composed`.
+        Refusal: See :func:`nmconv.planning.composed`.
     """
-    geometry = composed(one.geometry, two.geometry)
+    geometry = composed(one.geometry, two.geometry, exact=exact)
     bounds = geometry.bounded or (False,) * geometry.rank
     bias, border = two.bias, two.border
     for constant, was in ((one.bias, ()), (one.border, one.geometry.bounded)):
         if constant is None:
             continue
         kernel = constant if was else constant.reshape(-1, 1, *(1,) * geometry.rank)
-        cut = tuple(two.geometry.mode == "zeros" and two.geometry.is_padded(axis) for axis in range(geometry.rank))
+        cut = tuple(
+            exact and two.geometry.mode == "zeros" and two.geometry.is_padded(axis) for axis in range(geometry.rank)
+        )
         response = _through(kernel, one, two, bounds if was or any(cut) else (False,) * geometry.rank)
         if was or any(cut):
             border = response if border is None else border + response
         else:
             bias = response.flatten() if bias is None else bias + response.flatten()
-    return Affine(geometry, _weights(one, two), bias, border, one.diagonal and two.diagonal)
+    return Affine(geometry, _weights(one, two, geometry.groups), bias, border, one.diagonal and two.diagonal)
 
 
 def join(branches: Sequence[Affine]) -> Affine:
     """The sum of parallel convolutions of the same input.
 
     Raises:
-        Refusal: See :func:`nmconv.merging._geometry.joined`.
+        Refusal: See :func:`nmconv.planning.joined`.
     """
     geometry = joined([branch.geometry for branch in branches])
     full = (True,) * geometry.rank
@@ -127,24 +129,17 @@ def response(geometry: Geometry, border: Tensor, sizes: Sequence[int]) -> Tensor
     inner = [pair if inside else (0, 0) for pair, inside in zip(pads, geometry.bounded, strict=True)]
     stride = [size if inside else 1 for size, inside in zip(geometry.stride, geometry.bounded, strict=True)]
     dilation = [size if inside else 1 for size, inside in zip(geometry.dilation, geometry.bounded, strict=True)]
-    return _CONVS[geometry.rank](F.pad(ones, _flat(inner)), border, None, stride, 0, dilation).squeeze(0)
+    return _CONVS[geometry.rank](pad(ones, inner, "zeros"), border, None, stride, 0, dilation).squeeze(0)
 
 
 def _convolve(
     input: Tensor, geometry: Geometry, pads: Sequence[tuple[int, int]], weight: Tensor, bias: Tensor | None, groups: int
 ) -> Tensor:
     conv = _CONVS[geometry.rank]
-    if geometry.mode == "zeros" and all(left == right for left, right in pads):
+    if geometry.mode == "zeros" and all(0 <= left == right for left, right in pads):
         padding = [left for left, _ in pads]
         return conv(input, weight, bias, geometry.stride, padding, geometry.dilation, groups)
-    if any(map(any, pads)):
-        input = F.pad(input, _flat(pads), mode=_PAD_MODES.get(geometry.mode, geometry.mode))
-    return conv(input, weight, bias, geometry.stride, 0, geometry.dilation, groups)
-
-
-def _flat(pads: Sequence[tuple[int, int]]) -> list[int]:
-    """As F.pad wants them: last axis first."""
-    return [extent for pair in reversed(pads) for extent in pair]
+    return conv(pad(input, pads, geometry.mode), weight, bias, geometry.stride, 0, geometry.dilation, groups)
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
@@ -154,17 +149,17 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _weights(one: Affine, two: Affine) -> Tensor:
+def _weights(one: Affine, two: Affine, groups: int) -> Tensor:
     """The composed kernel: ``[out, in / groups, *kernel]``, or ``[channels]`` for two diagonals."""
     if two.diagonal:
         shape = (-1,) if one.diagonal else (-1, *(1,) * (one.weight.dim() - 1))
         return one.weight * two.weight.reshape(shape)
-    rank, groups = one.geometry.rank, two.geometry.groups
+    rank, own = one.geometry.rank, two.geometry.groups
     if one.diagonal:
         outputs, inputs = two.weight.shape[:2]
-        scale = one.weight.reshape(groups, 1, inputs).expand(groups, outputs // groups, inputs)
+        scale = one.weight.reshape(own, 1, inputs).expand(own, outputs // own, inputs)
         return two.weight * scale.reshape(outputs, inputs, *(1,) * rank)
-    first = _ungrouped(one.dense(), composed(one.geometry, two.geometry).groups)
+    first = _ungrouped(one.dense(), groups)
     return _through(first, one, two, (True,) * rank)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from nmconv.errors import ModelTypeError
-from nmconv.merging._install import MERGES
 from nmconv.merging._records import Merge
+from nmconv.surgery import MERGED
 
 __all__ = ["get_merges"]
 
@@ -21,5 +21,5 @@ def get_merges(model: nn.Module) -> tuple[tuple[Merge, ...], ...]:
     """
     if not isinstance(model, nn.Module):
         raise ModelTypeError(f"{type(model).__name__} is no nn.Module: give the model itself")
-    rounds: tuple[tuple[Merge, ...], ...] = model.__dict__.get(MERGES, ())
+    rounds: tuple[tuple[Merge, ...], ...] = model.__dict__.get(MERGED, ())
     return rounds

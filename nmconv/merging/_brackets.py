@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -66,7 +67,7 @@ class Segment:
     @property
     def merged_cost(self) -> int:
         """Multiply-adds of the one convolution, and of the map that is added where there is a border."""
-        positions = _product(self.nodes[-1].result)
+        positions = math.prod(self.nodes[-1].result)
         return (self.geometry.weights + (self.geometry.out_channels if self.geometry.bounded else 0)) * positions
 
     @property
@@ -140,7 +141,7 @@ def _step(
     padding: Callable[[str, Geometry], Geometry],
 ) -> Node:
     rank = len(sizes)
-    if step.kind in ("pass", "drop"):
+    if step.quiet:
         try:
             check_hooks(model.get_submodule(step.name), step.name)
         except Refusal as refusal:
@@ -156,9 +157,9 @@ def _step(
     assert isinstance(geometry, Geometry)
     before = padding(step.name, geometry)
     result = _after(before, sizes)
-    own = geometry.weights * _product(result) if step.kind == "conv" else 0
+    own = geometry.weights * math.prod(result) if step.kind == "conv" else 0
     if step.kind == "norm":
-        own = channels * _product(result)
+        own = channels * math.prod(result)
     try:
         if step.why:
             raise Refusal(step.why)
@@ -191,7 +192,7 @@ def _join(
         width = parts[0].out_channels
     except Refusal as refusal:
         geometry = refusal
-    return Node(join, geometry, sizes, result, width * _product(result), branches)
+    return Node(join, geometry, sizes, result, width * math.prod(result), branches)
 
 
 def geometry_of_nodes(nodes: Sequence[Node], channels: int, rank: int) -> Geometry:
@@ -252,7 +253,7 @@ def _alone(node: Node, price: Callable[[Segment], float | None], fold: bool, few
 
 
 def _quiet(node: Node) -> bool:
-    return isinstance(node.element, Step) and node.element.kind in ("pass", "drop")
+    return isinstance(node.element, Step) and node.element.quiet
 
 
 def _channels_in(model: nn.Module, elements: Iterable[Element]) -> int | None:
@@ -279,10 +280,3 @@ def _after(geometry: Geometry, sizes: tuple[int, ...]) -> tuple[int, ...]:
         max((size + left + right - extent) // step + 1, 1)
         for size, (left, right), extent, step in zip(sizes, pads, geometry.extent, geometry.stride, strict=True)
     )
-
-
-def _product(sizes: Iterable[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result

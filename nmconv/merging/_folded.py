@@ -9,7 +9,7 @@ from torch import nn
 
 from nmconv.errors import FoldedNormWarning
 
-__all__ = ["FOLDED", "AfterNorm", "FoldedNorm", "tell"]
+__all__ = ["FOLDED", "AfterNorm", "FoldedNorm", "after_norm", "tell"]
 
 FOLDED = "_nmconv_folded"  # a list shared by all folded norms of a model: empty until one has spoken
 
@@ -25,6 +25,12 @@ def tell(module: nn.Module, mode: bool) -> None:
             FoldedNormWarning,
             stacklevel=3,
         )
+
+
+def after_norm(module: Any, input: Any) -> Any:
+    """What is left of timm's norm + act without its norm: ``drop``, where there is one, then ``act``."""
+    drop = getattr(module, "drop", None)
+    return module.act(input if drop is None else drop(input))
 
 
 class FoldedNorm(nn.Identity):
@@ -60,4 +66,4 @@ class AfterNorm(FoldedNorm):
 
     def forward(self, input: Any) -> Any:
         """The activation of ``input``, any shape."""
-        return self.act(self.drop(input))
+        return after_norm(self, input)

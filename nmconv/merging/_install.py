@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,19 +10,19 @@ from typing import Any
 from torch import nn
 
 from nmconv.errors import RewriteError
-from nmconv.graph import THROUGH, Element, Join, is_norm_act, steps_of
+from nmconv.graph import THROUGH, Element, Join, elements_from, is_norm_act, steps_of, text_of
+from nmconv.merging._asking import get_merges
 from nmconv.merging._brackets import Node, Segment, geometry_of_nodes, nodes_of
 from nmconv.merging._folded import AfterNorm, FoldedNorm
-from nmconv.merging._live import LIVE, elements_from, go_live, text_of
+from nmconv.merging._live import LIVE, go_live
 from nmconv.merging._module import filled
 from nmconv.merging._numbers import affine_in_double
 from nmconv.merging._records import Merge, Sum
 from nmconv.planning import Refusal
 from nmconv.surgery import MERGED, Edit, Undo, restoring_children, restoring_class, rewrite, rewritten
 
-__all__ = ["MERGES", "bake", "check_calls", "install", "record", "write_methods"]
+__all__ = ["bake", "check_calls", "install", "record", "write_methods"]
 
-MERGES = MERGED  # on the model: what was merged, a tuple for each call of merge
 Methods = Mapping[str, Any]
 Slots = dict[int, list[tuple[nn.Module, str]]]
 
@@ -132,12 +131,12 @@ def install(
         undo.append(restoring_class(module))
         module.__class__ = cls
     undo.append(_restoring_mark(model))
-    model.__dict__[MERGES] = (*model.__dict__.get(MERGES, ()), tuple(merges))
+    model.__dict__[MERGED] = (*get_merges(model), tuple(merges))
 
 
 def bake(model: nn.Module, undo: Undo) -> None:
     """Put plain convolutions in the place of live ones, as if they had been merged so at once."""
-    rounds = model.__dict__.get(MERGES, ())
+    rounds = get_merges(model)
     if not any(merge.live for merges in rounds for merge in merges):
         return
     slots = _slots(model)
@@ -148,7 +147,7 @@ def bake(model: nn.Module, undo: Undo) -> None:
         _put(model, slots, {name: _left_of(model.get_submodule(name), told) for name in merge.removed}, undo)
         _put(model, slots, {merge.head: conv}, undo)
     undo.append(_restoring_mark(model))
-    model.__dict__[MERGES] = tuple(
+    model.__dict__[MERGED] = tuple(
         tuple(replace(merge, live=False, factors="") for merge in merges) for merges in rounds
     )
 
@@ -201,17 +200,20 @@ def _left_of(module: nn.Module, told: list[bool]) -> nn.Module:
 
 
 def _restoring_mark(model: nn.Module) -> Callable[[], object]:
-    before = copy.copy(model.__dict__.get(MERGES))
-    return lambda: model.__dict__.pop(MERGES, None) if before is None else model.__dict__.__setitem__(MERGES, before)
+    before = model.__dict__.get(MERGED)
+    return lambda: model.__dict__.pop(MERGED, None) if before is None else model.__dict__.__setitem__(MERGED, before)
 
 
-def check_calls(before: Counter[str], after: Counter[str], segments: Sequence[Segment]) -> None:
+def check_calls(
+    before: Counter[str], after: Counter[str], merges: Sequence[Merge], segments: Sequence[Segment]
+) -> None:
     """Hold the calls of the merged model, traced anew, against those of the original.
 
     Args:
         before: From :func:`nmconv.graph.calls_by_kind`.
         after: The same of the result.
-        segments: What was merged.
+        merges: What was done.
+        segments: What they were made of.
 
     Raises:
         RewriteError: If a call is still made that was merged away, or another one is not made any more.
@@ -219,7 +221,7 @@ def check_calls(before: Counter[str], after: Counter[str], segments: Sequence[Se
     expected = Counter(before)
     for segment in segments:
         expected.subtract(_gone(node.element for node in segment.nodes))
-        expected[record(segment, False, False).head] += 1
+    expected.update(merge.head for merge in merges)
     expected = +expected
     if expected != after:
         wrong = sorted(name for name in expected.keys() | after.keys() if expected[name] != after[name])

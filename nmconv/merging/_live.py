@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nmconv.errors import RewriteError
-from nmconv.graph import LEAF, THROUGH, Element, Join, Step, is_norm_act
+from nmconv.graph import LEAF, THROUGH, Join, is_norm_act
 from nmconv.merging._algebra import Affine, apply, compose, join, of_identity
 from nmconv.merging._brackets import Node
 from nmconv.merging._folded import FOLDED
@@ -20,7 +19,7 @@ from nmconv.merging._numbers import affine_of
 from nmconv.planning import Geometry
 from nmconv.surgery import Method, Undo, restoring, rewritten
 
-__all__ = ["LIVE", "Live", "affine_of_nodes", "elements_from", "go_live", "text_of", "why_not_live"]
+__all__ = ["LIVE", "Live", "affine_of_nodes", "go_live", "why_not_live"]
 
 LIVE = "_nmconv_live"  # on the module that takes the merged convolution's place: a Live
 Numbers = Callable[[nn.Module, str, Geometry], Affine]
@@ -85,19 +84,14 @@ def live_forward(module: nn.Module, input: Tensor) -> Tensor:
     return apply(input, live.geometry, made.weight, made.bias, made.border)
 
 
-def after_norm(module: Any, input: Tensor) -> Tensor:
-    """What is left of timm's norm + act when its norm is part of a merged kernel."""
-    drop = getattr(module, "drop", None)
-    result: Tensor = module.act(input if drop is None else drop(input))
-    return result
-
-
 _THIS = f"{__name__}:"
 _HEAD = Method(
     "forward", "def forward(self, input):\n    return _live(self, input)\n", (("_live", _THIS + "live_forward"),)
 )
 _THROUGH = Method("forward", "def forward(self, input):\n    return input\n")
-_AFTER = Method("forward", "def forward(self, x):\n    return _after(self, x)\n", (("_after", _THIS + "after_norm"),))
+_AFTER = Method(
+    "forward", "def forward(self, x):\n    return _after(self, x)\n", (("_after", "nmconv.merging._folded:after_norm"),)
+)
 _TRAIN = Method(
     "train",
     "def train(self, mode=True):\n    _tell(self, mode)\n    return _train(self, mode)\n",
@@ -164,44 +158,3 @@ def _names(node: Node) -> Iterable[str]:
                 yield from _names(inner)
     elif node.element.kind in ("conv", "norm"):
         yield node.element.name
-
-
-def text_of(elements: Iterable[Element]) -> str:
-    """The elements of a run as JSON."""
-    return json.dumps(_plain(elements))
-
-
-def _plain(elements: Iterable[Element]) -> list[Any]:
-    found: list[Any] = []
-    for element in elements:
-        if isinstance(element, Step):
-            found.append([element.kind, element.name])
-        else:
-            branches = [_plain(branch) for branch in element.branches]
-            found.append([element.owner, element.takes, element.label, element.number, *branches])
-    return found
-
-
-def elements_from(text: str) -> tuple[Element, ...]:
-    """Read what :func:`text_of` wrote.
-
-    Raises:
-        ValueError: If it is something else.
-    """
-    try:
-        return _elements(json.loads(text))
-    except (TypeError, RecursionError, KeyError, IndexError) as error:
-        raise ValueError(f"these are no factors: {error}") from error
-
-
-def _elements(parts: Any) -> tuple[Element, ...]:
-    found: list[Element] = []
-    for part in parts:
-        if len(part) == 2 and part[0] in ("conv", "norm", "pad", "drop", "pass") and isinstance(part[1], str):
-            found.append(Step(part[0], part[1]))
-            continue
-        owner, takes, label, number, one, two = part
-        if [type(value) for value in (owner, takes, label, number)] != [str, str, str, int]:
-            raise TypeError("a sum of another form")
-        found.append(Join((_elements(one), _elements(two)), owner, takes, label, number))
-    return tuple(found)

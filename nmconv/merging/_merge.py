@@ -20,7 +20,7 @@ from nmconv.merging._install import bake, check_calls, install, record, write_me
 from nmconv.merging._live import affine_of_nodes, why_not_live
 from nmconv.merging._module import filled
 from nmconv.merging._numbers import affine_in_double
-from nmconv.merging._records import Run
+from nmconv.merging._records import Merge, Run
 from nmconv.merging._verify import check_model_outputs, check_segment
 from nmconv.planning import Geometry, Refusal
 from nmconv.surgery import Undo, check_plain, copy_of, undone_on_failure
@@ -174,6 +174,7 @@ class _Merging:
         self._found = linear_runs(model, example_inputs=example_inputs)
         self.runs = [self._nodes(run) for run in self._found]
         self.segments: list[Segment] = []
+        self._merges: list[Merge] = []  # the same as plain data
 
     def _nodes(self, run: LinearRun) -> tuple[Node, ...]:
         hooked = [name for name in run.crossed if hooks_of(self._model.get_submodule(name))]
@@ -219,9 +220,8 @@ class _Merging:
             chosen = [bracket(nodes, price, fold=fold, fewest=fewest) for nodes in self.runs]
             self.segments = [segment for choice in chosen for segment in choice.segments]
             self._check_parts()
-            self._methods, failed = write_methods(
-                self._model, [record(segment, False, False) for segment in self.segments]
-            )
+            self._merges = [record(segment, self._trains(segment), self._live) for segment in self.segments]
+            self._methods, failed = write_methods(self._model, self._merges)
             if not failed:
                 return
             self._refused |= {owner: str(error) for owner, error in failed.items()}
@@ -280,10 +280,8 @@ class _Merging:
         if not self.segments:
             return self._model if inplace else copy_of(self._model)
         convs: dict[str, nn.Module] = {}
-        merges = []
-        for segment in self.segments:
-            merge = record(segment, self._trains(segment), self._live)
-            merges.append(merge)
+        merges = self._merges
+        for segment, merge in zip(self.segments, merges, strict=True):
             like: Any = self._model.get_submodule(merge.head).weight
             affine = self._affine(segment.nodes)
             if not like.is_meta:
@@ -301,7 +299,7 @@ class _Merging:
         original = copy_of(self._model) if inplace and before is not None else self._model
         calls = calls_by_kind(self._model, training=False, example_inputs=self._examples)
         install(model, merges, convs, self._methods, undo)
-        check_calls(calls, calls_by_kind(model, training=False, example_inputs=self._examples), self.segments)
+        check_calls(calls, calls_by_kind(model, training=False, example_inputs=self._examples), merges, self.segments)
         if before is not None:
             exact = partial(_called_in_double, original, self._examples)
             check_model_outputs(before, _called(model, self._examples), exact, [merge.head for merge in merges])
@@ -353,10 +351,5 @@ def _rank(model: nn.Module, run: LinearRun) -> int:
 
 
 def _numbers(geometry: Geometry) -> int:
-    border = (
-        math.prod(size for size, inside in zip(geometry.kernel, geometry.bounded or (), strict=False) if inside)
-        * geometry.out_channels
-        if geometry.bounded
-        else 0
-    )
+    border = geometry.out_channels * math.prod(geometry.border_kernel) if geometry.bounded else 0
     return geometry.weights + (geometry.out_channels if geometry.bias else 0) + border

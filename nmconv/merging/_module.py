@@ -38,8 +38,7 @@ class MergedConv(nn.modules.conv._ConvNd):
         self.geometry = geometry
         self._kept: tuple[Any, Tensor] | None = None
         if geometry.bounded:
-            extents = [size if inside else 1 for size, inside in zip(geometry.kernel, geometry.bounded, strict=True)]
-            self.border = nn.Parameter(like.new_zeros(geometry.out_channels, 1, *extents))
+            self.border = nn.Parameter(like.new_zeros(geometry.out_channels, 1, *geometry.border_kernel))
         else:
             self.register_parameter("border", None)
 
@@ -54,9 +53,8 @@ class MergedConv(nn.modules.conv._ConvNd):
     def _response(self, input: Tensor, dtype: torch.dtype) -> Tensor:
         sizes = sizes_of(input, self.geometry.rank)
         assert self.border is not None
-        if torch.compiler.is_compiling() or isinstance(
-            input, Proxy
-        ):  # also while exporting; a map kept here could go stale unnoticed
+        # While compiling (and exporting) too: there, a map that was kept could go stale unnoticed.
+        if torch.compiler.is_compiling() or isinstance(input, Proxy):
             return response(self.geometry, self.border, sizes)
         if torch.is_grad_enabled() and self.border.requires_grad:
             self._kept = None  # the border may be about to change
@@ -84,6 +82,7 @@ class MergedConv(nn.modules.conv._ConvNd):
         text = f"{geometry.in_channels}, {geometry.out_channels}, kernel_size={geometry.kernel}"
         text += f", stride={geometry.stride}, padding={geometry.padding}, dilation={geometry.dilation}"
         text += f", groups={geometry.groups}, bias={geometry.bias}, border={bool(geometry.bounded)}"
+        text += f", crop={geometry.crop}" if geometry.crop else ""
         return text + (f", padding_mode={geometry.mode}" if geometry.mode != "zeros" else "")
 
 
@@ -92,7 +91,8 @@ _CLASSES: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d
 
 def is_plain(geometry: Geometry) -> bool:
     """Whether one of torch's own classes says it all."""
-    return not geometry.bounded and not geometry.stages and all(left == right for left, right in geometry.padding)
+    symmetric = all(left == right for left, right in geometry.padding)
+    return symmetric and not (geometry.bounded or geometry.stages or geometry.crop)
 
 
 def conv_module(geometry: Geometry, like: Tensor) -> nn.Module:

@@ -157,7 +157,7 @@ class _Doubles:
                 if one.shape != two.shape:
                     raise MergeError(f"{element.owner}: summed branches differ in their shapes")
                 x = one + two
-            elif element.kind not in ("pass", "drop"):
+            elif not element.quiet:
                 x = self._call(element.name, x)
         return x
 

@@ -1,6 +1,18 @@
 """Ratios, chains, plans: what is decided, as plain data. Nothing here knows torch."""
 
-from nmconv.planning._geometry import Geometry, Refusal, Stage, composed, diagonal, hoisted, identity, joined, padded
+from nmconv.planning._geometry import (
+    Geometry,
+    Refusal,
+    Stage,
+    composed,
+    diagonal,
+    hoisted,
+    identity,
+    joined,
+    padded,
+    shrunk,
+    taps_kept,
+)
 from nmconv.planning._plain import from_plain
 from nmconv.planning._plan import Counts, Hoist, Plan, Site
 from nmconv.planning._planner import Options, draw_up
@@ -36,4 +48,6 @@ __all__ = [
     "joined",
     "listed",
     "padded",
+    "shrunk",
+    "taps_kept",
 ]

@@ -10,7 +10,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-__all__ = ["Geometry", "Refusal", "Stage", "composed", "diagonal", "hoisted", "identity", "joined", "padded"]
+__all__ = [
+    "Geometry",
+    "Refusal",
+    "Stage",
+    "composed",
+    "diagonal",
+    "hoisted",
+    "identity",
+    "joined",
+    "padded",
+    "shrunk",
+    "taps_kept",
+]
 
 
 class Refusal(Exception):
@@ -53,6 +65,7 @@ class Geometry:
         bounded: For each axis, whether the bias is only there where the input map is: a constant that a later
             convolution has padded with zeros (see ``Affine.border``).
         bias: Whether there is a constant term that reaches beyond the map.
+        crop: (left, right) of each axis: elements of the padded input that the kernel leaves out; () if there are none.
     """
 
     in_channels: int
@@ -66,6 +79,7 @@ class Geometry:
     stages: tuple[tuple[Stage, ...], ...] = ()
     bounded: tuple[bool, ...] = ()
     bias: bool = True
+    crop: tuple[tuple[int, int], ...] = ()
 
     @property
     def rank(self) -> int:
@@ -82,11 +96,17 @@ class Geometry:
         """Number of weights, biases not counted: multiply-adds per output position."""
         return self.out_channels * (self.in_channels // self.groups) * math.prod(self.kernel)
 
+    @property
+    def border_kernel(self) -> tuple[int, ...]:
+        """Extents of the kernel over a map of ones: 1 along axes where the constant has no end; () without one."""
+        return tuple(size if inside else 1 for size, inside in zip(self.kernel, self.bounded, strict=False))
+
     def axis_stages(self, axis: int) -> tuple[Stage, ...]:
         """What the axis' padding depends on; one fixed stage where it depends on nothing."""
         if self.stages and self.stages[axis]:
             return self.stages[axis]
-        return (Stage(self.extent[axis], self.stride[axis], *self.padding[axis]),)
+        outside = sum(self.crop[axis]) if self.crop else 0
+        return (Stage(self.extent[axis] + outside, self.stride[axis], *self.padding[axis]),)
 
     def taps(self, axis: int, left: int) -> range:
         """Where the kernel's elements lie on a map padded by ``left``, at least as much as its own padding."""
@@ -98,8 +118,8 @@ class Geometry:
         return self.padding[axis] != (0, 0) or bool(self.stages and self.stages[axis])
 
     def pads(self, sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
-        """(left, right) of each axis, in steps of the input, for an input of these sizes."""
-        found = []
+        """(left, right) of each axis, in steps of the input, for an input of these sizes; negative where it is cut."""
+        found: list[tuple[int, int]] = []
         for axis, size in enumerate(sizes):
             if not (self.stages and self.stages[axis]):
                 found.append(self.padding[axis])
@@ -112,6 +132,8 @@ class Geometry:
                 size = (size + before + behind - stage.extent) // stage.stride + 1
                 scale *= stage.stride
             found.append((left, right))
+        if self.crop:
+            found = [(left - a, right - b) for (left, right), (a, b) in zip(found, self.crop, strict=True)]
         return tuple(found)
 
 
@@ -131,20 +153,25 @@ def padded(channels: int, padding: Sequence[tuple[int, int]], mode: str) -> Geom
     return replace(identity(channels, len(padding)), padding=tuple(padding), mode=mode)
 
 
-def composed(one: Geometry, two: Geometry) -> Geometry:
+def composed(one: Geometry, two: Geometry, *, exact: bool = True) -> Geometry:
     """The convolution that does what ``one`` and then ``two`` do, at every size and up to the border.
 
     Merged extent s1·d2·(k2-1) + d1·(k1-1) + 1, stride s1·s2, padding p1 + s1·p2, groups gcd(g1, g2).
 
+    Args:
+        one: Comes first.
+        two: Comes second.
+        exact: If False, only away from the border: as if all padding were hoisted.
+
     Raises:
-        Refusal: If no convolution does that exactly.
+        Refusal: If no convolution does that.
     """
     if one.out_channels != two.in_channels:
         raise Refusal(f"{one.out_channels} channels come in where {two.in_channels} are expected")
     mode = _mode((one, two))
     kernel, dilation, padding, stages = [], [], [], []
     for axis, step in enumerate(one.stride):
-        if two.is_padded(axis):
+        if exact and two.is_padded(axis):
             more_zeros = one.mode == two.mode == "zeros" and not one.bias  # beyond zeros only more of them
             if one.kernel[axis] != 1 or (one.is_padded(axis) and not more_zeros):
                 raise Refusal(
@@ -160,7 +187,8 @@ def composed(one: Geometry, two: Geometry) -> Geometry:
         stages.append(line)
         (left, right), (left2, right2) = one.padding[axis], two.padding[axis]
         padding.append((0, 0) if line else (left + step * left2, right + step * right2))
-    bias, bounded = _borders([(one.bias, one.bounded, two), (two.bias, two.bounded, None)])
+    after = two if exact else None
+    bias, bounded = _borders([(one.bias, one.bounded, after), (two.bias, two.bounded, None)])
     return Geometry(
         in_channels=one.in_channels,
         out_channels=two.out_channels,
@@ -173,7 +201,16 @@ def composed(one: Geometry, two: Geometry) -> Geometry:
         stages=tuple(stages) if any(stages) else (),
         bounded=bounded,
         bias=bias,
+        crop=_crops(one, two),
     )
+
+
+def _crops(one: Geometry, two: Geometry) -> tuple[tuple[int, int], ...]:
+    """What both leave out of the input: the second's elements are ``stride`` of the first's apart."""
+    none = ((0, 0),) * one.rank
+    pairs = zip(one.crop or none, two.crop or none, one.stride, strict=True)
+    found = tuple((left + step * left2, right + step * right2) for (left, right), (left2, right2), step in pairs)
+    return found if any(map(any, found)) else ()
 
 
 def joined(branches: Sequence[Geometry]) -> Geometry:
@@ -184,6 +221,8 @@ def joined(branches: Sequence[Geometry]) -> Geometry:
     """
     first = branches[0]
     mode = _mode(branches)
+    if any(other.crop for other in branches):
+        raise Refusal("a summed branch leaves out the border of its input")
     if any((other.in_channels, other.out_channels) != (first.in_channels, first.out_channels) for other in branches):
         raise Refusal("summed branches differ in their channels")
     kernel, dilation, padding, stages = [], [], [], []
@@ -241,6 +280,37 @@ def hoisted(parts: Sequence[Geometry]) -> list[Geometry]:
     none = ((0, 0),) * rank
     first = replace(parts[0], padding=tuple(padding), mode=mode, stages=tuple(stages) if any(stages) else ())
     return [first, *(replace(part, padding=none, mode="zeros", stages=()) for part in parts[1:])]
+
+
+def taps_kept(geometry: Geometry, kernel: Sequence[int]) -> tuple[slice, ...]:
+    """Which elements of the kernel a smaller one has, along each axis: those around its middle."""
+    starts = [(size - kept) // 2 for size, kept in zip(geometry.kernel, kernel, strict=True)]
+    return tuple(slice(start, start + kept) for start, kept in zip(starts, kernel, strict=True))
+
+
+def shrunk(geometry: Geometry, kernel: Sequence[int]) -> Geometry:
+    """The same convolution with only the middle of its kernel: the same outputs at the same places.
+
+    Args:
+        geometry: Without a border term.
+        kernel: Sizes, none larger than the geometry's.
+    """
+    padding: list[tuple[int, int]] = []
+    crop: list[tuple[int, int]] = []
+    for axis, kept in enumerate(taps_kept(geometry, kernel)):
+        gap = geometry.dilation[axis]
+        cut = (gap * kept.start, gap * (geometry.kernel[axis] - kept.stop))
+        own = geometry.crop[axis] if geometry.crop else (0, 0)
+        pads = geometry.padding[axis]  # (0, 0) where stages tell
+        padding.append((max(pads[0] - cut[0], 0), max(pads[1] - cut[1], 0)))
+        crop.append((own[0] + max(cut[0] - pads[0], 0), own[1] + max(cut[1] - pads[1], 0)))
+    return replace(
+        geometry,
+        kernel=tuple(kernel),
+        dilation=tuple(1 if size == 1 else gap for size, gap in zip(kernel, geometry.dilation, strict=True)),
+        padding=tuple(padding),
+        crop=tuple(crop) if any(map(any, crop)) else (),
+    )
 
 
 def _taps(size: int, gap: int, size2: int, gap2: int) -> tuple[int, int]:

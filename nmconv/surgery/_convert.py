@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from nmconv.errors import ModelTypeError, NoEffectWarning, NoSitesError, PlanError
-from nmconv.graph import fingerprint, mode_hidden, read
+from nmconv.graph import callable_methods, fingerprint, mode_hidden, read
 from nmconv.planning import Keep, Options, Plan, Site, draw_up, listed
 from nmconv.surgery._apply import Known, Surgery, copy_of, outline_of
 from nmconv.surgery._guard import check_model, plan_of
@@ -41,16 +41,7 @@ def make_plan(
 
     Raises: as :func:`convert` does.
     """
-    options = Options(
-        ratio=ratio,
-        keep=keep,
-        relocate=bool(relocate),
-        include=listed(include),
-        exclude=listed(exclude),
-        linear=bool(linear),
-        examples=example_inputs is not None,
-        hoist=bool(hoist_padding),
-    )
+    options = _options(ratio, keep, relocate, include, exclude, linear, hoist_padding, example_inputs)
     check_model(model)
     with mode_hidden():
         return _planned(model, options, example_inputs)[0]
@@ -68,7 +59,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
         The converted model, of the same class, with the same ``state_dict`` keys.
 
     Raises:
-        PlanError: If the plan is for another model.
+        PlanError: If the plan is for another model, or names methods that no forward calls.
         ModelTypeError: If ``model`` is no plain module.
         AlreadyConvertedError: If it was converted before.
     """
@@ -81,6 +72,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
             f"this plan is for a {plan.model} with fingerprint {plan.fingerprint}, the model is a "
             f"{type(model).__name__} with {found}: make a plan for this model with nmconv.make_plan"
         )
+    _check_methods(model, plan)
     with mode_hidden():
         return _applied(model, plan, {}, inplace, _same_flow(model, plan), None)
 
@@ -132,7 +124,24 @@ def convert(
     Warns:
         NoEffectWarning: If nothing changes.
     """
-    options = Options(
+    options = _options(ratio, keep, relocate, include, exclude, linear, hoist_padding, example_inputs)
+    check_model(model)
+    with mode_hidden():  # once, not for every trace
+        plan, known, calls = _planned(model, options, example_inputs)
+        return _applied(model, plan, known, inplace, calls, example_inputs)
+
+
+def _options(
+    ratio: object,
+    keep: Keep,
+    relocate: bool,
+    include: str | Iterable[str],
+    exclude: str | Iterable[str],
+    linear: bool,
+    hoist_padding: bool,
+    example_inputs: Any,
+) -> Options:
+    return Options(
         ratio=ratio,
         keep=keep,
         relocate=bool(relocate),
@@ -142,10 +151,20 @@ def convert(
         examples=example_inputs is not None,
         hoist=bool(hoist_padding),
     )
-    check_model(model)
-    with mode_hidden():  # once, not for every trace
-        plan, known, calls = _planned(model, options, example_inputs)
-        return _applied(model, plan, known, inplace, calls, example_inputs)
+
+
+def _check_methods(model: nn.Module, plan: Plan) -> None:
+    """Refuse a plan that names methods which no forward calls: rewriting traces them, and so runs them.
+
+    Raises:
+        PlanError: If it does.
+    """
+    named = [(site.method, site) for site in plan.changes if site.how == "rewrite" or site.function]
+    named += [(site.place.method, site) for site in plan.changes if site.place and site.place.how == "rewrite"]
+    callable_ones = callable_methods(model) if named else frozenset()
+    for method, site in named:
+        if method not in callable_ones:
+            raise PlanError(f"it would rewrite a method {method!r} for {site.id}, which no forward of this model calls")
 
 
 def _same_flow(model: nn.Module, plan: Plan) -> Calls | None:

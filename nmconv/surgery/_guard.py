@@ -13,7 +13,7 @@ from nmconv.planning import Plan
 __all__ = ["MARK", "MERGED", "check_model", "check_plain", "plan_of"]
 
 MARK = "_nmconv_plan"
-MERGED = "_nmconv_merges"
+MERGED = "_nmconv_merges"  # what was merged, a tuple for each call of merge
 _WRAPPERS = {
     "DistributedDataParallel": "model.module before wrapping",
     "DataParallel": "model.module before wrapping",

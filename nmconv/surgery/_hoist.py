@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from nmconv.planning import Geometry, Hoist, Refusal, hoisted
 from nmconv.surgery._classes import Method, rewritten
 from nmconv.surgery._undo import Undo, restoring
 
-__all__ = ["find_hoists", "hoist_padding", "padded_forward"]
+__all__ = ["find_hoists", "hoist_padding", "pad", "padded_forward"]
 
 
 def find_hoists(model: nn.Module, example_inputs: Any) -> tuple[Hoist, ...]:
@@ -54,7 +54,7 @@ def _hoists(model: nn.Module, line: list[Step]) -> Iterator[Hoist]:
     """The hoists of one sequence: what is no plain convolution or norm divides it."""
     part: list[tuple[str, Geometry]] = []
     for step in line:
-        if step.kind in ("pass", "drop"):
+        if step.quiet:
             continue
         try:
             if step.why or step.kind == "pad":
@@ -111,12 +111,11 @@ def _pad(module: Any, geometry: Geometry) -> None:
     if symmetric and type(module).forward.__module__.startswith("torch.nn."):
         _set(module, tuple(left for left, _ in geometry.padding), geometry.mode)
         return
-    changed = Padding(geometry.padding, geometry.mode, geometry.stages)
     cls = rewritten(type(module), (_METHOD,))
     _set(module, (0,) * geometry.rank, "zeros")
     if getattr(module, "same_pad", False):
         module.same_pad = False
-    module.__dict__[PADS] = changed
+    module.__dict__[PADS] = geometry
     module.__dict__[LEAF] = True
     module.__dict__["_nmconv_own"] = not pads_same(module) and not _torchs(type(module))
     module.__class__ = cls
@@ -139,25 +138,27 @@ _METHOD = Method(
 )
 
 
+def pad(input: Tensor, pads: Sequence[tuple[int, int]], mode: str) -> Tensor:
+    """The input with (left, right) elements more along each of its last axes; as it is where none are.
+
+    Args:
+        input: ``[..., *sizes]``.
+        pads: One pair an axis; negative ones cut.
+        mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``.
+    """
+    if not any(map(any, pads)):
+        return input
+    flat = [extent for pair in reversed(pads) for extent in pair]  # F.pad begins with the last axis
+    if mode != "zeros" and min(flat) < 0:
+        input = F.pad(input, [min(extent, 0) for extent in flat])
+        flat = [max(extent, 0) for extent in flat]
+    return F.pad(input, flat, mode="constant" if mode == "zeros" else mode)
+
+
 def padded_forward(module: Any, input: Tensor) -> Tensor:
     """A convolution's forward behind padding that torch's attributes cannot say; any shape the class takes."""
-    held: Padding = module.__dict__[PADS]
-    rank = len(module.kernel_size)
-    geometry = Geometry(
-        in_channels=module.in_channels,
-        out_channels=module.out_channels,
-        kernel=tuple(module.kernel_size),
-        stride=tuple(module.stride),
-        dilation=tuple(module.dilation),
-        groups=module.groups,
-        padding=held.padding,
-        mode=held.mode,
-        stages=held.stages,
-    )
-    pads = geometry.pads(input.shape[-rank:])
-    if any(map(any, pads)):
-        flat = [extent for pair in reversed(pads) for extent in pair]
-        input = F.pad(input, flat, mode="constant" if held.mode == "zeros" else held.mode)
+    geometry: Geometry = module.__dict__[PADS]
+    input = pad(input, geometry.pads(input.shape[-geometry.rank :]), geometry.mode)
     if module.__dict__["_nmconv_own"]:
         result: Tensor = type(module)._nmconv_base.forward(module, input)
         return result

@@ -1,0 +1,163 @@
+"""Where a value goes in a model, and how to find it again while the model runs: as plain data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from nmconv.graph._analysis import Called, trace_parts
+from nmconv.graph._elements import Element, Join
+from nmconv.graph._flow import FlowNode
+from nmconv.graph._lower import lower
+from nmconv.graph._ops import Op
+from nmconv.graph._tracer import FlowTracer
+from nmconv.graph._zoo import is_norm_act
+
+__all__ = ["NORM", "SUM", "Hop", "Spot", "Ways"]
+
+SUM = "+"  # the label of a spot that is a sum made by an operator or a function
+NORM = "(norm)"  # the label of what timm's norm + act gives to its activation
+_SUMS = ("add", "iadd", "add_", "radd")
+
+
+@dataclass(frozen=True)
+class Spot:
+    """The result of one call within one forward of a module.
+
+    Attributes:
+        owner: Qualified name of the module whose forward makes the call.
+        label: The called child's relative name (its qualified name behind ``/`` if it is no child), a function's
+            name with ``()``, :data:`SUM` or :data:`NORM`.
+        number: Which call of that label it is in one forward of the owner, from 1.
+        total: How many there are; 0 where that does not matter.
+    """
+
+    owner: str
+    label: str
+    number: int
+    total: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.owner or 'the model'}:{self.label}#{self.number}"
+
+
+@dataclass(frozen=True)
+class Hop:
+    """One thing that happens to a value that has no other reader.
+
+    Attributes:
+        kind: ``sum`` or ``act``.
+        spot: What comes of it.
+        act: Of an activation: who calls it, its name and its kind of function; and which call of it in one forward.
+    """
+
+    kind: str
+    spot: Spot
+    act: tuple[Called, int] | None = None
+
+
+class Ways:
+    """Where values go in a model in eval mode.
+
+    Args:
+        model: Read only.
+        example_inputs: What it is called with, or None; only structure and shapes are used.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any = None) -> None:
+        analysis = trace_parts(model, False, example_inputs, None, _Way)
+        self._parts: list[_Way] = analysis.traced
+
+    def spot(self, element: Element) -> Spot:
+        """Where the value is that an element of a run gives.
+
+        Raises:
+            KeyError: If the model makes no such call.
+        """
+        part, index = self._find(element)
+        return part.spot(index)
+
+    def after(self, element: Element) -> tuple[Hop, ...]:
+        """What happens to the value that an element gives, up to a fork or anything that is no sum or activation."""
+        part, index = self._find(element)
+        return tuple(part.after(index))
+
+    def _find(self, element: Element) -> tuple[_Way, int]:
+        key = _key(element)
+        for part in self._parts:
+            if key in part.where:
+                return part, part.where[key]
+        raise KeyError(key)
+
+
+def _key(element: Element) -> tuple[str, str, int]:
+    if isinstance(element, Join):
+        return element.owner, element.label, element.number
+    return "", element.name, 1
+
+
+class _Way:
+    """The same for one trace."""
+
+    def __init__(self, tracer: FlowTracer) -> None:
+        self._tracer = tracer
+        self._nodes = lower(tracer, linear=False).nodes
+        self._readers: list[list[int]] = [[] for _ in self._nodes]
+        self.where: dict[tuple[str, str, int], int] = {}
+        for node in self._nodes:
+            for source in {*node.inputs, *node.sides}:
+                self._readers[source].append(node.index)
+            if node.op is Op.ADD and node.frame is not None:
+                self.where[node.frame.path, node.label, node.number] = node.index
+            if node.op in (Op.CONV, Op.NORM, Op.PAD, Op.PASS, Op.DROP):
+                self.where["", node.name, 1] = node.index
+        self._sums: dict[Any, tuple[int, int]] = {}  # from a node to its frame's id and its number among all sums there
+        self._totals: Counter[int] = Counter()
+        for origin in tracer.graph.nodes:
+            frame, label, _ = tracer.where.get(origin, (None, "", 0))
+            if frame is not None and label in _SUMS and origin.op != "call_module":
+                self._totals[id(frame)] += 1
+                self._sums[origin] = (id(frame), self._totals[id(frame)])
+
+    def spot(self, index: int) -> Spot:
+        node = self._nodes[index]
+        owner = node.frame.path if node.frame is not None else ""
+        if node.origin in self._sums:
+            frame, number = self._sums[node.origin]
+            return Spot(owner, SUM, number, self._totals[frame])
+        if node.origin.op != "call_module":
+            return Spot(owner, f"{node.label}()", node.number)
+        inner = node.frame is not None and node.label == "norm" and is_norm_act(node.frame.module)
+        return Spot(owner, NORM if inner else node.label, node.number)
+
+    def after(self, index: int) -> Iterator[Hop]:
+        while True:
+            reader = self._reader(index)
+            if reader is None:
+                return
+            if reader.op in (Op.PASS, Op.DROP) and reader.inputs == [index]:
+                pass
+            elif reader.op is Op.ADD and reader.inputs.count(index) == 1 and self._is_seen(reader):
+                yield Hop("sum", self.spot(reader.index))
+            elif reader.op is Op.ACT and reader.act is not None and self._is_seen(reader):
+                act = reader.act
+                yield Hop("act", self.spot(reader.index), ((act.frame.path, act.name, act.function), act.call))
+            else:
+                return
+            index = reader.index
+
+    def _reader(self, index: int) -> FlowNode | None:
+        """The only reader of a value."""
+        users = [user for user in self._nodes[index].origin.users if user not in self._tracer.dead]
+        if len(self._readers[index]) != 1 or len(users) != 1:
+            return None
+        reader = self._nodes[self._readers[index][0]]
+        return None if reader.sides or reader.opaque or reader.frame is None else reader
+
+    def _is_seen(self, node: FlowNode) -> bool:
+        """Whether the call can be told apart while the model runs."""
+        return node.origin.op == "call_module" or node.origin in self._sums or node.op is Op.ACT
