@@ -3,6 +3,7 @@
 from nmconv.errors import (
     AlreadyConvertedError,
     FileError,
+    FitError,
     FoldedNormWarning,
     MergeError,
     ModelTypeError,
@@ -15,9 +16,10 @@ from nmconv.errors import (
     RatioError,
     RewriteError,
 )
+from nmconv.fitting import Fit, UnitFit, fit, get_fit, recalibrate_norms
 from nmconv.io import load, save
 from nmconv.merging import Merge, Run, find_runs, fold_norms, get_merges, merge
-from nmconv.planning import Counts, Plan, Ratio, Site, Unit, Untraced
+from nmconv.planning import Counts, Kernel, Plan, Ratio, Site, Unit, Untraced
 from nmconv.surgery import apply_plan, convert, get_plan, make_plan
 
 __version__ = "0.1.0"
@@ -26,7 +28,10 @@ __all__ = [
     "AlreadyConvertedError",
     "Counts",
     "FileError",
+    "Fit",
+    "FitError",
     "FoldedNormWarning",
+    "Kernel",
     "Merge",
     "MergeError",
     "ModelTypeError",
@@ -43,15 +48,19 @@ __all__ = [
     "Run",
     "Site",
     "Unit",
+    "UnitFit",
     "Untraced",
     "apply_plan",
     "convert",
     "find_runs",
+    "fit",
     "fold_norms",
+    "get_fit",
     "get_merges",
     "get_plan",
     "load",
     "make_plan",
     "merge",
+    "recalibrate_norms",
     "save",
 ]

@@ -3,6 +3,7 @@
 __all__ = [
     "AlreadyConvertedError",
     "FileError",
+    "FitError",
     "FoldedNormWarning",
     "MergeError",
     "ModelTypeError",
@@ -55,6 +56,10 @@ class RewriteError(NmconvError, RuntimeError):
 
 class MergeError(NmconvError, RuntimeError):
     """A model that cannot be merged: in train mode, or with a run whose merged form differs from it."""
+
+
+class FitError(NmconvError, RuntimeError):
+    """A fit that cannot be made: another reference, values that are not finite, a forward that is not as traced."""
 
 
 class FileError(NmconvError, ValueError):

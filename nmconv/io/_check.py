@@ -118,6 +118,10 @@ def _check_plan(plan: Plan) -> None:
     for hoist in plan.hoists:
         for name, geometry in zip(hoist.convs, hoist.geometries, strict=bool(hoist.geometries)):
             check_geometry(geometry, f"its plan, the hoisted {name!r}")
+    for branch in plan.branches:
+        where = f"its plan, the branch of {branch.sum.owner!r}"
+        _hold(1 <= branch.sum.number <= _LARGEST, f"{where} is sum number {branch.sum.number}")
+        check_takes(branch.sum.takes, where)
 
 
 def check_takes(text: str, where: str) -> None:

@@ -35,6 +35,11 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     for hoist in plan.hoists:
         for name in hoist.convs:
             _conv(modules, name)
+    for kernel in plan.kernels:
+        for name in kernel.convs:
+            _conv(modules, name)
+    for branch in plan.branches:
+        _module(modules, branch.sum.owner)
 
 
 def check_merges(model: nn.Module, merges: Sequence[Merge]) -> None:

@@ -1,19 +1,30 @@
 """Merging linear runs into single convolutions."""
 
+from nmconv.merging._algebra import Affine
 from nmconv.merging._asking import get_merges
-from nmconv.merging._install import install, write_methods
+from nmconv.merging._brackets import Segment, nodes_of
+from nmconv.merging._install import install, record, write_methods
+from nmconv.merging._interior import interior_affine
 from nmconv.merging._merge import find_runs, fold_norms, merge
-from nmconv.merging._module import conv_module
+from nmconv.merging._module import conv_module, filled
+from nmconv.merging._numbers import has_plain_parameter
 from nmconv.merging._records import Merge, Run
 
 __all__ = [
+    "Affine",
     "Merge",
     "Run",
+    "Segment",
     "conv_module",
+    "filled",
     "find_runs",
     "fold_norms",
     "get_merges",
+    "has_plain_parameter",
     "install",
+    "interior_affine",
     "merge",
+    "nodes_of",
+    "record",
     "write_methods",
 ]

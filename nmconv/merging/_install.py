@@ -17,8 +17,8 @@ from nmconv.merging._folded import AfterNorm, FoldedNorm
 from nmconv.merging._live import LIVE, go_live
 from nmconv.merging._module import filled
 from nmconv.merging._numbers import affine_in_double
-from nmconv.merging._records import Merge, Sum
-from nmconv.planning import Refusal
+from nmconv.merging._records import Merge
+from nmconv.planning import Refusal, Sum
 from nmconv.surgery import MERGED, Edit, Undo, restoring_children, restoring_class, rewrite, rewritten
 
 __all__ = ["bake", "check_calls", "install", "record", "write_methods"]

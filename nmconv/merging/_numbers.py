@@ -17,7 +17,7 @@ from nmconv.merging._module import MergedConv
 from nmconv.planning import Geometry, Refusal
 from nmconv.surgery import copy_of
 
-__all__ = ["affine_in_double", "affine_of", "doubled", "weight_of"]
+__all__ = ["affine_in_double", "affine_of", "doubled", "has_plain_parameter", "weight_of"]
 
 
 def affine_of(module: nn.Module, kind: str, geometry: Geometry) -> Affine:
@@ -35,7 +35,7 @@ def affine_in_double(module: nn.Module, kind: str, geometry: Geometry) -> Affine
         if kind == "norm":
             scale, shift = norm_of(module, torch.float64)
             return of_norm(_moved(scale), _moved(shift), geometry.rank)
-        if not _is_plain(module):
+        if not has_plain_parameter(module):
             module = doubled(module)
         made = affine_of(module, kind, geometry)
         bias = None if made.bias is None else _moved(made.bias)
@@ -59,8 +59,8 @@ def _has_own_weight(module: nn.Module) -> bool:
     return torchs or isinstance(module, MergedConv) or has_plain_weight(base)
 
 
-def _is_plain(module: Any) -> bool:
-    """Whether that is a parameter as it stands."""
+def has_plain_parameter(module: Any) -> bool:
+    """Whether what a convolution convolves with is its parameter ``weight`` as it stands."""
     weight = module._parameters.get("weight")
     return _has_own_weight(module) and isinstance(weight, nn.Parameter) and not module._forward_pre_hooks
 

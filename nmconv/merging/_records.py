@@ -4,28 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nmconv.planning import Geometry
+from nmconv.planning import Geometry, Sum
 
-__all__ = ["Merge", "Run", "Sum"]
-
-
-@dataclass(frozen=True)
-class Sum:
-    """An addition that goes, one operand taking its place.
-
-    Attributes:
-        owner: Qualified name of the module whose forward adds.
-        takes: The structure of that forward's arguments, as JSON.
-        label: What the addition is called there.
-        number: Which call of that label it is, from 1.
-        keep: Position of the operand that stays.
-    """
-
-    owner: str
-    takes: str
-    label: str
-    number: int
-    keep: int
+__all__ = ["Merge", "Run"]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from nmconv.planning._geometry import (
     taps_kept,
 )
 from nmconv.planning._plain import from_plain
-from nmconv.planning._plan import Counts, Hoist, Plan, Site
+from nmconv.planning._plan import Branch, Counts, Hoist, Kernel, Plan, Site, Sum
 from nmconv.planning._planner import Options, draw_up
 from nmconv.planning._policies import Keep, Unit
 from nmconv.planning._ratio import Ratio
@@ -23,12 +23,14 @@ from nmconv.planning._structure import Activation, Chain, Item, Place, Structure
 
 __all__ = [
     "Activation",
+    "Branch",
     "Chain",
     "Counts",
     "Geometry",
     "Hoist",
     "Item",
     "Keep",
+    "Kernel",
     "Options",
     "Place",
     "Plan",
@@ -37,6 +39,7 @@ __all__ = [
     "Site",
     "Stage",
     "Structure",
+    "Sum",
     "Unit",
     "Untraced",
     "composed",

@@ -12,9 +12,9 @@ from nmconv.planning._plain import from_plain
 from nmconv.planning._structure import Place, Untraced
 from nmconv.planning._table import table
 
-__all__ = ["Counts", "Hoist", "Plan", "Site"]
+__all__ = ["Branch", "Counts", "Hoist", "Kernel", "Plan", "Site", "Sum"]
 
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Site:
         role: How it is reached: ``post``, ``residual``, ``gated``, ``parallel``, ``pre``, ``leading``, or "".
         chain: Number of the chain, from 0, or None.
         unit: Number of the unit within the chain, from 0, or None.
-        action: ``keep``, ``drop``, ``move`` (kept, but at the unit's end), or ``skip`` (no site).
+        action: ``keep``, ``drop``, ``move`` (kept, but at the unit's end), ``gone`` (with the branch that makes the
+            call), or ``skip`` (no site).
         reason: Why, in words.
         inplace: Whether the call overwrites its input.
         copy: Whether the identity that replaces it must copy, lest two readers share memory.
@@ -71,6 +72,11 @@ class Site:
     place: Place | None = None
 
     @property
+    def is_real(self) -> bool:
+        """Whether it belongs to a convolution."""
+        return self.action != "skip" and not (self.action == "gone" and self.chain is None)
+
+    @property
     def id(self) -> str:
         """What names it in :meth:`Plan.edit`: ``layer1.0.relu#2``, or ``Mixed_5b.branch1x1:relu#1``, one of a kind."""
         function = f":{self.function}" if self.function else ""
@@ -93,6 +99,55 @@ class Hoist:
     convs: tuple[str, ...]
     geometries: tuple[Geometry, ...]
     why: str = ""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Convolutions that follow one another, with all that is dropped between them, and the one that replaces them.
+
+    :func:`nmconv.fit` makes it; until then the model has them as they were.
+
+    Attributes:
+        convs: Qualified names of all of them, in order of execution.
+        size: ``"exact"``, the size that merging them gives; a smaller one, ``"3"`` or ``"3x1"``; or ``"auto"``.
+        dense: Whether it has no groups where the exact merge has some.
+    """
+
+    convs: tuple[str, ...]
+    size: str = "exact"
+    dense: bool = False
+
+
+@dataclass(frozen=True)
+class Sum:
+    """An addition that goes, one operand taking its place.
+
+    Attributes:
+        owner: Qualified name of the module whose forward adds.
+        takes: The structure of that forward's arguments, as JSON.
+        label: What the addition is called there.
+        number: Which call of that label it is, from 1.
+        keep: Position of the operand that stays.
+    """
+
+    owner: str
+    takes: str
+    label: str
+    number: int
+    keep: int
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A residual branch that is not computed any more; its modules and their parameters stay in the model, unused.
+
+    Attributes:
+        sum: What added it.
+        convs: Qualified names of its convolutions.
+    """
+
+    sum: Sum
+    convs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -120,6 +175,8 @@ class Plan:
         sites: Every activation call that was found, in order of execution.
         untraced: Parts of the model that could not be traced, and what to do about it.
         hoists: Linear runs whose padding moves to their first convolution (``hoist_padding=True``).
+        kernels: Linear runs, or parts of them, that :func:`nmconv.fit` makes one convolution of.
+        branches: Residual branches that go.
     """
 
     model: str
@@ -131,6 +188,8 @@ class Plan:
     sites: tuple[Site, ...]
     untraced: tuple[Untraced, ...] = ()
     hoists: tuple[Hoist, ...] = ()
+    kernels: tuple[Kernel, ...] = ()
+    branches: tuple[Branch, ...] = ()
 
     def __deepcopy__(self, memo: object) -> Plan:
         return self  # nothing in it can change
@@ -138,8 +197,8 @@ class Plan:
     @property
     def counts(self) -> Counts:
         """Totals in eval mode."""
-        real = [site for site in self.sites if site.action != "skip" and site.modes != "train"]
-        after = sum(site.action != "drop" for site in real)
+        real = [site for site in self.sites if site.is_real and site.modes != "train"]
+        after = sum(site.action not in ("drop", "gone") for site in real)
         reached = f"{self.convs / after:.2f}:1" if after else f"{self.convs}:0"
         return Counts(self.convs, len(real), after, self.ratio, reached)
 
@@ -172,6 +231,11 @@ class Plan:
             + (f": {hoist.why}" if hoist.why else f" from {', '.join(hoist.convs[1:])}")
             for hoist in self.hoists
         ]
+        lines += [
+            f"{', '.join(kernel.convs)} -> one {'dense ' if kernel.dense else ''}kernel, {kernel.size}"
+            for kernel in self.kernels
+        ]
+        lines += [f"branch goes: {', '.join(branch.convs)}" for branch in self.branches]
         lines += [f"untraced: {part.name or 'the model itself'}: {part.reason}. {part.hint}" for part in self.untraced]
         return "\n".join(lines)
 
@@ -199,6 +263,8 @@ class Plan:
             if action not in ("keep", "drop"):
                 raise PlanError(f"action {action!r} for {name}: give 'keep' or 'drop'")
             site = known[name]
+            if site.action == "gone":
+                raise PlanError(f"{name} goes with its branch: it cannot be set to {action!r}")
             if site.action == "skip":
                 raise PlanError(f"{name} is no site ({site.reason}): it cannot be set to {action!r}")
             if action == "drop" and site.locked:
@@ -212,6 +278,27 @@ class Plan:
         touched = {conv for site in self.sites if site.id in wanted for conv in site.convs}
         hoists = tuple(hoist for hoist in self.hoists if not touched.intersection(hoist.convs))
         return replace(self, sites=sites, hoists=hoists)
+
+    def with_kernels(self, kernels: Mapping[tuple[str, ...] | str, str | int]) -> Plan:
+        """The plan with kernels for some linear runs.
+
+        Args:
+            kernels: From the convolutions' qualified names, in order of execution (a tuple, or text with commas), to
+                the size: ``"exact"``, ``"auto"``, a number such as 3 or ``"3"``, or ``"3x1"``.
+
+        Raises:
+            PlanError: If a size is none, or a convolution is named twice.
+        """
+        made = tuple(
+            Kernel(tuple(part.strip() for part in (names.split(",") if isinstance(names, str) else names)), str(size))
+            for names, size in kernels.items()
+        )
+        plan = replace(self, kernels=made)
+        try:
+            _check(plan)
+        except ValueError as error:
+            raise PlanError(f"{error}") from error
+        return plan
 
     def to_json(self, *, indent: int | None = 1) -> str:
         """The plan as versioned JSON text."""
@@ -245,7 +332,7 @@ def _check(plan: Plan) -> None:
     """Refuse values that no plan of ours has, with ValueError: a plan is applied as it stands."""
     for site in plan.sites:
         known = (
-            (site.action, ("keep", "drop", "move", "skip")),
+            (site.action, ("keep", "drop", "move", "gone", "skip")),
             (site.modes, ("both", "eval", "train")),
             (site.how, ("swap", "rewrite")),
             (site.place.how if site.place else "slot", ("rewrite", "insert", "slot")),
@@ -258,6 +345,17 @@ def _check(plan: Plan) -> None:
     for hoist in plan.hoists:
         if not hoist.why and len(hoist.convs) != len(hoist.geometries):
             raise ValueError(f"{len(hoist.geometries)} geometries for {len(hoist.convs)} convolutions")
+    taken = [conv for kernel in plan.kernels for conv in kernel.convs]
+    for kernel in plan.kernels:
+        numbers = kernel.size.split("x")
+        fine = kernel.size in ("exact", "auto") or all(part.isascii() and part.isdecimal() for part in numbers)
+        if not fine or any(part.strip("0") == "" for part in numbers):
+            raise ValueError(f"a kernel of size {kernel.size!r}: give 'exact', 'auto', a number such as 3, or '3x1'")
+        if not kernel.convs or any(taken.count(conv) > 1 for conv in kernel.convs):
+            raise ValueError(f"a kernel for {', '.join(kernel.convs) or 'nothing'}: name each convolution once")
+    for branch in plan.branches:
+        if branch.sum.keep not in (0, 1) or branch.sum.number < 1:
+            raise ValueError(f"{branch.sum.owner}: it keeps operand {branch.sum.keep} of sum {branch.sum.number}")
     ids = [site.id for site in plan.sites]
     if len(set(ids)) != len(ids):
         raise ValueError("a site stands twice in it")

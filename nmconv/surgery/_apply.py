@@ -73,6 +73,10 @@ class Surgery:
         self._moved: Counter[Called] = Counter()
         for site in plan.changes:
             self._take_out(site)
+        for branch in plan.branches:
+            self._module(branch.sum.owner)
+            edit = self._edit(branch.sum.owner, "forward", branch.sum.takes)
+            edit.sums.append((branch.sum.label, branch.sum.number, branch.sum.keep))
         for (owner, method), edit in self._edits.items():
             for (other, name), its in self._edits.items():
                 if other == owner and name != method:
@@ -103,7 +107,7 @@ class Surgery:
         Raises:
             RewriteError: If a method cannot be written, or the result does not make the calls it should.
         """
-        if not self._plan.changes and not self._plan.hoists:
+        if not (self._plan.changes or self._plan.hoists or self._plan.branches):
             self._model.__dict__[MARK] = self._plan
             return
         before = calls_of(self._model, self._plan, example_inputs) if calls is None else calls

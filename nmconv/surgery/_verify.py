@@ -45,7 +45,8 @@ def check_calls(before: Calls, after: Calls, plan: Plan, moved: Counter[Called])
     for training, made in after.items():
         now_made, calls = _renamed(made, named), _renamed(before[training], named)
         runs = ("both", "train") if training else ("both", "eval")
-        gone = Counter(named((site.owner, site.name, site.function)) for site in plan.changes if site.modes in runs)
+        changed = [site for site in plan.sites if site.action in ("drop", "move", "gone")]
+        gone = Counter(named((site.owner, site.name, site.function)) for site in changed if site.modes in runs)
         every = Counter(
             named((site.owner, site.name, site.function)) for site in plan.sites if site.modes in runs and site.call
         )

@@ -1,0 +1,155 @@
+"""Images: read once from whatever the user has, split by index into what is fitted and what is held out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from nmconv.errors import OptionError
+
+__all__ = ["Images", "home_of", "read_images"]
+
+_MOST = 4 * 2**30  # bytes of images kept in memory; more are read again by index where the data can do that
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Batches of inputs, each all fitted or all held out.
+
+    Attributes:
+        source: Where batches come from: tensors, or what reads them again.
+        count: Images that are fitted.
+        held: Images that are held out.
+        home: Device, and dtype of floating-point images.
+    """
+
+    source: Any
+    count: int
+    held: int
+    home: tuple[torch.device, torch.dtype]
+
+    def batches(self, held: bool | None = None) -> Iterator[tuple[Tensor, bool]]:
+        """Batches on the model's device and in its dtype, and whether each is held out.
+
+        Args:
+            held: Only what is held out, or only what is fitted; None for all.
+        """
+        device, dtype = self.home
+        for batch, out in self.source():
+            if held is None or out is held:
+                moved = batch.to(device, non_blocking=True)
+                yield (moved.to(dtype) if moved.is_floating_point() else moved), out
+
+    def first(self) -> Tensor:
+        """One image, as a batch."""
+        batch, _ = next(self.batches())
+        return batch[:1]
+
+
+def home_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a model's first floating-point parameter."""
+    for value in (*model.parameters(), *model.buffers()):
+        if value.is_floating_point():
+            return value.device, value.dtype
+    return torch.device("cpu"), torch.float32
+
+
+def read_images(data: Any, model: nn.Module, *, holdout: float = 0.0, key: str | None = None) -> Images:
+    """Read all data once.
+
+    Args:
+        data: A tensor ``[images, ...]``, or a loader or iterable of batches: tensors, (x, y) pairs, or dicts.
+        model: Gives device and dtype.
+        holdout: Which part of the images is held out, spread evenly over them.
+        key: Where batches are dicts: under which key the images are.
+
+    Raises:
+        OptionError: If there are no images, or they are something else.
+    """
+    home = home_of(model)
+    split = _Split(holdout)
+    kept: list[tuple[Tensor, bool]] = []
+    size = 0
+    if isinstance(data, Tensor):
+        data = data.split(64)
+    again = _reader(data, key)
+    for batch in _batches(data, key):
+        parts = split.take(batch)
+        kept += parts
+        size += sum(part.numel() * part.element_size() for part, _ in parts)
+        if size > _MOST and again is not None:
+            indices = range(len(data.dataset))
+            fitted = sum(not _is_held(index, holdout) for index in indices)
+            return Images(lambda: again(holdout), fitted, len(indices) - fitted, home)
+    if not split.index:
+        raise OptionError("data holds no images: give a loader or an iterable that has not been read to its end")
+    if holdout and not split.held:
+        raise OptionError(
+            f"data holds {split.index} images, too few to hold out {holdout} of them: give more, or holdout=0"
+        )
+    return Images(lambda: iter(kept), split.index - split.held, split.held, home)
+
+
+def _is_held(index: int, holdout: float) -> bool:
+    """Evenly spaced, so that data sorted by class is split alike."""
+    return int((index + 1) * holdout) > int(index * holdout)
+
+
+class _Split:
+    """Divides batches by the number of each image."""
+
+    def __init__(self, holdout: float) -> None:
+        self._holdout = holdout
+        self.index = 0
+        self.held = 0
+
+    def take(self, batch: Tensor) -> list[tuple[Tensor, bool]]:
+        out = torch.tensor([_is_held(self.index + at, self._holdout) for at in range(len(batch))], dtype=torch.bool)
+        self.index += len(batch)
+        self.held += int(out.sum())
+        where = out.to(batch.device)
+        parts = [(batch[~where], False), (batch[where], True)]
+        return [(part, held) for part, held in parts if len(part)]
+
+
+def _batches(data: Any, key: str | None) -> Iterator[Tensor]:
+    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
+        raise OptionError(f"data={data!r:.80}: give a tensor of images, or a loader or iterable of batches")
+    for batch in data:
+        yield _images_of(batch, key)
+
+
+def _images_of(batch: Any, key: str | None) -> Tensor:
+    """The images of a batch: ``[images, channels, *sizes]``."""
+    if isinstance(batch, Mapping):
+        if key not in batch:
+            raise OptionError(f"batches are dicts with {', '.join(map(repr, batch))}: name the images' by key=")
+        batch = batch[key]
+    elif isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
+    if not isinstance(batch, Tensor) or batch.dim() < 2:
+        what = f"a tensor of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
+        raise OptionError(f"data gives {what} where a batch of images is expected: a tensor [images, channels, ...]")
+    return batch.detach()
+
+
+def _reader(data: Any, key: str | None) -> Any:
+    """What reads a loader's data set again by index, in order, or None where that cannot be done."""
+    if not isinstance(data, DataLoader) or data.collate_fn is None or not hasattr(data.dataset, "__getitem__"):
+        return None
+    collate: Any = data.collate_fn
+    dataset: Any = data.dataset
+
+    def read(holdout: float) -> Iterator[tuple[Tensor, bool]]:
+        step = data.batch_size or 1
+        for out in (False, True):
+            wanted = [index for index in range(len(dataset)) if _is_held(index, holdout) is out]
+            for start in range(0, len(wanted), step):
+                yield _images_of(collate([dataset[at] for at in wanted[start : start + step]]), key), out
+
+    return read

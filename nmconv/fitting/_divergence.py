@@ -1,0 +1,74 @@
+"""How far a network's outputs are from a reference's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from nmconv.errors import FitError
+from nmconv.fitting._data import Images
+from nmconv.fitting._records import Divergence
+
+__all__ = ["Loss", "Outputs", "divergence", "outputs_of"]
+
+Loss = Callable[[Any, Any], Any]  # of the output and the reference's output of a batch: a number, or one for each image
+Outputs = list[Any]
+
+
+def outputs_of(model: nn.Module, images: Images, held: bool | None) -> Outputs:
+    """Outputs of all batches, in the model's present mode.
+
+    Raises:
+        FitError: If one is not finite.
+    """
+    found = []
+    with torch.no_grad():
+        for batch, _ in images.batches(held):
+            output = model(batch)
+            for part in tree_leaves(output):
+                if isinstance(part, Tensor) and part.is_floating_point() and not bool(torch.isfinite(part).all()):
+                    raise FitError(f"this {type(model).__name__} gives values that are not finite on these images")
+            found.append(output)
+    return found
+
+
+def divergence(outputs: Outputs, reference: Outputs, loss: Loss | None) -> Divergence:
+    """Mean over images; by KL divergence where the output is one row of logits for each image, else by ``loss``.
+
+    Without a loss, outputs of any other form are compared by their squared error relative to the reference's mean
+    square.
+    """
+    total = same = 0.0
+    images = 0
+    for output, wanted in zip(outputs, reference, strict=True):
+        logits = isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1
+        count = len(next(part for part in tree_leaves(output) if isinstance(part, Tensor)))
+        images += count
+        if loss is not None:
+            value = loss(output, wanted)
+            value = value.double().mean() if isinstance(value, Tensor) else value
+            total += float(value) * count
+        elif logits:
+            one, two = output.double().log_softmax(1), wanted.double().log_softmax(1)
+            total += float((two.exp() * (two - one)).sum())
+        else:
+            total += _relative(output, wanted) * count
+        if logits:
+            same += float((output.argmax(1) == wanted.argmax(1)).sum())
+        else:
+            same = math.nan
+    return Divergence(total / images, same / images)
+
+
+def _relative(output: Any, wanted: Any) -> float:
+    error = size = 0.0
+    for one, two in zip(tree_leaves(output), tree_leaves(wanted), strict=True):
+        if isinstance(one, Tensor) and one.is_floating_point():
+            error += float((one.double() - two.double()).square().sum())
+            size += float(two.double().square().sum())
+    return error / size if size else error

@@ -1,0 +1,143 @@
+"""The factors form: only a unit's last convolution changes, and its norm; keys, shapes and classes stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmconv.fitting._moments import Line, Moments
+from nmconv.fitting._units import Unit
+from nmconv.graph import Join, geometry_of, norm_of
+from nmconv.merging import has_plain_parameter
+from nmconv.planning import Geometry, Refusal
+from nmconv.surgery import Undo
+
+__all__ = ["Factors"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Norms:
+    """The norms behind a convolution as one: ``out = scale · in + shift``, each ``[channels]``, in float64."""
+
+    modules: tuple[Any, ...]
+    scale: Tensor
+    shift: Tensor
+
+
+class Factors:
+    """The last convolution of a unit as a regression, and putting the answer into the model.
+
+    Args:
+        model: Read only until :meth:`install`.
+        unit: Of it.
+
+    Raises:
+        Refusal: If it cannot be refitted, and why.
+    """
+
+    def __init__(self, model: nn.Module, unit: Unit) -> None:
+        last = unit.elements[-1]
+        if isinstance(last, Join):
+            raise Refusal("its last step is a sum of convolutions, which have no one last convolution")
+        at = max(
+            number for number, step in enumerate(unit.elements) if not isinstance(step, Join) and step.kind == "conv"
+        )
+        steps: Any = unit.elements[at:]
+        for step in steps:
+            if step.kind in ("pad",) or isinstance(step, Join):
+                raise Refusal(f"{step.name} stands behind its last convolution")
+            if step.why and not step.quiet:
+                raise Refusal(f"{step.name}: {step.why}")
+        self.name: str = steps[0].name
+        conv: Any = model.get_submodule(self.name)
+        self.conv = conv
+        rank = len(conv.kernel_size) if isinstance(getattr(conv, "kernel_size", None), tuple) else 2
+        found = geometry_of(conv, "conv", 0, rank)
+        self.geometry: Geometry = found
+        if not has_plain_parameter(conv) or hasattr(conv, "parametrizations"):
+            raise Refusal(f"{self.name}: what it convolves with is computed from its weight (name a kernel instead)")
+        norms = [model.get_submodule(step.name) for step in steps if step.kind == "norm"]
+        self._norms = _as_one(norms, steps, self.geometry.out_channels, conv.weight.device)
+        self._bias = None if conv.bias is None else conv.bias.detach().double()
+        scale, shift = self._norms.scale, self._norms.shift
+        constant = shift if self._bias is None else shift + scale * self._bias
+        self.has_intercept = self._bias is not None or bool(norms and _has_shift(norms[-1]))
+        self.inputs = (self.name,)
+        groups = self.geometry.groups
+        self._shape = conv.weight.shape
+        weight = conv.weight.detach().double().reshape(groups, self._shape[0] // groups, -1).transpose(1, 2)
+        # Of the unit's output, behind the norms: what the error is measured on.
+        self.start = Line(weight * scale.reshape(groups, 1, -1), constant.reshape(groups, -1))
+
+    def install(self, line: Line, moments: Moments, undo: Undo) -> None:
+        """Put a line into the convolution and its norms."""
+        with torch.no_grad():
+            groups = self.geometry.groups
+            before_norms = line.weight / self._norms.scale.reshape(groups, 1, -1)
+            _set(self.conv.weight, before_norms.transpose(1, 2).reshape(self._shape), undo)
+            if not self.has_intercept:
+                return
+            total = line.constant.flatten()
+            norms = self._norms.modules
+            if not (norms and _has_shift(norms[-1])):  # the convolution's own bias is all there is
+                assert self._bias is not None
+                _set(self.conv.bias, (total - self._norms.shift) / self._norms.scale, undo)
+                return
+            bias = torch.zeros_like(total) if self._bias is None else self._bias
+            shift = total - self._norms.scale * bias
+            last = norms[-1]
+            _set(last.bias, last.bias.double() + shift - self._norms.shift, undo)
+            mean = (moments.mean[:, None] @ before_norms).flatten() + bias
+            _centre(norms[0], mean, moments.variance(before_norms).flatten(), undo)
+
+
+def _as_one(norms: list[Any], steps: Any, channels: int, device: torch.device) -> _Norms:
+    scale = torch.ones(channels, dtype=torch.float64, device=device)
+    shift = torch.zeros(channels, dtype=torch.float64, device=device)
+    for norm in norms:
+        own, added = norm_of(norm, torch.float64)
+        scale, shift = scale * own.detach(), shift * own.detach() + added.detach()
+    if not bool((scale != 0).all()):
+        names = [step.name for step in steps if step.kind == "norm"]
+        dead = int((scale == 0).sum())
+        raise Refusal(f"{names[-1]} multiplies {dead} of {channels} channels by zero")
+    if not bool(torch.isfinite(scale).all() and torch.isfinite(shift).all()):
+        raise Refusal(f"{steps[-1].name} has values that are not finite")
+    return _Norms(tuple(norms), scale, shift)
+
+
+def _has_shift(norm: Any) -> bool:
+    return getattr(norm, "bias", None) is not None
+
+
+def _centre(norm: Any, mean: Tensor, variance: Tensor, undo: Undo) -> None:
+    """Give a norm the statistics of its new input, its output unchanged: training goes on where the fit left off."""
+    scale, shift = norm_of(norm, torch.float64)
+    if not _has_shift(norm):
+        return
+    _set(norm.running_mean, mean, undo)
+    if getattr(norm, "weight", None) is not None:
+        usable = variance > 0
+        variance = torch.where(usable, variance, norm.running_var.double())
+        _set(norm.running_var, variance, undo)
+        _set(norm.weight, scale * (norm.running_var.double() + norm.eps).sqrt(), undo)
+    again, _ = norm_of(norm, torch.float64)
+    _set(norm.bias, shift + norm.running_mean.double() * again, undo)
+
+
+def _set(tensor: Tensor, value: Tensor, undo: Undo) -> None:
+    before = tensor.detach().clone()
+    undo.append(_giving_back(tensor, before))
+    tensor.copy_(value.reshape(tensor.shape))
+
+
+def _giving_back(tensor: Tensor, before: Tensor) -> Callable[[], object]:
+    def give_back() -> None:
+        with torch.no_grad():
+            tensor.copy_(before)
+
+    return give_back

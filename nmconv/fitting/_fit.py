@@ -1,0 +1,303 @@
+"""Fitting a converted model to the one it was made from: unit by unit, in the order of execution."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmconv.errors import FitError, OptionError
+from nmconv.fitting._data import Images, read_images
+from nmconv.fitting._divergence import Loss, divergence, outputs_of
+from nmconv.fitting._factors import Factors
+from nmconv.fitting._kernels import Merged
+from nmconv.fitting._moments import Line, Moments, ridge_line
+from nmconv.fitting._patches import columns_of, patches
+from nmconv.fitting._recalibrate import eval_mode, recalibrate
+from nmconv.fitting._records import Fit, UnitFit
+from nmconv.fitting._units import Unit, find_units
+from nmconv.fitting._watch import Watch
+from nmconv.graph import mode_hidden
+from nmconv.merging import get_merges
+from nmconv.planning import Kernel, Refusal, shrunk, taps_kept
+from nmconv.surgery import Undo, check_plain, copy_of, get_plan, undone_on_failure
+
+__all__ = ["fit", "get_fit"]
+
+_MARK = "_nmconv_fit"
+_RIDGES = tuple(10.0**power for power in range(-7, 2))
+_WITHIN = 1.25  # kernel="auto": the smallest kernel whose held-out error is no more than this times the least
+
+
+def fit(
+    model: nn.Module,
+    data: Any,
+    *,
+    reference: nn.Module,
+    kernel: str | int | None = None,
+    ridge: str | float = "auto",
+    holdout: float = 0.25,
+    recalibrate: bool = True,
+    loss: Loss | None = None,
+    key: str | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """Refit a converted model to the one it was made from, by least squares, on a few hundred unlabelled images.
+
+    For each unit that lost an activation, in the order of execution: its input as the converted model computes it, its
+    target as the reference computes it at the same place, and the convolution with the least squared error (normal
+    equations in float64; He et al., arXiv 1707.06168, for channel pruning). ``docs/fitting.md`` tells what is fitted.
+
+    Args:
+        model: Converted, and not merged.
+        data: Images: a tensor ``[images, ...]``, or a loader or iterable of tensors, of (x, y) pairs (y is ignored) or
+            of dicts. Read once.
+        reference: The model before it was converted, with the weights it had.
+        kernel: None: units of which the plan names a kernel become one convolution; of the others the last
+            convolution and its norm are refitted, under their old keys. ``"exact"``, ``"auto"`` or a size such as 3:
+            all others become one convolution too, of the exact merge's size, of the smallest that is hardly worse, or
+            of that size where the exact merge's is no smaller.
+        ridge: How firmly the fit is held to the converted model's own convolutions, relative to the inputs' mean
+            square; ``"auto"`` chooses by the error on held-out images.
+        holdout: Which part of the images is held out, spread evenly over them.
+        recalibrate: Estimate the norms' statistics anew at the end, if that brings the outputs closer to the
+            reference's on held-out images.
+        loss: What tells how close: a function of (output, the reference's output) of a batch that gives a
+            number, or one for each image. By default the KL divergence for classifiers, else the relative squared
+            error.
+        key: Where batches are dicts: under which key the images are.
+        inplace: Change ``model`` itself instead of a copy.
+
+    Returns:
+        The fitted model. :func:`get_fit` tells what was done, and what was refused.
+
+    Raises:
+        OptionError: For an option that is none, or data without images.
+        FitError: If the model was not converted, or was merged; if the reference is another model's; or if values are
+            not finite. The model is as it was then.
+        ModelTypeError: If one of the models is no module, or wrapped, compiled or scripted.
+    """
+    ridges = _ridges(ridge, holdout)
+    default = None if kernel is None else _kernel(kernel)
+    plan = get_plan(check_plain(model, "fit"))
+    check_plain(reference, "compare with")
+    if plan is None:
+        raise FitError(
+            f"this {type(model).__name__} was not converted: give what nmconv.apply_plan or convert returned"
+        )
+    if get_merges(model):
+        raise FitError(f"this {type(model).__name__} was merged or fitted: fit what nmconv.apply_plan returned")
+    if get_plan(reference) is not None or model is reference:
+        raise FitError("the reference was converted itself: give the model as it was before nmconv.convert")
+    images = read_images(data, model, holdout=holdout, key=key)
+    result = model if inplace else copy_of(model)
+    with mode_hidden(), undone_on_failure() as undo, eval_mode(result, reference):
+        report = _Fitting(result, reference, images, ridges, loss, undo).run(default, recalibrate)
+    result.__dict__[_MARK] = report
+    return result
+
+
+def get_fit(model: nn.Module) -> Fit | None:
+    """What :func:`fit` did to a model, or None."""
+    found = check_plain(model, "ask", compiled=True).__dict__.get(_MARK)
+    return found if isinstance(found, Fit) else None
+
+
+def _ridges(ridge: str | float, holdout: float) -> tuple[float, ...]:
+    if isinstance(holdout, bool) or not isinstance(holdout, (int, float)) or not 0 <= holdout < 1:
+        raise OptionError(f"holdout={holdout!r}: give a part of the images, from 0 to less than 1")
+    if ridge == "auto":
+        if not holdout:
+            raise OptionError('ridge="auto" chooses on held-out images: give holdout=0.25, or a ridge such as 1e-3')
+        return _RIDGES
+    if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge >= 0:
+        raise OptionError(f'ridge={ridge!r}: give "auto" or a number from 0 on')
+    return (float(ridge),)
+
+
+def _kernel(kernel: object) -> Kernel:
+    text = str(kernel)
+    numbers = text.split("x")
+    if isinstance(kernel, bool) or not (
+        text in ("exact", "auto") or all(part.isdecimal() and int(part) for part in numbers)
+    ):
+        raise OptionError(f'kernel={kernel!r}: give "exact", "auto" or a size such as 3')
+    return Kernel((), text)
+
+
+@dataclass(frozen=True, eq=False)
+class _Answer:
+    """A fitted kernel, and how well it does."""
+
+    size: tuple[int, ...]
+    line: Line
+    ridge: float
+    before: float
+    after: float
+    held_before: float
+    held_after: float
+
+
+class _Fitting:
+    """One fit of one model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reference: nn.Module,
+        images: Images,
+        ridges: tuple[float, ...],
+        loss: Loss | None,
+        undo: Undo,
+    ) -> None:
+        self._model = model
+        self._reference = reference
+        self._images = images
+        self._ridges = ridges
+        self._loss = loss
+        self._undo = undo
+        self._held = True if images.held else None  # where divergences are measured
+        self._wanted = outputs_of(reference, images, self._held)
+
+    def run(self, default: Kernel | None, recalibrating: bool) -> Fit:
+        plan = get_plan(self._model)
+        assert plan is not None
+        converted = self._divergence()
+        baseline = self._recalibrated_alone()
+        found = [
+            self._fit(unit) for unit in find_units(self._model, self._reference, plan, default, self._images.first())
+        ]
+        fitted = returned = self._divergence()
+        kept = False
+        if recalibrating:
+            undo: Undo = []
+            recalibrate(self._model, self._images, undo)
+            again = self._divergence()
+            kept = again.loss < fitted.loss
+            if kept:
+                returned = again
+                self._undo += undo
+            else:
+                for step in reversed(undo):
+                    step()
+        return Fit(
+            units=tuple(found),
+            images=self._images.count,
+            held=self._images.held,
+            converted=converted,
+            recalibrated=baseline,
+            fitted=fitted,
+            returned=returned,
+            norms_recalibrated=kept,
+        )
+
+    def _divergence(self) -> Any:
+        return divergence(outputs_of(self._model, self._images, self._held), self._wanted, self._loss)
+
+    def _recalibrated_alone(self) -> Any:
+        undo: Undo = []
+        try:
+            recalibrate(self._model, self._images, undo)
+            return self._divergence()
+        finally:
+            for step in reversed(undo):
+                step()
+
+    # -- one unit -----------------------------------------------------------------------------------------------------
+
+    def _fit(self, unit: Unit) -> UnitFit:
+        try:
+            form: Factors | Merged = (
+                Factors(self._model, unit) if unit.kernel is None else Merged(self._model, unit, unit.kernel)
+            )
+        except Refusal as refusal:
+            nan = math.nan
+            return UnitFit(unit.convs, "", (), math.inf, nan, nan, nan, nan, self._images.count, 0, 0, str(refusal))
+        fitted, held = self._moments(unit, form)
+        columns = fitted.square.shape[-1]
+        if isinstance(form, Factors):
+            best = self._solve(fitted, held, form.start, form.geometry.kernel, form.has_intercept)
+            tried: tuple[_Answer, ...] = (best,)
+            if best.ridge != math.inf:
+                form.install(best.line, fitted, self._undo)
+        else:
+            full = max(form.sizes)
+            base = shrunk(form.geometry, full)
+            answers = []
+            for size in form.sizes:
+                columns_kept = columns_of(base, taps_kept(base, size), fitted.square.device)
+                inner, outer = fitted.of_columns(columns_kept), held.of_columns(columns_kept)
+                answers.append(self._solve(inner, outer, form.start(size), size, True))
+            tried = tuple(answers)
+            least = min(_judged(answer) for answer in tried)
+            best = next(answer for answer in tried if _judged(answer) <= _WITHIN * least)
+            form.install(best.size, best.line, self._undo)
+            columns = columns * math.prod(best.size) // math.prod(full)
+        short = fitted.rows < columns
+        return UnitFit(
+            convs=unit.convs,
+            form="factors" if isinstance(form, Factors) else "merged",
+            kernel=best.size,
+            ridge=best.ridge,
+            before=best.before,
+            after=best.after,
+            held_before=best.held_before,
+            held_after=best.held_after,
+            images=self._images.count,
+            positions=fitted.rows,
+            unknowns=columns,
+            why=f"{fitted.rows} positions for {columns} unknowns: held by the ridge alone" if short else "",
+            sizes=tuple((answer.size, answer.held_after) for answer in tried) if len(tried) > 1 else (),
+        )
+
+    def _moments(self, unit: Unit, form: Factors | Merged) -> tuple[Moments, Moments]:
+        """Of the images that are fitted, and of those held out."""
+        geometry = form.geometry if isinstance(form, Factors) else shrunk(form.geometry, max(form.sizes))
+        sums = (Moments(), Moments())
+        key = form.inputs[0]
+        spots = [unit.end] if unit.far is None else [unit.end, unit.far]
+        with Watch(self._model, spots, [key]) as here, Watch(self._reference, [unit.target]) as there:
+            for batch, held in self._images.batches():
+                seen = here.run(batch)
+                target = there.run(batch)[unit.target]
+                wanted = target if unit.far is None else seen[unit.end].double() + target.double() - seen[unit.far]
+                if wanted.shape != seen[unit.end].shape:
+                    raise FitError(
+                        f"{unit.convs[-1]} gives {tuple(seen[unit.end].shape)}, and {tuple(wanted.shape)} in the "
+                        "reference: it is another model's"
+                    )
+                _check_finite(seen[key], f"{unit.convs[0]}'s input in this model")
+                _check_finite(wanted, f"{unit.convs[-1]}'s target in the reference")
+                for rows, targets in patches(seen[key], wanted, geometry):
+                    sums[held].add(rows, targets)
+        return sums
+
+    def _solve(self, fitted: Moments, held: Moments, start: Line, size: tuple[int, ...], intercept: bool) -> _Answer:
+        """The line that does best on held-out images, the composed one included."""
+        best = (math.inf, start)
+        judge = held if held.rows else fitted
+        if not held.rows:
+            best = (self._ridges[0], ridge_line(fitted, start, self._ridges[0], intercept=intercept))
+        else:
+            for ridge in self._ridges:
+                line = ridge_line(fitted, start, ridge, intercept=intercept)
+                if judge.error(line) < judge.error(best[1]):
+                    best = (ridge, line)
+        ridge, line = best
+        nan = math.nan
+        return _Answer(
+            size, line, ridge, fitted.error(start), fitted.error(line),
+            held.error(start) if held.rows else nan, held.error(line) if held.rows else nan,
+        )  # fmt: skip
+
+
+def _judged(answer: _Answer) -> float:
+    return answer.after if math.isnan(answer.held_after) else answer.held_after
+
+
+def _check_finite(values: Tensor, what: str) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise FitError(f"{what} is not finite on these images")

@@ -1,0 +1,124 @@
+"""The merged form: a unit becomes one convolution, of the exact merge's size or a smaller one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmconv.errors import OptionError
+from nmconv.fitting._moments import Line
+from nmconv.fitting._units import Unit
+from nmconv.graph import hooks_of, steps_of
+from nmconv.merging import Affine, Merge, Segment, filled, install, interior_affine, nodes_of, record, write_methods
+from nmconv.planning import Geometry, Kernel, Refusal, shrunk, taps_kept
+from nmconv.surgery import Undo
+
+__all__ = ["Merged", "sizes_asked"]
+
+
+class Merged:
+    """A unit as one convolution: what it is composed to, smaller kernels of it, and putting one into the model.
+
+    Args:
+        model: Read only until :meth:`install`.
+        unit: Of it.
+        kernel: Its size.
+        training: Whether its parameters are to require gradients.
+
+    Raises:
+        Refusal: If it cannot be one convolution, and why.
+        OptionError: If the size is for another number of axes.
+    """
+
+    def __init__(self, model: nn.Module, unit: Unit, kernel: Kernel) -> None:
+        self._model = model
+        self._unit = unit
+        for step in steps_of(unit.elements):
+            if step.kind == "conv" and ":" in step.name:
+                raise Refusal(f"{step.name}: {step.why}")
+            if step.why and not step.quiet:
+                raise Refusal(f"{step.name}: {step.why}")
+            if hooks_of(model.get_submodule(step.name)):
+                raise Refusal(f"{step.name} has a hook, which would not run any more: remove it first")
+        first: Any = model.get_submodule(unit.convs[0])
+        size = getattr(first, "kernel_size", None)
+        rank = len(size) if isinstance(size, tuple) else 2
+        self._like: Tensor = first.weight
+        like = torch.empty(0, dtype=torch.float64, device="cpu")
+        self._nodes = nodes_of(model, unit.elements, None, (256,) * rank, lambda name, geometry: geometry, {})
+        channels = getattr(first, "in_channels", 0)
+        affine = interior_affine(self._nodes, model.get_submodule, channels, rank, like).dense()
+        if kernel.dense and affine.geometry.groups > 1:
+            affine = _dense(affine)
+        geometry = replace(affine.geometry, bias=True, bounded=())
+        self.inputs = (unit.head,)
+        self.geometry: Geometry = geometry
+        self.has_intercept = True
+        self.sizes = sizes_asked(kernel, geometry)
+        bias = affine.bias if affine.bias is not None else affine.weight.new_zeros(geometry.out_channels)
+        self._composed = Affine(geometry, affine.weight, bias)
+        _, self._failed = write_methods(model, [self._record(geometry)])
+        for error in self._failed.values():
+            raise Refusal(str(error))
+
+    def start(self, size: Sequence[int]) -> Line:
+        """The composed kernel's middle, as a line."""
+        groups = self.geometry.groups
+        kept = taps_kept(self.geometry, size)
+        weight = self._composed.weight[(slice(None), slice(None), *kept)]
+        assert self._composed.bias is not None
+        rows = weight.reshape(groups, weight.shape[0] // groups, -1).transpose(1, 2)
+        device = self._like.device
+        return Line(rows.to(device), self._composed.bias.reshape(groups, -1).to(device))
+
+    def install(self, size: Sequence[int], line: Line, undo: Undo) -> Merge:
+        """Put the convolution into the model."""
+        geometry = shrunk(self.geometry, size)
+        weight = line.weight.transpose(1, 2).reshape(geometry.out_channels, -1, *geometry.kernel)
+        made = self._record(geometry)
+        methods, _ = write_methods(self._model, [made])
+        conv = filled(Affine(geometry, weight, line.constant.flatten()), self._like, made.trainable)
+        install(self._model, [made], {made.head: conv}, methods, undo)
+        return made
+
+    def _record(self, geometry: Geometry) -> Merge:
+        trainable = any(
+            value.requires_grad
+            for step in steps_of(self._unit.elements)
+            for value in self._model.get_submodule(step.name).parameters(recurse=False)
+        )
+        return record(Segment(self._nodes, geometry), trainable, False)
+
+
+def sizes_asked(kernel: Kernel, geometry: Geometry) -> list[tuple[int, ...]]:
+    """Kernel sizes to try, smallest first: none larger than the exact merge's.
+
+    Raises:
+        OptionError: If the size is for another number of axes.
+    """
+    full = geometry.kernel
+    if kernel.size == "exact":
+        return [full]
+    if kernel.size == "auto":
+        steps = range((max(full) - 1) // 2, -1, -1)
+        return list(dict.fromkeys(tuple(max(size - 2 * step, 1 + (size + 1) % 2) for size in full) for step in steps))
+    parts = [int(part) for part in kernel.size.split("x")]
+    if len(parts) == 1:
+        parts *= len(full)
+    if len(parts) != len(full):
+        raise OptionError(f"kernel={kernel.size!r} for {kernel.convs[0]}, which has {len(full)} spatial axes")
+    return [tuple(min(part, size) for part, size in zip(parts, full, strict=True))]
+
+
+def _dense(affine: Affine) -> Affine:
+    groups = affine.geometry.groups
+    outputs, inputs = affine.weight.shape[:2]
+    wide = affine.weight.new_zeros(groups, outputs // groups, groups, inputs, *affine.weight.shape[2:])
+    at = torch.arange(groups)
+    wide[at, :, at] = affine.weight.reshape(groups, outputs // groups, inputs, *affine.weight.shape[2:])
+    weight = wide.reshape(outputs, groups * inputs, *affine.weight.shape[2:])
+    return Affine(replace(affine.geometry, groups=1), weight, affine.bias)

@@ -1,0 +1,132 @@
+"""Statistics of batch norms estimated anew: the cheapest repair of a converted network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nmconv.errors import FitError
+from nmconv.fitting._data import Images, read_images
+from nmconv.surgery import Undo, check_plain, undone_on_failure
+
+__all__ = ["eval_mode", "recalibrate", "recalibrate_norms"]
+
+_BATCH = 64  # images
+
+
+def recalibrate_norms(model: nn.Module, data: Any, *, key: str | None = None) -> nn.Module:
+    """Estimate the running statistics of all batch norms anew, in place: the cheapest repair of a converted model.
+
+    Every norm gets the mean and the variance of what it is given, over all images, while the norms before it are
+    normalising by their batches' statistics; everything else runs as in eval mode.
+
+    Args:
+        model: Its parameters and modes stay as they are.
+        data: A handful of batches: a tensor ``[images, ...]``, or a loader or iterable of tensors, of (x, y) pairs
+            or of dicts. Small batches are put together.
+        key: Where batches are dicts: under which key the images are.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted.
+        OptionError: If there are no images.
+        FitError: If what a norm is given is not finite. The statistics are as they were then.
+    """
+    check_plain(model, "recalibrate")
+    images = read_images(data, model)
+    with undone_on_failure() as undo:
+        recalibrate(model, images, undo)
+    return model
+
+
+@contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """All of the models in eval mode; afterwards every module is in the mode it was found in."""
+    before = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def recalibrate(model: nn.Module, images: Images, undo: Undo) -> int:
+    """Do it with the images that are fitted; gives the number of norms."""
+    norms: list[Any] = [module for module in model.modules() if _counts(module)]
+    with eval_mode(model):
+        before = [(norm, norm.momentum) for norm in norms]
+        kept: list[list[Callable[[], object]]] = []
+        try:
+            for norm in norms:
+                kept.append([_giving_back(value) for value in (norm.running_mean, norm.running_var)])
+                kept[-1].append(_giving_back(norm.num_batches_tracked))
+                undo += kept[-1]
+                norm.reset_running_stats()
+                norm.training = True
+            _estimate(model, norms, images)
+        finally:
+            for norm, momentum in before:
+                norm.momentum = momentum
+    for norm, give_back in zip(norms, kept, strict=True):
+        if not int(norm.num_batches_tracked):  # nobody calls it
+            for step in give_back:
+                step()
+    for norm in norms:
+        if not bool(torch.isfinite(norm.running_mean).all() and torch.isfinite(norm.running_var).all()):
+            raise FitError(
+                f"a {type(norm).__name__} of this {type(model).__name__} is given values that are not finite"
+            )
+    return len(norms)
+
+
+def _estimate(model: nn.Module, norms: list[Any], images: Images) -> None:
+    """Means over images of each batch's statistics; a smaller batch counts for less."""
+    seen = 0
+    with torch.no_grad():
+        for batch in _gathered(images):
+            seen += len(batch)
+            for norm in norms:
+                norm.momentum = len(batch) / seen
+            try:
+                model(batch)
+            except ValueError as error:  # torch's: one value a channel
+                raise FitError(
+                    f"a batch of {len(batch)} images has no statistics ({error}): give more images"
+                ) from error
+
+
+def _gathered(images: Images) -> Iterator[Tensor]:
+    """Batches large enough for statistics, where images are of one size."""
+    parts: list[Tensor] = []
+    for batch, _ in images.batches(held=False):
+        if parts and (parts[0].shape[1:] != batch.shape[1:] or sum(map(len, parts)) >= _BATCH):
+            yield torch.cat(parts)
+            parts = []
+        parts.append(batch)
+    yield torch.cat(parts)
+
+
+def _counts(module: nn.Module) -> bool:
+    """Whether it is a batch norm that is called, and keeps running statistics of its own."""
+    if not isinstance(module, _BatchNorm) or type(module).__module__.startswith("nmconv."):
+        return False
+    return module.running_mean is not None and module.num_batches_tracked is not None
+
+
+def _giving_back(tensor: Tensor) -> Callable[[], object]:
+    before = tensor.detach().clone()
+
+    def give_back() -> None:
+        with torch.no_grad():
+            tensor.copy_(before)
+
+    return give_back

@@ -1,0 +1,185 @@
+"""What is fitted: the linear runs in which an activation was dropped, and where their targets are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from nmconv.errors import FitError
+from nmconv.graph import Element, Join, Spot, Step, Ways, linear_runs, steps_of
+from nmconv.planning import Kernel, Plan
+
+__all__ = ["Unit", "find_units"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One fit.
+
+    Attributes:
+        elements: From the first convolution to the last norm.
+        convs: Qualified names of its convolutions, in order of execution.
+        head: Qualified name of the module that gets the unit's input.
+        end: The unit's output, in the converted model.
+        far: The sum that it ends in, in the converted model, or None.
+        target: In the reference, the value at the end, or at the sum; behind it where its activation was dropped.
+        kernel: What the plan says, or None.
+    """
+
+    elements: tuple[Element, ...]
+    convs: tuple[str, ...]
+    head: str
+    end: Spot
+    far: Spot | None
+    target: Spot
+    kernel: Kernel | None
+
+
+def find_units(
+    model: nn.Module, reference: nn.Module, plan: Plan, default: Kernel | None, example_inputs: Any
+) -> tuple[Unit, ...]:
+    """All fits of a converted model, in order of execution.
+
+    Args:
+        model: Converted by ``plan``, not merged.
+        reference: As it was before.
+        plan: What was done.
+        default: The kernel of units of which the plan names none; None to fit their last convolution alone.
+        example_inputs: What both are called with; only structure and shapes are used.
+
+    Raises:
+        FitError: If the plan names kernels for convolutions that do not follow one another.
+    """
+    before = {
+        conv: number
+        for number, run in enumerate(linear_runs(reference, example_inputs=example_inputs, sizes=False))
+        for conv in _convs(run.elements)
+    }
+    runs = linear_runs(model, example_inputs=example_inputs, sizes=False)
+    here, there = Ways(model, example_inputs), Ways(reference, example_inputs)
+    kernels = {kernel.convs: kernel for kernel in plan.kernels}
+    kept = {
+        ((site.owner, site.name, site.function), site.call): site.action != "drop"
+        for site in plan.sites
+        if site.modes != "train"
+    }
+    found: list[Unit] = []
+    for run in runs:
+        for part, kernel in _parts(run.elements, kernels, there):
+            unit, dropped = _unit(part, kernel, here, there, kept)
+            if kernel is not None:
+                found.append(unit)
+            elif dropped or len({before.get(conv) for conv in unit.convs}) > 1:
+                part = part if default else _opened(part)
+                found.append(_unit(part, default, here, there, kept)[0])
+    missing = set(kernels) - {unit.convs for unit in found}
+    if missing:
+        names = ", ".join(min(missing))
+        raise FitError(f"the plan names a kernel for {names}, which are not one linear run here, nor a part of one")
+    return tuple(found)
+
+
+def _unit(
+    elements: tuple[Element, ...], kernel: Kernel | None, here: Ways, there: Ways, kept: Mapping[Any, bool]
+) -> tuple[Unit, bool]:
+    """The fit of some elements, and whether the activation that follows them was dropped."""
+    last = elements[-1]
+    try:
+        end, target = here.spot(last), there.spot(last)
+        sums = [hop.spot for hop in here.after(last) if hop.kind == "sum"]
+        hops = there.after(last)
+    except KeyError as error:
+        raise FitError(
+            f"the reference makes no call {error.args[0]} that this model makes: give the model that was converted, as "
+            "it was before"
+        ) from error
+    far: Spot | None = None
+    dropped = False
+    for hop in hops:
+        if hop.kind == "sum":
+            if not sums:
+                break
+            far, target = sums.pop(0), hop.spot
+        else:
+            dropped = not kept.get(hop.act, True)
+            target = hop.spot if dropped else target
+            break
+    head = next(step.name for step in steps_of(elements))
+    return Unit(elements, _convs(elements), head, end, far, target, kernel), dropped
+
+
+def _convs(elements: Iterable[Element]) -> tuple[str, ...]:
+    return tuple(step.name for step in steps_of(elements) if step.kind == "conv")
+
+
+def _parts(
+    elements: tuple[Element, ...], kernels: Mapping[tuple[str, ...], Kernel], there: Ways
+) -> Iterator[tuple[tuple[Element, ...], Kernel | None]]:
+    """The run cut where named kernels begin and end, and where the reference has no activation either.
+
+    The more places there are where the reference tells what is wanted, the less there is to make up for at each.
+    """
+    blocks = list(_blocks(elements))
+    rest: list[Element] = []
+    at = 0
+    while at < len(blocks):
+        names: tuple[str, ...] = ()
+        for end in range(at, len(blocks)):
+            names += _convs(blocks[end])
+            if names in kernels:
+                yield from _part(rest, None)
+                rest = []
+                yield from _part([element for block in blocks[at : end + 1] for element in block], kernels[names])
+                at = end + 1
+                break
+        else:
+            rest += blocks[at]
+            at += 1
+            if not _is_before_activation(rest, there):
+                yield from _part(rest, None)
+                rest = []
+    yield from _part(rest, None)
+
+
+def _is_before_activation(elements: list[Element], there: Ways) -> bool:
+    """Whether the reference has an activation behind the elements, sums passed over."""
+    last = next((element for element in reversed(elements) if not (isinstance(element, Step) and element.quiet)), None)
+    try:
+        return last is not None and any(hop.kind == "act" for hop in there.after(last))
+    except KeyError:
+        return True
+
+
+def _blocks(elements: tuple[Element, ...]) -> Iterator[list[Element]]:
+    """Each convolution or sum with the norms and so on behind it."""
+    block: list[Element] = []
+    for element in elements:
+        if _convs([element]) and _convs(block):
+            yield block
+            block = []
+        block.append(element)
+    yield block
+
+
+def _part(elements: list[Element], kernel: Kernel | None) -> Iterator[tuple[tuple[Element, ...], Kernel | None]]:
+    while elements and not _convs(elements[:1]):  # what comes before the first convolution stays as it is
+        elements = elements[1:]
+    while elements and isinstance(elements[-1], Step) and elements[-1].quiet:
+        elements = elements[:-1]
+    if elements:
+        yield tuple(elements), kernel
+
+
+def _opened(elements: tuple[Element, ...]) -> tuple[Element, ...]:
+    """Without a sum at the end of which only one branch has convolutions: that branch ends the run, the sum follows."""
+    while isinstance(elements[-1], Join):
+        full = [branch for branch in elements[-1].branches if _convs(branch)]
+        if len(full) != 1:
+            return elements
+        elements = (*elements[:-1], *full[0])
+        while isinstance(elements[-1], Step) and elements[-1].quiet:
+            elements = elements[:-1]
+    return elements

@@ -1,0 +1,181 @@
+"""Looking at values inside a running model: module hooks and a function mode, the model's own code untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from nmconv.errors import FitError
+from nmconv.graph import NORM, SUM, Spot
+
+__all__ = ["Watch"]
+
+_SUMS = ("add", "add_")
+
+
+class _Enough(BaseException):
+    """All that was asked for has been seen: the rest of the forward need not run."""
+
+
+class Watch:
+    """Runs a model and returns what comes by at some spots, and what some modules are given.
+
+    Hooks are on the model only between ``__enter__`` and ``__exit__``.
+
+    Args:
+        model: In the mode it is to run in.
+        spots: Results of calls.
+        inputs: Qualified names of modules, each called once, whose input is asked for.
+        whole: Whether to run to the end, and give the output as well.
+    """
+
+    def __init__(
+        self, model: nn.Module, spots: Iterable[Spot] = (), inputs: Iterable[str] = (), *, whole: bool = False
+    ) -> None:
+        self._model = model
+        self._spots = tuple(dict.fromkeys(spots))
+        self._inputs = tuple(dict.fromkeys(inputs))
+        self._whole = whole
+        self._handles: list[Any] = []
+        self._stack: list[str] = []
+        self._counts: dict[tuple[str, str], int] = {}
+        self._seen: dict[Spot | str, Tensor] = {}
+        self._sums = {spot.owner for spot in self._spots if spot.label == SUM}
+        self._calls = {(spot.owner, spot.label[:-2]) for spot in self._spots if spot.label.endswith("()")}
+        self.output: Any = None
+
+    def __enter__(self) -> Watch:
+        try:
+            self._hook()
+        except BaseException:
+            self._unhook()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._unhook()
+
+    def run(self, images: Tensor) -> dict[Spot | str, Tensor]:
+        """One forward without gradients. Values are copies: later in-place operations do not change them.
+
+        Raises:
+            FitError: If a spot did not come by, or a sum's forward made another number of sums than it was traced to.
+        """
+        self._stack, self._counts, self._seen = [], {}, {}
+        try:
+            with torch.no_grad(), _Functions(self):
+                self.output = self._model(images)
+        except _Enough:
+            pass
+        missing = [key for key in (*self._spots, *self._inputs) if key not in self._seen]
+        if missing:
+            raise FitError(
+                f"{missing[0]} does not come by when this {type(self._model).__name__} runs: its forward takes another "
+                "way with these inputs than it was traced to take"
+            )
+        if self._whole:
+            for spot in self._spots:
+                made = self._counts.get((spot.owner, SUM), 0)
+                if spot.label == SUM and spot.total and made != spot.total:
+                    raise FitError(f"{spot.owner or 'the model'} makes {made} sums, and {spot.total} in its trace")
+        return self._seen
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    def _hook(self) -> None:
+        names = {id(module): name for name, module in reversed(list(self._model.named_modules()))}
+        for module in dict.fromkeys(self._model.modules()):
+            name = names[id(module)]
+            self._handles.append(module.register_forward_pre_hook(self._entering(name), prepend=True))
+            # Also when a forward fails: the stack must fit again.
+            self._handles.append(module.register_forward_hook(self._leaving, always_call=True))
+        for name in self._inputs:
+            module = self._model.get_submodule(name)
+            self._handles.append(module.register_forward_pre_hook(self._given(name), with_kwargs=True))
+        for spot in self._spots:
+            if spot.label == NORM:
+                holder: Any = self._model.get_submodule(spot.owner)
+                drop = getattr(holder, "drop", None)
+                after = drop if isinstance(drop, nn.Module) else holder.act
+                self._handles.append(after.register_forward_pre_hook(self._given(spot), with_kwargs=True))
+            elif spot.label != SUM and not spot.label.endswith("()"):
+                inner = spot.label[1:] if spot.label.startswith("/") else f"{spot.owner}.{spot.label}".lstrip(".")
+                self._handles.append(self._model.get_submodule(inner).register_forward_hook(self._result(spot)))
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _entering(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            self._stack.append(name)
+            for key in [key for key in self._counts if key[0] == name]:
+                del self._counts[key]
+
+        return hook
+
+    def _leaving(self, *_: object) -> None:
+        if self._stack:
+            self._stack.pop()
+
+    def _given(self, key: Spot | str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._note(key, args[0] if args else next(iter(kwargs.values())))
+
+        return hook
+
+    def _result(self, spot: Spot) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, result: Any) -> None:
+            caller = self._stack[-1] if self._stack else ""
+            if caller == spot.owner and self._count(spot.owner, spot.label) == spot.number:
+                self._note(spot, result)
+
+        return hook
+
+    def _count(self, owner: str, label: str) -> int:
+        key = (owner, label)
+        self._counts[key] = self._counts.get(key, 0) + 1
+        return self._counts[key]
+
+    # -- functions ----------------------------------------------------------------------------------------------------
+
+    def called(self, name: str, result: Any) -> None:
+        """A function of this name gave this result, in the forward that is running."""
+        if not self._stack:
+            return
+        owner = self._stack[-1]
+        if name in _SUMS and owner in self._sums:
+            self._function(owner, SUM, result)
+        elif (owner, name) in self._calls:
+            self._function(owner, f"{name}()", result)
+
+    def _function(self, owner: str, label: str, result: Any) -> None:
+        number = self._count(owner, label)
+        for spot in self._spots:
+            if (spot.owner, spot.label, spot.number) == (owner, label, number):
+                self._note(spot, result)
+
+    def _note(self, key: Spot | str, value: Any) -> None:
+        if not isinstance(value, Tensor):
+            raise FitError(f"{key} is a {type(value).__name__}, no tensor")
+        self._seen[key] = value.detach().clone()
+        if not self._whole and len(self._seen) == len(self._spots) + len(self._inputs):
+            raise _Enough
+
+
+class _Functions(TorchFunctionMode):
+    """Tells a watch of every function that is called on tensors."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self._watch.called(getattr(function, "__name__", ""), result)
+        return result
