@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +13,11 @@ from nmconv.fitting._data import Images, read_images
 from nmconv.fitting._divergence import Loss, divergence, outputs_of
 from nmconv.fitting._factors import Factors
 from nmconv.fitting._kernels import Merged
-from nmconv.fitting._moments import Line, Moments, ridge_line
+from nmconv.fitting._moments import Moments
 from nmconv.fitting._patches import columns_of, patches
 from nmconv.fitting._recalibrate import eval_mode, recalibrate
 from nmconv.fitting._records import Fit, UnitFit
+from nmconv.fitting._solve import RIDGES, Answer, solved
 from nmconv.fitting._units import Unit, find_units
 from nmconv.fitting._watch import Watch
 from nmconv.graph import mode_hidden
@@ -28,7 +28,6 @@ from nmconv.surgery import Undo, check_plain, copy_of, get_plan, undone_on_failu
 __all__ = ["fit", "get_fit"]
 
 _MARK = "_nmconv_fit"
-_RIDGES = tuple(10.0**power for power in range(-7, 2))
 _WITHIN = 1.25  # kernel="auto": the smallest kernel whose held-out error is no more than this times the least
 
 
@@ -112,7 +111,7 @@ def _ridges(ridge: str | float, holdout: float) -> tuple[float, ...]:
     if ridge == "auto":
         if not holdout:
             raise OptionError('ridge="auto" chooses on held-out images: give holdout=0.25, or a ridge such as 1e-3')
-        return _RIDGES
+        return RIDGES
     if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge >= 0:
         raise OptionError(f'ridge={ridge!r}: give "auto" or a number from 0 on')
     return (float(ridge),)
@@ -126,19 +125,6 @@ def _kernel(kernel: object) -> Kernel:
     ):
         raise OptionError(f'kernel={kernel!r}: give "exact", "auto" or a size such as 3')
     return Kernel((), text)
-
-
-@dataclass(frozen=True, eq=False)
-class _Answer:
-    """A fitted kernel, and how well it does."""
-
-    size: tuple[int, ...]
-    line: Line
-    ridge: float
-    before: float
-    after: float
-    held_before: float
-    held_after: float
 
 
 class _Fitting:
@@ -219,8 +205,8 @@ class _Fitting:
         fitted, held = self._moments(unit, form)
         columns = fitted.square.shape[-1]
         if isinstance(form, Factors):
-            best = self._solve(fitted, held, form.start, form.geometry.kernel, form.has_intercept)
-            tried: tuple[_Answer, ...] = (best,)
+            best = solved(fitted, held, form.start, form.geometry.kernel, self._ridges, intercept=form.has_intercept)
+            tried: tuple[Answer, ...] = (best,)
             if best.ridge != math.inf:
                 form.install(best.line, fitted, self._undo)
         else:
@@ -230,10 +216,10 @@ class _Fitting:
             for size in form.sizes:
                 columns_kept = columns_of(base, taps_kept(base, size), fitted.square.device)
                 inner, outer = fitted.of_columns(columns_kept), held.of_columns(columns_kept)
-                answers.append(self._solve(inner, outer, form.start(size), size, True))
+                answers.append(solved(inner, outer, form.start(size), size, self._ridges, intercept=True))
             tried = tuple(answers)
-            least = min(_judged(answer) for answer in tried)
-            best = next(answer for answer in tried if _judged(answer) <= _WITHIN * least)
+            least = min(answer.judged for answer in tried)
+            best = next(answer for answer in tried if answer.judged <= _WITHIN * least)
             form.install(best.size, best.line, self._undo)
             columns = columns * math.prod(best.size) // math.prod(full)
         short = fitted.rows < columns
@@ -274,28 +260,6 @@ class _Fitting:
                 for rows, targets in patches(seen[key], wanted, geometry):
                     sums[held].add(rows, targets)
         return sums
-
-    def _solve(self, fitted: Moments, held: Moments, start: Line, size: tuple[int, ...], intercept: bool) -> _Answer:
-        """The line that does best on held-out images, the composed one included."""
-        best = (math.inf, start)
-        judge = held if held.rows else fitted
-        if not held.rows:
-            best = (self._ridges[0], ridge_line(fitted, start, self._ridges[0], intercept=intercept))
-        else:
-            for ridge in self._ridges:
-                line = ridge_line(fitted, start, ridge, intercept=intercept)
-                if judge.error(line) < judge.error(best[1]):
-                    best = (ridge, line)
-        ridge, line = best
-        nan = math.nan
-        return _Answer(
-            size, line, ridge, fitted.error(start), fitted.error(line),
-            held.error(start) if held.rows else nan, held.error(line) if held.rows else nan,
-        )  # fmt: skip
-
-
-def _judged(answer: _Answer) -> float:
-    return answer.after if math.isnan(answer.held_after) else answer.held_after
 
 
 def _check_finite(values: Tensor, what: str) -> None:
