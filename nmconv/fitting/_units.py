@@ -136,12 +136,26 @@ def _parts(
                 at = end + 1
                 break
         else:
-            rest += blocks[at]
-            at += 1
-            if not _is_before_activation(rest, there):
+            inside = list(_branches_named(blocks[at], kernels))
+            if inside:
                 yield from _part(rest, None)
                 rest = []
+                for branch in inside:
+                    yield from _parts(branch, kernels, there)
+            else:
+                rest += blocks[at]
+                if not _is_before_activation(rest, there):
+                    yield from _part(rest, None)
+                    rest = []
+            at += 1
     yield from _part(rest, None)
+
+
+def _branches_named(block: list[Element], kernels: Mapping[tuple[str, ...], Kernel]) -> Iterator[tuple[Element, ...]]:
+    """The branches of the block's sums, if a kernel is named for a part of one."""
+    branches = [branch for element in block if isinstance(element, Join) for branch in element.branches]
+    if any(set(names) <= set(_convs(branch)) for names in kernels for branch in branches):
+        yield from branches
 
 
 def _is_before_activation(elements: list[Element], there: Ways) -> bool:

@@ -1,6 +1,7 @@
 """Reading models: from an ``nn.Module`` to chains of convolutions and their activations. Changes nothing."""
 
 from nmconv.graph._analysis import Called, act_calls, calls_by_kind
+from nmconv.graph._branches import Residual, residuals
 from nmconv.graph._callable import callable_methods
 from nmconv.graph._elements import Element, Join, LinearRun, Step, elements_from, steps_of, text_of
 from nmconv.graph._fingerprint import fingerprint
@@ -11,6 +12,7 @@ from nmconv.graph._modules import LEAF, THROUGH, act_kind, hooks_of, is_activati
 from nmconv.graph._ops import PLAIN_ACTS, Op
 from nmconv.graph._quiet import mode_hidden
 from nmconv.graph._runs import linear_runs
+from nmconv.graph._shapes import Shapes, shapes_of
 from nmconv.graph._structure import Reading, read
 from nmconv.graph._tracer import FlowTracer
 from nmconv.graph._ways import NORM, SUM, Hop, Spot, Ways
@@ -34,6 +36,8 @@ __all__ = [
     "Op",
     "Padding",
     "Reading",
+    "Residual",
+    "Shapes",
     "Spot",
     "Step",
     "Ways",
@@ -59,6 +63,8 @@ __all__ = [
     "norm_of",
     "pads_same",
     "read",
+    "residuals",
+    "shapes_of",
     "steps_of",
     "text_of",
     "trace_method",

@@ -171,7 +171,7 @@ class _Finder:
         while todo:
             for reader in self.readers[todo.pop()]:
                 made = self.flow.nodes[reader]
-                if made.inplace or made.opaque:
+                if made.opaque or (made.inplace and made.inputs[0] in family):
                     written.append(reader)
                 if reader not in family and (made.view or made.partial):
                     family.add(reader)

@@ -17,7 +17,7 @@ from nmconv.graph._ops import Op
 from nmconv.graph._tracer import FlowTracer
 from nmconv.graph._zoo import is_norm_act
 
-__all__ = ["NORM", "SUM", "Hop", "Spot", "Ways"]
+__all__ = ["NORM", "SUM", "Hop", "Spot", "Ways", "spot_of_sum"]
 
 SUM = "+"  # the label of a spot that is a sum made by an operator or a function
 NORM = "(norm)"  # the label of what timm's norm + act gives to its activation
@@ -98,6 +98,19 @@ def _key(element: Element) -> tuple[str, str, int]:
     if isinstance(element, Join):
         return element.owner, element.label, element.number
     return "", element.name, 1
+
+
+def spot_of_sum(tracer: FlowTracer, node: FlowNode) -> Spot:
+    """The spot of a sum made by an operator or a function."""
+    sums = [
+        origin
+        for origin in tracer.graph.nodes
+        if origin.op != "call_module"
+        and (where := tracer.where.get(origin)) is not None
+        and where[0] is node.frame
+        and where[1] in _SUMS
+    ]
+    return Spot(node.frame.path if node.frame else "", SUM, sums.index(node.origin) + 1, len(sums))
 
 
 class _Way:

@@ -2,9 +2,9 @@
 
 from nmconv.merging._algebra import Affine
 from nmconv.merging._asking import get_merges
-from nmconv.merging._brackets import Segment, nodes_of
+from nmconv.merging._brackets import Node, Segment, nodes_of
 from nmconv.merging._install import install, record, write_methods
-from nmconv.merging._interior import interior_affine
+from nmconv.merging._interior import interior_affine, interior_geometry
 from nmconv.merging._merge import find_runs, fold_norms, merge
 from nmconv.merging._module import conv_module, filled
 from nmconv.merging._numbers import has_plain_parameter
@@ -13,6 +13,7 @@ from nmconv.merging._records import Merge, Run
 __all__ = [
     "Affine",
     "Merge",
+    "Node",
     "Run",
     "Segment",
     "conv_module",
@@ -23,6 +24,7 @@ __all__ = [
     "has_plain_parameter",
     "install",
     "interior_affine",
+    "interior_geometry",
     "merge",
     "nodes_of",
     "record",

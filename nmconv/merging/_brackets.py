@@ -128,8 +128,10 @@ def nodes_of(
         sizes = node.result
         if isinstance(node.geometry, Geometry):
             channels = node.geometry.out_channels
-        elif isinstance(element, Step) and element.kind == "conv":
-            channels = getattr(model.get_submodule(element.name.partition(":")[0]), "out_channels", channels)
+        else:
+            convs = [step.name for step in steps_of([element]) if step.kind == "conv"]
+            if convs:  # the last one's, in a sum the last one's of either branch
+                channels = getattr(model.get_submodule(convs[-1].partition(":")[0]), "out_channels", channels)
     return tuple(found)
 
 

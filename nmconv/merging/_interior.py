@@ -11,9 +11,30 @@ from nmconv.graph import Join
 from nmconv.merging._algebra import Affine, compose, join, of_identity
 from nmconv.merging._brackets import Node
 from nmconv.merging._numbers import affine_in_double
-from nmconv.planning import Geometry, Refusal
+from nmconv.planning import Geometry, Refusal, composed, identity, joined
 
-__all__ = ["interior_affine"]
+__all__ = ["interior_affine", "interior_geometry"]
+
+
+def interior_geometry(nodes: Sequence[Node], channels: int, rank: int) -> Geometry:
+    """The geometry of :func:`interior_affine`, without any numbers.
+
+    Raises:
+        Refusal: If there is none, and why.
+    """
+    made = identity(channels, rank)
+    for node in nodes:
+        width = made.out_channels
+        if isinstance(node.element, Join):
+            if node.element.why:
+                raise Refusal(f"{node.element.owner or 'the model'}: {node.element.why}")
+            part = joined([interior_geometry(branch, width, rank) for branch in node.branches])
+        elif isinstance(node.geometry, Refusal):
+            raise node.geometry
+        else:
+            part = node.geometry
+        made = composed(made, part, exact=False)
+    return made
 
 
 def interior_affine(

@@ -1,6 +1,6 @@
 """Changing models: doing what a plan says, and nothing else."""
 
-from nmconv.surgery._apply import copy_of
+from nmconv.surgery._apply import copy_of, outline_of
 from nmconv.surgery._classes import Method, rewritten
 from nmconv.surgery._convert import apply_plan, convert, get_plan, make_plan
 from nmconv.surgery._guard import MERGED, check_model, check_plain
@@ -20,6 +20,7 @@ __all__ = [
     "copy_of",
     "get_plan",
     "make_plan",
+    "outline_of",
     "pad",
     "restoring",
     "restoring_children",

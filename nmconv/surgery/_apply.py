@@ -21,7 +21,7 @@ from nmconv.surgery._rewrite import Edit, rewrite
 from nmconv.surgery._undo import restoring_children, restoring_class, set_children, undone_on_failure
 from nmconv.surgery._verify import Calls, calls_of, check_calls
 
-__all__ = ["Known", "Surgery", "copy_of"]
+__all__ = ["Known", "Surgery", "copy_of", "outline_of"]
 
 # Methods written before, and why others could not be: by owner and method, with the edit they are for.
 Known = dict[tuple[str, str], tuple[Edit, Method | RewriteError]]

@@ -1,0 +1,57 @@
+"""How large the maps are that convolutions and activations make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from nmconv.graph._analysis import Called, trace_parts
+from nmconv.graph._lower import lower
+from nmconv.graph._ops import Op
+from nmconv.graph._tracer import FlowTracer
+
+__all__ = ["Shapes", "shapes_of"]
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Shapes of results in eval mode, without the batch, in order of execution; () where they cannot be known.
+
+    Attributes:
+        convs: By qualified name; of a convolution that is called several times, the first.
+        acts: By who calls, name and kind of function, and which call of it in one forward.
+    """
+
+    convs: dict[str, Shape]
+    acts: dict[tuple[Called, int], Shape]
+
+
+def shapes_of(model: nn.Module, example_inputs: Any) -> Shapes:
+    """Find them out without running the model.
+
+    Args:
+        model: Read only.
+        example_inputs: What it is called with; only structure and shapes are used.
+    """
+    found = Shapes({}, {})
+
+    def look(tracer: FlowTracer) -> None:
+        for node in lower(tracer, linear=False).nodes:
+            if node.op not in (Op.CONV, Op.ACT):
+                continue
+            try:
+                shape = tuple(int(size) for size in tracer.values.get(node.origin).shape[1:])
+            except Exception:
+                shape = ()
+            if node.op is Op.CONV:
+                found.convs.setdefault(node.name, shape)
+            elif node.act is not None:
+                act = node.act
+                found.acts[(act.frame.path, act.name, act.function), act.call] = shape
+
+    trace_parts(model, False, example_inputs, None, look)
+    return found

@@ -1,0 +1,1 @@
+"""Choosing which units lose their activations, by measurement."""
