@@ -63,7 +63,7 @@ def read_images(data: Any, model: nn.Module, *, holdout: float = 0.0, key: str |
     """Read all data once.
 
     Args:
-        data: A tensor ``[images, ...]``, or a loader or iterable of batches: tensors, (x, y) pairs, or dicts.
+        data: A tensor ``[images, ...]``, what this function returned before, or a loader or iterable of batches: tensors, (x, y) pairs, or dicts.
         model: Gives device and dtype.
         holdout: Which part of the images is held out, spread evenly over them.
         key: Where batches are dicts: under which key the images are.
@@ -71,6 +71,8 @@ def read_images(data: Any, model: nn.Module, *, holdout: float = 0.0, key: str |
     Raises:
         OptionError: If there are no images, or they are something else.
     """
+    if isinstance(data, Images):
+        return data
     home = home_of(model)
     split = _Split(holdout)
     kept: list[tuple[Tensor, bool]] = []

@@ -77,13 +77,16 @@ class Merged:
 
     def install(self, size: Sequence[int], line: Line, undo: Undo) -> Merge:
         """Put the convolution into the model."""
+        made = self._record(shrunk(self.geometry, size))
+        methods, _ = write_methods(self._model, [made])
+        install(self._model, [made], {made.head: self.conv(size, line, made.trainable)}, methods, undo)
+        return made
+
+    def conv(self, size: Sequence[int], line: Line, requires_grad: bool) -> nn.Module:
+        """The convolution by itself, in the model's dtype."""
         geometry = shrunk(self.geometry, size)
         weight = line.weight.transpose(1, 2).reshape(geometry.out_channels, -1, *geometry.kernel)
-        made = self._record(geometry)
-        methods, _ = write_methods(self._model, [made])
-        conv = filled(Affine(geometry, weight, line.constant.flatten()), self._like, made.trainable)
-        install(self._model, [made], {made.head: conv}, methods, undo)
-        return made
+        return filled(Affine(geometry, weight, line.constant.flatten()), self._like, requires_grad)
 
     def _record(self, geometry: Geometry) -> Merge:
         trainable = any(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from nmconv.graph import NORM, SUM, Spot
 __all__ = ["Watch"]
 
 _SUMS = ("add", "add_")
+Replace = Callable[[Tensor, Mapping[Any, Tensor]], Tensor]  # from a value, and all that has been seen, to another
 
 
 class _Enough(BaseException):
@@ -31,15 +32,23 @@ class Watch:
         spots: Results of calls.
         inputs: Qualified names of modules, each called once, whose input is asked for.
         whole: Whether to run to the end, and give the output as well.
+        replace: What to make of the values at some of the spots, for the model to go on with.
     """
 
     def __init__(
-        self, model: nn.Module, spots: Iterable[Spot] = (), inputs: Iterable[str] = (), *, whole: bool = False
+        self,
+        model: nn.Module,
+        spots: Iterable[Spot] = (),
+        inputs: Iterable[str] = (),
+        *,
+        whole: bool = False,
+        replace: Mapping[Spot, Replace] | None = None,
     ) -> None:
         self._model = model
         self._spots = tuple(dict.fromkeys(spots))
         self._inputs = tuple(dict.fromkeys(inputs))
         self._whole = whole
+        self._replace = dict(replace or {})
         self._handles: list[Any] = []
         self._stack: list[str] = []
         self._counts: dict[tuple[str, str], int] = {}
@@ -123,17 +132,26 @@ class Watch:
         if self._stack:
             self._stack.pop()
 
-    def _given(self, key: Spot | str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._note(key, args[0] if args else next(iter(kwargs.values())))
+    def _given(self, key: Spot | str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            name = next(iter(kwargs), "")
+            value = args[0] if args else kwargs[name]
+            self._note(key, value)
+            if key in self._replace:
+                new = self._replace[key](value, self._seen)
+                return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, name: new})
+            return None
 
         return hook
 
-    def _result(self, spot: Spot) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, result: Any) -> None:
+    def _result(self, spot: Spot) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, result: Any) -> Any:
             caller = self._stack[-1] if self._stack else ""
             if caller == spot.owner and self._count(spot.owner, spot.label) == spot.number:
                 self._note(spot, result)
+                if spot in self._replace:
+                    return self._replace[spot](result, self._seen)
+            return None
 
         return hook
 
@@ -144,21 +162,24 @@ class Watch:
 
     # -- functions ----------------------------------------------------------------------------------------------------
 
-    def called(self, name: str, result: Any) -> None:
-        """A function of this name gave this result, in the forward that is running."""
+    def called(self, name: str, result: Any) -> Any:
+        """A function of this name gave this result, in the forward that is running; gives what to go on with."""
         if not self._stack:
-            return
+            return result
         owner = self._stack[-1]
         if name in _SUMS and owner in self._sums:
-            self._function(owner, SUM, result)
-        elif (owner, name) in self._calls:
-            self._function(owner, f"{name}()", result)
+            return self._function(owner, SUM, result)
+        if (owner, name) in self._calls:
+            return self._function(owner, f"{name}()", result)
+        return result
 
-    def _function(self, owner: str, label: str, result: Any) -> None:
+    def _function(self, owner: str, label: str, result: Any) -> Any:
         number = self._count(owner, label)
         for spot in self._spots:
             if (spot.owner, spot.label, spot.number) == (owner, label, number):
                 self._note(spot, result)
+                return self._replace[spot](result, self._seen) if spot in self._replace else result
+        return result
 
     def _note(self, key: Spot | str, value: Any) -> None:
         if not isinstance(value, Tensor):
@@ -177,5 +198,4 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        self._watch.called(getattr(function, "__name__", ""), result)
-        return result
+        return self._watch.called(getattr(function, "__name__", ""), result)

@@ -12,7 +12,7 @@ from nmconv.graph._lower import lower
 from nmconv.graph._ops import Op
 from nmconv.graph._takes import takes_of
 from nmconv.graph._tracer import FlowTracer
-from nmconv.graph._ways import Spot, spot_of_sum
+from nmconv.graph._ways import Spot, spot_of
 from nmconv.planning import Branch, Sum
 
 __all__ = ["Residual", "residuals"]
@@ -28,12 +28,14 @@ class Residual:
         branch: As a plan names it.
         acts: Its activation calls: who calls, name and kind of function, and which call of it in one forward.
         spot: The sum.
+        end: What the branch gives to it.
         position: Of the sum in the order of execution.
     """
 
     branch: Branch
     acts: tuple[tuple[Called, int], ...]
     spot: Spot
+    end: Spot
     position: int
 
 
@@ -71,7 +73,8 @@ def _of_trace(tracer: FlowTracer) -> tuple[Residual, ...]:
                 if (act := nodes[at].act) is not None
             )
             summed = Sum(node.frame.path, takes, node.label, node.number, keep)
-            found.append(Residual(Branch(summed, convs), acts, spot_of_sum(tracer, node), node.index))
+            ends = [spot_of(tracer, at) for at in (node, nodes[node.inputs[1 - keep]])]
+            found.append(Residual(Branch(summed, convs), acts, ends[0], ends[1], node.index))
             break
     return tuple(found)
 

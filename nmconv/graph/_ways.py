@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from nmconv.graph._ops import Op
 from nmconv.graph._tracer import FlowTracer
 from nmconv.graph._zoo import is_norm_act
 
-__all__ = ["NORM", "SUM", "Hop", "Spot", "Ways", "spot_of_sum"]
+__all__ = ["NORM", "SUM", "Hop", "Spot", "Ways", "spot_of"]
 
 SUM = "+"  # the label of a spot that is a sum made by an operator or a function
 NORM = "(norm)"  # the label of what timm's norm + act gives to its activation
@@ -100,17 +99,22 @@ def _key(element: Element) -> tuple[str, str, int]:
     return "", element.name, 1
 
 
-def spot_of_sum(tracer: FlowTracer, node: FlowNode) -> Spot:
-    """The spot of a sum made by an operator or a function."""
-    sums = [
-        origin
-        for origin in tracer.graph.nodes
-        if origin.op != "call_module"
-        and (where := tracer.where.get(origin)) is not None
-        and where[0] is node.frame
-        and where[1] in _SUMS
-    ]
-    return Spot(node.frame.path if node.frame else "", SUM, sums.index(node.origin) + 1, len(sums))
+def spot_of(tracer: FlowTracer, node: FlowNode) -> Spot:
+    """Where a node's value is while the model runs."""
+    owner = node.frame.path if node.frame is not None else ""
+    if node.origin.op == "call_module":
+        inner = node.frame is not None and node.label == "norm" and is_norm_act(node.frame.module)
+        return Spot(owner, NORM if inner else node.label, node.number)
+    if node.label not in _SUMS:
+        return Spot(owner, f"{node.label}()", node.number)
+    sums = [origin for origin in tracer.graph.nodes if _is_sum_of(tracer, origin, node)]
+    return Spot(owner, SUM, sums.index(node.origin) + 1, len(sums))
+
+
+def _is_sum_of(tracer: FlowTracer, origin: Any, node: FlowNode) -> bool:
+    """Whether the fx node is a sum made by the same forward that makes ``node``."""
+    frame, label, _ = tracer.where.get(origin, (None, "", 0))
+    return origin.op != "call_module" and frame is node.frame and label in _SUMS
 
 
 class _Way:
@@ -128,24 +132,9 @@ class _Way:
                 self.where[node.frame.path, node.label, node.number] = node.index
             if node.op in (Op.CONV, Op.NORM, Op.PAD, Op.PASS, Op.DROP):
                 self.where["", node.name, 1] = node.index
-        self._sums: dict[Any, tuple[int, int]] = {}  # from a node to its frame's id and its number among all sums there
-        self._totals: Counter[int] = Counter()
-        for origin in tracer.graph.nodes:
-            frame, label, _ = tracer.where.get(origin, (None, "", 0))
-            if frame is not None and label in _SUMS and origin.op != "call_module":
-                self._totals[id(frame)] += 1
-                self._sums[origin] = (id(frame), self._totals[id(frame)])
 
     def spot(self, index: int) -> Spot:
-        node = self._nodes[index]
-        owner = node.frame.path if node.frame is not None else ""
-        if node.origin in self._sums:
-            frame, number = self._sums[node.origin]
-            return Spot(owner, SUM, number, self._totals[frame])
-        if node.origin.op != "call_module":
-            return Spot(owner, f"{node.label}()", node.number)
-        inner = node.frame is not None and node.label == "norm" and is_norm_act(node.frame.module)
-        return Spot(owner, NORM if inner else node.label, node.number)
+        return spot_of(self._tracer, self._nodes[index])
 
     def after(self, index: int) -> Iterator[Hop]:
         while True:
@@ -173,4 +162,4 @@ class _Way:
 
     def _is_seen(self, node: FlowNode) -> bool:
         """Whether the call can be told apart while the model runs."""
-        return node.origin.op == "call_module" or node.origin in self._sums or node.op is Op.ACT
+        return node.origin.op == "call_module" or node.label in _SUMS or node.op is Op.ACT
