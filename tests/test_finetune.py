@@ -1,6 +1,7 @@
 """examples/finetune.py: runs that are killed, distillation, pictures and weights, with settings that take seconds."""
 
 import copy
+import dataclasses
 import json
 import os
 import signal
@@ -91,10 +92,11 @@ def test_a_killed_run_ends_with_the_same_bits(pictures, tmp_path, monkeypatch):
     assert not list(whole.glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("at", [1, 3, 5, 6, 9])
-def test_a_run_cut_after_any_step_goes_on_exactly(data, tmp_path, monkeypatch, at):
+@pytest.mark.parametrize("at, bf16", [(1, False), (3, True), (5, False), (6, False), (9, True)])
+def test_a_run_cut_after_any_step_goes_on_exactly(data, tmp_path, monkeypatch, at, bf16):
     teacher, whole, cut = tiny(), tiny(), tiny()
-    log = finetune.train(whole, data, RECIPE, teacher=teacher)
+    recipe = dataclasses.replace(RECIPE, bf16=bf16)
+    log = finetune.train(whole, data, recipe, teacher=teacher)
 
     steps = []
     with monkeypatch.context() as patch:
@@ -108,11 +110,11 @@ def test_a_run_cut_after_any_step_goes_on_exactly(data, tmp_path, monkeypatch, a
         genuine = finetune.loss_of
         patch.setattr(finetune, "loss_of", loss_of)
         with pytest.raises(KeyboardInterrupt):
-            finetune.train(cut, data, RECIPE, teacher=teacher, out=tmp_path, every=0)
+            finetune.train(cut, data, recipe, teacher=teacher, out=tmp_path, every=0)
 
     resumed = tiny()
     torch.manual_seed(at)  # the state of the generator at the start is of no account
-    assert finetune.train(resumed, data, RECIPE, teacher=teacher, out=tmp_path)["losses"] == log["losses"]
+    assert finetune.train(resumed, data, recipe, teacher=teacher, out=tmp_path)["losses"] == log["losses"]
     assert same(whole, resumed) and not same(whole, cut)
 
 
