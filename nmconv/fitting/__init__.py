@@ -1,7 +1,39 @@
 """Fitting converted models to what they were made from: least squares on a few hundred images, no training."""
 
-from nmconv.fitting._fit import fit, get_fit
-from nmconv.fitting._recalibrate import recalibrate_norms
+from nmconv.fitting._data import Images, read_images
+from nmconv.fitting._divergence import Loss, divergence, outputs_of
+from nmconv.fitting._fit import fit, fit_units, get_fit
+from nmconv.fitting._kernels import Merged, sizes_asked
+from nmconv.fitting._moments import Moments
+from nmconv.fitting._patches import columns_of, patches
+from nmconv.fitting._recalibrate import eval_mode, recalibrate_norms
 from nmconv.fitting._records import Divergence, Fit, UnitFit
+from nmconv.fitting._solve import RIDGES, Answer, solved
+from nmconv.fitting._units import Unit
+from nmconv.fitting._watch import Watch
 
-__all__ = ["Divergence", "Fit", "UnitFit", "fit", "get_fit", "recalibrate_norms"]
+__all__ = [
+    "RIDGES",
+    "Answer",
+    "Divergence",
+    "Fit",
+    "Images",
+    "Loss",
+    "Merged",
+    "Moments",
+    "Unit",
+    "UnitFit",
+    "Watch",
+    "columns_of",
+    "divergence",
+    "eval_mode",
+    "fit",
+    "fit_units",
+    "get_fit",
+    "outputs_of",
+    "patches",
+    "read_images",
+    "recalibrate_norms",
+    "sizes_asked",
+    "solved",
+]

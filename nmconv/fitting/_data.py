@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from nmconv.errors import OptionError
 
 __all__ = ["Images", "home_of", "read_images"]
 
+_BATCH = 64  # images
 _MOST = 4 * 2**30  # bytes of images kept in memory; more are read again by index where the data can do that
 
 
@@ -42,8 +44,8 @@ class Images:
         device, dtype = self.home
         for batch, out in self.source():
             if held is None or out is held:
-                moved = batch.to(device, non_blocking=True)
-                yield (moved.to(dtype) if moved.is_floating_point() else moved), out
+                # Copies: some models overwrite their input.
+                yield batch.to(device, dtype if batch.is_floating_point() else batch.dtype, copy=True), out
 
     def first(self) -> Tensor:
         """One image, as a batch."""
@@ -63,7 +65,8 @@ def read_images(data: Any, model: nn.Module, *, holdout: float = 0.0, key: str |
     """Read all data once.
 
     Args:
-        data: A tensor ``[images, ...]``, what this function returned before, or a loader or iterable of batches: tensors, (x, y) pairs, or dicts.
+        data: A tensor ``[images, ...]``, or a loader or iterable of batches: tensors, (x, y) pairs, or dicts; or what
+            this function returned before.
         model: Gives device and dtype.
         holdout: Which part of the images is held out, spread evenly over them.
         key: Where batches are dicts: under which key the images are.
@@ -75,26 +78,45 @@ def read_images(data: Any, model: nn.Module, *, holdout: float = 0.0, key: str |
         return data
     home = home_of(model)
     split = _Split(holdout)
-    kept: list[tuple[Tensor, bool]] = []
-    size = 0
-    if isinstance(data, Tensor):
-        data = data.split(64)
+    kept = _Kept()
+    if isinstance(data, Tensor) and data.dim():
+        data = data.split(_BATCH)
+    elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        data = DataLoader(data, _BATCH)
     again = _reader(data, key)
     for batch in _batches(data, key):
-        parts = split.take(batch)
-        kept += parts
-        size += sum(part.numel() * part.element_size() for part, _ in parts)
-        if size > _MOST and again is not None:
-            indices = range(len(data.dataset))
-            fitted = sum(not _is_held(index, holdout) for index in indices)
-            return Images(lambda: again(holdout), fitted, len(indices) - fitted, home)
+        for part, held in split.take(batch):
+            kept.add(part, held)
+        if kept.size > _MOST and again is not None:
+            return again(holdout, home)
     if not split.index:
         raise OptionError("data holds no images: give a loader or an iterable that has not been read to its end")
     if holdout and not split.held:
         raise OptionError(
             f"data holds {split.index} images, too few to hold out {holdout} of them: give more, or holdout=0"
         )
-    return Images(lambda: iter(kept), split.index - split.held, split.held, home)
+    batches = kept.batches()
+    return Images(lambda: iter(batches), split.index - split.held, split.held, home)
+
+
+class _Kept:
+    """Batches in memory, small ones of one kind put together."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._parts: list[tuple[list[Tensor], bool]] = []
+        self._open: dict[Any, list[Tensor]] = {}
+
+    def add(self, part: Tensor, held: bool) -> None:
+        self.size += part.numel() * part.element_size()
+        kind = (held, part.shape[1:], part.dtype, part.device)
+        if sum(map(len, self._open.get(kind, []))) + len(part) > _BATCH or kind not in self._open:
+            self._open[kind] = []
+            self._parts.append((self._open[kind], held))
+        self._open[kind].append(part)
+
+    def batches(self) -> list[tuple[Tensor, bool]]:
+        return [(torch.cat(parts) if len(parts) > 1 else parts[0], held) for parts, held in self._parts]
 
 
 def _is_held(index: int, holdout: float) -> bool:
@@ -141,17 +163,26 @@ def _images_of(batch: Any, key: str | None) -> Tensor:
 
 
 def _reader(data: Any, key: str | None) -> Any:
-    """What reads a loader's data set again by index, in order, or None where that cannot be done."""
-    if not isinstance(data, DataLoader) or data.collate_fn is None or not hasattr(data.dataset, "__getitem__"):
+    """What makes images of a loader that reads its data set again by index, or None where that cannot be done."""
+    if not isinstance(data, DataLoader) or data.collate_fn is None or isinstance(data.dataset, IterableDataset):
         return None
     collate: Any = data.collate_fn
     dataset: Any = data.dataset
+    if not hasattr(dataset, "__getitem__"):
+        return None
 
-    def read(holdout: float) -> Iterator[tuple[Tensor, bool]]:
-        step = data.batch_size or 1
-        for out in (False, True):
-            wanted = [index for index in range(len(dataset)) if _is_held(index, holdout) is out]
-            for start in range(0, len(wanted), step):
-                yield _images_of(collate([dataset[at] for at in wanted[start : start + step]]), key), out
+    def made(holdout: float, home: Any) -> Images:
+        order = data.sampler if data.batch_sampler is None else itertools.chain.from_iterable(data.batch_sampler)
+        wanted: tuple[list[int], list[int]] = ([], [])
+        for number, index in enumerate(sorted(order)):
+            wanted[_is_held(number, holdout)].append(index)
+        step = data.batch_size or _BATCH
 
-    return read
+        def read() -> Iterator[tuple[Tensor, bool]]:
+            for held, indices in zip((False, True), wanted, strict=True):
+                for start in range(0, len(indices), step):
+                    yield _images_of(collate([dataset[at] for at in indices[start : start + step]]), key), held
+
+        return Images(read, len(wanted[0]), len(wanted[1]), home)
+
+    return made

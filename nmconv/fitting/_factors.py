@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nmconv.fitting._moments import Line, Moments
+from nmconv.fitting._moments import Line, Rows
 from nmconv.fitting._units import Unit
 from nmconv.graph import Join, geometry_of, norm_of
 from nmconv.merging import has_plain_parameter
@@ -73,7 +73,7 @@ class Factors:
         # Of the unit's output, behind the norms: what the error is measured on.
         self.start = Line(weight * scale.reshape(groups, 1, -1), constant.reshape(groups, -1))
 
-    def install(self, line: Line, moments: Moments, undo: Undo) -> None:
+    def install(self, line: Line, rows: Rows, undo: Undo) -> None:
         """Put a line into the convolution and its norms."""
         with torch.no_grad():
             groups = self.geometry.groups
@@ -91,8 +91,8 @@ class Factors:
             shift = total - self._norms.scale * bias
             last = norms[-1]
             _set(last.bias, last.bias.double() + shift - self._norms.shift, undo)
-            mean = (moments.mean[:, None] @ before_norms).flatten() + bias
-            _centre(norms[0], mean, moments.variance(before_norms).flatten(), undo)
+            mean, variance = rows.spread(before_norms)
+            _centre(norms[0], mean.flatten() + bias, variance.flatten(), undo)
 
 
 def _as_one(norms: list[Any], steps: Any, channels: int, device: torch.device) -> _Norms:

@@ -9,25 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from nmconv.errors import FitError, OptionError
-from nmconv.fitting._data import Images, read_images
-from nmconv.fitting._divergence import Loss, divergence, outputs_of
+from nmconv.fitting._data import Images, home_of, read_images
+from nmconv.fitting._divergence import Loss, Outputs, divergence, outputs_of
 from nmconv.fitting._factors import Factors
 from nmconv.fitting._kernels import Merged
-from nmconv.fitting._moments import Moments
-from nmconv.fitting._patches import columns_of, patches
 from nmconv.fitting._recalibrate import eval_mode, recalibrate
 from nmconv.fitting._records import Fit, UnitFit
+from nmconv.fitting._samples import Samples
 from nmconv.fitting._solve import RIDGES, Answer, solved
-from nmconv.fitting._units import Unit, find_units
+from nmconv.fitting._units import Unit, find_units, left_out
 from nmconv.fitting._watch import Watch
-from nmconv.graph import mode_hidden
+from nmconv.graph import fingerprint, mode_hidden
 from nmconv.merging import get_merges
-from nmconv.planning import Kernel, Refusal, shrunk, taps_kept
+from nmconv.planning import Kernel, Refusal, shrunk
 from nmconv.surgery import Undo, check_plain, copy_of, get_plan, undone_on_failure
 
-__all__ = ["fit", "get_fit"]
+__all__ = ["fit", "fit_units", "get_fit"]
 
 _MARK = "_nmconv_fit"
+_LOST = (
+    "there is no linear run around it that a fit could change (a transposed convolution, or a norm without running "
+    "statistics, ends one)"
+)
 _WITHIN = 1.25  # kernel="auto": the smallest kernel whose held-out error is no more than this times the least
 
 
@@ -91,12 +94,32 @@ def fit(
         raise FitError(f"this {type(model).__name__} was merged or fitted: fit what nmconv.apply_plan returned")
     if get_plan(reference) is not None or model is reference:
         raise FitError("the reference was converted itself: give the model as it was before nmconv.convert")
+    if fingerprint(reference) != plan.fingerprint:
+        raise FitError(
+            f"the reference is another model: a {type(reference).__name__} with fingerprint {fingerprint(reference)}; "
+            f"this {type(model).__name__} was made of a {plan.model} with {plan.fingerprint}"
+        )
+    if home_of(reference) != home_of(model):
+        where, told = (" in ".join(map(str, home_of(each))) for each in (reference, model))
+        raise FitError(f"the reference is on {where}, and the model on {told}: move one to the other with .to()")
     images = read_images(data, model, holdout=holdout, key=key)
     result = model if inplace else copy_of(model)
-    with mode_hidden(), undone_on_failure() as undo, eval_mode(result, reference):
+    with mode_hidden(), torch.no_grad(), undone_on_failure() as undo, eval_mode(result, reference):
         report = _Fitting(result, reference, images, ridges, loss, undo).run(default, recalibrate)
     result.__dict__[_MARK] = report
     return result
+
+
+def fit_units(model: nn.Module, reference: nn.Module, images: Images) -> tuple[UnitFit, ...]:
+    """Fit a converted model in place, the ridge chosen on held-out images, norms' statistics left alone.
+
+    Args:
+        model: Changed, also where it fails.
+        reference: As it was before it was converted.
+        images: Some of them held out.
+    """
+    with mode_hidden(), torch.no_grad(), eval_mode(model, reference):
+        return _Fitting(model, reference, images, RIDGES, None, []).units(None)
 
 
 def get_fit(model: nn.Module) -> Fit | None:
@@ -146,16 +169,22 @@ class _Fitting:
         self._loss = loss
         self._undo = undo
         self._held = True if images.held else None  # where divergences are measured
-        self._wanted = outputs_of(reference, images, self._held)
+        self._wanted: Outputs = []
 
-    def run(self, default: Kernel | None, recalibrating: bool) -> Fit:
+    def units(self, default: Kernel | None) -> tuple[UnitFit, ...]:
+        """Fit all units, in the order of execution."""
         plan = get_plan(self._model)
         assert plan is not None
+        found = find_units(self._model, self._reference, plan, default, self._images.first())
+        fits = [self._fit(unit) for unit in found]
+        fits += [self._refused(site.convs, f"{site.id} was dropped, and {_LOST}") for site in left_out(plan, found)]
+        return tuple(fits)
+
+    def run(self, default: Kernel | None, recalibrating: bool) -> Fit:
+        self._wanted = outputs_of(self._reference, self._images, self._held)
         converted = self._divergence()
         baseline = self._recalibrated_alone()
-        found = [
-            self._fit(unit) for unit in find_units(self._model, self._reference, plan, default, self._images.first())
-        ]
+        found = self.units(default)
         fitted = returned = self._divergence()
         kept = False
         if recalibrating:
@@ -170,7 +199,7 @@ class _Fitting:
                 for step in reversed(undo):
                     step()
         return Fit(
-            units=tuple(found),
+            units=found,
             images=self._images.count,
             held=self._images.held,
             converted=converted,
@@ -200,29 +229,25 @@ class _Fitting:
                 Factors(self._model, unit) if unit.kernel is None else Merged(self._model, unit, unit.kernel)
             )
         except Refusal as refusal:
-            nan = math.nan
-            return UnitFit(unit.convs, "", (), math.inf, nan, nan, nan, nan, self._images.count, 0, 0, str(refusal))
-        fitted, held = self._moments(unit, form)
-        columns = fitted.square.shape[-1]
+            return self._refused(unit.convs, str(refusal))
+        fitted, held = self._samples(unit, form)
         if isinstance(form, Factors):
-            best = solved(fitted, held, form.start, form.geometry.kernel, self._ridges, intercept=form.has_intercept)
+            size = form.geometry.kernel
+            rows = fitted.of(size)
+            best = solved(rows, held.of(size), form.start, size, self._ridges, intercept=form.has_intercept)
             tried: tuple[Answer, ...] = (best,)
             if best.ridge != math.inf:
-                form.install(best.line, fitted, self._undo)
+                form.install(best.line, rows, self._undo)
         else:
-            full = max(form.sizes)
-            base = shrunk(form.geometry, full)
-            answers = []
-            for size in form.sizes:
-                columns_kept = columns_of(base, taps_kept(base, size), fitted.square.device)
-                inner, outer = fitted.of_columns(columns_kept), held.of_columns(columns_kept)
-                answers.append(solved(inner, outer, form.start(size), size, self._ridges, intercept=True))
-            tried = tuple(answers)
+            tried = tuple(
+                solved(fitted.of(size), held.of(size), form.start(size), size, self._ridges, intercept=True)
+                for size in form.sizes
+            )
             least = min(answer.judged for answer in tried)
             best = next(answer for answer in tried if answer.judged <= _WITHIN * least)
             form.install(best.size, best.line, self._undo)
-            columns = columns * math.prod(best.size) // math.prod(full)
-        short = fitted.rows < columns
+        positions, unknowns = fitted.rows, best.line.weight.shape[1]
+        short = positions < unknowns
         return UnitFit(
             convs=unit.convs,
             form="factors" if isinstance(form, Factors) else "merged",
@@ -233,18 +258,26 @@ class _Fitting:
             held_before=best.held_before,
             held_after=best.held_after,
             images=self._images.count,
-            positions=fitted.rows,
-            unknowns=columns,
-            why=f"{fitted.rows} positions for {columns} unknowns: held by the ridge alone" if short else "",
+            positions=positions,
+            unknowns=unknowns,
+            why=f"{positions} positions for {unknowns} unknowns: held by the ridge alone" if short else "",
             sizes=tuple((answer.size, answer.held_after) for answer in tried) if len(tried) > 1 else (),
         )
 
-    def _moments(self, unit: Unit, form: Factors | Merged) -> tuple[Moments, Moments]:
+    def _refused(self, convs: tuple[str, ...], why: str) -> UnitFit:
+        nan = math.nan
+        return UnitFit(convs, "", (), math.inf, nan, nan, nan, nan, self._images.count, 0, 0, why)
+
+    def _samples(self, unit: Unit, form: Factors | Merged) -> tuple[Samples, Samples]:
         """Of the images that are fitted, and of those held out."""
         geometry = form.geometry if isinstance(form, Factors) else shrunk(form.geometry, max(form.sizes))
-        sums = (Moments(), Moments())
+        sums = (Samples(geometry), Samples(geometry))
         key = form.inputs[0]
         spots = [unit.end] if unit.far is None else [unit.end, unit.far]
+        # Once to the end: sums are told apart by how many there are.
+        for model, asked in ((self._model, spots), (self._reference, [unit.target])):
+            with Watch(model, asked, whole=True) as watch:
+                watch.run(self._images.first())
         with Watch(self._model, spots, [key]) as here, Watch(self._reference, [unit.target]) as there:
             for batch, held in self._images.batches():
                 seen = here.run(batch)
@@ -257,8 +290,7 @@ class _Fitting:
                     )
                 _check_finite(seen[key], f"{unit.convs[0]}'s input in this model")
                 _check_finite(wanted, f"{unit.convs[-1]}'s target in the reference")
-                for rows, targets in patches(seen[key], wanted, geometry):
-                    sums[held].add(rows, targets)
+                sums[held].add(seen[key], wanted)
         return sums
 
 

@@ -51,7 +51,8 @@ class Merged:
         like = torch.empty(0, dtype=torch.float64, device="cpu")
         self._nodes = nodes_of(model, unit.elements, None, (256,) * rank, lambda name, geometry: geometry, {})
         channels = getattr(first, "in_channels", 0)
-        affine = interior_affine(self._nodes, model.get_submodule, channels, rank, like).dense()
+        with torch.no_grad():
+            affine = interior_affine(self._nodes, model.get_submodule, channels, rank, like).dense()
         if kernel.dense and affine.geometry.groups > 1:
             affine = _dense(affine)
         geometry = replace(affine.geometry, bias=True, bounded=())
@@ -60,7 +61,7 @@ class Merged:
         self.has_intercept = True
         self.sizes = sizes_asked(kernel, geometry)
         bias = affine.bias if affine.bias is not None else affine.weight.new_zeros(geometry.out_channels)
-        self._composed = Affine(geometry, affine.weight, bias)
+        self._composed = Affine(geometry, affine.weight.detach(), bias.detach())
         _, self._failed = write_methods(model, [self._record(geometry)])
         for error in self._failed.values():
             raise Refusal(str(error))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nmconv.errors import FitError
 from nmconv.planning import Geometry
 from nmconv.surgery import pad
 
@@ -30,9 +31,12 @@ def patches(input: Tensor, target: Tensor, geometry: Geometry) -> Iterator[tuple
         each position of each image.
 
     Raises:
+        FitError: If the convolution is not given a batch.
         ValueError: If the convolution gives outputs of another size.
     """
     rank, groups = geometry.rank, geometry.groups
+    if input.dim() != rank + 2:
+        raise FitError(f"data gives a convolution a tensor of shape {tuple(input.shape)}: give batches of images")
     pads = geometry.pads(tuple(input.shape[-rank:]))
     columns = geometry.in_channels * math.prod(geometry.kernel)
     rows = math.prod(target.shape[2:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,7 +41,7 @@ def recalibrate_norms(model: nn.Module, data: Any, *, key: str | None = None) ->
         FitError: If what a norm is given is not finite. The statistics are as they were then.
     """
     check_plain(model, "recalibrate")
-    images = read_images(data, model)
+    images = read_images(data, model, key=key)
     with undone_on_failure() as undo:
         recalibrate(model, images, undo)
     return model
@@ -48,15 +49,18 @@ def recalibrate_norms(model: nn.Module, data: Any, *, key: str | None = None) ->
 
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """All of the models in eval mode; afterwards every module is in the mode it was found in."""
-    before = [(module, module.training) for model in models for module in model.modules()]
+    """All of the models in eval mode; afterwards every module is in the mode it was found in.
+
+    A module that has taken the place of another by then gets the other's mode.
+    """
+    before = [(model, name, module, module.training) for model in models for name, module in model.named_modules()]
     try:
         for model in models:
             model.eval()
         yield
     finally:
-        for module, training in before:
-            module.training = training
+        for model, name, module, training in before:
+            model.get_submodule(name).training = module.training = training
 
 
 def recalibrate(model: nn.Module, images: Images, undo: Undo) -> int:
@@ -89,30 +93,42 @@ def recalibrate(model: nn.Module, images: Images, undo: Undo) -> int:
 
 
 def _estimate(model: nn.Module, norms: list[Any], images: Images) -> None:
-    """Means over images of each batch's statistics; a smaller batch counts for less."""
-    seen = 0
-    with torch.no_grad():
-        for batch in _gathered(images):
-            seen += len(batch)
-            for norm in norms:
-                norm.momentum = len(batch) / seen
-            try:
-                model(batch)
-            except ValueError as error:  # torch's: one value a channel
-                raise FitError(
-                    f"a batch of {len(batch)} images has no statistics ({error}): give more images"
-                ) from error
+    """Means over images of each batch's statistics; a smaller batch counts for less, every call of a norm alike."""
+    seen: Counter[int] = Counter()
+
+    def weigh(norm: Any, args: Any, kwargs: Any) -> None:
+        count = len(args[0] if args else kwargs["input"])
+        seen[id(norm)] += count
+        norm.momentum = count / seen[id(norm)]
+
+    handles = [norm.register_forward_pre_hook(weigh, with_kwargs=True) for norm in norms]
+    try:
+        with torch.no_grad():
+            for batch in _gathered(images):
+                try:
+                    model(batch)
+                except ValueError as error:  # torch's: one value a channel
+                    raise FitError(
+                        f"a batch of {len(batch)} images has no statistics ({error}): give more images"
+                    ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _gathered(images: Images) -> Iterator[Tensor]:
-    """Batches large enough for statistics, where images are of one size."""
+    """Batches large enough for statistics, where images are of one size; what is left at the end joins the last."""
+    whole: list[Tensor] = []  # a batch, held back until there is another
     parts: list[Tensor] = []
     for batch, _ in images.batches(held=False):
-        if parts and (parts[0].shape[1:] != batch.shape[1:] or sum(map(len, parts)) >= _BATCH):
-            yield torch.cat(parts)
-            parts = []
+        if (whole or parts) and (whole or parts)[0].shape[1:] != batch.shape[1:]:
+            yield torch.cat([*whole, *parts])
+            whole, parts = [], []
         parts.append(batch)
-    yield torch.cat(parts)
+        if sum(map(len, parts)) >= _BATCH:
+            yield from whole
+            whole, parts = [torch.cat(parts)], []
+    yield torch.cat([*whole, *parts])
 
 
 def _counts(module: nn.Module) -> bool:

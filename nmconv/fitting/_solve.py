@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nmconv.fitting._moments import Line, Moments, ridge_line
+from nmconv.fitting._moments import Line, Rows
 
 __all__ = ["RIDGES", "Answer", "solved"]
 
 RIDGES = tuple(10.0**power for power in range(-7, 2))
+_PATIENCE = 2  # ridges
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +33,11 @@ class Answer:
 
 
 def solved(
-    fitted: Moments, held: Moments, start: Line, size: tuple[int, ...], ridges: Sequence[float], *, intercept: bool
+    fitted: Rows, held: Rows, start: Line, size: tuple[int, ...], ridges: Sequence[float], *, intercept: bool
 ) -> Answer:
     """The line that does best on held-out images, ``start`` included; without any, that of the first ridge.
+
+    Ridges are tried from the firmest on, and no further where two in a row have done no better.
 
     Args:
         fitted: Of the images that are fitted.
@@ -44,16 +47,21 @@ def solved(
         ridges: To choose from.
         intercept: Whether the constant is fitted too.
     """
-    best = (math.inf, start)
+    before = fitted.error(start)
     if not held.rows:
-        best = (ridges[0], ridge_line(fitted, start, ridges[0], intercept=intercept))
-    else:
-        least = held.error(start)
-        for ridge in ridges:
-            line = ridge_line(fitted, start, ridge, intercept=intercept)
-            error = held.error(line)
-            if error < least:
-                best, least = (ridge, line), error
-    ridge, line = best
-    outside = (held.error(start), held.error(line)) if held.rows else (math.nan, math.nan)
-    return Answer(size, line, ridge, fitted.error(start), fitted.error(line), *outside)
+        line = next(fitted.lines(start, ridges[:1], intercept=intercept))
+        return Answer(size, line, ridges[0], before, fitted.error(line), math.nan, math.nan)
+    ridge, line = math.inf, start
+    least = held_before = held.error(start)
+    worse = 0
+    firmest_first = sorted(ridges, reverse=True)
+    for tried, made in zip(firmest_first, fitted.lines(start, firmest_first, intercept=intercept), strict=False):
+        error = held.error(made)
+        if error < least:
+            ridge, line, least, worse = tried, made, error, 0
+        else:
+            worse += 1
+            if worse == _PATIENCE:
+                break
+    after = before if line is start else fitted.error(line)
+    return Answer(size, line, ridge, before, after, held_before, least)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from nmconv.errors import FitError
 from nmconv.graph import Element, Join, Spot, Step, Ways, linear_runs, steps_of
-from nmconv.planning import Kernel, Plan
+from nmconv.planning import Kernel, Plan, Site
 
-__all__ = ["Unit", "find_units"]
+__all__ = ["Unit", "find_units", "left_out"]
+
+
+Act: TypeAlias = "tuple[tuple[str, str, str | None], int]"  # who calls it, its name and kind; which call of it
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Unit:
         far: The sum that it ends in, in the converted model, or None.
         target: In the reference, the value at the end, or at the sum; behind it where its activation was dropped.
         kernel: What the plan says, or None.
+        acts: The dropped activations that it makes up for beyond those inside: calls, as in the plan's sites.
     """
 
     elements: tuple[Element, ...]
@@ -36,6 +40,7 @@ class Unit:
     far: Spot | None
     target: Spot
     kernel: Kernel | None
+    acts: tuple[Act, ...] = ()
 
 
 def find_units(
@@ -61,20 +66,21 @@ def find_units(
     runs = linear_runs(model, example_inputs=example_inputs, sizes=False)
     here, there = Ways(model, example_inputs), Ways(reference, example_inputs)
     kernels = {kernel.convs: kernel for kernel in plan.kernels}
-    kept = {
-        ((site.owner, site.name, site.function), site.call): site.action != "drop"
-        for site in plan.sites
-        if site.modes != "train"
-    }
+    dropped = {_act_of(site) for site in plan.sites if _is_gone(site)}
     found: list[Unit] = []
     for run in runs:
         for part, kernel in _parts(run.elements, kernels, there):
-            unit, dropped = _unit(part, kernel, here, there, kept)
+            unit = _unit(part, kernel, here, there, dropped)
             if kernel is not None:
                 found.append(unit)
-            elif dropped or len({before.get(conv) for conv in unit.convs}) > 1:
+                continue
+            # What stands before it may have lost its activation where no unit could make up for that.
+            read = {there.read_by(step) for step in steps_of(part) if step.kind == "conv" and ":" not in step.name}
+            lost = (dropped & read) - {act for other in found for act in other.acts}
+            if unit.acts or lost or len({before.get(conv) for conv in unit.convs}) > 1:
                 part = part if default else _opened(part)
-                found.append(_unit(part, default, here, there, kept)[0])
+                unit = _unit(part, default, here, there, dropped)
+                found.append(replace(unit, acts=(*unit.acts, *lost)))
     missing = set(kernels) - {unit.convs for unit in found}
     if missing:
         names = ", ".join(min(missing))
@@ -82,10 +88,28 @@ def find_units(
     return tuple(found)
 
 
-def _unit(
-    elements: tuple[Element, ...], kernel: Kernel | None, here: Ways, there: Ways, kept: Mapping[Any, bool]
-) -> tuple[Unit, bool]:
-    """The fit of some elements, and whether the activation that follows them was dropped."""
+def left_out(plan: Plan, units: Iterable[Unit]) -> Iterator[Site]:
+    """Dropped activations that no unit makes up for."""
+    units = tuple(units)
+    convs = {conv for unit in units for conv in unit.convs}
+    acts = {act for unit in units for act in unit.acts}
+    for site in plan.sites:
+        is_lost = site.action == "drop" and site.modes != "train" and _act_of(site) not in acts
+        if is_lost and site.convs and convs.isdisjoint(site.convs):
+            yield site
+
+
+def _is_gone(site: Site) -> bool:
+    """Whether the call is not made any more where the reference makes it."""
+    return site.action in ("drop", "move", "gone") and site.modes != "train"
+
+
+def _act_of(site: Site) -> Act:
+    return (site.owner, site.name, site.function), site.call
+
+
+def _unit(elements: tuple[Element, ...], kernel: Kernel | None, here: Ways, there: Ways, dropped: Set[Act]) -> Unit:
+    """The fit of some elements."""
     last = elements[-1]
     try:
         end, target = here.spot(last), there.spot(last)
@@ -97,18 +121,18 @@ def _unit(
             "it was before"
         ) from error
     far: Spot | None = None
-    dropped = False
+    acts: tuple[Act, ...] = ()
     for hop in hops:
         if hop.kind == "sum":
             if not sums:
                 break
             far, target = sums.pop(0), hop.spot
         else:
-            dropped = not kept.get(hop.act, True)
-            target = hop.spot if dropped else target
+            if hop.act is not None and hop.act in dropped:
+                target, acts = hop.spot, (hop.act,)
             break
     head = next(step.name for step in steps_of(elements))
-    return Unit(elements, _convs(elements), head, end, far, target, kernel), dropped
+    return Unit(elements, _convs(elements), head, end, far, target, kernel, acts)
 
 
 def _convs(elements: Iterable[Element]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from nmconv.graph._elements import Element, Join
 from nmconv.graph._flow import FlowNode
 from nmconv.graph._lower import lower
 from nmconv.graph._ops import Op
+from nmconv.graph._records import ActCall
 from nmconv.graph._tracer import FlowTracer
 from nmconv.graph._zoo import is_norm_act
 
@@ -85,6 +87,15 @@ class Ways:
         part, index = self._find(element)
         return tuple(part.after(index))
 
+    def read_by(self, element: Element) -> tuple[Called, int] | None:
+        """The activation whose result an element is given, if only what is linear and for each channel lies between.
+
+        Raises:
+            KeyError: If the model makes no such call.
+        """
+        part, index = self._find(element)
+        return part.read_by(index)
+
     def _find(self, element: Element) -> tuple[_Way, int]:
         key = _key(element)
         for part in self._parts:
@@ -117,6 +128,10 @@ def _is_sum_of(tracer: FlowTracer, origin: Any, node: FlowNode) -> bool:
     return origin.op != "call_module" and frame is node.frame and label in _SUMS
 
 
+def _key_of(act: ActCall) -> tuple[Called, int]:
+    return (act.frame.path, act.name, act.function), act.call
+
+
 class _Way:
     """The same for one trace."""
 
@@ -132,6 +147,8 @@ class _Way:
                 self.where[node.frame.path, node.label, node.number] = node.index
             if node.op in (Op.CONV, Op.NORM, Op.PAD, Op.PASS, Op.DROP):
                 self.where["", node.name, 1] = node.index
+        frames = {id(node.frame): node.frame for node in self._nodes if node.frame is not None}
+        self._forwards = Counter(frame.path for frame in frames.values())
 
     def spot(self, index: int) -> Spot:
         return spot_of(self._tracer, self._nodes[index])
@@ -146,11 +163,20 @@ class _Way:
             elif reader.op is Op.ADD and reader.inputs.count(index) == 1 and self._is_seen(reader):
                 yield Hop("sum", self.spot(reader.index))
             elif reader.op is Op.ACT and reader.act is not None and self._is_seen(reader):
-                act = reader.act
-                yield Hop("act", self.spot(reader.index), ((act.frame.path, act.name, act.function), act.call))
+                yield Hop("act", self.spot(reader.index), _key_of(reader.act))
             else:
                 return
             index = reader.index
+
+    def read_by(self, index: int) -> tuple[Called, int] | None:
+        while self._nodes[index].inputs:
+            node = self._nodes[self._nodes[index].inputs[0]]
+            if node.op is Op.ACT and node.act is not None:
+                return _key_of(node.act)
+            if node.op not in (Op.NORM, Op.PAD, Op.PASS, Op.DROP) or len(node.inputs) != 1:
+                return None
+            index = node.index
+        return None
 
     def _reader(self, index: int) -> FlowNode | None:
         """The only reader of a value."""
@@ -162,4 +188,6 @@ class _Way:
 
     def _is_seen(self, node: FlowNode) -> bool:
         """Whether the call can be told apart while the model runs."""
+        if node.frame is None or self._forwards[node.frame.path] != 1:
+            return False
         return node.origin.op == "call_module" or node.label in _SUMS or node.op is Op.ACT
