@@ -1,7 +1,6 @@
 """The numbers of a fit: known answers, and least squares on rows built here, with ``F.unfold``, by ``torch.linalg``.
 
 Where a fit must find an exact answer, the converted model is disturbed first: what it starts from is wrong then.
-``linear()`` is an activation for nmconv, and the identity for numbers.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fit_nets import disturbed, dropped, least_squares, linear, report, rows_of, targets_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from merge_nets import CONV, NORM, assert_near, made, picture, settle
@@ -27,49 +27,6 @@ from nmconv.fitting._passes import Passes
 from nmconv.planning import Geometry
 
 torch.set_num_threads(1)
-
-
-def linear() -> nn.Module:
-    return nn.LeakyReLU(1.0)
-
-
-def dropped(net: nn.Module, *keep: str, **kernels: Any) -> nn.Module:
-    """All activations gone but those kept; ``_`` stands for a comma in the kernels' names."""
-    plan = nmconv.make_plan(net, "2:1")
-    plan = plan.edit({site.id: "keep" if site.name in keep else "drop" for site in plan.sites if site.action != "skip"})
-    if kernels:
-        plan = plan.with_kernels({tuple(names.split("_")): size for names, size in kernels.items()})
-    return nmconv.apply_plan(net, plan)
-
-
-def disturbed(model: nn.Module, seed: int = 3) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for value in model.parameters():
-            value += 0.3 * torch.randn(value.shape, generator=generator, dtype=value.dtype)
-    return model
-
-
-def report(model: nn.Module) -> nmconv.Fit:
-    found = nmconv.get_fit(model)
-    assert found is not None
-    return found
-
-
-def rows_of(x: Tensor, kernel: int, padding: int = 0, stride: int = 1) -> Tensor:
-    """``[positions of all images, channels · kernel²]``."""
-    return F.unfold(x, kernel, padding=padding, stride=stride).transpose(1, 2).flatten(0, 1)
-
-
-def targets_of(y: Tensor) -> Tensor:
-    return y.flatten(2).transpose(1, 2).flatten(0, 1)
-
-
-def least_squares(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight ``[columns, outputs]`` and constant."""
-    ones = torch.ones(len(rows), 1, dtype=rows.dtype)
-    found = torch.linalg.lstsq(torch.cat([rows, ones], 1), targets).solution
-    return found[:-1], found[-1]
 
 
 PLAIN = {"recalibrate": False, "holdout": 0, "ridge": 0}

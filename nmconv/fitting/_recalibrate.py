@@ -59,8 +59,12 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
             model.eval()
         yield
     finally:
-        for model, name, module, training in before:
-            model.get_submodule(name).training = module.training = training
+        for model in models:
+            modes = {name: training for owner, name, _, training in before if owner is model}
+            for name, module in model.named_modules():
+                module.training = modes.get(name, module.training)
+        for _, _, module, training in before:
+            module.training = training
 
 
 def recalibrate(model: nn.Module, images: Images, undo: Undo) -> int:

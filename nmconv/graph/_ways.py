@@ -123,9 +123,10 @@ def spot_of(tracer: FlowTracer, node: FlowNode) -> Spot:
 
 
 def _is_sum_of(tracer: FlowTracer, origin: Any, node: FlowNode) -> bool:
-    """Whether the fx node is a sum made by the same forward that makes ``node``."""
+    """Whether the fx node is a sum of tensors made by the same forward that makes ``node``."""
     frame, label, _ = tracer.where.get(origin, (None, "", 0))
-    return origin.op != "call_module" and frame is node.frame and label in _SUMS
+    is_sum = origin.op != "call_module" and frame is node.frame and label in _SUMS
+    return is_sum and not tracer.is_number(origin)
 
 
 def _key_of(act: ActCall) -> tuple[Called, int]:
