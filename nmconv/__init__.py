@@ -20,12 +20,14 @@ from nmconv.fitting import Fit, UnitFit, fit, get_fit, recalibrate_norms
 from nmconv.io import load, save
 from nmconv.merging import Merge, Run, find_runs, fold_norms, get_merges, merge
 from nmconv.planning import Counts, Kernel, Plan, Ratio, Site, Unit, Untraced
+from nmconv.searching import Candidate, Sensitivity, search, sensitivity
 from nmconv.surgery import apply_plan, convert, get_plan, make_plan
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyConvertedError",
+    "Candidate",
     "Counts",
     "FileError",
     "Fit",
@@ -46,6 +48,7 @@ __all__ = [
     "RatioError",
     "RewriteError",
     "Run",
+    "Sensitivity",
     "Site",
     "Unit",
     "UnitFit",
@@ -63,4 +66,6 @@ __all__ = [
     "merge",
     "recalibrate_norms",
     "save",
+    "search",
+    "sensitivity",
 ]

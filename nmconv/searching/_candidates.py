@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from nmconv.errors import NoSitesError
-from nmconv.fitting._kernels import sizes_asked
-from nmconv.fitting._units import Unit
-from nmconv.graph import Element, Join, Residual, Step, Ways, linear_runs, residuals, shapes_of, steps_of
+from nmconv.errors import NoSitesError, RewriteError
+from nmconv.fitting import Unit, sizes_asked
+from nmconv.graph import PLAIN_ACTS, Element, Join, Residual, Step, Ways, linear_runs, residuals, shapes_of, steps_of
 from nmconv.merging import Node, interior_geometry, nodes_of
 from nmconv.planning import Branch, Geometry, Kernel, Plan, Refusal, Site, shrunk
 from nmconv.surgery import apply_plan, make_plan, outline_of
@@ -52,6 +51,8 @@ class Segment:
         geometry: Of the one convolution that it would be away from the border, or why there is none.
         first, last: Of its convolutions, in the order of execution.
         multiply_adds: Of one image, as it is.
+        parameters: Of its convolutions, and of the norms behind them one number a channel.
+        activations: How many of the activations that go own a convolution.
         elements: Of one image: outputs of the activations that go.
         positions: Of its output, for one image.
     """
@@ -65,6 +66,8 @@ class Segment:
     first: int
     last: int
     multiply_adds: int
+    parameters: int
+    activations: int
     elements: int
     positions: int
 
@@ -91,6 +94,13 @@ class Network:
         example_inputs: One batch; only structure and shapes are used.
         most: Longest segment, in convolutions.
 
+    Attributes:
+        plan: In which everything stays.
+        linear: The modules alone, all activations that can be dropped dropped; parameters are the model's own.
+        elements: Of all its activations, for one image.
+        order: From convolutions to their places in the order of execution.
+        segments: All that could become linear.
+
     Raises:
         NoSitesError: If no activation of it belongs to a convolution.
     """
@@ -110,15 +120,15 @@ class Network:
         }
         if not free:
             raise NoSitesError(f"no activation of this {type(model).__name__} can be dropped")
-        trial = apply_plan(outline_of(model), self.plan.edit(free), inplace=True)
-        self._trial = trial
-        runs = linear_runs(trial, example_inputs=example_inputs)
+        self.linear = apply_plan(outline_of(model), self.plan.edit(free), inplace=True)
+        runs = linear_runs(self.linear, example_inputs=example_inputs)
         shapes = shapes_of(model, example_inputs)
         self.order = {name: at for at, name in enumerate(shapes.convs)}
         self._costs = {name: _multiply_adds(model, name, shape) for name, shape in shapes.convs.items()}
-        self._elements = {
+        self._elements: dict[str, int] = {
             site.id: math.prod(shapes.acts[act]) for act, site in self._sites.items() if act in shapes.acts
         }
+        self.elements = sum(self._elements.get(site.id, 0) for site in self.plan.sites if site.is_real)
         found = list(self._segments(runs, residuals(model, example_inputs)))
         # A plan names a kernel by its convolutions: where a sum can be folded in, it is.
         whole = {segment.convs for segment in found if segment.is_sum and not isinstance(segment.geometry, str)}
@@ -150,6 +160,14 @@ class Network:
         )
         return replace(self.plan, sites=changed, kernels=tuple(kernels), branches=tuple(branches))
 
+    def activation_behind(self, element: Element) -> nn.Module | None:
+        """The droppable activation right behind an element of a run, as a module."""
+        name = self._behind(element)
+        site = next((site for site in self.plan.sites if site.id == name), None)
+        if site is None:
+            return None
+        return PLAIN_ACTS[site.kind]() if site.function else self.model.get_submodule(site.name)
+
     # -- finding ------------------------------------------------------------------------------------------------------
 
     def _segments(self, runs: Iterable[Any], branches: Iterable[Residual]) -> Iterator[Segment]:
@@ -164,7 +182,7 @@ class Network:
 
     def _lines(self, elements: tuple[Element, ...], sizes: tuple[int, ...]) -> Iterator[list[Block]]:
         """The blocks of a run, and those of its branches."""
-        nodes = nodes_of(self._trial, elements, None, sizes or (256,) * 2, lambda name, geometry: geometry, {})
+        nodes = nodes_of(self.linear, elements, None, sizes or (256,) * 2, lambda name, geometry: geometry, {})
         yield from self._of_nodes(nodes)
 
     def _of_nodes(self, nodes: tuple[Node, ...]) -> Iterator[list[Block]]:
@@ -234,7 +252,7 @@ class Network:
             geometry = str(refusal)
         return Segment(
             convs, sites, blocks, None, unit, geometry, min(places), max(places),
-            sum(self._costs[conv] for conv in convs), self._sum_elements(sites), math.prod(nodes[-1].result),
+            *self._counts(convs, sites), math.prod(nodes[-1].result),
         )  # fmt: skip
 
     def _branch(self, residual: Residual) -> Segment | None:
@@ -248,14 +266,26 @@ class Network:
         if max(places) - min(places) != len(places) - 1:
             return None  # something else runs in between
         sites = tuple(site.id for site in known if site is not None)
-        costs = sum(self._costs[conv] for conv in convs)
-        return Segment(
-            convs, sites, (), residual, None, "a branch that goes", min(places), max(places), costs,
-            self._sum_elements(sites), 0,
+        found = Segment(
+            convs, sites, (), residual, None, "a branch that goes", min(places), max(places),
+            *self._counts(convs, sites), 0,
         )  # fmt: skip
+        try:
+            apply_plan(outline_of(self.model), self.plan_of([(found, "")]), inplace=True)
+        except RewriteError:
+            return None
+        return found
 
-    def _sum_elements(self, sites: Iterable[str]) -> int:
-        return sum(self._elements.get(site, 0) for site in sites)
+    def _counts(self, convs: tuple[str, ...], sites: tuple[str, ...]) -> tuple[int, int, int, int]:
+        """Multiply-adds, parameters, activations and their elements."""
+        weights: list[Any] = [self.model.get_submodule(conv).weight for conv in convs if ":" not in conv]
+        real = {site.id for site in self.plan.sites if site.is_real}
+        return (
+            sum(self._costs[conv] for conv in convs),
+            sum(weight.numel() + len(weight) for weight in weights),
+            sum(site in real for site in sites),
+            sum(self._elements.get(site, 0) for site in sites),
+        )
 
 
 def _convs(elements: Iterable[Element]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import Node
 
 from nmconv.errors import RewriteError
-from nmconv.graph import FlowTracer, MethodTrace, is_inplace, trace_method
+from nmconv.graph import FlowTracer, MethodTrace, Op, is_inplace, leaf_op, trace_method
 from nmconv.planning import Place, Site
 from nmconv.surgery._classes import Method, rewritten
 from nmconv.surgery._source import method_source, return_changed_lists
@@ -127,13 +127,22 @@ def _drop_sums(tracer: FlowTracer, sums: Sequence[tuple[str, int, int]], path: s
         while gone:
             last = gone.pop()
             module = tracer.root.get_submodule(str(last.target)) if last.op == "call_module" else None
-            written = last is not node and is_inplace(last, module)  # somebody may read what it wrote to
+            # Somebody may read what it wrote to.
+            written = last is not node and is_inplace(last, module) and not _writes_to_its_own(tracer, last)
             if last.users or last.op == "placeholder" or written or last not in tracer.graph.nodes:
                 continue
             sources = last.all_input_nodes
             tracer.graph.erase_node(last)
             tracer.acts.pop(last, None)
             gone += sources
+
+
+def _writes_to_its_own(tracer: FlowTracer, node: Node) -> bool:
+    """Whether an in-place call overwrites memory that a convolution or norm has made for it alone."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node) or source.op != "call_module" or len(source.users) != 1:
+        return False
+    return leaf_op(tracer.root.get_submodule(str(source.target))) in (Op.CONV, Op.NORM)
 
 
 def _check_steps(

@@ -1,0 +1,130 @@
+"""One segment made linear, everything else as it was: how far the network's output goes astray."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmconv.fitting import (
+    RIDGES,
+    Answer,
+    Divergence,
+    Images,
+    Loss,
+    Merged,
+    Moments,
+    Watch,
+    columns_of,
+    divergence,
+    fit_units,
+    outputs_of,
+    patches,
+    solved,
+)
+from nmconv.graph import Spot
+from nmconv.planning import Kernel, Refusal, shrunk, taps_kept
+from nmconv.searching._candidates import Network, Segment
+from nmconv.surgery import apply_plan
+
+__all__ = ["Alone", "Measured"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A segment in one form.
+
+    Attributes:
+        size: Of the one convolution; () where there is none.
+        error: Of its output on held-out images; NaN where nothing was fitted.
+        divergence: Of the network's output.
+    """
+
+    size: tuple[int, ...]
+    error: float
+    divergence: Divergence
+
+
+class Alone:
+    """Measures segments of a network one by one. The network is run as it is, with one value replaced.
+
+    Args:
+        network: In eval mode.
+        images: Some of them held out.
+        loss: What tells how far outputs are apart, or None.
+    """
+
+    def __init__(self, network: Network, images: Images, loss: Loss | None) -> None:
+        self._network = network
+        self._images = images
+        self._loss = loss
+        self._held = True if images.held else None
+        self._wanted = outputs_of(network.model, images, self._held)
+
+    def merged(self, segment: Segment, sizes: Sequence[tuple[int, ...]]) -> Iterator[Measured]:
+        """One convolution in its place, of each size, fitted.
+
+        Raises:
+            Refusal: If it cannot be one convolution, and why.
+        """
+        unit = segment.unit
+        assert unit is not None
+        form = Merged(self._network.linear, unit, Kernel(segment.convs, "auto"))
+        base = shrunk(form.geometry, max(sizes))
+        sums = (Moments(), Moments())
+        with Watch(self._network.model, [unit.end], [unit.head]) as watch:
+            for batch, held in self._images.batches():
+                seen = watch.run(batch)
+                for rows, targets in patches(seen[unit.head], seen[unit.end], base):
+                    sums[held].add(rows, targets)
+        for size in sizes:
+            columns = columns_of(base, taps_kept(base, size), sums[0].square.device)
+            inner, outer = (part.of_columns(columns) for part in sums)
+            answer: Answer = solved(inner, outer, form.start(size), size, RIDGES, intercept=True)
+            conv = form.conv(size, answer.line, False)
+            yield Measured(size, answer.judged, self._replaced(unit.end, unit.head, conv))
+
+    def gone(self, segment: Segment) -> Measured:
+        """The residual branch not added."""
+        residual = segment.residual
+        assert residual is not None
+
+        def without(value: Tensor, seen: Mapping[Any, Tensor]) -> Tensor:
+            return value - seen[residual.end]
+
+        found = self._divergence([residual.end, residual.spot], [], {residual.spot: without})
+        return Measured((), math.nan, found)
+
+    def refitted(self, segment: Segment) -> Measured:
+        """Its activations dropped and its last convolution refitted, by surgery on a copy.
+
+        Raises:
+            Refusal: If it cannot be refitted, and why.
+        """
+        model = apply_plan(self._network.model, self._network.plan_of([(segment, "")]))
+        units = fit_units(model, self._network.model, self._images)
+        refused = [unit.why for unit in units if not unit.form]
+        if refused:
+            raise Refusal(refused[0])
+        outputs = outputs_of(model, self._images, self._held)
+        error = max((unit.held_after for unit in units), default=math.nan)
+        return Measured((), error, divergence(outputs, self._wanted, self._loss))
+
+    def _replaced(self, end: Spot, head: str, conv: nn.Module) -> Divergence:
+        def instead(value: Tensor, seen: Mapping[Any, Tensor]) -> Tensor:
+            made: Tensor = conv(seen[head])
+            return made
+
+        return self._divergence([end], [head], {end: instead})
+
+    def _divergence(self, spots: list[Spot], inputs: list[str], replace: Any) -> Divergence:
+        outputs = []
+        with Watch(self._network.model, spots, inputs, whole=True, replace=replace) as watch, torch.no_grad():
+            for batch, _ in self._images.batches(self._held):
+                watch.run(batch)
+                outputs.append(watch.output)
+        return divergence(outputs, self._wanted, self._loss)

@@ -1,0 +1,97 @@
+"""What a network and its segments cost: counted, or timed on the device at hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nmconv.graph import Join, Step
+from nmconv.merging import Node, conv_module, fold_norms
+from nmconv.planning import Geometry, shrunk
+from nmconv.searching._candidates import Network, Segment
+from nmconv.timing import interleaved, runner
+
+__all__ = ["Stopwatch", "multiply_adds_of"]
+
+_ROUNDS, _SECONDS = 7, 0.02
+
+
+def multiply_adds_of(model: nn.Module, image: Tensor) -> int:
+    """Of one forward of one image, in the mode it is in."""
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        model(image)
+    return int(flops.get_total_flops()) // 2
+
+
+class Stopwatch:
+    """Times segments beside what replaces them; the same shapes are timed once.
+
+    Args:
+        network: Whose segments.
+        image: One image, as a batch: gives dtype and device.
+        backend: ``eager``, ``compile`` or ``onnxruntime``.
+    """
+
+    def __init__(self, network: Network, image: Tensor, backend: str) -> None:
+        self._network = network
+        self._image = image
+        self._backend = backend
+        self._known: dict[Any, list[float]] = {}
+
+    def whole(self, models: Sequence[nn.Module], rounds: int = 15) -> list[float]:
+        """Seconds for one image of each whole network, norms folded where they can be, timed side by side."""
+        runners = [runner(fold_norms(model), (self._image,), self._backend) for model in models]
+        return [found.median for found in interleaved(runners, rounds=rounds, seconds=0.1)]
+
+    def segment(self, segment: Segment, sizes: Sequence[tuple[int, ...]]) -> list[float]:
+        """Seconds for one image of the segment as it is, and of one convolution of each size."""
+        nodes = [node for block in segment.blocks for node in block.nodes]
+        assert isinstance(segment.geometry, Geometry)
+        made = [conv_module(shrunk(segment.geometry, size), self._image) for size in sizes]
+        was = self._modules(nodes)
+        key = (repr(was), nodes[0].sizes, tuple(sizes), segment.geometry)
+        if key not in self._known:
+            x = torch.randn(1, segment.geometry.in_channels, *nodes[0].sizes).to(self._image)
+            runners = [runner(_drawn(side), (x,), self._backend) for side in (was, *made)]
+            times = interleaved(runners, rounds=_ROUNDS, seconds=_SECONDS)
+            self._known[key] = [found.median for found in times]
+        return self._known[key]
+
+    def _modules(self, nodes: Sequence[Node]) -> nn.Sequential:
+        """Modules that take as long as the nodes do with their norms folded in, activations between them."""
+        found: list[nn.Module] = []
+        for number, node in enumerate(nodes):
+            if isinstance(node.element, Join):
+                found.append(_Sum(*(self._modules(branch) for branch in node.branches)))
+            elif node.element.kind == "conv" and isinstance(node.geometry, Geometry):
+                found.append(conv_module(node.geometry, self._image))
+            quiet = isinstance(node.element, Step) and node.element.quiet  # where an activation was, too
+            act = None if quiet or number + 1 == len(nodes) else self._network.activation_behind(node.element)
+            if act is not None:
+                found.append(copy.deepcopy(act))
+        return nn.Sequential(*found)
+
+
+class _Sum(nn.Module):
+    """Two branches of one value."""
+
+    def __init__(self, one: nn.Module, two: nn.Module) -> None:
+        super().__init__()
+        self.one, self.two = one, two
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape that both take."""
+        return self.one(x) + self.two(x)
+
+
+def _drawn(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+        nn.init.normal_(parameter, std=1 / math.sqrt(max(parameter[0].numel(), 1)))
+    return module.eval()

@@ -1,0 +1,237 @@
+"""Which units lose their activations: the least loss under a budget, by measurement."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from nmconv.errors import FileError, OptionError
+from nmconv.fitting import Images, Loss, eval_mode, fit, get_fit, read_images
+from nmconv.graph import mode_hidden
+from nmconv.planning import Plan
+from nmconv.searching._candidates import Network, Segment
+from nmconv.searching._choose import Option, choose, frontier
+from nmconv.searching._cost import Stopwatch, multiply_adds_of
+from nmconv.searching._records import COSTS, Candidate, Sensitivity
+from nmconv.searching._sensitivity import check_options, measured
+from nmconv.surgery import apply_plan, check_model
+
+__all__ = ["search"]
+
+_SAME = 1.01  # latencies this close to the budget are within it: the machine's noise is larger
+
+
+def search(
+    net: nn.Module,
+    images: Any,
+    *,
+    budget: float | Sequence[float],
+    cost: str = "latency",
+    backend: str = "eager",
+    sensitivity: Sensitivity | None = None,
+    form: str | None = None,
+    rounds: int = 3,
+    most: int = 6,
+    holdout: float = 0.25,
+    loss: Loss | None = None,
+    key: str | None = None,
+    path: str | os.PathLike[str] | None = None,
+    quiet: bool = False,
+) -> Plan | tuple[Plan, ...]:
+    """Choose what of a network becomes linear, and what kernel it becomes, by measurement.
+
+    Every candidate is measured alone (:func:`nmconv.sensitivity`). The choice with the least total loss that meets the
+    budget is found exactly, by dynamic programming; then it is fitted and measured as a whole, the losses of its
+    candidates are corrected by what was measured, and the best is chosen again. Of all that was measured and meets the
+    budget, the best is returned.
+
+    Args:
+        net: Not converted; it is not changed.
+        images: A tensor ``[images, ...]``, or a loader or iterable of tensors, of (x, y) pairs or of dicts. No labels.
+        budget: What is left of the original's cost: a fraction below 1, or an absolute figure from 1 on (seconds below
+            1 are given as a fraction). Several, for several plans from one table.
+        cost: ``"latency"`` (of one image, on ``backend``), ``"multiply_adds"``, ``"activations"`` (layers: rounds of
+            private inference) or ``"activation_elements"``.
+        backend: Where latency is measured: ``"eager"``, ``"compile"`` or ``"onnxruntime"``.
+        sensitivity: A table of this network; measured if not given.
+        form: ``"merged"``: one convolution in a segment's place; ``"factors"``: its convolutions stay, and keep their
+            keys. By default merged, and factors where activations are what costs.
+        rounds: How often a choice is measured as a whole.
+        most: Longest segment, in convolutions.
+        holdout: Which part of the images is held out; losses are measured on it.
+        loss: As for :func:`nmconv.sensitivity`.
+        key: Where batches are dicts: under which key the images are.
+        path: A file that the table is kept in while it is measured.
+        quiet: Whether to show no progress bar.
+
+    Returns:
+        A plan for :func:`nmconv.apply_plan` and :func:`nmconv.fit`, with what was reached among its ``options``; for
+        several budgets a tuple of plans in their order.
+
+    Raises:
+        OptionError: For an option that is none, or a budget that cannot be met; the text says what can.
+        FileError: If the table is another network's.
+        NoSitesError: If nothing of the network can become linear.
+    """
+    check_model(net)
+    if cost not in COSTS:
+        raise OptionError(f"cost={cost!r}: give one of {', '.join(COSTS)}")
+    form = form or ("factors" if cost.startswith("activation") else "merged")
+    check_options(form, backend, most, holdout)
+    if cost in ("latency", "multiply_adds") and form == "factors":
+        raise OptionError(f'form="factors" saves no {cost}: its convolutions stay; give form="merged"')
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise OptionError(f"rounds={rounds!r}: give a positive whole number, such as 3")
+    budgets = _budgets(budget)
+    pictures = read_images(images, net, holdout=holdout, key=key)
+    with mode_hidden(), eval_mode(net):
+        network = Network(net, pictures.first(), most)
+        timed = backend if cost == "latency" else None
+        table = sensitivity or measured(network, pictures, form, timed, loss, path, quiet)
+        found = _Search(network, pictures, table, cost, backend, loss, rounds)
+        plans = tuple(found.plan(one) for one in budgets)
+    return plans[0] if isinstance(budget, (int, float)) else plans
+
+
+def _budgets(budget: Any) -> tuple[float, ...]:
+    given = (budget,) if isinstance(budget, (int, float)) else tuple(budget) if isinstance(budget, Sequence) else ()
+    for one in given:
+        if isinstance(one, bool) or not isinstance(one, (int, float)) or not 0 <= one < math.inf:
+            raise OptionError(f"budget={budget!r}: give a part of the original's cost such as 0.75, or a figure")
+    if not given or isinstance(budget, (str, bytes)):
+        raise OptionError(f"budget={budget!r}: give a part of the original's cost such as 0.75, or a figure")
+    return given
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A choice that was measured as a whole."""
+
+    chosen: tuple[int, ...]
+    plan: Plan
+    loss: float
+    cost: float
+
+
+class _Search:
+    """Choices of one network's candidates."""
+
+    def __init__(
+        self,
+        network: Network,
+        images: Images,
+        table: Sensitivity,
+        cost: str,
+        backend: str,
+        loss: Loss | None,
+        rounds: int,
+    ) -> None:
+        if table.fingerprint != network.plan.fingerprint or not table.complete:
+            raise FileError(
+                f"the sensitivity table is of a {table.model} with fingerprint {table.fingerprint}"
+                f"{'' if table.complete else ', and not complete'}: measure this network with nmconv.sensitivity"
+            )
+        self._network, self._images, self._table = network, images, table
+        self._cost, self._loss, self._rounds = cost, loss, rounds
+        self._segments = {(part.convs, part.residual is not None): part for part in network.segments}
+        self._candidates = [one for one in table.candidates if one.saves(cost) > 0 and self._segment(one) is not None]
+        self._watch = Stopwatch(network, images.first(), backend) if cost == "latency" else None
+        self._total = table.totals[cost]
+        if math.isnan(self._total):
+            raise OptionError(f"the sensitivity table has no {cost}: measure it with nmconv.sensitivity(backend=...)")
+        self._known: dict[tuple[int, ...], _Whole] = {}
+
+    def plan(self, budget: float) -> Plan:
+        """The best plan within a budget.
+
+        Raises:
+            OptionError: If none is.
+        """
+        allowed = budget * self._total if budget < 1 else float(budget)
+        losses = {at: max(one.loss, 0.0) for at, one in enumerate(self._candidates)}
+        needed = self._total - allowed
+        tried: list[_Whole] = []
+        for _ in range(self._rounds):
+            options = [
+                Option(one.first, one.last, losses[at], one.saves(self._cost))
+                for at, one in enumerate(self._candidates)
+            ]
+            chosen = choose(options, needed)
+            if chosen is None:
+                if tried:
+                    break
+                raise OptionError(self._cannot(budget, options))
+            if chosen in [whole.chosen for whole in tried]:
+                break
+            whole = self._measure(chosen)
+            tried.append(whole)
+            _correct(losses, whole)
+            over = whole.cost - allowed * _SAME
+            if over > 0:  # savings do not quite add up
+                needed += over
+        fitting = [whole for whole in tried if whole.cost <= allowed * _SAME] or [min(tried, key=lambda it: it.cost)]
+        best = min(fitting, key=lambda whole: whole.loss)
+        return self._told(best, budget)
+
+    def _segment(self, one: Candidate) -> Segment | None:
+        return self._segments.get((one.convs, one.size == "none"))
+
+    def plan_of(self, chosen: Sequence[int]) -> Plan:
+        """The plan that does what some candidates say."""
+        parts = []
+        for at in chosen:
+            one = self._candidates[at]
+            segment = self._segment(one)
+            assert segment is not None
+            parts.append((segment, "" if one.size == "none" else one.size))
+        return self._network.plan_of(parts)
+
+    def _measure(self, chosen: tuple[int, ...]) -> _Whole:
+        """Fit a choice as a whole."""
+        if chosen in self._known:
+            return self._known[chosen]
+        net = self._network.model
+        plan = self.plan_of(chosen)
+        if not chosen:
+            return _Whole(chosen, plan, 0.0, self._total)
+        model = fit(apply_plan(net, plan), self._images, reference=net, loss=self._loss, inplace=True)
+        report = get_fit(model)
+        assert report is not None
+        if self._watch is not None:
+            before, after = self._watch.whole([net, model])
+            cost = self._total * after / before
+        elif self._cost == "multiply_adds":
+            cost = float(multiply_adds_of(model, self._images.first()))
+        else:
+            cost = self._total - sum(self._candidates[at].saves(self._cost) for at in chosen)
+        self._known[chosen] = _Whole(chosen, plan, report.returned.loss, cost)
+        return self._known[chosen]
+
+    def _told(self, whole: _Whole, budget: float) -> Plan:
+        options = (
+            *whole.plan.options,
+            ("search", f"{self._cost} {budget:g}"),
+            ("reached", f"{whole.cost / self._total:.4f}"),
+            ("loss", f"{whole.loss:.6g}"),
+        )
+        return replace(whole.plan, ratio=f"{budget:g} of its {self._cost}", options=options)
+
+    def _cannot(self, budget: float, options: list[Option]) -> str:
+        most = max((saves for _, saves, _ in frontier(options)), default=0.0)
+        least = self._total - most
+        return (
+            f"budget={budget!r}: this network can be brought to {least:.4g} of {self._total:.4g} {self._cost}, that is "
+            f"{least / self._total:.3f} of it, and no lower"
+        )
+
+
+def _correct(losses: dict[int, float], whole: _Whole) -> None:
+    """Losses do not add up: those of a choice are scaled to what it lost as a whole."""
+    expected = sum(losses[at] for at in whole.chosen)
+    for at in whole.chosen:
+        losses[at] = losses[at] * whole.loss / expected if expected > 0 else whole.loss / len(whole.chosen)

@@ -1,0 +1,203 @@
+"""Every candidate measured alone: what it costs in accuracy, and what it saves."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nmconv.errors import FileError, OptionError
+from nmconv.fitting import Images, Loss, eval_mode, read_images
+from nmconv.graph import mode_hidden
+from nmconv.planning import Geometry, Refusal, shrunk
+from nmconv.searching._alone import Alone, Measured
+from nmconv.searching._candidates import Network, Segment
+from nmconv.searching._cost import Stopwatch, multiply_adds_of
+from nmconv.searching._progress import progress
+from nmconv.searching._records import Candidate, Sensitivity
+from nmconv.surgery import check_model
+from nmconv.timing import BACKENDS, require
+
+__all__ = ["check_options", "measured", "sensitivity"]
+
+_FORMS = ("merged", "factors")
+_WORTH = 1.05  # multiply-adds before over after: where the measured law breaks even (docs/merging.md)
+_HOPEFUL = 0.7  # the same where time decides
+
+
+def sensitivity(
+    net: nn.Module,
+    images: Any,
+    *,
+    form: str = "merged",
+    backend: str | None = None,
+    most: int = 6,
+    holdout: float = 0.25,
+    loss: Loss | None = None,
+    key: str | None = None,
+    path: str | os.PathLike[str] | None = None,
+    quiet: bool = False,
+) -> Sensitivity:
+    """Measure what each part of a network loses when it is made linear, alone, and what that saves.
+
+    A candidate is a segment of a linear run that dropping all activations would leave, also across units and modules,
+    with each kernel that saves something; or a residual branch that goes altogether. Each is fitted (see
+    :func:`nmconv.fit`), put into the network as it is, and judged by the network's output on held-out images.
+
+    Args:
+        net: Not converted; it is not changed.
+        images: A tensor ``[images, ...]``, or a loader or iterable of tensors, of (x, y) pairs or of dicts. A few
+            dozen will do; no labels.
+        form: ``"merged"``: one convolution in a segment's place; ``"factors"``: the convolutions stay, the last one
+            is refitted.
+        backend: Time segments too, on ``"eager"``, ``"compile"`` or ``"onnxruntime"``; None does not.
+        most: Longest segment, in convolutions.
+        holdout: Which part of the images is held out, spread evenly over them.
+        loss: A function of (output, output of the original) of a batch that gives a number, or one for each image;
+            by default the KL divergence for classifiers, else the relative squared error.
+        key: Where batches are dicts: under which key the images are.
+        path: A file that the table is kept in while it grows; where it is there already, measuring goes on.
+        quiet: Whether to show no progress bar.
+
+    Returns:
+        The table.
+
+    Raises:
+        OptionError: For an option that is none, or too few images.
+        FileError: If ``path`` holds the table of something else.
+        NoSitesError: If nothing of the network can become linear.
+    """
+    check_model(net)
+    check_options(form, backend, most, holdout)
+    pictures = read_images(images, net, holdout=holdout, key=key)
+    with mode_hidden(), eval_mode(net):
+        network = Network(net, pictures.first(), most)
+        return measured(network, pictures, form, backend, loss, path, quiet)
+
+
+def check_options(form: str, backend: str | None, most: int, holdout: float) -> None:
+    """Refuse what is none, with OptionError."""
+    if form not in _FORMS:
+        raise OptionError(f"form={form!r}: give one of {', '.join(_FORMS)}")
+    if backend is not None:
+        if backend not in BACKENDS:
+            raise OptionError(f"backend={backend!r}: give one of {', '.join(BACKENDS)}, or None")
+        require(backend)
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise OptionError(f"most={most!r}: give a number of convolutions, such as 6")
+    if isinstance(holdout, bool) or not isinstance(holdout, (int, float)) or not 0 < holdout < 1:
+        raise OptionError(f"holdout={holdout!r}: give a part of the images, more than 0 and less than 1")
+
+
+def measured(
+    network: Network,
+    images: Images,
+    form: str,
+    backend: str | None,
+    loss: Loss | None,
+    path: str | os.PathLike[str] | None,
+    quiet: bool,
+) -> Sensitivity:
+    """The table of a network in eval mode; see :func:`sensitivity`."""
+    image = images.first()
+    setting = f"{form}, {backend}, {images.count} + {images.held} images {_digest(images)}"
+    table = _table(network, setting, path)
+    if table.complete:
+        return table
+    alone = Alone(network, images, loss)
+    watch = None if backend is None else Stopwatch(network, image, backend)
+    if not table.totals:
+        plan = network.plan
+        table.totals = {
+            "latency": math.nan if watch is None else watch.whole([network.model])[0],
+            "multiply_adds": float(multiply_adds_of(network.model, image)),
+            "activations": float(plan.counts.activations_before),
+            "activation_elements": float(network.elements),
+        }
+    done = {(one.convs, one.size == "none") for one in table.candidates}
+    todo = [part for part in network.segments if (part.convs, part.residual is not None) not in done]
+    with progress(len(todo), "measuring", quiet) as advance:
+        for segment in todo:
+            rows = list(_rows(segment, alone, watch, form))
+            table.candidates += rows
+            if path is not None and rows:
+                table.save(path)
+            advance()
+    table.complete = True
+    if path is not None:
+        table.save(path)
+    return table
+
+
+def _table(network: Network, setting: str, path: str | os.PathLike[str] | None) -> Sensitivity:
+    fresh = Sensitivity(network.plan.model, network.plan.fingerprint, setting, {})
+    if path is None or not Path(path).exists():
+        return fresh
+    found = Sensitivity.load(path)
+    if (found.fingerprint, found.setting) != (fresh.fingerprint, setting):
+        raise FileError(
+            f"{os.fspath(path)} holds the table of a {found.model} ({found.setting}), not of this {fresh.model} "
+            f"({setting}): give another path"
+        )
+    return found
+
+
+def _digest(images: Images) -> str:
+    """Tells sets of images apart."""
+    found = hashlib.sha256()
+    for batch, held in images.batches():
+        found.update(f"{held} {tuple(batch.shape)} {float(batch.double().sum()):.6e}".encode())
+    return found.hexdigest()[:8]
+
+
+def _rows(segment: Segment, alone: Alone, watch: Stopwatch | None, form: str) -> Iterator[Candidate]:
+    """A segment's candidates, one for each size that may be worth it; none where it cannot be done."""
+    if segment.residual is not None:
+        yield _row(segment, "none", alone.gone(segment), 0, 0, (math.nan, 0.0))
+        return
+    try:
+        if form == "factors":
+            found = alone.refitted(segment)
+            yield _row(segment, "", found, segment.multiply_adds, segment.parameters, (math.nan, math.nan))
+            return
+        floor = _WORTH if watch is None else _HOPEFUL
+        sizes = [size for size in segment.sizes() if segment.multiply_adds >= floor * segment.multiply_adds_as(size)]
+        if not sizes:
+            return
+        times = [math.nan] * (len(sizes) + 1) if watch is None else watch.segment(segment, sizes)
+        for at, found in enumerate(alone.merged(segment, sizes)):
+            yield _row(
+                segment, "x".join(map(str, found.size)), found, segment.multiply_adds_as(found.size),
+                _parameters(segment, found.size), (times[0], times[at + 1]),
+            )  # fmt: skip
+    except Refusal:
+        return
+
+
+def _parameters(segment: Segment, size: tuple[int, ...]) -> int:
+    assert isinstance(segment.geometry, Geometry)
+    return shrunk(segment.geometry, size).weights + segment.geometry.out_channels
+
+
+def _row(
+    segment: Segment, size: str, found: Measured, multiply_adds: int, parameters: int, latency: tuple[float, float]
+) -> Candidate:
+    return Candidate(
+        convs=segment.convs,
+        size=size,
+        loss=found.divergence.loss,
+        agreement=found.divergence.agreement,
+        error=found.error,
+        activations=segment.activations,
+        activation_elements=segment.elements,
+        multiply_adds=(segment.multiply_adds, multiply_adds),
+        parameters=(segment.parameters, parameters),
+        latency=latency,
+        first=segment.first,
+        last=segment.last,
+    )
