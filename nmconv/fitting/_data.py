@@ -142,7 +142,7 @@ class _Split:
 
 
 def _batches(data: Any, key: str | None) -> Iterator[Tensor]:
-    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
+    if isinstance(data, (str, bytes, Mapping, Tensor)) or not isinstance(data, Iterable):
         raise OptionError(f"data={data!r:.80}: give a tensor of images, or a loader or iterable of batches")
     for batch in data:
         yield _images_of(batch, key)

@@ -181,6 +181,7 @@ class _Fitting:
         return tuple(fits)
 
     def run(self, default: Kernel | None, recalibrating: bool) -> Fit:
+        self._check_images()
         self._wanted = outputs_of(self._reference, self._images, self._held)
         converted = self._divergence()
         baseline = self._recalibrated_alone()
@@ -189,15 +190,17 @@ class _Fitting:
         kept = False
         if recalibrating:
             undo: Undo = []
-            recalibrate(self._model, self._images, undo)
-            again = self._divergence()
-            kept = again.loss < fitted.loss
+            try:
+                recalibrate(self._model, self._images, undo)
+                again = self._divergence()
+                kept = again.loss < fitted.loss
+            finally:
+                if not kept:
+                    for step in reversed(undo):
+                        step()
             if kept:
                 returned = again
                 self._undo += undo
-            else:
-                for step in reversed(undo):
-                    step()
         return Fit(
             units=found,
             images=self._images.count,
@@ -208,6 +211,16 @@ class _Fitting:
             returned=returned,
             norms_recalibrated=kept,
         )
+
+    def _check_images(self) -> None:
+        image = self._images.first()
+        try:
+            self._reference(image)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise FitError(
+                f"the reference does not take an image of shape {tuple(image.shape)} ({error}): give batches of images "
+                "[images, channels, ...]"
+            ) from error
 
     def _divergence(self) -> Any:
         return divergence(outputs_of(self._model, self._images, self._held), self._wanted, self._loss)

@@ -114,7 +114,8 @@ def sizes_asked(kernel: Kernel, geometry: Geometry) -> list[tuple[int, ...]]:
     if len(parts) == 1:
         parts *= len(full)
     if len(parts) != len(full):
-        raise OptionError(f"kernel={kernel.size!r} for {kernel.convs[0]}, which has {len(full)} spatial axes")
+        name = f" for {kernel.convs[0]}" if kernel.convs else ""
+        raise OptionError(f"kernel={kernel.size!r}{name}, where there are {len(full)} spatial axes")
     return [tuple(min(part, size) for part, size in zip(parts, full, strict=True))]
 
 
