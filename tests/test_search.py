@@ -314,6 +314,10 @@ def test_activations_are_chosen_in_factors_form(net, images):
 def test_latency_is_measured(net, images):
     plan = nmconv.search(net, images, budget=0.97, cost="latency", quiet=True, rounds=1, most=3)
     assert dict(plan.options)["search"] == "latency 0.97"
+    timed = nmconv.sensitivity(net, images, backend="eager", quiet=True, most=3)
+    assert all(0 < one.latency[0] < timed.totals["latency"] for one in timed.candidates)
+    assert {"none", "3x3"} <= {one.size for one in timed.candidates}
+    assert all((one.latency[1] == 0) is (one.size == "none") for one in timed.candidates)
     assert plan.kernels or plan.branches
 
 

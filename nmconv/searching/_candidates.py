@@ -129,6 +129,7 @@ class Network:
             site.id: math.prod(shapes.acts[act]) for act, site in self._sites.items() if act in shapes.acts
         }
         self.elements = sum(self._elements.get(site.id, 0) for site in self.plan.sites if site.is_real)
+        self._blocks: dict[tuple[str, ...], Block] = {}
         found = list(self._segments(runs, residuals(model, example_inputs)))
         # A plan names a kernel by its convolutions: where a sum can be folded in, it is.
         whole = {segment.convs for segment in found if segment.is_sum and not isinstance(segment.geometry, str)}
@@ -168,6 +169,11 @@ class Network:
             return None
         return PLAIN_ACTS[site.kind]() if site.function else self.model.get_submodule(site.name)
 
+    def nodes_behind(self, convs: Iterable[str]) -> list[Node]:
+        """Some convolutions with what follows each; nothing if one is in no linear run."""
+        blocks = [self._blocks.get((conv,)) for conv in convs]
+        return [node for block in blocks if block for node in block.nodes] if all(blocks) else []
+
     # -- finding ------------------------------------------------------------------------------------------------------
 
     def _segments(self, runs: Iterable[Any], branches: Iterable[Residual]) -> Iterator[Segment]:
@@ -197,6 +203,7 @@ class Network:
             held.append(node)
         if held:
             line.append(self._block(held))
+        self._blocks.update({block.convs: block for block in line})
         yield line
         for node in nodes:
             for branch in node.branches:

@@ -63,6 +63,19 @@ class Stopwatch:
             self._known[key] = [found.median for found in times]
         return self._known[key]
 
+    def branch(self, segment: Segment) -> float:
+        """Seconds for one image of a residual branch that goes; NaN if its shapes are not known."""
+        nodes = self._network.nodes_behind(segment.convs)
+        if not nodes or not isinstance(nodes[0].geometry, Geometry):
+            return math.nan
+        was = self._modules(nodes)
+        key = (repr(was), nodes[0].sizes)
+        if key not in self._known:
+            x = torch.randn(1, nodes[0].geometry.in_channels, *nodes[0].sizes).to(self._image)
+            (time,) = interleaved([runner(_drawn(was), (x,), self._backend)], rounds=_ROUNDS, seconds=_SECONDS)
+            self._known[key] = [time.median]
+        return self._known[key][0]
+
     def _modules(self, nodes: Sequence[Node]) -> nn.Sequential:
         """Modules that take as long as the nodes do with their norms folded in, activations between them."""
         found: list[nn.Module] = []

@@ -158,7 +158,8 @@ def _digest(images: Images) -> str:
 def _rows(segment: Segment, alone: Alone, watch: Stopwatch | None, form: str) -> Iterator[Candidate]:
     """A segment's candidates, one for each size that may be worth it; none where it cannot be done."""
     if segment.residual is not None:
-        yield _row(segment, "none", alone.gone(segment), 0, 0, (math.nan, 0.0))
+        before = math.nan if watch is None else watch.branch(segment)
+        yield _row(segment, "none", alone.gone(segment), 0, 0, (before, 0.0))
         return
     try:
         if form == "factors":
