@@ -23,6 +23,7 @@ class Candidate:
 
     Attributes:
         convs: Qualified names of its convolutions, in order of execution.
+        sites: Ids of the activations that go.
         size: Of the one convolution that replaces them, such as ``"3x3"``; ``""`` where they stay and the last one is
             refitted; ``"none"`` where they are a residual branch that goes.
         loss: Divergence of the network's output from the original's on held-out images.
@@ -37,6 +38,7 @@ class Candidate:
     """
 
     convs: tuple[str, ...]
+    sites: tuple[str, ...]
     size: str
     loss: float
     agreement: float
@@ -81,7 +83,7 @@ class Sensitivity:
         """A tidy table: one dict for each candidate, for ``pandas.DataFrame`` or a csv file."""
         found = []
         for one in self.candidates:
-            row = {**asdict(one), "convs": ",".join(one.convs)}
+            row = {**asdict(one), "convs": ",".join(one.convs), "sites": ",".join(one.sites)}
             for name in ("multiply_adds", "parameters", "latency"):
                 row[f"{name}_before"], row[f"{name}_after"] = row.pop(name)
             found.append(row)

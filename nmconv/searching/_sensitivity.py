@@ -190,6 +190,7 @@ def _row(
 ) -> Candidate:
     return Candidate(
         convs=segment.convs,
+        sites=segment.sites,
         size=size,
         loss=found.divergence.loss,
         agreement=found.divergence.agreement,
