@@ -2,6 +2,7 @@
 
     python examples/results.py --data-dir ~/data/cifar10 --net resnet20 --weights runs/resnet20-0/model.safetensors
     python examples/results.py --data-dir ~/data/cifar10 --net lite0 --weights runs/lite0-0/model.safetensors
+    python examples/results.py --data-dir ~/data/imagenet-sample --net imagenet --weights efficientnet_lite0.pth
     python examples/results.py --table            what is in docs/results.jsonl, as Markdown
 
 `--weights` is what examples/finetune.py wrote (its commands are in docs/results.md). Every row is appended to `--rows`
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.datasets import ImageFolder
 
 import nmconv
 from nmconv.timing import interleaved, ratios, runner, threads
@@ -346,6 +348,44 @@ class Run:
         self.row("time", "fit of all units", measure)
 
 
+class FromNothing(Run):
+    """A whole search of an ImageNet network: how long it takes, and what pictures that it has not seen say."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.rows = args, read(args.rows)
+        folder = ImageFolder(str(args.data_dir.expanduser() / "val"))
+        pixels = torch.from_numpy(finetune.decoded(folder, 160, args.cache or args.data_dir.expanduser()))
+        self.net = finetune.build("tf_efficientnet_lite0", 1000, args.weights).eval()
+        order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(args.seed))
+        self.images = finetune.inputs(self.net, pixels[order[:60]])
+        self.others = finetune.inputs(self.net, pixels[order[60:]])
+        self.image = self.images[:1]
+
+    def measure(self) -> None:
+        """The issue's own example: three quarters of the latency."""
+        path = self.args.rows.parent / f"plans/imagenet-{self.args.seed}-latency-0.75.json"
+
+        def searched() -> dict[str, Any]:
+            clock = time.perf_counter()
+            plan = nmconv.search(self.net, self.images, budget=0.75, cost="latency", quiet=True)
+            took = round(time.perf_counter() - clock, 1)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(plan.to_json())
+            return {"took": took, "threads": torch.get_num_threads(), **self.agreement(plan), **chosen(plan)}
+
+        self.row("from nothing", "search at 0.75 of the latency", searched)
+
+    def agreement(self, plan: nmconv.Plan) -> dict[str, Any]:
+        dropped = nmconv.apply_plan(self.net, plan.with_kernels({}))
+        models = {"dropped": dropped, "recalibrated": nmconv.recalibrate_norms(copy.deepcopy(dropped), self.images)}
+        models["fitted"] = self.fitted(plan)
+        with torch.inference_mode():
+            wanted = self.net(self.others).argmax(1)
+            found = {name: 100 * float((one(self.others).argmax(1) == wanted).double().mean())
+                     for name, one in models.items()}  # fmt: skip
+        return {"multiply_adds": self.cost(models["fitted"]), "agreement": found}
+
+
 # Rows and tables
 
 
@@ -388,7 +428,7 @@ class Rows:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Tables of all that was measured: points of accuracy lost, mean ± sd over seeds."""
-    for net in CASES:
+    for net in (*CASES, "imagenet"):
         found = Rows(rows, net)
         if found.seeds:
             yield f"## {net}, {len(found.seeds)} seed{'s' * (len(found.seeds) > 1)}"
@@ -400,6 +440,14 @@ def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
                 what = f"sensitivity table ({name})" if case == "sensitivity" else name
                 yield f"- Time of one core for the {what}: {spread(found.values(case, name, 'took'), 0)} s."
             yield ""
+            for row in (row for row in found.rows if row["case"] == "from nothing"):
+                shares = ", ".join(f"{name} {value:.1f} %" for name, value in row["agreement"].items())
+                yield (
+                    f"A {row['name']} from nothing, on 60 pictures of 160 px and {row['threads']} threads, took "
+                    f"{row['took']:.0f} s. Same top-1 class as the original on the 40 other pictures: {shares}, at "
+                    f"{row['multiply_adds']:.3f} of the multiply-adds."
+                )
+                yield ""
             for part in (_alone, _budgets, _latency, _activations):
                 yield from part(found)
 
@@ -508,7 +556,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=Path("docs/results.jsonl"))
     parser.add_argument("--table", action="store_true", help="print what is there")
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10 as an ImageFolder")
-    parser.add_argument("--net", choices=list(CASES))
+    parser.add_argument("--net", choices=[*CASES, "imagenet"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weights", type=Path, help="what examples/finetune.py wrote")
     parser.add_argument("--cache", type=Path, help="folder for the decoded pictures [beside the pictures]")
@@ -520,8 +568,11 @@ def main() -> None:
         return
     if not (args.data_dir and args.net and args.weights):
         parser.error("--data-dir, --net and --weights are needed, or --table")
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    if args.net == "imagenet":
+        FromNothing(args).measure()
+        return
+    torch.set_num_threads(1)
     run = Run(args)
     for case in ORDER:
         if case in args.only:
