@@ -321,6 +321,16 @@ def test_distributed(tmp_path, call):
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("call", [nmconv.merge, nmconv.find_runs, nmconv.convert, nmconv.make_plan])
+@pytest.mark.parametrize("examples", ["1,3,24,24", b"x", 224, (1, 3, 24, 24), {"x": "picture"}, ["a"]])
+def test_example_inputs_that_are_none(model, call, examples):
+    """Text, or a shape, is no input: said so before anything is touched."""
+    before = snapshot(model)
+    with pytest.raises(nmconv.OptionError, match="example_inputs"):
+        call(model, example_inputs=examples)
+    assert snapshot(model) == before
+
+
 def test_nothing_to_merge_says_so():
     model = settle(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU()))
     with pytest.warns(nmconv.NoEffectWarning):

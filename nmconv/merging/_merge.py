@@ -23,7 +23,7 @@ from nmconv.merging._numbers import affine_in_double
 from nmconv.merging._records import Merge, Run
 from nmconv.merging._verify import check_model_outputs, check_segment
 from nmconv.planning import Geometry, Refusal
-from nmconv.surgery import Undo, check_plain, copy_of, undone_on_failure
+from nmconv.surgery import Undo, check_examples, check_plain, copy_of, undone_on_failure
 
 __all__ = ["find_runs", "fold_norms", "merge"]
 
@@ -67,7 +67,8 @@ def merge(
         The merged model: the same class. :func:`nmconv.get_merges` tells what was done.
 
     Raises:
-        OptionError: For a gate, gain or backend that is none, or a latency gate without ``example_inputs``.
+        OptionError: For a gate, gain or backend that is none, or a latency gate without ``example_inputs``,
+            or if these are none.
         ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted.
         MergeError: If it, or a part of a run, is in train mode; or if a merged run differs from its original.
 
@@ -124,9 +125,11 @@ def find_runs(model: nn.Module, *, min_gain: float = 1.05, example_inputs: Any =
         example_inputs: What the model is called with; only their structure and shapes are used.
 
     Raises:
+        OptionError: If ``example_inputs`` are none.
         ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted.
     """
     check_plain(model, "look at")
+    check_examples(example_inputs)
     with mode_hidden():
         made = _Merging(model, example_inputs, False)
         runs = [nodes for nodes in made.runs if sum(len(node.convs) for node in nodes) > 1]
@@ -142,6 +145,7 @@ def _check_options(gate: str, min_gain: float, backend: str, example_inputs: Any
         raise OptionError(f"min_gain={min_gain!r}: give a positive number, such as 1.05")
     if gate == "latency" and example_inputs is None:
         raise OptionError('gate="latency" times on example_inputs: give what the model is called with')
+    check_examples(example_inputs)
 
 
 def _check_mode(model: nn.Module, todo: str) -> None:

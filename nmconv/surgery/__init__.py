@@ -3,7 +3,7 @@
 from nmconv.surgery._apply import copy_of, outline_of
 from nmconv.surgery._classes import Method, rewritten
 from nmconv.surgery._convert import apply_plan, convert, get_plan, make_plan
-from nmconv.surgery._guard import MERGED, check_model, check_plain
+from nmconv.surgery._guard import MERGED, check_examples, check_model, check_plain
 from nmconv.surgery._hoist import pad
 from nmconv.surgery._rewrite import Edit, rewrite
 from nmconv.surgery._undo import Undo, restoring, restoring_children, restoring_class, undone_on_failure
@@ -14,6 +14,7 @@ __all__ = [
     "Method",
     "Undo",
     "apply_plan",
+    "check_examples",
     "check_model",
     "check_plain",
     "convert",

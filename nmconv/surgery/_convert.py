@@ -13,7 +13,7 @@ from nmconv.errors import ModelTypeError, NoEffectWarning, NoSitesError, PlanErr
 from nmconv.graph import callable_methods, fingerprint, mode_hidden, read
 from nmconv.planning import Keep, Options, Plan, Site, draw_up, listed
 from nmconv.surgery._apply import Known, Surgery, copy_of, outline_of
-from nmconv.surgery._guard import check_model, plan_of
+from nmconv.surgery._guard import check_examples, check_model, plan_of
 from nmconv.surgery._hoist import find_hoists
 from nmconv.surgery._verify import Calls
 
@@ -141,6 +141,7 @@ def _options(
     hoist_padding: bool,
     example_inputs: Any,
 ) -> Options:
+    check_examples(example_inputs)
     return Options(
         ratio=ratio,
         keep=keep,

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from nmconv.errors import AlreadyConvertedError, ModelTypeError
+from nmconv.errors import AlreadyConvertedError, ModelTypeError, OptionError
 from nmconv.planning import Plan
 
-__all__ = ["MARK", "MERGED", "check_model", "check_plain", "plan_of"]
+__all__ = ["MARK", "MERGED", "check_examples", "check_model", "check_plain", "plan_of"]
 
 MARK = "_nmconv_plan"
 MERGED = "_nmconv_merges"  # what was merged, a tuple for each call of merge
@@ -53,6 +54,20 @@ def check_plain(model: Any, todo: str, *, compiled: bool = False) -> nn.Module:
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelTypeError(f"the model is scripted: {todo} it before torch.jit.script or torch.jit.trace")
     return model
+
+
+def check_examples(example_inputs: Any) -> None:
+    """Refuse what no model that convolves is called with: text, a shape.
+
+    Raises:
+        OptionError: If there is nothing in ``example_inputs`` but text and numbers.
+    """
+    leaves = tree_leaves(example_inputs)
+    if leaves and all(isinstance(value, (str, bytes, bool, int, float, complex)) for value in leaves):
+        raise OptionError(
+            f"example_inputs={str(example_inputs)[:80]!r}: give what the model is called with: a tensor such as "
+            "torch.zeros(1, 3, 224, 224), a tuple of arguments or a dict of keyword arguments"
+        )
 
 
 def check_model(model: Any) -> nn.Module:
