@@ -178,3 +178,20 @@ def test_one_norm_after_two_convolutions():
     model = made(lambda self, x: self.n(self.a(x)) + self.n(self.b(x)), a=conv(3), b=conv(1), n=nn.BatchNorm2d(C))
     for each in (merge(model), nmconv.fold_norms(model)):
         assert assert_agree(each, model, *SHAPES)
+
+
+ENDS = {
+    "constant": lambda: [nn.ConstantPad2d(1, 0.7), nn.BatchNorm2d(4)],
+    "zeros": lambda: [nn.ZeroPad2d(1), nn.BatchNorm2d(4)],
+    "reflect": lambda: [nn.ReflectionPad2d(1), nn.BatchNorm2d(4)],
+    "norm first": lambda: [nn.BatchNorm2d(4), nn.ZeroPad2d((0, 1, 2, 0))],
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_network_that_ends_in_padding_and_a_norm(end):
+    """Nothing convolves after them."""
+    model = settle(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1), *ENDS[end]()))
+    merged = nmconv.merge(model, gate="always")
+    assert assert_agree(merged, model, (3, 9, 9), (3, 1, 1), (3, 4, 7)) >= 2
+    assert convs_of(merged, 3, 9, 9) == 1
