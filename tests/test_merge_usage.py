@@ -14,6 +14,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import nmconv
+from nmconv.merging import _latency
+from nmconv.timing import Timing
 
 torch.set_num_threads(1)
 
@@ -243,6 +245,23 @@ def test_a_merge_that_costs_more_is_not_made():
     assert convs_of(merge(model, gate="always"), 32, 16, 16) == 1
     (run,) = nmconv.find_runs(model)
     assert run.exact and run.why and run.merges == () and run.gain == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("second", "convs"), [(0.9, 1), (1.2, 2)])
+def test_what_was_faster_once_is_timed_again(second, convs, monkeypatch):
+    """Of many candidates some are lucky once: only the second measurement counts."""
+    passes = []
+
+    def timed(runners, *, rounds, seconds):
+        passes.append(rounds)
+        after = 0.5 if len(passes) % 2 else second
+        return [Timing((1.0,) * 3), Timing((after,) * 3)]
+
+    monkeypatch.setattr(_latency, "interleaved", timed)
+    net = settle(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 3)))
+    merged = merge(net, gate="latency", example_inputs=picture(3, 16, 16))
+    assert convs_of(merged, 3, 16, 16) == convs
+    assert len(passes) == 2 and passes[1] > passes[0]
 
 
 def test_latency_gate(model):
