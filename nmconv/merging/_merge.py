@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from nmconv.errors import MergeError, NoEffectWarning, OptionError
 from nmconv.graph import Join, LinearRun, before_hoisting, calls_by_kind, hooks_of, linear_runs, mode_hidden, steps_of
@@ -214,7 +215,7 @@ class _Merging:
         from nmconv.merging._latency import LatencyGate
 
         like = next(iter(self._model.parameters()), torch.empty(0))
-        tensors = [value for value in torch.utils._pytree.tree_leaves(example_inputs) if isinstance(value, Tensor)]
+        tensors = [value for value in tree_leaves(example_inputs) if isinstance(value, Tensor)]
         batch = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
         return LatencyGate(like, batch, backend, min_gain, before_hoisting(self._model)).price
 
@@ -325,14 +326,21 @@ class _Merging:
     def _outputs(self) -> Any:
         if self._examples is None or self._device() == "meta":
             return None
-        return _called(self._model, self._examples)
+        try:
+            return _called(self._model, self._examples)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            given = [
+                tuple(value.shape) if isinstance(value, Tensor) else value for value in tree_leaves(self._examples)
+            ]
+            raise OptionError(
+                f"example_inputs of {given!r:.80}: this {type(self._model).__name__} cannot be called with them "
+                f"({error})"
+            ) from error
 
 
 def _called(model: nn.Module, examples: Any) -> Any:
     # Copies: a model may write into what it is given.
-    examples = torch.utils._pytree.tree_map(
-        lambda value: value.clone() if isinstance(value, Tensor) else value, examples
-    )
+    examples = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, examples)
     with torch.no_grad():
         if isinstance(examples, dict):
             return model(**examples)
@@ -343,7 +351,7 @@ def _called_in_double(model: nn.Module, examples: Any) -> Any:
     def double(value: Any) -> Any:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    return _called(copy_of(model).double(), torch.utils._pytree.tree_map(double, examples))
+    return _called(copy_of(model).double(), tree_map(double, examples))
 
 
 def _rank(model: nn.Module, run: LinearRun) -> int:
