@@ -561,3 +561,22 @@ def test_a_fit_by_conjugate_gradients(kernel: Any, monkeypatch: pytest.MonkeyPat
             two.unknowns,
         )
         assert two.held_after == pytest.approx(one.held_after, rel=1e-6)
+
+
+@pytest.mark.parametrize("kernel", [None, "exact"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_inputs_that_say_nothing_are_told(kernel: Any, dtype: torch.dtype) -> None:
+    """A channel that is always zero, and one that is twice another: six and nine taps for the second convolution."""
+    net = settle(nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Conv2d(5, 4, 3), nn.ReLU()))
+    with torch.no_grad():
+        net[0].weight[1], net[0].bias[1] = 0, 0
+        net[0].weight[4], net[0].bias[4] = 2 * net[0].weight[0], 2 * net[0].bias[0]
+    net = net.to(dtype)
+    x = picture(3, 9, 9, batch=16).to(dtype)
+    fitted = nmconv.fit(dropped(net, "3"), x, reference=net, kernel=kernel)
+    (unit,) = report(fitted).units
+    if kernel is None:  # of five channels: one is dead, one a copy; three channels in make rank three at each tap
+        assert "9 of 45 inputs never change and 9 of 45 inputs follow from the others" in unit.why
+    else:
+        assert not unit.why
+    assert unit.why in str(report(fitted))

@@ -15,6 +15,7 @@ from torchvision.models.resnet import BasicBlock
 
 import nmconv
 from nmconv.fitting import read_images
+from nmconv.searching import _search
 from nmconv.searching._alone import Alone
 from nmconv.searching._candidates import Network
 from nmconv.searching._choose import Option, choose, frontier
@@ -330,6 +331,28 @@ def test_a_budget_of_all_changes_nothing(net, images, table):
 def test_what_cannot_be_met_says_what_can(net, images, table):
     with pytest.raises(nmconv.OptionError, match="can be brought to"):
         nmconv.search(net, images, budget=0.01, cost="multiply_adds", sensitivity=table)
+
+
+@pytest.mark.parametrize("part", [0.4, 0.9, 0.02])
+def test_savings_that_do_not_add_up(net, images, table, part, monkeypatch):
+    """A choice that saves less than its candidates is corrected for, or the budget is refused: never passed over."""
+    tried = []
+
+    def measure(self, chosen):
+        saved = part * sum(self._candidates[at].saves("multiply_adds") for at in chosen)
+        tried.append(1 - saved / self._total)
+        return _search._Whole(chosen, self.plan_of(chosen), 1.0 * len(chosen), self._total - saved)
+
+    monkeypatch.setattr(_search._Search, "_measure", measure)
+    options = {"cost": "multiply_adds", "sensitivity": table, "rounds": 2}
+    if part == 0.02:
+        with pytest.raises(nmconv.OptionError, match=r"came to 0\.9\d+ of its multiply_adds"):
+            nmconv.search(net, images, budget=0.85, **options)
+        assert len(tried) > 1 and min(tried) > 0.9
+    else:
+        plan = nmconv.search(net, images, budget=0.85, **options)
+        assert tried[0] > 0.86 or part == 0.9
+        assert float(dict(plan.options)["reached"]) <= 0.85 * 1.01
 
 
 def test_a_loss_of_ones_own(net, images):

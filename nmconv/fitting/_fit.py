@@ -13,6 +13,7 @@ from nmconv.fitting._data import Images, home_of, read_images
 from nmconv.fitting._divergence import Loss, Outputs, divergence, outputs_of
 from nmconv.fitting._factors import Factors
 from nmconv.fitting._kernels import Merged
+from nmconv.fitting._moments import Rows
 from nmconv.fitting._recalibrate import eval_mode, recalibrate
 from nmconv.fitting._records import Fit, UnitFit
 from nmconv.fitting._samples import Samples
@@ -260,7 +261,6 @@ class _Fitting:
             best = next(answer for answer in tried if answer.judged <= _WITHIN * least)
             form.install(best.size, best.line, self._undo)
         positions, unknowns = fitted.rows, best.line.weight.shape[1]
-        short = positions < unknowns
         return UnitFit(
             convs=unit.convs,
             form="factors" if isinstance(form, Factors) else "merged",
@@ -273,7 +273,7 @@ class _Fitting:
             images=self._images.count,
             positions=positions,
             unknowns=unknowns,
-            why=f"{positions} positions for {unknowns} unknowns: held by the ridge alone" if short else "",
+            why=_lacking(fitted.of(best.size), unknowns),
             sizes=tuple((answer.size, answer.held_after) for answer in tried) if len(tried) > 1 else (),
         )
 
@@ -305,6 +305,17 @@ class _Fitting:
                 _check_finite(wanted, f"{unit.convs[-1]}'s target in the reference")
                 sums[held].add(seen[key], wanted)
         return sums
+
+
+def _lacking(rows: Rows, unknowns: int) -> str:
+    """What the images do not decide."""
+    if rows.rows < unknowns:
+        return f"{rows.rows} positions for {unknowns} unknowns: held by the ridge alone"
+    dead, alike = rows.lacks()
+    total = unknowns * len(rows.mean)
+    found = [f"{dead} of {total} inputs never change"] if dead else []
+    found += [f"{alike} of {total} inputs follow from the others"] if alike else []
+    return f"{' and '.join(found)}: there the ridge decides" if found else ""
 
 
 def _check_finite(values: Tensor, what: str) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 __all__ = ["Line", "Moments", "Rows"]
 
+_LARGE = 1024  # columns, up to which it is found out what follows from what
+_ALIKE = 1e-12  # of the largest eigenvalue: what float32 inputs leave where columns depend on each other
 _HARDLY = 1e-10  # ridges below this do not keep the system away from being singular
 
 
@@ -78,6 +80,19 @@ class Rows(ABC):
         total, scale = max(self._squares(line), 0.0), float(self.target_square.sum())
         return total / scale if scale > 0 else float(total > 0)
 
+    def lacks(self) -> tuple[int, int]:
+        """How many unknowns belong to columns that never change, and how many more nothing tells apart.
+
+        The second is not looked for, and 0, where it would take long: from 1025 columns on.
+        """
+        squares = self._column_squares()
+        dead = int((squares <= squares.amax(-1, keepdim=True) * 1e-24).sum())
+        return dead, 0
+
+    @abstractmethod
+    def _column_squares(self) -> Tensor:
+        """``[groups, columns]``: sums of squares of (row - mean)."""
+
     @abstractmethod
     def spread(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of ``row @ weight``, each ``[groups, outputs]``."""
@@ -141,6 +156,18 @@ class Moments(Rows):
         """Mean and variance of ``row @ weight``, each ``[groups, outputs]``."""
         variance = (weight * (self.square @ weight)).sum(1).clamp_min(0) / max(self.rows, 1)
         return (self.mean[:, None] @ weight).squeeze(1), variance
+
+    def lacks(self) -> tuple[int, int]:
+        """See :meth:`Rows.lacks`."""
+        dead, _ = super().lacks()
+        if self.columns > _LARGE:
+            return dead, 0
+        values = torch.linalg.eigvalsh(self.square)
+        floor = values.amax(-1, keepdim=True) * _ALIKE
+        return dead, max(int((values <= floor).sum()) - dead, 0)
+
+    def _column_squares(self) -> Tensor:
+        return self.square.diagonal(dim1=1, dim2=2)
 
     def _solver(self, start: Line, intercept: bool) -> Callable[[float], Tensor]:
         square, cross = self.square, self.cross

@@ -51,6 +51,9 @@ class Passes(Rows):
         assert isinstance(square, Tensor)
         return mean.squeeze(1), square / self.rows
 
+    def _column_squares(self) -> Tensor:
+        return self._diagonal
+
     def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         for input, target in self._batches:
             yield from patches(input, target, self._geometry)

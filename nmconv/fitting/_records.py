@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 __all__ = ["Divergence", "Fit", "UnitFit"]
@@ -25,7 +26,8 @@ class UnitFit:
         images: How many were fitted.
         positions: How many output positions that makes: equations.
         unknowns: Weights per output channel.
-        why: What should be known of it: why it was refused, or that there were fewer equations than unknowns.
+        why: What should be known of it: why it was refused, or what the images did not decide (fewer equations than
+            unknowns, inputs that never change or follow from others).
         sizes: With ``kernel="auto"``: every size tried and its held-out error.
     """
 
@@ -86,7 +88,8 @@ class Fit:
 
     def __str__(self) -> str:
         held = f"{self.held} held out" if self.held else "none held out"
-        lines = [f"{len(self.units)} units fitted on {self.images} images, {held}"]
+        done = sum(bool(unit.form) for unit in self.units)
+        lines = [f"{done} of {len(self.units)} units fitted on {self.images} images, {held}"]
         for unit in self.units:
             size = "x".join(map(str, unit.kernel))
             what = f"{unit.form} {size}, ridge {unit.ridge:.0e}" if unit.form else "left as converted"
@@ -94,5 +97,6 @@ class Fit:
             lines.append(f"{unit.convs[0]} … {unit.convs[-1]}: {what}{errors}{'; ' + unit.why if unit.why else ''}")
         for name in ("converted", "recalibrated", "fitted", "returned"):
             found: Divergence = getattr(self, name)
-            lines.append(f"{name}: divergence {found.loss:.4f}, same top-1 class {found.agreement:.1%}")
+            same = "" if math.isnan(found.agreement) else f", same top-1 class {found.agreement:.1%}"
+            lines.append(f"{name}: divergence {found.loss:.4f}{same}")
         return "\n".join(lines)

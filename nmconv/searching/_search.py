@@ -23,6 +23,7 @@ from nmconv.surgery import apply_plan, check_model
 
 __all__ = ["search"]
 
+_MOST_MORE = 1.5  # times as much is asked for in the next round, at most, where a choice saved less than it should have
 _SAME = 1.01  # latencies this close to the budget are within it: the machine's noise is larger
 
 
@@ -61,7 +62,7 @@ def search(
         sensitivity: A table of this network; measured if not given.
         form: ``"merged"``: one convolution in a segment's place; ``"factors"``: its convolutions stay, and keep their
             keys. By default merged, and factors where activations are what costs.
-        rounds: How often a choice is measured as a whole.
+        rounds: How often a choice is measured as a whole; up to twice as often where none has met the budget.
         most: Longest segment, in convolutions.
         holdout: Which part of the images is held out; losses are measured on it.
         loss: As for :func:`nmconv.sensitivity`.
@@ -154,9 +155,11 @@ class _Search:
         """
         allowed = budget * self._total if budget < 1 else float(budget)
         losses = {at: max(one.loss, 0.0) for at, one in enumerate(self._candidates)}
-        needed = self._total - allowed
+        wanted = needed = self._total - allowed
         tried: list[_Whole] = []
-        for _ in range(self._rounds):
+        for number in range(2 * self._rounds):
+            if number >= self._rounds and any(whole.cost <= allowed * _SAME for whole in tried):
+                break
             options = [
                 Option(one.first, one.last, losses[at], one.saves(self._cost))
                 for at, one in enumerate(self._candidates)
@@ -171,10 +174,16 @@ class _Search:
             whole = self._measure(chosen)
             tried.append(whole)
             _correct(losses, whole)
-            over = whole.cost - allowed * _SAME
-            if over > 0:  # savings do not quite add up
-                needed += over
-        fitting = [whole for whole in tried if whole.cost <= allowed * _SAME] or [min(tried, key=lambda it: it.cost)]
+            saved = self._total - whole.cost
+            if whole.cost > allowed * _SAME:  # savings do not quite add up
+                needed *= min(wanted / saved, _MOST_MORE) if saved > 0 else _MOST_MORE
+        fitting = [whole for whole in tried if whole.cost <= allowed * _SAME]
+        if not fitting:
+            least = min(whole.cost for whole in tried) / self._total
+            raise OptionError(
+                f"budget={budget!r}: the best of {len(tried)} choices that were measured came to {least:.3f} of its "
+                f"{self._cost}: give that as budget, or more rounds than {self._rounds}"
+            )
         best = min(fitting, key=lambda whole: whole.loss)
         return self._told(best, budget)
 
