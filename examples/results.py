@@ -4,6 +4,7 @@
     python examples/results.py --data-dir ~/data/cifar10 --net lite0 --weights runs/lite0-0/model.safetensors
     python examples/results.py --data-dir ~/data/imagenet-sample --net imagenet --weights efficientnet_lite0.pth
     python examples/results.py --table            what is in docs/results.jsonl, as Markdown
+    python examples/results.py --plot docs/results.svg
 
 `--weights` is what examples/finetune.py wrote (its commands are in docs/results.md). Every row is appended to `--rows`
 as soon as it is measured, and not measured again; `--only` limits the run to some cases. Accuracies are of the whole
@@ -551,6 +552,29 @@ def _activations(found: Rows) -> Iterator[str]:
     yield ""
 
 
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Accuracy over multiply-adds, not trained after the fit: search, uniform and random choices."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "nmconv"  # the same picture is the same file
+    import matplotlib.pyplot as plt
+
+    nets = [net for net in CASES if any(row["net"] == net for row in rows)]
+    figure, axes = plt.subplots(1, len(nets), figsize=(4.5 * len(nets), 3.2), layout="constrained", squeeze=False)
+    styles = {"random": ("x", "tab:gray"), "uniform": ("s", "tab:orange"), "search, multiply_adds": ("o", "tab:blue")}
+    for ax, net in zip(axes[0], nets, strict=True):
+        found = Rows(rows, net)
+        ax.axhline(statistics.mean(found.values("original", "as trained", "accuracy")), color="black", lw=0.8, ls=":")
+        for case, (marker, color) in styles.items():
+            points = [(row["multiply_adds"], row["accuracy"]) for row in found.rows if row["case"] == case]
+            if points:
+                ax.scatter(*zip(*points, strict=True), marker=marker, color=color, s=26, label=case.split(",")[0])
+        ax.set(title=f"{net}, fitted, not trained", xlabel="part of the multiply-adds", ylabel="CIFAR-10 test, %")
+    axes[0][0].legend(loc="lower right", fontsize="small")
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
 EVERY = ("original", "multiply_adds", "latency", "alone", "activations", "cost_of_time")
 
 
@@ -558,6 +582,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=Path("docs/results.jsonl"))
     parser.add_argument("--table", action="store_true", help="print what is there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what is there")
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10 as an ImageFolder")
     parser.add_argument("--net", choices=[*CASES, "imagenet"])
     parser.add_argument("--seed", type=int, default=0)
@@ -568,9 +593,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.table:
         print("\n".join(markdown(read(args.rows))))
+    if args.plot:
+        plot(read(args.rows), args.plot)
+    if args.table or args.plot:
         return
     if not (args.data_dir and args.net and args.weights):
-        parser.error("--data-dir, --net and --weights are needed, or --table")
+        parser.error("--data-dir, --net and --weights are needed, or --table or --plot")
     warnings.simplefilter("ignore")
     if args.net == "imagenet":
         FromNothing(args).measure()

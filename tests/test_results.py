@@ -83,3 +83,15 @@ def test_the_tables_give_means_over_seeds_of_differences_within_seeds():
     assert "| 0.9 | 0.890 ± 0.000 | +2.00 ± 1.41 |  | +4.00 ± 1.41 |  | 17 of 19 / 17 of 19 |" in text
     assert "| layer1.0 | +71.00 ± 1.41 | +11.00 ± 1.41 | +3.00 ± 1.41 | +0.00 ± 0.00 | 3x3 |" in text
     assert "one seed" not in text and "lite0" not in text
+
+
+def test_the_picture_is_the_same_each_time(tmp_path):
+    rows = [{"net": "resnet20", "seed": 0, "case": "original", "name": "as trained", "accuracy": 80.0}]
+    rows += [
+        {"net": "resnet20", "seed": 0, "case": case, "name": "0.9", "accuracy": 79.0, "multiply_adds": 0.9}
+        for case in ("search, multiply_adds", "uniform", "random")
+    ]
+    for name in ("one.svg", "two.svg"):
+        results.plot(rows, tmp_path / name)
+    assert (tmp_path / "one.svg").read_text() == (tmp_path / "two.svg").read_text()
+    assert "random" in (tmp_path / "one.svg").read_text()
