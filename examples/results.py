@@ -46,6 +46,7 @@ class Case:
     model: str
     size: int
     images: int  # of the train split, for training; 0 for all
+    training: finetune.Recipe  # what it was trained by
     fitting: slice  # of the train split, for fitting
     units: str  # what a prefix of a module's name must be for the module to be one unit of the uniform choice
     tune: finetune.Recipe
@@ -55,12 +56,13 @@ class Case:
 
 CASES = {
     "lite0": Case(
-        "tf_efficientnet_lite0", 64, 10_000, slice(10_000, 10_512), "blocks.*.*",
+        "tf_efficientnet_lite0", 64, 10_000, finetune.Recipe(epochs=5, batch_size=32, lr=0.02),
+        slice(10_000, 10_512), "blocks.*.*",
         finetune.Recipe(epochs=2, batch_size=32, lr=0.01, weight_decay=5e-4), 10_000,
         ("original", "multiply_adds", "latency", "alone", "cost_of_time"),
     ),
     "resnet20": Case(
-        "resnet20", 32, 0, slice(0, 1024), "layer*.*",
+        "resnet20", 32, 0, finetune.Recipe(epochs=10), slice(0, 1024), "layer*.*",
         finetune.Recipe(epochs=1, batch_size=128, lr=0.02, weight_decay=5e-4, warmup=0.1), 25_000,
         ("original", "multiply_adds", "activations"),
     ),
@@ -181,7 +183,7 @@ class Run:
         data = finetune.load_data(args.data_dir.expanduser(), self.case.size, 0, args.cache)
         self.data = data
         self.net = finetune.build(self.case.model, len(data.classes), args.weights, args.seed).eval()
-        self.net.to(memory_format=torch.contiguous_format)
+        self.net.to(memory_format=torch.channels_last)
         self.images = finetune.inputs(self.net, data.train.images[self.case.fitting])
         self.image = self.images[:1]
         self.rows = read(args.rows)
@@ -222,10 +224,13 @@ class Run:
         """Accuracy after more training, distilled from the network it was made of."""
         case = self.case
         recipe = dataclasses.replace(case.tune, seed=self.args.seed, distill=0.5)
-        train = finetune.Split(self.data.train.images[: case.tuned_images], self.data.train.labels[: case.tuned_images])
-        data = dataclasses.replace(self.data, train=train)
-        finetune.train(model, data, recipe, teacher=copy.deepcopy(self.net), probe=250)
+        finetune.train(model, self.first(case.tuned_images), recipe, teacher=copy.deepcopy(self.net), probe=250)
         return self.accuracy(model)
+
+    def first(self, count: int) -> finetune.Data:
+        """So many of the train pictures; 0 for all."""
+        images, labels = self.data.train.images[: count or None], self.data.train.labels[: count or None]
+        return dataclasses.replace(self.data, train=finetune.Split(images, labels))
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
@@ -305,7 +310,7 @@ class Run:
         with threads(1):
             for backend in ("onnxruntime", "compile", "eager"):
                 for batch in (1, 8):
-                    x = self.images[:batch].contiguous()
+                    x = self.images[:batch]
                     sides = [runner(nmconv.fold_norms(one), (x,), backend) for one in (self.net, model)]
                     spread = ratios(*interleaved(sides, rounds=25, seconds=0.1))
                     numbers = (spread.median, spread.lower, spread.upper)
@@ -320,23 +325,37 @@ class Run:
 
     def activations(self) -> None:
         """Half of the activations gone, every convolution stays: search against 2:1 everywhere."""
-        path = self.args.rows.parent / f"plans/{self.args.net}-{self.args.seed}-activations-0.5.json"
-
-        def searched() -> dict[str, Any]:
-            plan = nmconv.search(
-                self.net, self.images[::2], budget=0.5, cost="activations", sensitivity=self.table("factors", None),
-                quiet=True,
-            )  # fmt: skip
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(plan.to_json())
-            return self.measured(plan)
-
         even = nmconv.make_plan(self.net, "2:1", example_inputs=self.image)
-        self.row("activations", "search 0.5", searched)
         self.row("activations", "2:1", lambda: self.measured(even))
-        plan = nmconv.Plan.from_json(path.read_text())
-        self.row("activations", "search 0.5, tuned", lambda: {"accuracy": self.tuned(self.fitted(plan))})
         self.row("activations", "2:1, tuned", lambda: {"accuracy": self.tuned(self.fitted(even))})
+        left = even.counts.activations_after / even.counts.activations_before
+        for name, budget in (("search 0.5", 0.5), ("search, as many as 2:1", left)):
+            path = self.args.rows.parent / f"plans/{self.args.net}-{self.args.seed}-activations-{budget:.2g}.json"
+
+            def searched(budget: float = budget, path: Path = path) -> dict[str, Any]:
+                plan = nmconv.search(
+                    self.net, self.images[::2], budget=budget, cost="activations",
+                    sensitivity=self.table("factors", None), quiet=True,
+                )  # fmt: skip
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(plan.to_json())
+                return self.measured(plan)
+
+            self.row("activations", name, searched)
+            plan = nmconv.Plan.from_json(path.read_text())
+            self.row("activations", f"{name}, tuned", lambda plan=plan: {"accuracy": self.tuned(self.fitted(plan))})
+
+    def from_scratch(self) -> None:
+        """2:1 with random weights, trained as the original was."""
+        recipe = dataclasses.replace(self.case.training, seed=self.args.seed)
+
+        def measure() -> dict[str, Any]:
+            net = finetune.build(self.case.model, len(self.data.classes), seed=self.args.seed)
+            model = nmconv.convert(net, ratio="2:1", example_inputs=self.image)
+            finetune.train(model, self.first(self.case.images), recipe, out=self.args.scratch, probe=250)
+            return {"accuracy": self.accuracy(model)}
+
+        self.row("activations", "2:1, from scratch", measure)
 
     def cost_of_time(self) -> None:
         """Seconds that all units together take to fit."""
@@ -575,7 +594,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-EVERY = ("original", "multiply_adds", "latency", "alone", "activations", "cost_of_time")
+EVERY = ("original", "multiply_adds", "latency", "alone", "activations", "cost_of_time", "from_scratch")
 
 
 def main() -> None:
@@ -589,6 +608,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="what examples/finetune.py wrote")
     parser.add_argument("--cache", type=Path, help="folder for the decoded pictures [beside the pictures]")
     parser.add_argument("--tables", type=Path, help="folder for the sensitivity tables [beside --rows]")
+    parser.add_argument("--scratch", type=Path, help="folder for the checkpoints of from_scratch [none]")
     parser.add_argument("--only", nargs="+", choices=EVERY, help="some of the cases [those that docs/results.md shows]")
     args = parser.parse_args()
     if args.table:

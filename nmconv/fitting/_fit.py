@@ -32,7 +32,7 @@ _LOST = (
     "there is no linear run around it that a fit could change (a transposed convolution, or a norm without running "
     "statistics, ends one)"
 )
-_WITHIN = 1.25  # kernel="auto": the smallest kernel whose held-out error is no more than this times the least
+_WITHIN = 1.1  # kernel="auto": the smallest kernel whose held-out error is no more than this times the least
 
 
 def fit(
