@@ -23,7 +23,6 @@ from nmconv.surgery import apply_plan, check_model
 
 __all__ = ["search"]
 
-_MOST_MORE = 1.5  # times as much is asked for in the next round, at most, where a choice saved less than it should have
 _SAME = 1.01  # latencies this close to the budget are within it: the machine's noise is larger
 
 
@@ -164,19 +163,18 @@ class _Search:
                 Option(one.first, one.last, losses[at], one.saves(self._cost))
                 for at, one in enumerate(self._candidates)
             ]
-            chosen = choose(options, needed)
-            if chosen is None:
-                if tried:
-                    break
-                raise OptionError(self._cannot(budget, options))
-            if chosen in [whole.chosen for whole in tried]:
+            most = max((saves for _, saves, _ in frontier(options)), default=0.0)
+            if most < wanted * (1 - 1e-12):
+                raise OptionError(self._cannot(budget, most))
+            chosen = choose(options, min(needed, most))
+            if chosen is None or chosen in [whole.chosen for whole in tried]:
                 break
             whole = self._measure(chosen)
             tried.append(whole)
             _correct(losses, whole)
-            saved = self._total - whole.cost
-            if whole.cost > allowed * _SAME:  # savings do not quite add up
-                needed *= min(wanted / saved, _MOST_MORE) if saved > 0 else _MOST_MORE
+            # Savings do not quite add up: as much more is asked for as was promised too much.
+            promised, saved = sum(options[at].saves for at in chosen), self._total - whole.cost
+            needed = wanted * promised / saved if saved > 0 else most
         fitting = [whole for whole in tried if whole.cost <= allowed * _SAME]
         if not fitting:
             least = min(whole.cost for whole in tried) / self._total
@@ -230,8 +228,7 @@ class _Search:
         )
         return replace(whole.plan, ratio=f"{budget:g} of its {self._cost}", options=options)
 
-    def _cannot(self, budget: float, options: list[Option]) -> str:
-        most = max((saves for _, saves, _ in frontier(options)), default=0.0)
+    def _cannot(self, budget: float, most: float) -> str:
         least = self._total - most
         return (
             f"budget={budget!r}: this network can be brought to {least:.4g} of {self._total:.4g} {self._cost}, that is "
