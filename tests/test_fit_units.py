@@ -339,7 +339,8 @@ def without_branch(net: nn.Module, label: str, kept: tuple[str, ...]) -> nmconv.
     takes = found.branch.sum.takes
     convs = tuple(name for name, module in net.block.named_modules(prefix="block") if isinstance(module, nn.Conv2d))
     keep = found.branch.sum.keep
-    branch = Branch(Sum("block", takes, label, 1, keep), convs)
+    copy = label == "iadd"  # torchvision's block overwrites the sum, here the stem's own output
+    branch = Branch(Sum("block", takes, label, 1, keep, copy), convs)
     assert found.branch == branch
     plan = nmconv.make_plan(net, "2:1")
     sites = tuple(

@@ -25,7 +25,7 @@ def table():
     for unit in range(6):
         rows += [candidate(unit, "1x1", 90, 2 * unit), candidate(unit, "3x3", 50, 2 * unit)]
         rows += [candidate(unit, "5x5", 5, 2 * unit), candidate(unit, "none", 100, 2 * unit)]
-    return nmconv.Sensitivity("Net", "f", "s", {"multiply_adds": 600.0}, rows, True)
+    return nmconv.Sensitivity("Net", "f", {}, {"multiply_adds": 600.0}, rows, True)
 
 
 def test_uniform_takes_evenly_spaced_units(table):

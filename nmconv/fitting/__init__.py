@@ -1,6 +1,6 @@
 """Fitting converted models to what they were made from: least squares on a few hundred images, no training."""
 
-from nmconv.fitting._data import Images, read_images
+from nmconv.fitting._data import Images, check_finite, read_images
 from nmconv.fitting._divergence import Loss, divergence, outputs_of
 from nmconv.fitting._fit import fit, fit_units, get_fit
 from nmconv.fitting._kernels import Merged, sizes_asked
@@ -8,6 +8,7 @@ from nmconv.fitting._moments import Moments
 from nmconv.fitting._patches import columns_of, patches
 from nmconv.fitting._recalibrate import eval_mode, recalibrate_norms
 from nmconv.fitting._records import Divergence, Fit, UnitFit
+from nmconv.fitting._samples import is_direct
 from nmconv.fitting._solve import RIDGES, Answer, solved
 from nmconv.fitting._units import Unit
 from nmconv.fitting._watch import Watch
@@ -24,12 +25,14 @@ __all__ = [
     "Unit",
     "UnitFit",
     "Watch",
+    "check_finite",
     "columns_of",
     "divergence",
     "eval_mode",
     "fit",
     "fit_units",
     "get_fit",
+    "is_direct",
     "outputs_of",
     "patches",
     "read_images",

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from nmconv.errors import OptionError
+from nmconv.errors import FitError, OptionError
 
-__all__ = ["Images", "home_of", "read_images"]
+__all__ = ["Images", "check_finite", "home_of", "read_images"]
 
 _BATCH = 64  # images
 _MOST = 4 * 2**30  # bytes of images kept in memory; more are read again by index where the data can do that
@@ -186,3 +186,9 @@ def _reader(data: Any, key: str | None) -> Any:
         return Images(read, len(wanted[0]), len(wanted[1]), home)
 
     return made
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Refuse values that are not, with FitError."""
+    if not bool(torch.isfinite(values).all()):
+        raise FitError(f"{what} is not finite on these images")

@@ -17,7 +17,7 @@ from nmconv.fitting._records import Divergence
 __all__ = ["Loss", "Outputs", "divergence", "outputs_of"]
 
 Loss = Callable[[Any, Any], Any]  # of the output and the reference's output of a batch: a number, or one for each image
-Outputs = list[Any]
+Outputs = list[tuple[int, Any]]  # of each batch: how many images, and the output
 
 
 def outputs_of(model: nn.Module, images: Images, held: bool | None) -> Outputs:
@@ -33,7 +33,7 @@ def outputs_of(model: nn.Module, images: Images, held: bool | None) -> Outputs:
             for part in tree_leaves(output):
                 if isinstance(part, Tensor) and part.is_floating_point() and not bool(torch.isfinite(part).all()):
                     raise FitError(f"this {type(model).__name__} gives values that are not finite on these images")
-            found.append(output)
+            found.append((len(batch), output))
     return found
 
 
@@ -42,12 +42,15 @@ def divergence(outputs: Outputs, reference: Outputs, loss: Loss | None) -> Diver
 
     Without a loss, outputs of any other form are compared by their squared error relative to the reference's mean
     square.
+
+    Raises:
+        FitError: If there is nothing to compare, or ``loss`` gives what is not finite.
     """
     total = same = 0.0
     images = 0
-    for output, wanted in zip(outputs, reference, strict=True):
-        logits = isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1
-        count = len(next(part for part in tree_leaves(output) if isinstance(part, Tensor)))
+    for (count, output), (_, wanted) in zip(outputs, reference, strict=True):
+        floats = isinstance(output, Tensor) and output.is_floating_point()
+        logits = floats and output.dim() == 2 and output.shape[1] > 1
         images += count
         if loss is not None:
             value = loss(output, wanted)
@@ -62,13 +65,23 @@ def divergence(outputs: Outputs, reference: Outputs, loss: Loss | None) -> Diver
             same += float((output.argmax(1) == wanted.argmax(1)).sum())
         else:
             same = math.nan
+    if not math.isfinite(total):
+        raise FitError(
+            f"the {'divergence' if loss is None else 'loss'} is {total / images} on these images: not finite"
+        )
     return Divergence(total / images, same / images)
 
 
 def _relative(output: Any, wanted: Any) -> float:
     error = size = 0.0
-    for one, two in zip(tree_leaves(output), tree_leaves(wanted), strict=True):
-        if isinstance(one, Tensor) and one.is_floating_point():
-            error += float((one.double() - two.double()).square().sum())
-            size += float(two.double().square().sum())
+    pairs = zip(tree_leaves(output), tree_leaves(wanted), strict=True)
+    compared = [(one, two) for one, two in pairs if isinstance(one, Tensor) and one.is_floating_point()]
+    if not compared:
+        raise FitError(
+            f"an output of type {type(output).__name__} holds no floating-point tensor to compare: give loss=, a "
+            "function of (output, the original's output)"
+        )
+    for one, two in compared:
+        error += float((one.double() - two.double()).square().sum())
+        size += float(two.double().square().sum())
     return error / size if size else error

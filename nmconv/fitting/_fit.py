@@ -6,16 +6,16 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nmconv.errors import FitError, OptionError
-from nmconv.fitting._data import Images, home_of, read_images
+from nmconv.fitting._data import Images, check_finite, home_of, read_images
 from nmconv.fitting._divergence import Loss, Outputs, divergence, outputs_of
 from nmconv.fitting._factors import Factors
 from nmconv.fitting._kernels import Merged
 from nmconv.fitting._moments import Rows
 from nmconv.fitting._recalibrate import eval_mode, recalibrate
-from nmconv.fitting._records import Fit, UnitFit
+from nmconv.fitting._records import Divergence, Fit, UnitFit
 from nmconv.fitting._samples import Samples
 from nmconv.fitting._solve import RIDGES, Answer, solved
 from nmconv.fitting._units import Unit, find_units, left_out
@@ -195,6 +195,8 @@ class _Fitting:
                 recalibrate(self._model, self._images, undo)
                 again = self._divergence()
                 kept = again.loss < fitted.loss
+            except FitError:
+                kept = False  # these images give no statistics
             finally:
                 if not kept:
                     for step in reversed(undo):
@@ -223,14 +225,16 @@ class _Fitting:
                 "[images, channels, ...]"
             ) from error
 
-    def _divergence(self) -> Any:
+    def _divergence(self) -> Divergence:
         return divergence(outputs_of(self._model, self._images, self._held), self._wanted, self._loss)
 
-    def _recalibrated_alone(self) -> Any:
+    def _recalibrated_alone(self) -> Divergence:
         undo: Undo = []
         try:
             recalibrate(self._model, self._images, undo)
             return self._divergence()
+        except FitError:
+            return Divergence(math.nan, math.nan)
         finally:
             for step in reversed(undo):
                 step()
@@ -301,8 +305,8 @@ class _Fitting:
                         f"{unit.convs[-1]} gives {tuple(seen[unit.end].shape)}, and {tuple(wanted.shape)} in the "
                         "reference: it is another model's"
                     )
-                _check_finite(seen[key], f"{unit.convs[0]}'s input in this model")
-                _check_finite(wanted, f"{unit.convs[-1]}'s target in the reference")
+                check_finite(seen[key], f"{unit.convs[0]}'s input in this model")
+                check_finite(wanted, f"{unit.convs[-1]}'s target in the reference")
                 sums[held].add(seen[key], wanted)
         return sums
 
@@ -316,8 +320,3 @@ def _lacking(rows: Rows, unknowns: int) -> str:
     found = [f"{dead} of {total} inputs never change"] if dead else []
     found += [f"{alike} of {total} inputs follow from the others"] if alike else []
     return f"{' and '.join(found)}: there the ridge decides" if found else ""
-
-
-def _check_finite(values: Tensor, what: str) -> None:
-    if not bool(torch.isfinite(values).all()):
-        raise FitError(f"{what} is not finite on these images")

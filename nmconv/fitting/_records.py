@@ -68,7 +68,7 @@ class Fit:
         images: Fitted.
         held: Held out; divergences are measured on them, or on the fitted ones if there are none.
         converted: Divergence as the model came.
-        recalibrated: With nothing but its norms' statistics re-estimated: the baseline.
+        recalibrated: With nothing but its norms' statistics re-estimated: the baseline; NaN where the images give none.
         fitted: With the units fitted.
         returned: As it was returned.
         norms_recalibrated: Whether its norms' statistics were re-estimated in the end.

@@ -12,7 +12,7 @@ from nmconv.fitting._passes import Passes
 from nmconv.fitting._patches import columns_of, patches
 from nmconv.planning import Geometry, shrunk, taps_kept
 
-__all__ = ["Samples"]
+__all__ = ["Samples", "is_direct"]
 
 _MOST = 6144  # columns, of a convolution without groups, whose moments are kept: 288 MiB
 
@@ -29,7 +29,7 @@ class Samples:
 
     def __init__(self, geometry: Geometry) -> None:
         self._geometry = geometry
-        self._moments = Moments() if _is_direct(geometry) else None
+        self._moments = Moments() if is_direct(geometry) else None
         self._batches: list[tuple[Tensor, Tensor]] = []
         self.rows = 0
 
@@ -51,7 +51,7 @@ class Samples:
             return self._moments.of_columns(
                 columns_of(self._geometry, taps_kept(self._geometry, size), self._moments.square.device)
             )
-        if not _is_direct(geometry):
+        if not is_direct(geometry):
             return Passes(self._batches, geometry)
         samples = Samples(geometry)
         for input, target in self._batches:
@@ -59,6 +59,7 @@ class Samples:
         return samples.of(size)
 
 
-def _is_direct(geometry: Geometry) -> bool:
+def is_direct(geometry: Geometry) -> bool:
+    """Whether the moments of a convolution's inputs are small enough to be kept."""
     columns = geometry.in_channels // geometry.groups * math.prod(geometry.kernel)
     return geometry.groups * columns**2 <= _MOST**2

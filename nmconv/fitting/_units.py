@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -77,6 +78,7 @@ def find_units(
             # What stands before it may have lost its activation where no unit could make up for that.
             read = {there.read_by(step) for step in steps_of(part) if step.kind == "conv" and ":" not in step.name}
             lost = (dropped & read) - {act for other in found for act in other.acts}
+            lost |= dropped & set(_acts_inside(part, there))
             if unit.acts or lost or len({before.get(conv) for conv in unit.convs}) > 1:
                 part = part if default else _opened(part)
                 unit = _unit(part, default, here, there, dropped)
@@ -86,6 +88,15 @@ def find_units(
         names = ", ".join(min(missing))
         raise FitError(f"the plan names a kernel for {names}, which are not one linear run here, nor a part of one")
     return tuple(found)
+
+
+def _acts_inside(elements: tuple[Element, ...], there: Ways) -> Iterator[Act]:
+    """The reference's activations right behind an element that is not the last."""
+    for element in elements[:-1]:
+        if isinstance(element, Step) and element.quiet:
+            continue
+        with suppress(KeyError):  # a call that only the converted model makes
+            yield from (hop.act for hop in there.after(element) if hop.act is not None)
 
 
 def left_out(plan: Plan, units: Iterable[Unit]) -> Iterator[Site]:
@@ -183,10 +194,11 @@ def _branches_named(block: list[Element], kernels: Mapping[tuple[str, ...], Kern
 
 
 def _is_before_activation(elements: list[Element], there: Ways) -> bool:
-    """Whether the reference has an activation behind the elements, sums passed over."""
-    last = next((element for element in reversed(elements) if not (isinstance(element, Step) and element.quiet)), None)
+    """Whether the reference has an activation in or behind the last of the elements' blocks, sums passed over."""
+    *_, block = _blocks(tuple(elements))
+    parts = [element for element in block if not (isinstance(element, Step) and element.quiet)]
     try:
-        return last is not None and any(hop.kind == "act" for hop in there.after(last))
+        return any(hop.kind == "act" for element in parts for hop in there.after(element))
     except KeyError:
         return True
 

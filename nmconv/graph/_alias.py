@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from nmconv.graph._flow import Flow, FlowNode
 from nmconv.graph._ops import Op
 
-__all__ = ["must_copy"]
+__all__ = ["must_copy", "sums_must_copy"]
 
 # Their output is not needed for their own gradient, so overwriting it harms nobody.
 _FREE = {Op.CONV, Op.LINEAR, Op.NORM, Op.ADD, Op.SCALE, Op.GATED, Op.POOL, Op.LAYOUT, Op.PASS, Op.DROP}
@@ -26,13 +26,23 @@ def must_copy(flow: Flow) -> set[int]:
     return {
         node.index
         for node in flow.nodes
-        if node.op is Op.ACT and not node.inplace and (_not_dense(flow, node.index) or memory.hazard(node.index))
+        if node.op is Op.ACT and not node.inplace and (_not_dense(flow, node.inputs[0]) or memory.hazard(node.index))
     }
 
 
-def _not_dense(flow: Flow, act: int) -> bool:
-    """Whether the activation's input may be a slice or an expansion, of which its output was a dense copy."""
-    at = flow.nodes[act].inputs[0]
+def sums_must_copy(flow: Flow, kept: Mapping[int, int]) -> set[int]:
+    """Indices of sums in whose place a copy of the operand that stays must be.
+
+    Args:
+        flow: With all nodes of the sums' other operands.
+        kept: From sums to the operands that would take their places.
+    """
+    memory = _Memory(flow, kept)
+    return {index for index in kept if _not_dense(flow, kept[index]) or memory.hazard(index)}
+
+
+def _not_dense(flow: Flow, at: int) -> bool:
+    """Whether a value may be a slice or an expansion, of which what is left out made a dense copy."""
     while flow.nodes[at].inputs and flow.nodes[at].op in (Op.PASS, Op.DROP, Op.ACT):
         at = flow.nodes[at].inputs[0]
     return flow.nodes[at].op is Op.LAYOUT or flow.nodes[at].partial
@@ -41,7 +51,7 @@ def _not_dense(flow: Flow, act: int) -> bool:
 class _Memory:
     """Of each value: whose memory it may share, and who shares, overwrites or only reads its own."""
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: Flow, kept: Mapping[int, int] | None = None) -> None:
         self.nodes = flow.nodes
         self.shared: list[list[int]] = [[] for _ in flow.nodes]
         self.sharers: list[list[int]] = [[] for _ in flow.nodes]
@@ -49,6 +59,8 @@ class _Memory:
         self.readers: list[list[int]] = [[] for _ in flow.nodes]
         for node in flow.nodes:
             first, shares = _first(node), node.op is Op.ACT or node.view or node.partial
+            if kept and node.index in kept:
+                first, shares = [kept[node.index]], True
             for source in {*node.inputs, *node.sides}:
                 if shares and source in first:
                     self.shared[node.index].append(source)
@@ -59,7 +71,7 @@ class _Memory:
                     self.writers[source].append(node.index)
 
     def hazard(self, act: int) -> bool:
-        """Whether it matters that the activation's output (below) be other memory than what it reads (above)."""
+        """Whether it matters that what a node gives (below) be other memory than what it reads (above)."""
         below = _closure({act}, self.sharers)
         above = _closure(_closure({act}, self.shared), self.sharers) - below
         if self._overwritten(above, act):

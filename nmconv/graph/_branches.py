@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from nmconv.graph._alias import sums_must_copy
 from nmconv.graph._analysis import Called, trace_parts
 from nmconv.graph._lower import lower
 from nmconv.graph._ops import Op
@@ -46,7 +47,8 @@ def residuals(model: nn.Module, example_inputs: Any = None) -> tuple[Residual, .
 
 
 def _of_trace(tracer: FlowTracer) -> tuple[Residual, ...]:
-    nodes = lower(tracer, linear=False).nodes
+    flow = lower(tracer, linear=False)
+    nodes = flow.nodes
     readers: list[set[int]] = [set() for _ in nodes]
     for node in nodes:
         for source in {*node.inputs, *node.sides}:
@@ -54,7 +56,13 @@ def _of_trace(tracer: FlowTracer) -> tuple[Residual, ...]:
     found = []
     for node in nodes:
         plain = node.op is Op.ADD and node.label in _SUMS and node.frame is not None and len(node.inputs) == 2
-        if not plain or node.origin.op == "call_module" or tracer.methods.get(node.origin, "forward") != "forward":
+        weighted = bool(node.origin.kwargs) or len(node.origin.args) != 2  # alpha
+        if (
+            not plain
+            or weighted
+            or node.origin.op == "call_module"
+            or tracer.methods.get(node.origin, "forward") != "forward"
+        ):
             continue
         assert node.frame is not None
         for keep in (0, 1):
@@ -76,7 +84,12 @@ def _of_trace(tracer: FlowTracer) -> tuple[Residual, ...]:
             ends = [spot_of(tracer, at) for at in (node, nodes[node.inputs[1 - keep]])]
             found.append(Residual(Branch(summed, convs), acts, ends[0], ends[1], node.index))
             break
-    return tuple(found)
+    kept = {part.position: nodes[part.position].inputs[part.branch.sum.keep] for part in found}
+    copies = sums_must_copy(flow, kept)
+    return tuple(
+        replace(part, branch=replace(part.branch, sum=replace(part.branch.sum, copy=part.position in copies)))
+        for part in found
+    )
 
 
 def _between(start: int, end: int, nodes: Any, readers: list[set[int]], reader: int) -> set[int]:

@@ -96,6 +96,15 @@ class Ways:
         part, index = self._find(element)
         return part.read_by(index)
 
+    def inside(self, join: Join) -> tuple[tuple[Called, int], ...]:
+        """The activations between a sum and the value that both of its operands are made from.
+
+        Raises:
+            KeyError: If the model makes no such sum.
+        """
+        part, index = self._find(join)
+        return tuple(part.inside(index))
+
     def _find(self, element: Element) -> tuple[_Way, int]:
         key = _key(element)
         for part in self._parts:
@@ -133,6 +142,11 @@ def _key_of(act: ActCall) -> tuple[Called, int]:
     return (act.frame.path, act.name, act.function), act.call
 
 
+def _is_plain_sum(node: FlowNode) -> bool:
+    """Whether it adds, and its operands as they are."""
+    return node.op is Op.ADD and not node.origin.kwargs
+
+
 class _Way:
     """The same for one trace."""
 
@@ -161,7 +175,7 @@ class _Way:
                 return
             if reader.op in (Op.PASS, Op.DROP) and reader.inputs == [index]:
                 pass
-            elif reader.op is Op.ADD and reader.inputs.count(index) == 1 and self._is_seen(reader):
+            elif _is_plain_sum(reader) and reader.inputs.count(index) == 1 and self._is_seen(reader):
                 yield Hop("sum", self.spot(reader.index))
             elif reader.op is Op.ACT and reader.act is not None and self._is_seen(reader):
                 yield Hop("act", self.spot(reader.index), _key_of(reader.act))
@@ -178,6 +192,25 @@ class _Way:
                 return None
             index = node.index
         return None
+
+    def inside(self, index: int) -> Iterator[tuple[Called, int]]:
+        behind = [self._made_from(source) for source in self._nodes[index].inputs]
+        shared = {at for at in set.intersection(*behind) if self._nodes[at].op is not Op.PARAM}
+        fork = max(shared, default=-1)
+        for at in sorted(set.union(*behind)):
+            act = self._nodes[at].act
+            if at > fork and act is not None:
+                yield _key_of(act)
+
+    def _made_from(self, index: int) -> set[int]:
+        """The node and all that it was made from."""
+        found, todo = {index}, [index]
+        while todo:
+            node = self._nodes[todo.pop()]
+            new = {*node.inputs, *node.sides} - found
+            found |= new
+            todo += new
+        return found
 
     def _reader(self, index: int) -> FlowNode | None:
         """The only reader of a value."""

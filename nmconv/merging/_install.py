@@ -93,7 +93,7 @@ def write_methods(model: nn.Module, merges: Sequence[Merge]) -> tuple[dict[str, 
     for merge in merges:
         for addition in merge.sums:
             edit = edits.setdefault(addition.owner, Edit(addition.takes))
-            edit.sums.append((addition.label, addition.number, addition.keep))
+            edit.sums.append(addition)
     made: dict[str, Any] = {}
     failed: dict[str, RewriteError] = {}
     for owner, edit in edits.items():

@@ -128,6 +128,7 @@ class Sum:
         label: What the addition is called there.
         number: Which call of that label it is, from 1.
         keep: Position of the operand that stays.
+        copy: Whether a copy of it must take the sum's place, lest two readers share memory that one of them overwrites.
     """
 
     owner: str
@@ -135,6 +136,7 @@ class Sum:
     label: str
     number: int
     keep: int
+    copy: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from nmconv.fitting import (
     Merged,
     Moments,
     Watch,
+    check_finite,
     columns_of,
     divergence,
     fit_units,
@@ -56,6 +57,9 @@ class Alone:
         network: In eval mode.
         images: Some of them held out.
         loss: What tells how far outputs are apart, or None.
+
+    Attributes:
+        floor: Of the loss, where nothing is changed.
     """
 
     def __init__(self, network: Network, images: Images, loss: Loss | None) -> None:
@@ -64,6 +68,7 @@ class Alone:
         self._loss = loss
         self._held = True if images.held else None
         self._wanted = outputs_of(network.model, images, self._held)
+        self.floor = divergence(self._wanted, self._wanted, loss).loss
 
     def merged(self, segment: Segment, sizes: Sequence[tuple[int, ...]]) -> Iterator[Measured]:
         """One convolution in its place, of each size, fitted.
@@ -79,6 +84,8 @@ class Alone:
         with Watch(self._network.model, [unit.end], [unit.head]) as watch:
             for batch, held in self._images.batches():
                 seen = watch.run(batch)
+                check_finite(seen[unit.head], f"{segment.convs[0]}'s input")
+                check_finite(seen[unit.end], f"{segment.convs[-1]}'s output")
                 for rows, targets in patches(seen[unit.head], seen[unit.end], base):
                     sums[held].add(rows, targets)
         for size in sizes:
@@ -126,5 +133,5 @@ class Alone:
         with Watch(self._network.model, spots, inputs, whole=True, replace=replace) as watch, torch.no_grad():
             for batch, _ in self._images.batches(self._held):
                 watch.run(batch)
-                outputs.append(watch.output)
+                outputs.append((len(batch), watch.output))
         return divergence(outputs, self._wanted, self._loss)

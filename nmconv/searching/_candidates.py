@@ -27,8 +27,9 @@ class Block:
         elements: Of a run.
         nodes: The same with their numbers.
         convs: Qualified names of its convolutions, in order.
-        inner: Ids of the activations inside its branches.
+        inner: Ids of the activations inside its branches, and between its convolution and its norms.
         behind: Id of the activation between this block and the next of its run, or "".
+        cut: How the block ends a segment where an activation stands before its norms: in front of that; or None.
     """
 
     elements: tuple[Element, ...]
@@ -36,6 +37,7 @@ class Block:
     convs: tuple[str, ...]
     inner: tuple[str, ...]
     behind: str
+    cut: Block | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +82,14 @@ class Segment:
         """Kernel sizes that it could have, smallest first."""
         return [] if isinstance(self.geometry, str) else sizes_asked(Kernel(self.convs, "auto"), self.geometry)
 
+    def shape(self, size: tuple[int, ...]) -> Geometry:
+        """The one convolution that replaces it."""
+        assert isinstance(self.geometry, Geometry)
+        return shrunk(self.geometry, size)
+
     def multiply_adds_as(self, size: tuple[int, ...]) -> int:
         """Of the one convolution that replaces it."""
-        assert isinstance(self.geometry, Geometry)
-        return shrunk(self.geometry, size).weights * self.positions
+        return self.shape(size).weights * self.positions
 
 
 class Network:
@@ -108,7 +114,7 @@ class Network:
     def __init__(self, model: nn.Module, example_inputs: Any, most: int) -> None:
         self.model = model
         self.plan = make_plan(model, "1:1", example_inputs=example_inputs)
-        self._most = most
+        self.most = most
         self._ways = Ways(model, example_inputs)
         self._sites: dict[Any, Site] = {
             ((site.owner, site.name, site.function), site.call): site
@@ -198,23 +204,44 @@ class Network:
             if node.convs and any(other.convs for other in held):
                 line.append(self._block(held))
                 held = []
+            if isinstance(node.element, Join) and not self._is_known(node.element):
+                yield self._remembered(line)
+                line, held = [], []
+                continue
             if not node.convs and not held:
                 continue  # norms and so on before the first convolution stay as they are
             held.append(node)
         if held:
             line.append(self._block(held))
-        self._blocks.update({block.convs: block for block in line})
-        yield line
+        yield self._remembered(line)
         for node in nodes:
             for branch in node.branches:
                 yield from self._of_nodes(branch)
+
+    def _remembered(self, line: list[Block]) -> list[Block]:
+        self._blocks.update({block.convs: block for block in line})
+        return line
+
+    def _is_known(self, join: Join) -> bool:
+        """Whether it begins with no activation: one that a branch alone reads the fork through is behind no element."""
+        try:
+            acts = self._ways.inside(join)
+        except KeyError:
+            return False
+        return {site.id for act in acts if (site := self._sites.get(act))} <= set(self._inside(join))
 
     def _block(self, nodes: list[Node]) -> Block:
         while isinstance(nodes[-1].element, Step) and nodes[-1].element.quiet:
             nodes = nodes[:-1]
         elements = tuple(node.element for node in nodes)
-        inner = tuple(site for element in elements if isinstance(element, Join) for site in self._inside(element))
-        return Block(elements, tuple(nodes), _convs(elements), inner, self._behind(elements[-1]))
+        inner = [site for element in elements if isinstance(element, Join) for site in self._inside(element)]
+        cut: Block | None = None
+        for at, element in enumerate(elements[:-1]):
+            behind = "" if isinstance(element, Step) and element.quiet else self._behind(element)
+            if behind:
+                cut = cut or Block(elements[: at + 1], tuple(nodes[: at + 1]), _convs(elements), tuple(inner), behind)
+                inner.append(behind)
+        return Block(elements, tuple(nodes), _convs(elements), tuple(inner), self._behind(elements[-1]), cut)
 
     def _inside(self, join: Join) -> Iterator[str]:
         for branch in join.branches:
@@ -236,9 +263,9 @@ class Network:
     def _of_line(self, line: list[Block]) -> Iterator[Segment]:
         for start in range(len(line)):
             for end in range(start + 1, len(line) + 1):
-                blocks = tuple(line[start:end])
+                blocks = (*line[start : end - 1], line[end - 1].cut or line[end - 1])
                 convs = tuple(name for block in blocks for name in block.convs)
-                if len(convs) > self._most:
+                if len(convs) > self.most:
                     break
                 sites = [site for block in blocks for site in block.inner]
                 sites += [block.behind for block in blocks[:-1] if block.behind]

@@ -66,15 +66,16 @@ class Sensitivity:
     Attributes:
         model: Class name of the network.
         fingerprint: Identifies its structure.
-        setting: What the measurements depend on, as text: images, backend, form.
-        totals: Of the whole network, by cost; latency in seconds, NaN where it was not measured.
+        setting: What the measurements depend on: form, backend, most, loss, weights, image (its shape) and images.
+        totals: Of the whole network, by cost; latency in seconds, NaN where it was not measured. Under ``"loss"``
+            what the loss gives where nothing is changed: 0 for the default.
         candidates: In the order they were measured in.
         complete: Whether all of them are there.
     """
 
     model: str
     fingerprint: str
-    setting: str
+    setting: dict[str, str]
     totals: dict[str, float]
     candidates: list[Candidate] = field(default_factory=list)
     complete: bool = False

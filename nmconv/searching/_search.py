@@ -18,7 +18,7 @@ from nmconv.searching._candidates import Network, Segment
 from nmconv.searching._choose import Option, choose, frontier
 from nmconv.searching._cost import Stopwatch, multiply_adds_of
 from nmconv.searching._records import COSTS, Candidate, Sensitivity
-from nmconv.searching._sensitivity import check_options, measured
+from nmconv.searching._sensitivity import check_options, measured, setting_of
 from nmconv.surgery import apply_plan, check_model
 
 __all__ = ["search"]
@@ -81,7 +81,9 @@ def search(
     check_model(net)
     if cost not in COSTS:
         raise OptionError(f"cost={cost!r}: give one of {', '.join(COSTS)}")
-    form = form or ("factors" if cost.startswith("activation") else "merged")
+    if form is None:
+        given = None if sensitivity is None else sensitivity.setting.get("form")
+        form = given or ("factors" if cost.startswith("activation") else "merged")
     check_options(form, backend, most, holdout)
     if cost in ("latency", "multiply_adds") and form == "factors":
         raise OptionError(f'form="factors" saves no {cost}: its convolutions stay; give form="merged"')
@@ -92,10 +94,28 @@ def search(
     with mode_hidden(), eval_mode(net):
         network = Network(net, pictures.first(), most)
         timed = backend if cost == "latency" else None
+        if sensitivity is not None:
+            _check_table(sensitivity, network, setting_of(network, pictures, form, timed, loss))
         table = sensitivity or measured(network, pictures, form, timed, loss, path, quiet)
         found = _Search(network, pictures, table, cost, backend, loss, rounds)
         plans = tuple(found.plan(one) for one in budgets)
     return plans[0] if isinstance(budget, (int, float)) else plans
+
+
+def _check_table(table: Sensitivity, network: Network, asked: dict[str, str]) -> None:
+    """Refuse numbers of something else. Other images of the same shape will do, and so will longer segments."""
+    if table.fingerprint != network.plan.fingerprint or not table.complete:
+        raise FileError(
+            f"the sensitivity table is of a {table.model} with fingerprint {table.fingerprint}"
+            f"{'' if table.complete else ', and not complete'}: measure this network with nmconv.sensitivity"
+        )
+    untimed = "None" in (asked["backend"], table.setting.get("backend"))
+    for name in ("form", "weights", "image", "loss", *(() if untimed else ("backend",))):
+        if table.setting.get(name) != asked[name]:
+            raise FileError(
+                f"the sensitivity table was measured with {name} {table.setting.get(name)!r}, and this search is "
+                f"with {asked[name]!r}: measure with nmconv.sensitivity, or search as the table was measured"
+            )
 
 
 def _budgets(budget: Any) -> tuple[float, ...]:
@@ -131,17 +151,13 @@ class _Search:
         loss: Loss | None,
         rounds: int,
     ) -> None:
-        if table.fingerprint != network.plan.fingerprint or not table.complete:
-            raise FileError(
-                f"the sensitivity table is of a {table.model} with fingerprint {table.fingerprint}"
-                f"{'' if table.complete else ', and not complete'}: measure this network with nmconv.sensitivity"
-            )
         self._network, self._images, self._table = network, images, table
         self._cost, self._loss, self._rounds = cost, loss, rounds
         self._segments = {(part.convs, part.residual is not None): part for part in network.segments}
         self._candidates = [one for one in table.candidates if one.saves(cost) > 0 and self._segment(one) is not None]
         self._watch = Stopwatch(network, images.first(), backend) if cost == "latency" else None
         self._total = table.totals[cost]
+        self._floor = table.totals.get("loss", 0.0)
         if math.isnan(self._total):
             raise OptionError(f"the sensitivity table has no {cost}: measure it with nmconv.sensitivity(backend=...)")
         self._known: dict[tuple[int, ...], _Whole] = {}
@@ -153,7 +169,7 @@ class _Search:
             OptionError: If none is.
         """
         allowed = budget * self._total if budget < 1 else float(budget)
-        losses = {at: max(one.loss, 0.0) for at, one in enumerate(self._candidates)}
+        losses = {at: max(one.loss - self._floor, 0.0) for at, one in enumerate(self._candidates)}
         wanted = needed = self._total - allowed
         tried: list[_Whole] = []
         for number in range(2 * self._rounds):
@@ -171,7 +187,7 @@ class _Search:
                 break
             whole = self._measure(chosen)
             tried.append(whole)
-            _correct(losses, whole)
+            _correct(losses, whole.chosen, max(whole.loss - self._floor, 0.0))
             # Savings do not quite add up: as much more is asked for as was promised too much.
             promised, saved = sum(options[at].saves for at in chosen), self._total - whole.cost
             needed = wanted * promised / saved if saved > 0 else most
@@ -205,7 +221,7 @@ class _Search:
         net = self._network.model
         plan = self.plan_of(chosen)
         if not chosen:
-            return _Whole(chosen, plan, 0.0, self._total)
+            return _Whole(chosen, plan, self._floor, self._total)
         model = fit(apply_plan(net, plan), self._images, reference=net, loss=self._loss, inplace=True)
         report = get_fit(model)
         assert report is not None
@@ -236,8 +252,8 @@ class _Search:
         )
 
 
-def _correct(losses: dict[int, float], whole: _Whole) -> None:
+def _correct(losses: dict[int, float], chosen: tuple[int, ...], lost: float) -> None:
     """Losses do not add up: those of a choice are scaled to what it lost as a whole."""
-    expected = sum(losses[at] for at in whole.chosen)
-    for at in whole.chosen:
-        losses[at] = losses[at] * whole.loss / expected if expected > 0 else whole.loss / len(whole.chosen)
+    expected = sum(losses[at] for at in chosen)
+    for at in chosen:
+        losses[at] = losses[at] * lost / expected if expected > 0 else lost / len(chosen)

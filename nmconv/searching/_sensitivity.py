@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from nmconv.errors import FileError, OptionError
-from nmconv.fitting import Images, Loss, eval_mode, read_images
+from nmconv.fitting import Images, Loss, eval_mode, is_direct, read_images
 from nmconv.graph import mode_hidden
-from nmconv.planning import Geometry, Refusal, shrunk
+from nmconv.planning import Geometry, Refusal
 from nmconv.searching._alone import Alone, Measured
 from nmconv.searching._candidates import Network, Segment
 from nmconv.searching._cost import Stopwatch, multiply_adds_of
@@ -23,7 +24,7 @@ from nmconv.searching._records import Candidate, Sensitivity
 from nmconv.surgery import check_model
 from nmconv.timing import BACKENDS, require
 
-__all__ = ["check_options", "measured", "sensitivity"]
+__all__ = ["check_options", "measured", "sensitivity", "setting_of"]
 
 _FORMS = ("merged", "factors")
 _WORTH = 1.05  # multiply-adds before over after: where the measured law breaks even (docs/merging.md)
@@ -47,7 +48,8 @@ def sensitivity(
 
     A candidate is a segment of a linear run that dropping all activations would leave, also across units and modules,
     with each kernel that saves something; or a residual branch that goes altogether. Each is fitted (see
-    :func:`nmconv.fit`), put into the network as it is, and judged by the network's output on held-out images.
+    :func:`nmconv.fit`), put into the network as it is, and judged by the network's output on held-out images. Kernels
+    of more than 6144 inputs to one output are left out: their fit would take long, and they hardly ever pay.
 
     Args:
         net: Not converted; it is not changed.
@@ -105,8 +107,7 @@ def measured(
 ) -> Sensitivity:
     """The table of a network in eval mode; see :func:`sensitivity`."""
     image = images.first()
-    setting = f"{form}, {backend}, {images.count} + {images.held} images {_digest(images)}"
-    table = _table(network, setting, path)
+    table = _table(network, setting_of(network, images, form, backend, loss), path)
     if table.complete:
         return table
     alone = Alone(network, images, loss)
@@ -118,6 +119,7 @@ def measured(
             "multiply_adds": float(multiply_adds_of(network.model, image)),
             "activations": float(plan.counts.activations_before),
             "activation_elements": float(network.elements),
+            "loss": alone.floor,
         }
     done = {(one.convs, one.size == "none") for one in table.candidates}
     todo = [part for part in network.segments if (part.convs, part.residual is not None) not in done]
@@ -134,16 +136,53 @@ def measured(
     return table
 
 
-def _table(network: Network, setting: str, path: str | os.PathLike[str] | None) -> Sensitivity:
+def setting_of(network: Network, images: Images, form: str, backend: str | None, loss: Loss | None) -> dict[str, str]:
+    """What the numbers of a table depend on, besides the structure."""
+    return {
+        "form": form,
+        "backend": str(backend),
+        "most": str(network.most),
+        "loss": _name(loss),
+        "weights": _weights(network.model),
+        "image": "x".join(map(str, images.first().shape[1:])),
+        "images": f"{images.count} + {images.held}, {_digest(images)}",
+    }
+
+
+def _name(loss: Loss | None) -> str:
+    """Tells functions apart, as far as their code does."""
+    if loss is None:
+        return "default"
+    code = getattr(loss, "__code__", None)
+    text = repr((code.co_code, code.co_names, [str(part) for part in code.co_consts])) if code else ""
+    name = getattr(loss, "__qualname__", type(loss).__qualname__)
+    return f"{name} {hashlib.sha256(text.encode()).hexdigest()[:8]}" if code else name
+
+
+def _weights(model: nn.Module) -> str:
+    found = hashlib.sha256()
+    for value in model.state_dict().values():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            found.update(value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+    return found.hexdigest()[:8]
+
+
+def _table(network: Network, setting: dict[str, str], path: str | os.PathLike[str] | None) -> Sensitivity:
     fresh = Sensitivity(network.plan.model, network.plan.fingerprint, setting, {})
     if path is None or not Path(path).exists():
         return fresh
     found = Sensitivity.load(path)
-    if (found.fingerprint, found.setting) != (fresh.fingerprint, setting):
+    if found.fingerprint != fresh.fingerprint:
         raise FileError(
-            f"{os.fspath(path)} holds the table of a {found.model} ({found.setting}), not of this {fresh.model} "
-            f"({setting}): give another path"
+            f"{os.fspath(path)} holds the table of a {found.model} with fingerprint {found.fingerprint}, not of this "
+            f"{fresh.model} with {fresh.fingerprint}: give another path"
         )
+    for name, value in setting.items():
+        if found.setting.get(name) != value:
+            raise FileError(
+                f"{os.fspath(path)} was measured with {name} {found.setting.get(name)!r}, not {value!r}: give another "
+                "path"
+            )
     return found
 
 
@@ -168,6 +207,7 @@ def _rows(segment: Segment, alone: Alone, watch: Stopwatch | None, form: str) ->
             return
         floor = _WORTH if watch is None else _HOPEFUL
         sizes = [size for size in segment.sizes() if segment.multiply_adds >= floor * segment.multiply_adds_as(size)]
+        sizes = [size for size in sizes if is_direct(segment.shape(size))]
         if not sizes:
             return
         times = [math.nan] * (len(sizes) + 1) if watch is None else watch.segment(segment, sizes)
@@ -182,7 +222,7 @@ def _rows(segment: Segment, alone: Alone, watch: Stopwatch | None, form: str) ->
 
 def _parameters(segment: Segment, size: tuple[int, ...]) -> int:
     assert isinstance(segment.geometry, Geometry)
-    return shrunk(segment.geometry, size).weights + segment.geometry.out_channels
+    return segment.shape(size).weights + segment.geometry.out_channels
 
 
 def _row(

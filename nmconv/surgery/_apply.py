@@ -76,7 +76,7 @@ class Surgery:
         for branch in plan.branches:
             self._module(branch.sum.owner)
             edit = self._edit(branch.sum.owner, "forward", branch.sum.takes)
-            edit.sums.append((branch.sum.label, branch.sum.number, branch.sum.keep))
+            edit.sums.append(branch.sum)
         for (owner, method), edit in self._edits.items():
             for (other, name), its in self._edits.items():
                 if other == owner and name != method:

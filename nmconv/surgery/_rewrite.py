@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from nmconv.errors import RewriteError
 from nmconv.graph import FlowTracer, MethodTrace, Op, is_inplace, leaf_op, trace_method
-from nmconv.planning import Place, Site
+from nmconv.planning import Place, Site, Sum
 from nmconv.surgery._classes import Method, rewritten
 from nmconv.surgery._source import method_source, return_changed_lists
 
@@ -25,14 +25,14 @@ class Edit:
         remove: Sites whose calls go.
         others: Sites of the owner's other methods whose calls go: if this one calls those, they are inlined here.
         insert: Pairs of a place and the name of the child that is called on its value.
-        sums: Additions that go: what they are called, which call of that name, and which operand stays.
+        sums: Additions that go.
     """
 
     takes: str
     remove: list[Site] = field(default_factory=list)
     others: list[Site] = field(default_factory=list)
     insert: list[tuple[Place, str]] = field(default_factory=list)
-    sums: list[tuple[str, int, int]] = field(default_factory=list)
+    sums: list[Sum] = field(default_factory=list)
 
 
 def rewrite(model: nn.Module, path: str, method: str, edit: Edit, sites: Sequence[Site]) -> Method:
@@ -115,14 +115,22 @@ def _insert(tracer: FlowTracer, place: Place, child: str) -> None:
     raise RewriteError(f"{place.op}#{place.call} is not in {place.owner}.{place.method}: was the model changed?")
 
 
-def _drop_sums(tracer: FlowTracer, sums: Sequence[tuple[str, int, int]], path: str) -> None:
+def _drop_sums(tracer: FlowTracer, sums: Sequence[Sum], path: str) -> None:
     """Let one operand take the place of each sum, and drop what only the other one was made for."""
     named = {(label, number): node for node, (_, label, number) in tracer.where.items()}
-    for label, number, keep in sums:
-        node = named.get((label, number))
-        if node is None or len(node.args) != 2 or not all(isinstance(part, Node) for part in node.args):
-            raise RewriteError(f"{label}#{number} is not in {path or 'the model'}.forward: was the model changed?")
-        node.replace_all_uses_with(node.args[keep])  # type: ignore[arg-type]
+    for addition in sums:
+        node = named.get((addition.label, addition.number))
+        args = () if node is None or node.kwargs else node.args
+        if node is None or len(args) != 2 or not all(isinstance(part, Node) for part in args):
+            raise RewriteError(
+                f"{addition.label}#{addition.number} is not in {path or 'the model'}.forward: was the model changed?"
+            )
+        kept = args[addition.keep]
+        assert isinstance(kept, Node)
+        if addition.copy:
+            with tracer.graph.inserting_before(node):
+                kept = tracer.graph.call_method("clone", (kept,))
+        node.replace_all_uses_with(kept)
         gone = [node]
         while gone:
             last = gone.pop()
@@ -140,9 +148,12 @@ def _drop_sums(tracer: FlowTracer, sums: Sequence[tuple[str, int, int]], path: s
 def _writes_to_its_own(tracer: FlowTracer, node: Node) -> bool:
     """Whether an in-place call overwrites memory that a convolution or norm has made for it alone."""
     source = node.args[0] if node.args else None
-    if not isinstance(source, Node) or source.op != "call_module" or len(source.users) != 1:
-        return False
-    return leaf_op(tracer.root.get_submodule(str(source.target))) in (Op.CONV, Op.NORM)
+    while isinstance(source, Node) and source.op == "call_module" and len(source.users) == 1:
+        op = leaf_op(tracer.root.get_submodule(str(source.target)))
+        if op not in (Op.PASS, Op.DROP):
+            return op in (Op.CONV, Op.NORM)
+        source = source.args[0] if source.args else None
+    return False
 
 
 def _check_steps(
@@ -153,7 +164,9 @@ def _check_steps(
     known = {
         (other.train_step if training or other.modes == "train" else other.step)
         for other in sites
-        if (other.owner, other.method, other.name, other.function) == like and other.modes in modes
+        if (other.owner, other.method, other.name, other.function) == like
+        and other.modes in modes
+        and other.action != "gone"  # its sum is out of the graph already, and the call with it
     }
     seen = tracer.first_calls.setdefault(like, set(_calls(tracer, site, model)))
     if seen != known:
