@@ -63,7 +63,7 @@ CASES = {
     ),
     "resnet20": Case(
         "resnet20", 32, 0, finetune.Recipe(epochs=10), slice(0, 1024), "layer*.*",
-        finetune.Recipe(epochs=1, batch_size=128, lr=0.05, weight_decay=5e-4, warmup=0.1), 50_000,
+        finetune.Recipe(epochs=1, batch_size=128, lr=0.005, weight_decay=5e-4, warmup=0.1), 50_000,
         ("original", "multiply_adds", "activations"),
     ),
 }  # fmt: skip
@@ -466,7 +466,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             for row in (row for row in found.rows if row["case"] == "from nothing"):
                 shares = ", ".join(f"{name} {value:.1f} %" for name, value in row["agreement"].items())
                 yield (
-                    f"A {row['name']} from nothing, on 60 pictures of 160 px and {row['threads']} threads, took "
+                    f"A {row['name']} from nothing, on 60 pictures of 160 px (threads: {row['threads']}), took "
                     f"{row['took']:.0f} s. Same top-1 class as the original on the 40 other pictures: {shares}, at "
                     f"{row['multiply_adds']:.3f} of the multiply-adds."
                 )
