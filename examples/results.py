@@ -284,8 +284,11 @@ class Run:
                 plan = plan_of(self.net, self.image, randomly(table, needed, draw))
                 self.row("random", f"{budget}, draw {draw}", lambda plan=plan: self.measured(plan))
 
-    def searched(self, table: nmconv.Sensitivity, budget: float, cost: str) -> dict[str, Any]:
-        path = self.args.rows.parent / f"plans/{self.args.net}-{self.args.seed}-{cost}-{budget}.json"
+    def search_row(
+        self, case: str, name: str, table: nmconv.Sensitivity, budget: float, cost: str
+    ) -> tuple[dict[str, Any], nmconv.Plan]:
+        """What a search finds, fitted; and its plan, which is kept in a file."""
+        path = self.args.rows.parent / f"plans/{self.args.net}-{self.args.seed}-{cost}-{budget:.2g}.json"
 
         def measure() -> dict[str, Any]:
             clock = time.perf_counter()
@@ -296,9 +299,12 @@ class Run:
             reached = float(dict(plan.options)["reached"])
             return {"took": took, "reached": reached, **self.measured(plan)}
 
-        found = self.row(f"search, {cost}", f"{budget}", measure)
+        found = self.row(case, name, measure)
+        return found, nmconv.Plan.from_json(path.read_text())
+
+    def searched(self, table: nmconv.Sensitivity, budget: float, cost: str) -> dict[str, Any]:
+        found, plan = self.search_row(f"search, {cost}", f"{budget}", table, budget, cost)
         if cost == "latency" or budget in TUNED[self.args.net]:
-            plan = nmconv.Plan.from_json(path.read_text())
             self.row(f"search, {cost}, tuned", f"{budget}", lambda: {"accuracy": self.tuned(self.fitted(plan))})
             if self.args.net == "resnet20" and budget == 0.78:
                 self.row("latency", f"{budget}", lambda: self.times(self.fitted(plan)))
@@ -330,19 +336,7 @@ class Run:
         self.row("activations", "2:1, tuned", lambda: {"accuracy": self.tuned(self.fitted(even))})
         left = even.counts.activations_after / even.counts.activations_before
         for name, budget in (("search 0.5", 0.5), ("search, as many as 2:1", left)):
-            path = self.args.rows.parent / f"plans/{self.args.net}-{self.args.seed}-activations-{budget:.2g}.json"
-
-            def searched(budget: float = budget, path: Path = path) -> dict[str, Any]:
-                plan = nmconv.search(
-                    self.net, self.images[::2], budget=budget, cost="activations",
-                    sensitivity=self.table("factors", None), quiet=True,
-                )  # fmt: skip
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(plan.to_json())
-                return self.measured(plan)
-
-            self.row("activations", name, searched)
-            plan = nmconv.Plan.from_json(path.read_text())
+            _, plan = self.search_row("activations", name, self.table("factors", None), budget, "activations")
             self.row("activations", f"{name}, tuned", lambda plan=plan: {"accuracy": self.tuned(self.fitted(plan))})
 
     def from_scratch(self) -> None:

@@ -23,7 +23,7 @@ from nmconv.fitting._watch import Watch
 from nmconv.graph import fingerprint, mode_hidden
 from nmconv.merging import get_merges
 from nmconv.planning import Kernel, Refusal, shrunk
-from nmconv.surgery import Undo, check_plain, copy_of, get_plan, undone_on_failure
+from nmconv.surgery import Undo, check_plain, copy_of, get_plan, undone, undone_on_failure
 
 __all__ = ["fit", "fit_units", "get_fit"]
 
@@ -185,25 +185,19 @@ class _Fitting:
         self._check_images()
         self._wanted = outputs_of(self._reference, self._images, self._held)
         converted = self._divergence()
-        baseline = self._recalibrated_alone()
+        baseline, undo = self._recalibrated()
+        undone(undo)
         found = self.units(default)
         fitted = returned = self._divergence()
         kept = False
         if recalibrating:
-            undo: Undo = []
-            try:
-                recalibrate(self._model, self._images, undo)
-                again = self._divergence()
-                kept = again.loss < fitted.loss
-            except FitError:
-                kept = False  # these images give no statistics
-            finally:
-                if not kept:
-                    for step in reversed(undo):
-                        step()
+            again, undo = self._recalibrated()
+            kept = again.loss < fitted.loss
             if kept:
                 returned = again
                 self._undo += undo
+            else:
+                undone(undo)
         return Fit(
             units=found,
             images=self._images.count,
@@ -228,16 +222,14 @@ class _Fitting:
     def _divergence(self) -> Divergence:
         return divergence(outputs_of(self._model, self._images, self._held), self._wanted, self._loss)
 
-    def _recalibrated_alone(self) -> Divergence:
-        undo: Undo = []
+    def _recalibrated(self) -> tuple[Divergence, Undo]:
+        """With the norms' statistics re-estimated, and how to take that back; NaN where the images give none."""
         try:
-            recalibrate(self._model, self._images, undo)
-            return self._divergence()
+            with undone_on_failure() as undo:
+                recalibrate(self._model, self._images, undo)
+                return self._divergence(), undo
         except FitError:
-            return Divergence(math.nan, math.nan)
-        finally:
-            for step in reversed(undo):
-                step()
+            return Divergence(math.nan, math.nan), []
 
     # -- one unit -----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from nmconv.graph._lower import lower
 from nmconv.graph._ops import Op
 from nmconv.graph._takes import takes_of
 from nmconv.graph._tracer import FlowTracer
-from nmconv.graph._ways import Spot, spot_of
+from nmconv.graph._ways import Spot, is_plain_sum, spot_of
 from nmconv.planning import Branch, Sum
 
 __all__ = ["Residual", "residuals"]
@@ -55,14 +55,9 @@ def _of_trace(tracer: FlowTracer) -> tuple[Residual, ...]:
             readers[source].add(node.index)
     found = []
     for node in nodes:
-        plain = node.op is Op.ADD and node.label in _SUMS and node.frame is not None and len(node.inputs) == 2
-        weighted = bool(node.origin.kwargs) or len(node.origin.args) != 2  # alpha
-        if (
-            not plain
-            or weighted
-            or node.origin.op == "call_module"
-            or tracer.methods.get(node.origin, "forward") != "forward"
-        ):
+        plain = is_plain_sum(node) and node.label in _SUMS and node.frame is not None
+        plain = plain and len(node.inputs) == len(node.origin.args) == 2
+        if not plain or node.origin.op == "call_module" or tracer.methods.get(node.origin, "forward") != "forward":
             continue
         assert node.frame is not None
         for keep in (0, 1):

@@ -142,8 +142,8 @@ def _key_of(act: ActCall) -> tuple[Called, int]:
     return (act.frame.path, act.name, act.function), act.call
 
 
-def _is_plain_sum(node: FlowNode) -> bool:
-    """Whether it adds, and its operands as they are."""
+def is_plain_sum(node: FlowNode) -> bool:
+    """Whether it adds its operands as they are, without alpha."""
     return node.op is Op.ADD and not node.origin.kwargs
 
 
@@ -175,7 +175,7 @@ class _Way:
                 return
             if reader.op in (Op.PASS, Op.DROP) and reader.inputs == [index]:
                 pass
-            elif _is_plain_sum(reader) and reader.inputs.count(index) == 1 and self._is_seen(reader):
+            elif is_plain_sum(reader) and reader.inputs.count(index) == 1 and self._is_seen(reader):
                 yield Hop("sum", self.spot(reader.index))
             elif reader.op is Op.ACT and reader.act is not None and self._is_seen(reader):
                 yield Hop("act", self.spot(reader.index), _key_of(reader.act))

@@ -68,9 +68,9 @@ def frontier(options: Sequence[Option]) -> list[tuple[float, float, tuple[int, .
     return [(choice.loss, choice.saves, choice.options()) for choice in kept[-1]]
 
 
-def choose(options: Sequence[Option], needed: float) -> tuple[int, ...] | None:
-    """The options with the least total loss that together save at least ``needed``; None if none do."""
-    for _, saves, chosen in frontier(options):
+def choose(front: Sequence[tuple[float, float, tuple[int, ...]]], needed: float) -> tuple[int, ...] | None:
+    """Of a :func:`frontier`, the options with the least total loss that save at least ``needed``; None if none do."""
+    for _, saves, chosen in front:
         if saves >= needed * (1 - 1e-12):
             return chosen
     return None

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nmconv.graph import Join, Step
 from nmconv.merging import Node, conv_module, fold_norms
-from nmconv.planning import Geometry, shrunk
+from nmconv.planning import Geometry
 from nmconv.searching._candidates import Network, Segment
 from nmconv.timing import interleaved, runner
 
@@ -53,7 +53,7 @@ class Stopwatch:
         """Seconds for one image of the segment as it is, and of one convolution of each size."""
         nodes = [node for block in segment.blocks for node in block.nodes]
         assert isinstance(segment.geometry, Geometry)
-        made = [conv_module(shrunk(segment.geometry, size), self._image) for size in sizes]
+        made = [conv_module(segment.shape(size), self._image) for size in sizes]
         was = self._modules(nodes)
         key = (repr(was), nodes[0].sizes, tuple(sizes), segment.geometry)
         if key not in self._known:

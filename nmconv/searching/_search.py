@@ -18,7 +18,7 @@ from nmconv.searching._candidates import Network, Segment
 from nmconv.searching._choose import Option, choose, frontier
 from nmconv.searching._cost import Stopwatch, multiply_adds_of
 from nmconv.searching._records import COSTS, Candidate, Sensitivity
-from nmconv.searching._sensitivity import check_options, measured, setting_of
+from nmconv.searching._sensitivity import check_options, check_setting, measured, setting_of
 from nmconv.surgery import apply_plan, check_model
 
 __all__ = ["search"]
@@ -95,7 +95,7 @@ def search(
         network = Network(net, pictures.first(), most)
         timed = backend if cost == "latency" else None
         if sensitivity is not None:
-            _check_table(sensitivity, network, setting_of(network, pictures, form, timed, loss))
+            _check_table(sensitivity, network, setting_of(network, pictures.first(), form, timed, loss))
         table = sensitivity or measured(network, pictures, form, timed, loss, path, quiet)
         found = _Search(network, pictures, table, cost, backend, loss, rounds)
         plans = tuple(found.plan(one) for one in budgets)
@@ -109,13 +109,9 @@ def _check_table(table: Sensitivity, network: Network, asked: dict[str, str]) ->
             f"the sensitivity table is of a {table.model} with fingerprint {table.fingerprint}"
             f"{'' if table.complete else ', and not complete'}: measure this network with nmconv.sensitivity"
         )
-    untimed = "None" in (asked["backend"], table.setting.get("backend"))
-    for name in ("form", "weights", "image", "loss", *(() if untimed else ("backend",))):
-        if table.setting.get(name) != asked[name]:
-            raise FileError(
-                f"the sensitivity table was measured with {name} {table.setting.get(name)!r}, and this search is "
-                f"with {asked[name]!r}: measure with nmconv.sensitivity, or search as the table was measured"
-            )
+    if "None" in (asked["backend"], table.setting.get("backend")):  # times are not needed, or missed later
+        asked = {name: value for name, value in asked.items() if name != "backend"}
+    check_setting(table, asked, "the sensitivity table", "measure anew, or search as it was measured")
 
 
 def _budgets(budget: Any) -> tuple[float, ...]:
@@ -179,11 +175,13 @@ class _Search:
                 Option(one.first, one.last, losses[at], one.saves(self._cost))
                 for at, one in enumerate(self._candidates)
             ]
-            most = max((saves for _, saves, _ in frontier(options)), default=0.0)
+            front = frontier(options)
+            most = front[-1][1]
             if most < wanted * (1 - 1e-12):
                 raise OptionError(self._cannot(budget, most))
-            chosen = choose(options, min(needed, most))
-            if chosen is None or chosen in [whole.chosen for whole in tried]:
+            chosen = choose(front, min(needed, most))
+            assert chosen is not None
+            if chosen in [whole.chosen for whole in tried]:
                 break
             whole = self._measure(chosen)
             tried.append(whole)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nmconv.errors import FileError, OptionError
 from nmconv.fitting import Images, Loss, eval_mode, is_direct, read_images
 from nmconv.graph import mode_hidden
-from nmconv.planning import Geometry, Refusal
+from nmconv.planning import Refusal
 from nmconv.searching._alone import Alone, Measured
 from nmconv.searching._candidates import Network, Segment
 from nmconv.searching._cost import Stopwatch, multiply_adds_of
@@ -24,7 +24,7 @@ from nmconv.searching._records import Candidate, Sensitivity
 from nmconv.surgery import check_model
 from nmconv.timing import BACKENDS, require
 
-__all__ = ["check_options", "measured", "sensitivity", "setting_of"]
+__all__ = ["check_options", "check_setting", "measured", "sensitivity", "setting_of"]
 
 _FORMS = ("merged", "factors")
 _WORTH = 1.05  # multiply-adds before over after: where the measured law breaks even (docs/merging.md)
@@ -107,7 +107,10 @@ def measured(
 ) -> Sensitivity:
     """The table of a network in eval mode; see :func:`sensitivity`."""
     image = images.first()
-    table = _table(network, setting_of(network, images, form, backend, loss), path)
+    setting = setting_of(network, image, form, backend, loss)
+    setting["most"] = str(network.most)
+    setting["images"] = f"{images.count} + {images.held}, {_digest(images)}"
+    table = _table(network, setting, path)
     if table.complete:
         return table
     alone = Alone(network, images, loss)
@@ -136,17 +139,22 @@ def measured(
     return table
 
 
-def setting_of(network: Network, images: Images, form: str, backend: str | None, loss: Loss | None) -> dict[str, str]:
-    """What the numbers of a table depend on, besides the structure."""
+def setting_of(network: Network, image: Tensor, form: str, backend: str | None, loss: Loss | None) -> dict[str, str]:
+    """What the numbers of a table depend on, whichever images they are from."""
     return {
         "form": form,
         "backend": str(backend),
-        "most": str(network.most),
         "loss": _name(loss),
         "weights": _weights(network.model),
-        "image": "x".join(map(str, images.first().shape[1:])),
-        "images": f"{images.count} + {images.held}, {_digest(images)}",
+        "image": "x".join(map(str, image.shape[1:])),
     }
+
+
+def check_setting(table: Sensitivity, asked: dict[str, str], what: str, way_out: str) -> None:
+    """Refuse a table that was measured with something else than what is asked, with FileError."""
+    for name, value in asked.items():
+        if table.setting.get(name) != value:
+            raise FileError(f"{what} was measured with {name} {table.setting.get(name)!r}, not {value!r}: {way_out}")
 
 
 def _name(loss: Loss | None) -> str:
@@ -177,12 +185,7 @@ def _table(network: Network, setting: dict[str, str], path: str | os.PathLike[st
             f"{os.fspath(path)} holds the table of a {found.model} with fingerprint {found.fingerprint}, not of this "
             f"{fresh.model} with {fresh.fingerprint}: give another path"
         )
-    for name, value in setting.items():
-        if found.setting.get(name) != value:
-            raise FileError(
-                f"{os.fspath(path)} was measured with {name} {found.setting.get(name)!r}, not {value!r}: give another "
-                "path"
-            )
+    check_setting(found, setting, os.fspath(path), "give another path")
     return found
 
 
@@ -221,8 +224,8 @@ def _rows(segment: Segment, alone: Alone, watch: Stopwatch | None, form: str) ->
 
 
 def _parameters(segment: Segment, size: tuple[int, ...]) -> int:
-    assert isinstance(segment.geometry, Geometry)
-    return segment.shape(size).weights + segment.geometry.out_channels
+    shape = segment.shape(size)
+    return shape.weights + shape.out_channels
 
 
 def _row(

@@ -7,9 +7,15 @@ from contextlib import contextmanager
 
 from torch import nn
 
-__all__ = ["Undo", "restoring", "restoring_children", "restoring_class", "set_children", "undone_on_failure"]
+__all__ = ["Undo", "restoring", "restoring_children", "restoring_class", "set_children", "undone", "undone_on_failure"]
 
 Undo = list[Callable[[], object]]
+
+
+def undone(undo: Undo) -> None:
+    """Take the changes back."""
+    for step in reversed(undo):
+        step()
 
 
 @contextmanager
@@ -19,8 +25,7 @@ def undone_on_failure() -> Iterator[Undo]:
     try:
         yield undo
     except BaseException:
-        for step in reversed(undo):
-            step()
+        undone(undo)
         raise
 
 
