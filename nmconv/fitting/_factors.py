@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nmconv.fitting._moments import Line, Rows
+from nmconv.fitting._norms import centre, has_shift, put
 from nmconv.fitting._units import Unit
 from nmconv.graph import Join, geometry_of, norm_of
 from nmconv.merging import has_plain_parameter
@@ -65,7 +65,7 @@ class Factors:
         self._bias = None if conv.bias is None else conv.bias.detach().double()
         scale, shift = self._norms.scale, self._norms.shift
         constant = shift if self._bias is None else shift + scale * self._bias
-        self.has_intercept = self._bias is not None or bool(norms and _has_shift(norms[-1]))
+        self.has_intercept = self._bias is not None or bool(norms and has_shift(norms[-1]))
         self.inputs = (self.name,)
         groups = self.geometry.groups
         self._shape = conv.weight.shape
@@ -78,21 +78,21 @@ class Factors:
         with torch.no_grad():
             groups = self.geometry.groups
             before_norms = line.weight / self._norms.scale.reshape(groups, 1, -1)
-            _set(self.conv.weight, before_norms.transpose(1, 2).reshape(self._shape), undo)
+            put(self.conv.weight, before_norms.transpose(1, 2).reshape(self._shape), undo)
             if not self.has_intercept:
                 return
             total = line.constant.flatten()
             norms = self._norms.modules
-            if not (norms and _has_shift(norms[-1])):  # the convolution's own bias is all there is
+            if not (norms and has_shift(norms[-1])):  # the convolution's own bias is all there is
                 assert self._bias is not None
-                _set(self.conv.bias, (total - self._norms.shift) / self._norms.scale, undo)
+                put(self.conv.bias, (total - self._norms.shift) / self._norms.scale, undo)
                 return
             bias = torch.zeros_like(total) if self._bias is None else self._bias
             shift = total - self._norms.scale * bias
             last = norms[-1]
-            _set(last.bias, last.bias.double() + shift - self._norms.shift, undo)
+            put(last.bias, last.bias.double() + shift - self._norms.shift, undo)
             mean, variance = rows.spread(before_norms)
-            _centre(norms[0], mean.flatten() + bias, variance.flatten(), undo)
+            centre(norms[0], mean.flatten() + bias, variance.flatten(), undo)
 
 
 def _as_one(norms: list[Any], steps: Any, channels: int, device: torch.device) -> _Norms:
@@ -108,36 +108,3 @@ def _as_one(norms: list[Any], steps: Any, channels: int, device: torch.device) -
     if not bool(torch.isfinite(scale).all() and torch.isfinite(shift).all()):
         raise Refusal(f"{steps[-1].name} has values that are not finite")
     return _Norms(tuple(norms), scale, shift)
-
-
-def _has_shift(norm: Any) -> bool:
-    return getattr(norm, "bias", None) is not None
-
-
-def _centre(norm: Any, mean: Tensor, variance: Tensor, undo: Undo) -> None:
-    """Give a norm the statistics of its new input, its output unchanged: training goes on where the fit left off."""
-    scale, shift = norm_of(norm, torch.float64)
-    if not _has_shift(norm):
-        return
-    _set(norm.running_mean, mean, undo)
-    if getattr(norm, "weight", None) is not None:
-        usable = variance > 0
-        variance = torch.where(usable, variance, norm.running_var.double())
-        _set(norm.running_var, variance, undo)
-        _set(norm.weight, scale * (norm.running_var.double() + norm.eps).sqrt(), undo)
-    again, _ = norm_of(norm, torch.float64)
-    _set(norm.bias, shift + norm.running_mean.double() * again, undo)
-
-
-def _set(tensor: Tensor, value: Tensor, undo: Undo) -> None:
-    before = tensor.detach().clone()
-    undo.append(_giving_back(tensor, before))
-    tensor.copy_(value.reshape(tensor.shape))
-
-
-def _giving_back(tensor: Tensor, before: Tensor) -> Callable[[], object]:
-    def give_back() -> None:
-        with torch.no_grad():
-            tensor.copy_(before)
-
-    return give_back

@@ -44,6 +44,7 @@ def fit(
     ridge: str | float = "auto",
     holdout: float = 0.25,
     recalibrate: bool = True,
+    keep_norms: bool = True,
     loss: Loss | None = None,
     key: str | None = None,
     inplace: bool = False,
@@ -68,6 +69,9 @@ def fit(
         holdout: Which part of the images is held out, spread evenly over them.
         recalibrate: Estimate the norms' statistics anew at the end, if that brings the outputs closer to the
             reference's on held-out images.
+        keep_norms: Where a unit becomes one convolution, leave its last batch norm behind it, with the statistics of
+            what it is given now: the output is the same, and fine-tuning goes on as it would have before. Without, a
+            fitted convolution has no norm to train with. :func:`nmconv.merge` and :func:`nmconv.fold_norms` fold it.
         loss: What tells how close: a function of (output, the reference's output) of a batch that gives a
             number, or one for each image. By default the KL divergence for classifiers, else the relative squared
             error.
@@ -106,7 +110,7 @@ def fit(
     images = read_images(data, model, holdout=holdout, key=key)
     result = model if inplace else copy_of(model)
     with mode_hidden(), torch.no_grad(), undone_on_failure() as undo, eval_mode(result, reference):
-        report = _Fitting(result, reference, images, ridges, loss, undo).run(default, recalibrate)
+        report = _Fitting(result, reference, images, ridges, loss, keep_norms, undo).run(default, recalibrate)
     result.__dict__[_MARK] = report
     return result
 
@@ -120,7 +124,7 @@ def fit_units(model: nn.Module, reference: nn.Module, images: Images) -> tuple[U
         images: Some of them held out.
     """
     with mode_hidden(), torch.no_grad(), eval_mode(model, reference):
-        return _Fitting(model, reference, images, RIDGES, None, []).units(None)
+        return _Fitting(model, reference, images, RIDGES, None, False, []).units(None)
 
 
 def get_fit(model: nn.Module) -> Fit | None:
@@ -161,6 +165,7 @@ class _Fitting:
         images: Images,
         ridges: tuple[float, ...],
         loss: Loss | None,
+        keep_norms: bool,
         undo: Undo,
     ) -> None:
         self._model = model
@@ -168,6 +173,7 @@ class _Fitting:
         self._images = images
         self._ridges = ridges
         self._loss = loss
+        self._keep_norms = keep_norms
         self._undo = undo
         self._held = True if images.held else None  # where divergences are measured
         self._wanted: Outputs = []
@@ -241,6 +247,7 @@ class _Fitting:
         except Refusal as refusal:
             return self._refused(unit.convs, str(refusal))
         fitted, held = self._samples(unit, form)
+        norm = ""
         if isinstance(form, Factors):
             size = form.geometry.kernel
             rows = fitted.of(size)
@@ -255,7 +262,7 @@ class _Fitting:
             )
             least = min(answer.judged for answer in tried)
             best = next(answer for answer in tried if answer.judged <= _WITHIN * least)
-            form.install(best.size, best.line, self._undo)
+            norm = form.install(best.size, best.line, fitted.of(best.size) if self._keep_norms else None, self._undo)
         positions, unknowns = fitted.rows, best.line.weight.shape[1]
         return UnitFit(
             convs=unit.convs,
@@ -271,6 +278,7 @@ class _Fitting:
             unknowns=unknowns,
             why=_lacking(fitted.of(best.size), unknowns),
             sizes=tuple((answer.size, answer.held_after) for answer in tried) if len(tried) > 1 else (),
+            norm=norm,
         )
 
     def _refused(self, convs: tuple[str, ...], why: str) -> UnitFit:

@@ -10,10 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from nmconv.errors import OptionError
-from nmconv.fitting._moments import Line
+from nmconv.fitting._moments import Line, Rows
+from nmconv.fitting._norms import is_kept, pass_through
 from nmconv.fitting._units import Unit
 from nmconv.graph import hooks_of, steps_of
-from nmconv.merging import Affine, Merge, Segment, filled, install, interior_affine, nodes_of, record, write_methods
+from nmconv.merging import (
+    Affine,
+    Merge,
+    Segment,
+    filled,
+    install,
+    interior_affine,
+    nodes_of,
+    norms_behind,
+    record,
+    write_methods,
+)
 from nmconv.planning import Geometry, Kernel, Refusal, shrunk, taps_kept
 from nmconv.surgery import Undo
 
@@ -61,6 +73,9 @@ class Merged:
         self.has_intercept = True
         self.sizes = sizes_asked(kernel, geometry)
         bias = affine.bias if affine.bias is not None else affine.weight.new_zeros(geometry.out_channels)
+        behind = norms_behind(Segment(self._nodes, geometry))
+        kept = [name for name in behind if is_kept(model.get_submodule(name), geometry.out_channels)]
+        self._norm = kept[-1] if kept else ""
         self._composed = Affine(geometry, affine.weight.detach(), bias.detach())
         _, self._failed = write_methods(model, [self._record(geometry)])
         for error in self._failed.values():
@@ -76,12 +91,29 @@ class Merged:
         device = self._like.device
         return Line(rows.to(device), self._composed.bias.reshape(groups, -1).to(device))
 
-    def install(self, size: Sequence[int], line: Line, undo: Undo) -> Merge:
-        """Put the convolution into the model."""
-        made = self._record(shrunk(self.geometry, size))
+    def install(self, size: Sequence[int], line: Line, rows: Rows | None, undo: Undo) -> str:
+        """Put the convolution into the model.
+
+        Args:
+            size: Of its kernel.
+            line: What it computes.
+            rows: What it is given: the unit's last norm stays behind it, with the statistics of its output, which it
+                passes on as it is in eval mode. None: no norm stays.
+            undo: Takes the changes back.
+
+        Returns:
+            The name of the norm that stays, or "".
+        """
+        made, norm = self._record(shrunk(self.geometry, size)), ""
+        if rows is not None and self._norm:
+            mean, variance = rows.spread(line.weight)
+            mean = (mean + line.constant).flatten()
+            if pass_through(self._model.get_submodule(self._norm), mean, variance.flatten(), undo):
+                norm = self._norm
+                made = replace(made, norm=norm, removed=tuple(name for name in made.removed if name != norm))
         methods, _ = write_methods(self._model, [made])
         install(self._model, [made], {made.head: self.conv(size, line, made.trainable)}, methods, undo)
-        return made
+        return norm
 
     def conv(self, size: Sequence[int], line: Line, requires_grad: bool) -> nn.Module:
         """The convolution by itself, in the model's dtype."""

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from nmconv.errors import FitError
 from nmconv.fitting._data import Images, read_images
-from nmconv.surgery import Undo, check_plain, undone_on_failure
+from nmconv.fitting._norms import counts
+from nmconv.surgery import Undo, check_plain, restoring_tensor, undone_on_failure
 
 __all__ = ["eval_mode", "recalibrate", "recalibrate_norms"]
 
@@ -69,14 +69,14 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 
 def recalibrate(model: nn.Module, images: Images, undo: Undo) -> int:
     """Do it with the images that are fitted; gives the number of norms."""
-    norms: list[Any] = [module for module in model.modules() if _counts(module)]
+    norms: list[Any] = [module for module in model.modules() if counts(module)]
     with eval_mode(model):
         before = [(norm, norm.momentum) for norm in norms]
         kept: list[list[Callable[[], object]]] = []
         try:
             for norm in norms:
-                kept.append([_giving_back(value) for value in (norm.running_mean, norm.running_var)])
-                kept[-1].append(_giving_back(norm.num_batches_tracked))
+                kept.append([restoring_tensor(value) for value in (norm.running_mean, norm.running_var)])
+                kept[-1].append(restoring_tensor(norm.num_batches_tracked))
                 undo += kept[-1]
                 norm.reset_running_stats()
                 norm.training = True
@@ -133,20 +133,3 @@ def _gathered(images: Images) -> Iterator[Tensor]:
             yield from whole
             whole, parts = [torch.cat(parts)], []
     yield torch.cat([*whole, *parts])
-
-
-def _counts(module: nn.Module) -> bool:
-    """Whether it is a batch norm that is called, and keeps running statistics of its own."""
-    if not isinstance(module, _BatchNorm) or type(module).__module__.startswith("nmconv."):
-        return False
-    return module.running_mean is not None and module.num_batches_tracked is not None
-
-
-def _giving_back(tensor: Tensor) -> Callable[[], object]:
-    before = tensor.detach().clone()
-
-    def give_back() -> None:
-        with torch.no_grad():
-            tensor.copy_(before)
-
-    return give_back

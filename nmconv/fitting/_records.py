@@ -29,6 +29,7 @@ class UnitFit:
         why: What should be known of it: why it was refused, or what the images did not decide (fewer equations than
             unknowns, inputs that never change or follow from others).
         sizes: With ``kernel="auto"``: every size tried and its held-out error.
+        norm: In the merged form: qualified name of the norm that stays behind the convolution, or "".
     """
 
     convs: tuple[str, ...]
@@ -44,6 +45,7 @@ class UnitFit:
     unknowns: int
     why: str = ""
     sizes: tuple[tuple[tuple[int, ...], float], ...] = ()
+    norm: str = ""
 
 
 @dataclass(frozen=True)

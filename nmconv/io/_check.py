@@ -95,6 +95,8 @@ def _check_merge(merge: Merge, where: str) -> None:
     _hold(merge.head in merge.convs, f"{where} is none of its own convolutions")
     _hold(len(set(merge.convs)) == len(merge.convs), f"{where} names a convolution twice")
     _hold(set(merge.convs) <= set(names), f"{where} has convolutions that would stay")
+    _hold(not merge.norm or merge.norm not in names, f"{where} keeps the norm {merge.norm!r} that it removes")
+    _hold(not (merge.norm and merge.live), f"{where} is live, and keeps a norm")
     _hold(
         len(merge.factors) <= (_TAKES if merge.live else 0), f"{where} has factors of {len(merge.factors)} characters"
     )

@@ -60,6 +60,8 @@ def check_merges(model: nn.Module, merges: Sequence[Merge]) -> None:
             taken.add(id(module))
         for name in merge.convs:
             _conv(modules, name)
+        if merge.norm and not _is_norm(_module(modules, merge.norm)):
+            raise Foreign(f"it keeps the norm {merge.norm!r}, which is a {type(modules[merge.norm]).__name__} here")
         _check_ends(modules, merge)
         for addition in merge.sums:
             _module(modules, addition.owner)
@@ -90,6 +92,10 @@ def _check_factors(merge: Merge) -> None:
     for step in steps:
         if step.kind != "pass" and step.name not in (merge.head, *merge.removed):
             raise Damaged(f"{merge.head!r} would be computed from {step.name!r}, which it does not replace")
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return leaf_op(module) is Op.NORM or is_norm_act(module)
 
 
 def _module(modules: Modules, name: str) -> nn.Module:

@@ -21,7 +21,7 @@ from nmconv.merging._records import Merge
 from nmconv.planning import Refusal, Sum
 from nmconv.surgery import MERGED, Edit, Undo, restoring_children, restoring_class, rewrite, rewritten
 
-__all__ = ["bake", "check_calls", "install", "record", "write_methods"]
+__all__ = ["bake", "check_calls", "install", "norms_behind", "record", "write_methods"]
 
 Methods = Mapping[str, Any]
 Slots = dict[int, list[tuple[nn.Module, str]]]
@@ -44,12 +44,20 @@ def record(segment: Segment, trainable: bool, live: bool) -> Merge:
     )
 
 
+def norms_behind(segment: Segment) -> tuple[str, ...]:
+    """The norms that the merged convolution's output passes through on its way out, in order of execution."""
+    state = _Places()
+    state.walk(segment.nodes)
+    return tuple(state.behind)
+
+
 class _Places:
     """Which module takes the merged convolution, and what happens to the others."""
 
     def __init__(self) -> None:
         self.head = ""
         self.removed: list[str] = []
+        self.behind: list[str] = []
         self.sums: list[Sum] = []
 
     def walk(self, nodes: Sequence[Node]) -> None:
@@ -61,6 +69,8 @@ class _Places:
                 self.head = element.name
             elif element.kind != "pass":
                 self.removed.append(element.name)
+                if element.kind == "norm" and self.head:
+                    self.behind.append(element.name)
 
     def _join(self, join: Join, node: Node) -> None:
         has_conv = [any(step.kind == "conv" for step in steps_of(branch)) for branch in join.branches]
@@ -123,7 +133,8 @@ def install(
             nodes = nodes_of_merge(model, merge)
             go_live(model, merge.head, merge.removed, nodes, merge.geometry, told, undo)
             continue
-        changes = {name: _left_of(model.get_submodule(name), told) for name in merge.removed}
+        silent = [True] if merge.norm else told  # where a norm stays there is one to train
+        changes = {name: _left_of(model.get_submodule(name), silent) for name in merge.removed}
         _put(model, slots, {**changes, merge.head: convs[merge.head]}, undo)
     for owner, method in methods.items():
         module = model.get_submodule(owner)

@@ -22,6 +22,7 @@ class Merge:
         trainable: Whether its parameters require gradients.
         live: Whether the factors stay parameters and the kernel is computed from them on the fly.
         factors: Where it is live, what the kernel is computed from, as JSON.
+        norm: Qualified name of the norm of the run that stays behind it, or "".
     """
 
     head: str
@@ -32,6 +33,7 @@ class Merge:
     trainable: bool = True
     live: bool = False
     factors: str = ""
+    norm: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,15 @@ from nmconv.surgery._convert import apply_plan, convert, get_plan, make_plan
 from nmconv.surgery._guard import MERGED, check_examples, check_model, check_plain
 from nmconv.surgery._hoist import pad
 from nmconv.surgery._rewrite import Edit, rewrite
-from nmconv.surgery._undo import Undo, restoring, restoring_children, restoring_class, undone, undone_on_failure
+from nmconv.surgery._undo import (
+    Undo,
+    restoring,
+    restoring_children,
+    restoring_class,
+    restoring_tensor,
+    undone,
+    undone_on_failure,
+)
 
 __all__ = [
     "MERGED",
@@ -26,6 +34,7 @@ __all__ = [
     "restoring",
     "restoring_children",
     "restoring_class",
+    "restoring_tensor",
     "rewrite",
     "rewritten",
     "undone",

@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-__all__ = ["Undo", "restoring", "restoring_children", "restoring_class", "set_children", "undone", "undone_on_failure"]
+__all__ = [
+    "Undo",
+    "restoring",
+    "restoring_children",
+    "restoring_class",
+    "restoring_tensor",
+    "set_children",
+    "undone",
+    "undone_on_failure",
+]
 
 Undo = list[Callable[[], object]]
 
@@ -55,5 +65,16 @@ def restoring(module: nn.Module) -> Callable[[], object]:
         class_again()
         module.__dict__.clear()
         module.__dict__.update(before)
+
+    return restore
+
+
+def restoring_tensor(tensor: Tensor) -> Callable[[], object]:
+    """What gives the tensor the numbers that it has now."""
+    before = tensor.detach().clone()
+
+    def restore() -> None:
+        with torch.no_grad():
+            tensor.copy_(before)
 
     return restore

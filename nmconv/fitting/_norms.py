@@ -1,0 +1,77 @@
+"""Giving norms the statistics of what they are given after a fit, what they compute unchanged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nmconv.graph import norm_of
+from nmconv.surgery import Undo, restoring_tensor
+
+__all__ = ["centre", "counts", "has_shift", "is_kept", "pass_through", "put"]
+
+
+def counts(module: nn.Module) -> bool:
+    """Whether it is a batch norm that is called, and keeps running statistics of its own."""
+    if not isinstance(module, _BatchNorm) or type(module).__module__.startswith("nmconv."):
+        return False
+    return module.running_mean is not None and module.num_batches_tracked is not None
+
+
+def has_shift(norm: Any) -> bool:
+    """Whether it adds something that is learnt."""
+    return getattr(norm, "bias", None) is not None
+
+
+def is_kept(norm: Any, channels: int) -> bool:
+    """Whether :func:`pass_through` can be done to it, behind a convolution of so many channels."""
+    affine = all(isinstance(norm._parameters.get(name), nn.Parameter) for name in ("weight", "bias"))
+    return counts(norm) and affine and norm.num_features == channels
+
+
+def pass_through(norm: Any, mean: Tensor, variance: Tensor, undo: Undo) -> bool:
+    """Make a norm give what it is given in eval mode, and normalise by its batches in train mode.
+
+    Args:
+        norm: One that :func:`is_kept`.
+        mean: ``[channels]``, of what it is given.
+        variance: The same.
+        undo: Takes the changes back.
+
+    Returns:
+        False, and nothing done, where its dtype cannot hold that.
+    """
+    for value in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+        limit = torch.finfo(value.dtype).max
+        if not bool((mean.abs() <= limit).all() and (variance <= limit).all()):
+            return False
+    put(norm.running_mean, mean, undo)
+    put(norm.running_var, variance, undo)
+    put(norm.weight, (norm.running_var.double() + norm.eps).sqrt(), undo)
+    put(norm.bias, norm.running_mean, undo)
+    return True
+
+
+def centre(norm: Any, mean: Tensor, variance: Tensor, undo: Undo) -> None:
+    """Give a norm the statistics of its new input, its output unchanged: training goes on where the fit left off."""
+    scale, shift = norm_of(norm, torch.float64)
+    if not has_shift(norm):
+        return
+    put(norm.running_mean, mean, undo)
+    if getattr(norm, "weight", None) is not None:
+        usable = variance > 0
+        variance = torch.where(usable, variance, norm.running_var.double())
+        put(norm.running_var, variance, undo)
+        put(norm.weight, scale * (norm.running_var.double() + norm.eps).sqrt(), undo)
+    again, _ = norm_of(norm, torch.float64)
+    put(norm.bias, shift + norm.running_mean.double() * again, undo)
+
+
+def put(tensor: Tensor, value: Tensor, undo: Undo) -> None:
+    """Set a tensor's numbers."""
+    undo.append(restoring_tensor(tensor))
+    with torch.no_grad():
+        tensor.copy_(value.reshape(tensor.shape))
