@@ -63,7 +63,7 @@ CASES = {
     ),
     "resnet20": Case(
         "resnet20", 32, 0, finetune.Recipe(epochs=10), slice(0, 1024), "layer*.*",
-        finetune.Recipe(epochs=1, batch_size=128, lr=0.005, weight_decay=5e-4, warmup=0.1), 50_000,
+        finetune.Recipe(epochs=1, warmup=0.1), 50_000,
         ("original", "multiply_adds", "activations"),
     ),
 }  # fmt: skip

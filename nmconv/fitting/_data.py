@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from nmconv.errors import FitError, OptionError
+from nmconv.merging import is_finite
 
 __all__ = ["Images", "check_finite", "home_of", "read_images"]
 
@@ -190,5 +191,5 @@ def _reader(data: Any, key: str | None) -> Any:
 
 def check_finite(values: Tensor, what: str) -> None:
     """Refuse values that are not, with FitError."""
-    if not bool(torch.isfinite(values).all()):
+    if not is_finite(values):
         raise FitError(f"{what} is not finite on these images")

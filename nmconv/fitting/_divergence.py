@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from nmconv.errors import FitError
 from nmconv.fitting._data import Images
 from nmconv.fitting._records import Divergence
+from nmconv.merging import is_finite
 
 __all__ = ["Loss", "Outputs", "divergence", "outputs_of"]
 
@@ -31,7 +32,7 @@ def outputs_of(model: nn.Module, images: Images, held: bool | None) -> Outputs:
         for batch, _ in images.batches(held):
             output = model(batch)
             for part in tree_leaves(output):
-                if isinstance(part, Tensor) and part.is_floating_point() and not bool(torch.isfinite(part).all()):
+                if isinstance(part, Tensor) and part.is_floating_point() and not is_finite(part):
                     raise FitError(f"this {type(model).__name__} gives values that are not finite on these images")
             found.append((len(batch), output))
     return found

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from nmconv.errors import FitError
-from nmconv.graph import Element, Join, Spot, Step, Ways, linear_runs, steps_of
+from nmconv.graph import Element, Join, Spot, Ways, linear_runs, steps_of, without_end
 from nmconv.planning import Kernel, Plan, Site
 
 __all__ = ["Unit", "find_units", "left_out"]
@@ -93,7 +93,7 @@ def find_units(
 def _acts_inside(elements: tuple[Element, ...], there: Ways) -> Iterator[Act]:
     """The reference's activations right behind an element that is not the last."""
     for element in elements[:-1]:
-        if isinstance(element, Step) and element.quiet:
+        if element.quiet:
             continue
         with suppress(KeyError):  # a call that only the converted model makes
             yield from (hop.act for hop in there.after(element) if hop.act is not None)
@@ -196,7 +196,7 @@ def _branches_named(block: list[Element], kernels: Mapping[tuple[str, ...], Kern
 def _is_before_activation(elements: list[Element], there: Ways) -> bool:
     """Whether the reference has an activation in or behind the last of the elements' blocks, sums passed over."""
     *_, block = _blocks(tuple(elements))
-    parts = [element for element in block if not (isinstance(element, Step) and element.quiet)]
+    parts = [element for element in block if not element.quiet]
     try:
         return any(hop.kind == "act" for element in parts for hop in there.after(element))
     except KeyError:
@@ -217,10 +217,9 @@ def _blocks(elements: tuple[Element, ...]) -> Iterator[list[Element]]:
 def _part(elements: list[Element], kernel: Kernel | None) -> Iterator[tuple[tuple[Element, ...], Kernel | None]]:
     while elements and not _convs(elements[:1]):  # what comes before the first convolution stays as it is
         elements = elements[1:]
-    while elements and isinstance(elements[-1], Step) and elements[-1].quiet:
-        elements = elements[:-1]
-    if elements:
-        yield tuple(elements), kernel
+    kept = tuple(without_end(elements))
+    if kept:
+        yield kept, kernel
 
 
 def _opened(elements: tuple[Element, ...]) -> tuple[Element, ...]:
@@ -229,7 +228,5 @@ def _opened(elements: tuple[Element, ...]) -> tuple[Element, ...]:
         full = [branch for branch in elements[-1].branches if _convs(branch)]
         if len(full) != 1:
             return elements
-        elements = (*elements[:-1], *full[0])
-        while isinstance(elements[-1], Step) and elements[-1].quiet:
-            elements = elements[:-1]
+        elements = tuple(without_end((*elements[:-1], *full[0])))
     return elements

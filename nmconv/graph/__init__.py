@@ -3,7 +3,7 @@
 from nmconv.graph._analysis import Called, act_calls, calls_by_kind
 from nmconv.graph._branches import Residual, residuals
 from nmconv.graph._callable import callable_methods
-from nmconv.graph._elements import Element, Join, LinearRun, Step, elements_from, steps_of, text_of
+from nmconv.graph._elements import Element, Join, LinearRun, Step, elements_from, steps_of, text_of, without_end
 from nmconv.graph._fingerprint import fingerprint
 from nmconv.graph._geometry import BEFORE, PADS, Padding, before_hoisting, check_hooks, geometry_of, norm_of
 from nmconv.graph._lower import is_inplace
@@ -68,4 +68,5 @@ __all__ = [
     "steps_of",
     "text_of",
     "trace_method",
+    "without_end",
 ]

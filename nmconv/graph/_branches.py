@@ -10,15 +10,13 @@ from torch import nn
 from nmconv.graph._alias import sums_must_copy
 from nmconv.graph._analysis import Called, trace_parts
 from nmconv.graph._lower import lower
-from nmconv.graph._ops import Op
+from nmconv.graph._ops import SUMS, Op
 from nmconv.graph._takes import takes_of
 from nmconv.graph._tracer import FlowTracer
 from nmconv.graph._ways import Spot, is_plain_sum, spot_of
 from nmconv.planning import Branch, Sum
 
 __all__ = ["Residual", "residuals"]
-
-_SUMS = ("add", "iadd", "add_", "radd")
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def _of_trace(tracer: FlowTracer) -> tuple[Residual, ...]:
             readers[source].add(node.index)
     found = []
     for node in nodes:
-        plain = is_plain_sum(node) and node.label in _SUMS and node.frame is not None
+        plain = is_plain_sum(node) and node.label in SUMS and node.frame is not None
         plain = plain and len(node.inputs) == len(node.origin.args) == 2
         if not plain or node.origin.op == "call_module" or tracer.methods.get(node.origin, "forward") != "forward":
             continue

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-__all__ = ["Element", "Join", "LinearRun", "Step", "elements_from", "steps_of", "text_of"]
+__all__ = ["Element", "Join", "LinearRun", "Step", "elements_from", "steps_of", "text_of", "without_end"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class Join:
     number: int
     why: str = ""
 
+    @property
+    def quiet(self) -> bool:
+        """Whether it hands on what it gets: never."""
+        return False
+
 
 Element: TypeAlias = "Step | Join"
 
@@ -77,6 +82,14 @@ def steps_of(elements: Iterable[Element]) -> Iterator[Step]:
         else:
             for branch in element.branches:
                 yield from steps_of(branch)
+
+
+def without_end(elements: Sequence[Element]) -> Sequence[Element]:
+    """The elements up to the last one that does something in eval mode."""
+    end = len(elements)
+    while end and elements[end - 1].quiet:
+        end -= 1
+    return elements[:end]
 
 
 def text_of(elements: Iterable[Element]) -> str:

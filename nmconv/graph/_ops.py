@@ -25,8 +25,11 @@ __all__ = [
     "SHAPE_ATTRIBUTES",
     "SHAPE_FUNCTIONS",
     "SHAPE_METHODS",
+    "SUMS",
     "Op",
 ]
+
+SUMS = ("add", "iadd", "add_", "radd")  # what additions are called in a forward
 
 
 class Op(Enum):

@@ -300,5 +300,5 @@ def _cut(elements: list[Element], links: set[tuple[str, str]] | None) -> Iterato
             yield part
             part = []
         part.append(element)
-        last = last if isinstance(element, Step) and element.quiet else [element]
+        last = last if element.quiet else [element]
     yield part

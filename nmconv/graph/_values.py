@@ -22,6 +22,7 @@ __all__ = ["Unknown", "Values", "fake_input"]
 
 # Modules whose result is shaped as their input; evaluating a norm's parts costs the most of all.
 _KEEP_SHAPE = (Op.NORM, Op.ACT, Op.DROP, Op.BOUNDED)
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Unknown(TraceError):
@@ -90,9 +91,14 @@ class Values:
             raise Unknown(f"the shape of input {node.target!r} is not known")
         if node.op == "get_attr":
             return self._attribute(str(node.target))
-        args = map_arg(node.args, self._known.__getitem__)
-        if node.op == "call_module" and args and self._keeps_shape(str(node.target)):
-            return args[0]
+        args: Any = map_arg(node.args, self._known.__getitem__)
+        if node.op == "call_module" and args:
+            if self._keeps_shape(str(node.target)):
+                return args[0]
+            shape = _convolved(self._root.get_submodule(str(node.target)), args[0])
+            if shape is not None:
+                with self._mode or nullcontext():
+                    return torch.empty(shape, dtype=args[0].dtype, device=args[0].device)
         kwargs = map_arg(node.kwargs, self._known.__getitem__)
         try:
             # In eval mode: a norm in train mode counts batches in a real buffer, and shapes are the same.
@@ -114,6 +120,24 @@ class Values:
         for part in name.split("."):
             value = getattr(value, part)
         return self.like(value) if isinstance(value, torch.Tensor) else value
+
+
+def _convolved(module: nn.Module, x: Any) -> tuple[int, ...] | None:
+    """The shape that one of torch's own convolutions gives, a hundred times as fast as by a fake tensor; or None."""
+    if type(module) not in _CONVS or "forward" in module.__dict__ or not isinstance(x, torch.Tensor):
+        return None
+    conv: Any = module
+    rank, padding = len(conv.kernel_size), conv.padding
+    usual = x.dim() == rank + 2 and x.shape[1] == conv.in_channels and x.dtype == conv.weight.dtype
+    if not usual or isinstance(padding, str) or not all(type(size) is int for size in x.shape):
+        return None
+    sizes = [
+        (x.shape[2 + axis] + 2 * padding[axis] - conv.dilation[axis] * (conv.kernel_size[axis] - 1) - 1)
+        // conv.stride[axis]
+        + 1
+        for axis in range(rank)
+    ]
+    return (x.shape[0], conv.out_channels, *sizes) if min(sizes) > 0 else None
 
 
 def fake_input(root: nn.Module, values: Values, size: tuple[int, ...] | None) -> torch.Tensor | None:

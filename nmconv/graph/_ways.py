@@ -13,7 +13,7 @@ from nmconv.graph._analysis import Called, trace_parts
 from nmconv.graph._elements import Element, Join
 from nmconv.graph._flow import FlowNode
 from nmconv.graph._lower import lower
-from nmconv.graph._ops import Op
+from nmconv.graph._ops import SUMS, Op
 from nmconv.graph._records import ActCall
 from nmconv.graph._tracer import FlowTracer
 from nmconv.graph._zoo import is_norm_act
@@ -22,7 +22,6 @@ __all__ = ["NORM", "SUM", "Hop", "Spot", "Ways", "spot_of"]
 
 SUM = "+"  # the label of a spot that is a sum made by an operator or a function
 NORM = "(norm)"  # the label of what timm's norm + act gives to its activation
-_SUMS = ("add", "iadd", "add_", "radd")
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def spot_of(tracer: FlowTracer, node: FlowNode) -> Spot:
     if node.origin.op == "call_module":
         inner = node.frame is not None and node.label == "norm" and is_norm_act(node.frame.module)
         return Spot(owner, NORM if inner else node.label, node.number)
-    if node.label not in _SUMS:
+    if node.label not in SUMS:
         return Spot(owner, f"{node.label}()", node.number)
     sums = [origin for origin in tracer.graph.nodes if _is_sum_of(tracer, origin, node)]
     return Spot(owner, SUM, sums.index(node.origin) + 1, len(sums))
@@ -134,7 +133,7 @@ def spot_of(tracer: FlowTracer, node: FlowNode) -> Spot:
 def _is_sum_of(tracer: FlowTracer, origin: Any, node: FlowNode) -> bool:
     """Whether the fx node is a sum of tensors made by the same forward that makes ``node``."""
     frame, label, _ = tracer.where.get(origin, (None, "", 0))
-    is_sum = origin.op != "call_module" and frame is node.frame and label in _SUMS
+    is_sum = origin.op != "call_module" and frame is node.frame and label in SUMS
     return is_sum and not tracer.is_number(origin)
 
 
@@ -224,4 +223,4 @@ class _Way:
         """Whether the call can be told apart while the model runs."""
         if node.frame is None or self._forwards[node.frame.path] != 1:
             return False
-        return node.origin.op == "call_module" or node.label in _SUMS or node.op is Op.ACT
+        return node.origin.op == "call_module" or node.label in SUMS or node.op is Op.ACT

@@ -231,7 +231,7 @@ def bracket(
         options = [best[end - 1].then(_alone(nodes[end - 1], price, fold, fewest))]
         for start in range(end - 1, -1, -1):
             part = tuple(nodes[start:end])
-            if _quiet(part[0]) or _quiet(part[-1]) or not any(node.convs for node in part):
+            if part[0].element.quiet or part[-1].element.quiet or not any(node.convs for node in part):
                 continue
             try:
                 segment = Segment(part, geometry_of_nodes(part, 0, 0))
@@ -252,10 +252,6 @@ def _alone(node: Node, price: Callable[[Segment], float | None], fold: bool, few
     for branch in node.branches:
         kept = kept.then(bracket(branch, price, fold=fold, fewest=fewest))
     return kept
-
-
-def _quiet(node: Node) -> bool:
-    return isinstance(node.element, Step) and node.element.quiet
 
 
 def _channels_in(model: nn.Module, elements: Iterable[Element]) -> int | None:

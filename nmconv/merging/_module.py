@@ -11,7 +11,7 @@ from torch.fx import Proxy
 from nmconv.merging._algebra import Affine, apply, response, sizes_of
 from nmconv.planning import Geometry
 
-__all__ = ["MergedConv", "conv_module", "is_plain"]
+__all__ = ["MergedConv", "conv_module", "filled", "is_finite", "is_plain"]
 
 
 class MergedConv(nn.modules.conv._ConvNd):
@@ -86,7 +86,15 @@ class MergedConv(nn.modules.conv._ConvNd):
         return text + (f", padding_mode={geometry.mode}" if geometry.mode != "zeros" else "")
 
 
+class _Bare:
+    """Draws nothing: on the meta device too, initialising takes longer than all the rest."""
+
+    def reset_parameters(self) -> None:
+        """The weights are given afterwards."""
+
+
 _CLASSES: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_BARE: dict[int, Any] = {rank: type(cls.__name__, (_Bare, cls), {}) for rank, cls in _CLASSES.items()}
 
 
 def is_plain(geometry: Geometry) -> bool:
@@ -99,13 +107,18 @@ def conv_module(geometry: Geometry, like: Tensor) -> nn.Module:
     """A module of this geometry with its weights not set: torch's own class where that is enough."""
     if not is_plain(geometry):
         return MergedConv(geometry, like)
-    cls: Any = _CLASSES[geometry.rank]
-    made: nn.Module = torch.nn.utils.skip_init(
-        cls, geometry.in_channels, geometry.out_channels, geometry.kernel, geometry.stride,
+    made: nn.Module = _BARE[geometry.rank](
+        geometry.in_channels, geometry.out_channels, geometry.kernel, geometry.stride,
         tuple(left for left, _ in geometry.padding), geometry.dilation, geometry.groups, geometry.bias, geometry.mode,
         device=like.device, dtype=like.dtype,
     )  # fmt: skip
+    made.__class__ = _CLASSES[geometry.rank]
     return made
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether all of its numbers are: a finite sum says so much sooner, though one that overflows says nothing."""
+    return bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())
 
 
 def filled(affine: Affine, like: Tensor, requires_grad: bool) -> nn.Module:
@@ -121,7 +134,7 @@ def filled(affine: Affine, like: Tensor, requires_grad: bool) -> nn.Module:
         if value is None:
             continue
         cast = value.detach().to(like.dtype)
-        if not cast.is_meta and not bool(torch.isfinite(cast).all()) and bool(torch.isfinite(value).all()):
+        if not cast.is_meta and not is_finite(cast) and is_finite(value):
             raise ValueError(f"a merged {name} does not fit into {like.dtype}")
         setattr(module, name, nn.Parameter(cast.to(like.device).contiguous(), requires_grad))
     module.train(False)

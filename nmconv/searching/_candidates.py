@@ -11,7 +11,7 @@ from torch import nn
 
 from nmconv.errors import NoSitesError, RewriteError
 from nmconv.fitting import Unit, sizes_asked
-from nmconv.graph import PLAIN_ACTS, Element, Join, Residual, Step, Ways, linear_runs, residuals, shapes_of, steps_of
+from nmconv.graph import PLAIN_ACTS, Element, Join, Residual, Ways, linear_runs, residuals, shapes_of, steps_of
 from nmconv.merging import Node, interior_geometry, nodes_of
 from nmconv.planning import Branch, Geometry, Kernel, Plan, Refusal, Site, shrunk
 from nmconv.surgery import apply_plan, make_plan, outline_of
@@ -231,13 +231,13 @@ class Network:
         return {site.id for act in acts if (site := self._sites.get(act))} <= set(self._inside(join))
 
     def _block(self, nodes: list[Node]) -> Block:
-        while isinstance(nodes[-1].element, Step) and nodes[-1].element.quiet:
+        while nodes[-1].element.quiet:
             nodes = nodes[:-1]
         elements = tuple(node.element for node in nodes)
         inner = [site for element in elements if isinstance(element, Join) for site in self._inside(element)]
         cut: Block | None = None
         for at, element in enumerate(elements[:-1]):
-            behind = "" if isinstance(element, Step) and element.quiet else self._behind(element)
+            behind = "" if element.quiet else self._behind(element)
             if behind:
                 cut = cut or Block(elements[: at + 1], tuple(nodes[: at + 1]), _convs(elements), tuple(inner), behind)
                 inner.append(behind)
@@ -248,7 +248,7 @@ class Network:
             for element in branch:
                 if isinstance(element, Join):
                     yield from self._inside(element)
-                if not (isinstance(element, Step) and element.quiet):
+                if not element.quiet:
                     found = self._behind(element)
                     if found:
                         yield found

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nmconv.graph import Join, Step
+from nmconv.graph import Join
 from nmconv.merging import Node, conv_module, fold_norms
 from nmconv.planning import Geometry
 from nmconv.searching._candidates import Network, Segment
@@ -84,7 +84,7 @@ class Stopwatch:
                 found.append(_Sum(*(self._modules(branch) for branch in node.branches)))
             elif node.element.kind == "conv" and isinstance(node.geometry, Geometry):
                 found.append(conv_module(node.geometry, self._image))
-            quiet = isinstance(node.element, Step) and node.element.quiet  # where an activation was, too
+            quiet = node.element.quiet  # where an activation was, too
             act = None if quiet or number + 1 == len(nodes) else self._network.activation_behind(node.element)
             if act is not None:
                 found.append(copy.deepcopy(act))
