@@ -45,6 +45,7 @@ def fit(
     holdout: float = 0.25,
     recalibrate: bool = True,
     keep_norms: bool = True,
+    downstream: bool = False,
     loss: Loss | None = None,
     key: str | None = None,
     inplace: bool = False,
@@ -72,6 +73,8 @@ def fit(
         keep_norms: Where a unit becomes one convolution, leave its last batch norm behind it, with the statistics of
             what it is given now: the output is the same, and fine-tuning goes on as it would have before. Without, a
             fitted convolution has no norm to train with. :func:`nmconv.merge` and :func:`nmconv.fold_norms` fold it.
+        downstream: Refit all convolutions behind the first unit too, each to what the reference computes there, from
+            what this model gives it: they make up for some of what the units could not. Keys and shapes stay.
         loss: What tells how close: a function of (output, the reference's output) of a batch that gives a
             number, or one for each image. By default the KL divergence for classifiers, else the relative squared
             error.
@@ -110,7 +113,9 @@ def fit(
     images = read_images(data, model, holdout=holdout, key=key)
     result = model if inplace else copy_of(model)
     with mode_hidden(), torch.no_grad(), undone_on_failure() as undo, eval_mode(result, reference):
-        report = _Fitting(result, reference, images, ridges, loss, keep_norms, undo).run(default, recalibrate)
+        report = _Fitting(result, reference, images, ridges, loss, keep_norms, downstream, undo).run(
+            default, recalibrate
+        )
     result.__dict__[_MARK] = report
     return result
 
@@ -124,7 +129,7 @@ def fit_units(model: nn.Module, reference: nn.Module, images: Images) -> tuple[U
         images: Some of them held out.
     """
     with mode_hidden(), torch.no_grad(), eval_mode(model, reference):
-        return _Fitting(model, reference, images, RIDGES, None, False, []).units(None)
+        return _Fitting(model, reference, images, RIDGES, None, False, False, []).units(None)
 
 
 def get_fit(model: nn.Module) -> Fit | None:
@@ -166,6 +171,7 @@ class _Fitting:
         ridges: tuple[float, ...],
         loss: Loss | None,
         keep_norms: bool,
+        downstream: bool,
         undo: Undo,
     ) -> None:
         self._model = model
@@ -174,6 +180,7 @@ class _Fitting:
         self._ridges = ridges
         self._loss = loss
         self._keep_norms = keep_norms
+        self._downstream = downstream
         self._undo = undo
         self._held = True if images.held else None  # where divergences are measured
         self._wanted: Outputs = []
@@ -182,7 +189,8 @@ class _Fitting:
         """Fit all units, in the order of execution."""
         plan = get_plan(self._model)
         assert plan is not None
-        found = find_units(self._model, self._reference, plan, default, self._images.first())
+        first, ahead = self._images.first(), self._downstream
+        found = find_units(self._model, self._reference, plan, default, first, downstream=ahead)
         fits = [self._fit(unit) for unit in found]
         fits += [self._refused(site.convs, f"{site.id} was dropped, and {_LOST}") for site in left_out(plan, found)]
         return tuple(fits)

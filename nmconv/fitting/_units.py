@@ -45,7 +45,13 @@ class Unit:
 
 
 def find_units(
-    model: nn.Module, reference: nn.Module, plan: Plan, default: Kernel | None, example_inputs: Any
+    model: nn.Module,
+    reference: nn.Module,
+    plan: Plan,
+    default: Kernel | None,
+    example_inputs: Any,
+    *,
+    downstream: bool = False,
 ) -> tuple[Unit, ...]:
     """All fits of a converted model, in order of execution.
 
@@ -55,6 +61,7 @@ def find_units(
         plan: What was done.
         default: The kernel of units of which the plan names none; None to fit their last convolution alone.
         example_inputs: What both are called with; only structure and shapes are used.
+        downstream: Whether to take in whatever comes after the first of them, too, to be fitted in factors form.
 
     Raises:
         FitError: If the plan names kernels for convolutions that do not follow one another.
@@ -83,6 +90,8 @@ def find_units(
                 part = part if default else _opened(part)
                 unit = _unit(part, default, here, there, dropped)
                 found.append(replace(unit, acts=(*unit.acts, *lost)))
+            elif downstream and found:
+                found.append(_unit(_opened(part), None, here, there, dropped))
     missing = set(kernels) - {unit.convs for unit in found}
     if missing:
         names = ", ".join(min(missing))
