@@ -59,12 +59,12 @@ CASES = {
         "tf_efficientnet_lite0", 64, 10_000, finetune.Recipe(epochs=5, batch_size=32, lr=0.02),
         slice(10_000, 10_512), "blocks.*.*",
         finetune.Recipe(epochs=2, batch_size=32, lr=0.01, weight_decay=5e-4), 10_000,
-        ("original", "multiply_adds", "latency", "alone", "cost_of_time"),
+        ("original", "multiply_adds", "latency", "alone", "cost_of_time", "downstream"),
     ),
     "resnet20": Case(
         "resnet20", 32, 0, finetune.Recipe(epochs=10), slice(0, 1024), "layer*.*",
         finetune.Recipe(epochs=1, warmup=0.1), 50_000,
-        ("original", "multiply_adds", "activations"),
+        ("original", "multiply_adds", "activations", "downstream"),
     ),
 }  # fmt: skip
 BUDGETS = {"lite0": (0.9, 0.8, 0.7, 0.65), "resnet20": (0.9, 0.8, 0.78, 0.7, 0.66, 0.5)}
@@ -351,6 +351,17 @@ class Run:
 
         self.row("activations", "2:1, from scratch", measure)
 
+    def downstream(self) -> None:
+        """The searched plans, and all that comes behind the first unit refitted too."""
+        for budget in BUDGETS[self.args.net]:
+            table = self.table("merged", "eager")
+            _, plan = self.search_row("search, multiply_adds", f"{budget}", table, budget, "multiply_adds")
+
+            def measure(plan: nmconv.Plan = plan) -> dict[str, Any]:
+                return {"accuracy": self.accuracy(self.fitted(plan, downstream=True))}
+
+            self.row("search, multiply_adds, downstream", f"{budget}", measure)
+
     def cost_of_time(self) -> None:
         """Seconds that all units together take to fit."""
         table = self.table("merged", "eager")
@@ -499,20 +510,23 @@ def _budgets(found: Rows) -> Iterator[str]:
         return
     yield "Multiply-adds, fitted and not trained; points lost (random: mean of each seed's draws):"
     yield ""
-    yield "| budget | search reached | search | uniform | random | search, then trained | activations |"
-    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    columns = "search | uniform | random | search, downstream too | search, then trained"
+    yield f"| budget | search reached | {columns} | activations |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for name in sorted(names, reverse=True):
         draws: dict[int, list[float]] = {}
         for draw in range(RANDOM):
             rows = found.of("random", f"{name}, draw {draw}")
             for seed, lost in zip(rows, found.lost("random", f"{name}, draw {draw}"), strict=True):
                 draws.setdefault(seed, []).append(lost)
+        ahead = found.lost("search, multiply_adds, downstream", name)
         trained = found.lost("search, multiply_adds, tuned", name, against="trained as long")
         cells = [
             spread(found.values("search, multiply_adds", name, "multiply_adds"), 3),
             spread(found.lost("search, multiply_adds", name), sign=True),
             spread(found.lost("uniform", name), sign=True) if found.of("uniform", name) else "",
             spread([statistics.mean(lost) for lost in draws.values()], sign=True) if draws else "",
+            spread(ahead, sign=True) if ahead else "",
             spread(trained, sign=True) if trained else "",
             " / ".join(f"{row['activations'][1]} of {row['activations'][0]}"
                        for row in found.of("search, multiply_adds", name).values()),
@@ -588,7 +602,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-EVERY = ("original", "multiply_adds", "latency", "alone", "activations", "cost_of_time", "from_scratch")
+EVERY = ("original", "multiply_adds", "latency", "alone", "activations", "cost_of_time", "downstream",
+         "from_scratch")  # fmt: skip
 
 
 def main() -> None:
