@@ -217,6 +217,28 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert_near(fitted(x).double(), without(x).double(), 8 * torch.finfo(dtype).eps)
 
 
+def test_a_channel_without_variance_and_a_norm_without_eps() -> None:
+    layers = (nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, eps=0), nn.ReLU())
+    net = settle(nn.Sequential(*layers))
+    with torch.no_grad():
+        net[3].weight[1] = 0
+    fitted = nmconv.fit(dropped(net, "4"), X, reference=net, kernel="exact", ridge=0.0, recalibrate=False)
+    (unit,) = report(fitted).units
+    assert unit.form == "merged" and bool(torch.isfinite(fitted(X)).all())
+
+
+def test_statistics_that_are_another_norms_too_are_left_alone() -> None:
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()]
+    net = settle(nn.Sequential(*layers, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()))
+    net[6].running_mean = net[3].running_mean
+    for kernel in ("exact", None):
+        model = dropped(net, "4", "7")
+        before = model[6].running_mean.clone()
+        fitted = nmconv.fit(model, X, reference=net, kernel=kernel, recalibrate=False)
+        assert torch.equal(fitted[6].running_mean, before)
+        assert "another module has the same" in report(fitted).units[0].why
+
+
 def test_interrupted_the_norms_are_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     from nmconv.fitting import _fit
 

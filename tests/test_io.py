@@ -251,7 +251,7 @@ def test_metadata_is_readable_without_nmconv(path):
     nmconv.save(model, path)
     with safetensors.safe_open(path, "pt") as file:
         found = json.loads(file.metadata()["nmconv"])
-    assert (found["format"], found["nmconv"], found["model"]) == (1, nmconv.__version__, "Net")
+    assert (found["format"], found["nmconv"], found["model"]) == (2, nmconv.__version__, "Net")
     assert nmconv.Plan.from_json(json.dumps(found["plan"])) == nmconv.get_plan(model)
     assert [merge["head"] for merge in found["merges"][0]] == [merge.head for merge in nmconv.get_merges(model)[0]]
 
@@ -533,7 +533,7 @@ def test_files_of_others(good, path):
 
 def test_other_versions(good, path):
     text = refused(
-        edited(good, lambda it: it.update(format=2, nmconv="7.1")), path, "format 2, and this nmconv reads 1"
+        edited(good, lambda it: it.update(format=3, nmconv="7.1")), path, "format 3, and this nmconv reads 2"
     )
     assert "written by nmconv 7.1" in text
     assert "install the version" in text
@@ -543,7 +543,7 @@ def test_other_versions(good, path):
 @pytest.mark.parametrize(
     "content",
     [
-        *("", "null", "[]", "{}", "1", '"x"', "nonsense", "[" * 100_000, '{"a":' * 100_000, '{"format": 1}'),
+        *("", "null", "[]", "{}", "1", '"x"', "nonsense", "[" * 100_000, '{"a":' * 100_000, '{"format": 2}'),
         *('{"format": true}', '{"format": "1"}', '{"format": 1.0}', '{"format": 1e999}', '{"format": NaN}'),
         '{"format": ' + "1" * 5000 + "}",
         " " * (2**24 + 1),

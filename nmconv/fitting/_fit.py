@@ -18,7 +18,7 @@ from nmconv.fitting._recalibrate import eval_mode, recalibrate
 from nmconv.fitting._records import Divergence, Fit, UnitFit
 from nmconv.fitting._samples import Samples
 from nmconv.fitting._solve import RIDGES, Answer, solved
-from nmconv.fitting._units import Unit, find_units, left_out
+from nmconv.fitting._units import Unit, Units, left_out
 from nmconv.fitting._watch import Watch
 from nmconv.graph import fingerprint, mode_hidden
 from nmconv.merging import get_merges
@@ -190,9 +190,16 @@ class _Fitting:
         plan = get_plan(self._model)
         assert plan is not None
         first, ahead = self._images.first(), self._downstream
-        found = find_units(self._model, self._reference, plan, default, first, downstream=ahead)
-        fits = [self._fit(unit) for unit in found]
-        fits += [self._refused(site.convs, f"{site.id} was dropped, and {_LOST}") for site in left_out(plan, found)]
+        units = Units(self._model, self._reference, plan, default, first, downstream=ahead)
+        fits: list[UnitFit] = []
+        todo = list(units.found)
+        while todo:
+            rounds = len(get_merges(self._model))
+            fits.append(self._fit(todo.pop(0)))
+            gone = [addition for merges in get_merges(self._model)[rounds:] for one in merges for addition in one.sums]
+            todo = units.renewed(todo, gone)
+        lost = left_out(plan, units.found)
+        fits += [self._refused(site.convs, f"{site.id} was dropped, and {_LOST}") for site in lost]
         return tuple(fits)
 
     def run(self, default: Kernel | None, recalibrating: bool) -> Fit:

@@ -42,8 +42,10 @@ def pass_through(norm: Any, mean: Tensor, variance: Tensor, undo: Undo) -> bool:
         undo: Takes the changes back.
 
     Returns:
-        False, and nothing done, where its dtype cannot hold that.
+        False, and nothing done, where its dtype cannot hold that, or it would divide by zero.
     """
+    if not bool((variance + norm.eps > 0).all()):
+        return False
     for value in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
         limit = torch.finfo(value.dtype).max
         if not bool((mean.abs() <= limit).all() and (variance <= limit).all()):

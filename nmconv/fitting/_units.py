@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -10,10 +10,11 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from nmconv.errors import FitError
+from nmconv.fitting._sums import Sums
 from nmconv.graph import Element, Join, Spot, Ways, linear_runs, steps_of, without_end
-from nmconv.planning import Kernel, Plan, Site
+from nmconv.planning import Kernel, Plan, Site, Sum
 
-__all__ = ["Unit", "find_units", "left_out"]
+__all__ = ["Unit", "Units", "left_out"]
 
 
 Act: TypeAlias = "tuple[tuple[str, str, str | None], int]"  # who calls it, its name and kind; which call of it
@@ -44,16 +45,8 @@ class Unit:
     acts: tuple[Act, ...] = ()
 
 
-def find_units(
-    model: nn.Module,
-    reference: nn.Module,
-    plan: Plan,
-    default: Kernel | None,
-    example_inputs: Any,
-    *,
-    downstream: bool = False,
-) -> tuple[Unit, ...]:
-    """All fits of a converted model, in order of execution.
+class Units:
+    """All fits of a converted model.
 
     Args:
         model: Converted by ``plan``, not merged.
@@ -66,37 +59,93 @@ def find_units(
     Raises:
         FitError: If the plan names kernels for convolutions that do not follow one another.
     """
-    before = {
-        conv: number
-        for number, run in enumerate(linear_runs(reference, example_inputs=example_inputs, sizes=False))
-        for conv in _convs(run.elements)
-    }
-    runs = linear_runs(model, example_inputs=example_inputs, sizes=False)
-    here, there = Ways(model, example_inputs), Ways(reference, example_inputs)
-    kernels = {kernel.convs: kernel for kernel in plan.kernels}
-    dropped = {_act_of(site) for site in plan.sites if _is_gone(site)}
-    found: list[Unit] = []
-    for run in runs:
-        for part, kernel in _parts(run.elements, kernels, there):
-            unit = _unit(part, kernel, here, there, dropped)
-            if kernel is not None:
-                found.append(unit)
-                continue
-            # What stands before it may have lost its activation where no unit could make up for that.
-            read = {there.read_by(step) for step in steps_of(part) if step.kind == "conv" and ":" not in step.name}
-            lost = (dropped & read) - {act for other in found for act in other.acts}
-            lost |= dropped & set(_acts_inside(part, there))
-            if unit.acts or lost or len({before.get(conv) for conv in unit.convs}) > 1:
-                part = part if default else _opened(part)
-                unit = _unit(part, default, here, there, dropped)
-                found.append(replace(unit, acts=(*unit.acts, *lost)))
-            elif downstream and found:
-                found.append(_unit(_opened(part), None, here, there, dropped))
-    missing = set(kernels) - {unit.convs for unit in found}
-    if missing:
-        names = ", ".join(min(missing))
-        raise FitError(f"the plan names a kernel for {names}, which are not one linear run here, nor a part of one")
-    return tuple(found)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reference: nn.Module,
+        plan: Plan,
+        default: Kernel | None,
+        example_inputs: Any,
+        *,
+        downstream: bool = False,
+    ) -> None:
+        self._model = model
+        self._examples = example_inputs
+        self._here, self._there = Ways(model, example_inputs), Ways(reference, example_inputs)
+        self._dropped = {_act_of(site) for site in plan.sites if _is_gone(site)}
+        self._sums = Sums(branch.sum for branch in plan.branches)
+        self._run_of = {
+            conv: number
+            for number, run in enumerate(linear_runs(reference, example_inputs=example_inputs, sizes=False))
+            for conv in _convs(run.elements)
+        }
+        self.found = tuple(self._find(plan, default, downstream))  #: In order of execution.
+
+    def renewed(self, units: Iterable[Unit], gone: Sequence[Sum]) -> list[Unit]:
+        """The same units after sums of the model are gone: those behind them in the same forward have other numbers."""
+        units = list(units)
+        if not gone:
+            return units
+        in_reference = [self._sums.in_reference(unit.elements) for unit in units]
+        self._sums = self._sums.without(gone)
+        self._here = Ways(self._model, self._examples)
+        return [
+            replace(self._unit(elements, unit.kernel), acts=unit.acts)
+            for elements, unit in zip(in_reference, units, strict=True)
+        ]
+
+    def _find(self, plan: Plan, default: Kernel | None, downstream: bool) -> list[Unit]:
+        there, dropped = self._there, self._dropped
+        kernels = {kernel.convs: kernel for kernel in plan.kernels}
+        found: list[Unit] = []
+        for run in linear_runs(self._model, example_inputs=self._examples, sizes=False):
+            for part, kernel in _parts(self._sums.in_reference(run.elements), kernels, there):
+                unit = self._unit(part, kernel)
+                if kernel is not None:
+                    found.append(unit)
+                    continue
+                # What stands before it may have lost its activation where no unit could make up for that.
+                read = {there.read_by(step) for step in steps_of(part) if step.kind == "conv" and ":" not in step.name}
+                lost = (dropped & read) - {act for other in found for act in other.acts}
+                lost |= dropped & set(_acts_inside(part, there))
+                if unit.acts or lost or len({self._run_of.get(conv) for conv in unit.convs}) > 1:
+                    unit = self._unit(part if default else _opened(part), default)
+                    found.append(replace(unit, acts=(*unit.acts, *lost)))
+                elif downstream and found:
+                    found += [self._unit(piece, None) for piece, _ in _parts(_opened(part), {}, there)]
+        missing = set(kernels) - {unit.convs for unit in found}
+        if missing:
+            names = ", ".join(min(missing))
+            raise FitError(f"the plan names a kernel for {names}, which are not one linear run here, nor a part of one")
+        return found
+
+    def _unit(self, elements: tuple[Element, ...], kernel: Kernel | None) -> Unit:
+        """The fit of some elements, their sums numbered as in the reference."""
+        here, there = self._here, self._there
+        own = self._sums.in_model(elements)
+        try:
+            end, target = here.spot(own[-1]), there.spot(elements[-1])
+            sums = [hop.spot for hop in here.after(own[-1]) if hop.kind == "sum"]
+            hops = there.after(elements[-1])
+        except KeyError as error:
+            raise FitError(
+                f"the reference makes no call {error.args[0]} that this model makes: give the model that was converted "
+                "as it was before that"
+            ) from error
+        far: Spot | None = None
+        acts: tuple[Act, ...] = ()
+        for hop in hops:
+            if hop.kind == "sum":
+                if not sums:
+                    break
+                far, target = sums.pop(0), hop.spot
+            else:
+                if hop.act is not None and hop.act in self._dropped:
+                    target, acts = hop.spot, (hop.act,)
+                break
+        head = next(step.name for step in steps_of(own))
+        return Unit(own, _convs(own), head, end, far, target, kernel, acts)
 
 
 def _acts_inside(elements: tuple[Element, ...], there: Ways) -> Iterator[Act]:
@@ -126,33 +175,6 @@ def _is_gone(site: Site) -> bool:
 
 def _act_of(site: Site) -> Act:
     return (site.owner, site.name, site.function), site.call
-
-
-def _unit(elements: tuple[Element, ...], kernel: Kernel | None, here: Ways, there: Ways, dropped: Set[Act]) -> Unit:
-    """The fit of some elements."""
-    last = elements[-1]
-    try:
-        end, target = here.spot(last), there.spot(last)
-        sums = [hop.spot for hop in here.after(last) if hop.kind == "sum"]
-        hops = there.after(last)
-    except KeyError as error:
-        raise FitError(
-            f"the reference makes no call {error.args[0]} that this model makes: give the model that was converted, as "
-            "it was before"
-        ) from error
-    far: Spot | None = None
-    acts: tuple[Act, ...] = ()
-    for hop in hops:
-        if hop.kind == "sum":
-            if not sums:
-                break
-            far, target = sums.pop(0), hop.spot
-        else:
-            if hop.act is not None and hop.act in dropped:
-                target, acts = hop.spot, (hop.act,)
-            break
-    head = next(step.name for step in steps_of(elements))
-    return Unit(elements, _convs(elements), head, end, far, target, kernel, acts)
 
 
 def _convs(elements: Iterable[Element]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from nmconv.graph._constants import settings_read
 from nmconv.graph._holders import Holders
@@ -72,9 +72,7 @@ class Callers:
         self._opaque = opaque
         self._read = {name for trace in seen for name in trace.read}
         self._settings = {held for trace in seen for held in trace.settings}
-        self._owners = Counter(
-            id(value) for module in model.modules() for value in module._parameters.values() if value is not None
-        )
+        self._owners = Counter(id(value) for module in model.modules() for value in _tensors(module))
         self._times: Counter[int] = Counter()
         for trace in seen:
             for name, times in trace.calls.items():
@@ -90,10 +88,15 @@ class Callers:
             return "something else reads its parameters"
         if id(module) in self._settings:
             return "a forward reads its settings"
-        if any(self._owners[id(value)] > 1 for value in module._parameters.values() if value is not None):
-            return "another module has the same parameters"
+        if any(self._owners[id(value)] > 1 for value in _tensors(module)):
+            return "another module has the same parameters or statistics"
         if self._holders.is_kept_elsewhere(module):
             return "an attribute holds it without registering it, so that it cannot be replaced"
         if self._opaque and self._holders.count(module) > 1:
             return "it is registered several times in a model that cannot be traced as a whole"
         return ""
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    values = [*module._parameters.values(), *module._buffers.values()]
+    return [value for value in values if value is not None]
