@@ -56,6 +56,9 @@ class Units:
         example_inputs: What both are called with; only structure and shapes are used.
         downstream: Whether to take in whatever comes after the first of them, too, to be fitted in factors form.
 
+    Attributes:
+        found: In order of execution.
+
     Raises:
         FitError: If the plan names kernels for convolutions that do not follow one another.
     """
@@ -80,7 +83,7 @@ class Units:
             for number, run in enumerate(linear_runs(reference, example_inputs=example_inputs, sizes=False))
             for conv in _convs(run.elements)
         }
-        self.found = tuple(self._find(plan, default, downstream))  #: In order of execution.
+        self.found = tuple(self._find(plan, default, downstream))
 
     def renewed(self, units: Iterable[Unit], gone: Sequence[Sum]) -> list[Unit]:
         """The same units after sums of the model are gone: those behind them in the same forward have other numbers."""
