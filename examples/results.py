@@ -353,8 +353,8 @@ class Run:
 
     def downstream(self) -> None:
         """The searched plans, and all that comes behind the first unit refitted too."""
+        table = self.table("merged", "eager")
         for budget in BUDGETS[self.args.net]:
-            table = self.table("merged", "eager")
             _, plan = self.search_row("search, multiply_adds", f"{budget}", table, budget, "multiply_adds")
 
             def measure(plan: nmconv.Plan = plan) -> dict[str, Any]:

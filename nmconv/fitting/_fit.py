@@ -73,8 +73,9 @@ def fit(
         keep_norms: Where a unit becomes one convolution, leave its last batch norm behind it, with the statistics of
             what it is given now: the output is the same, and fine-tuning goes on as it would have before. Without, a
             fitted convolution has no norm to train with. :func:`nmconv.merge` and :func:`nmconv.fold_norms` fold it.
-        downstream: Refit all convolutions behind the first unit too, each to what the reference computes there, from
-            what this model gives it: they make up for some of what the units could not. Keys and shapes stay.
+        downstream: Refit the convolutions behind the first unit that belong to none too, each to what the reference
+            computes there, from what this model gives it: they make up for some of what the units could not. Keys and
+            shapes stay.
         loss: What tells how close: a function of (output, the reference's output) of a batch that gives a
             number, or one for each image. By default the KL divergence for classifiers, else the relative squared
             error.
@@ -277,7 +278,8 @@ class _Fitting:
             )
             least = min(answer.judged for answer in tried)
             best = next(answer for answer in tried if answer.judged <= _WITHIN * least)
-            norm = form.install(best.size, best.line, fitted.of(best.size) if self._keep_norms else None, self._undo)
+            rows = fitted.of(best.size)
+            norm = form.install(best.size, best.line, rows if self._keep_norms else None, self._undo).norm
         positions, unknowns = fitted.rows, best.line.weight.shape[1]
         return UnitFit(
             convs=unit.convs,
@@ -291,7 +293,7 @@ class _Fitting:
             images=self._images.count,
             positions=positions,
             unknowns=unknowns,
-            why=_lacking(fitted.of(best.size), unknowns),
+            why=_lacking(rows, unknowns),
             sizes=tuple((answer.size, answer.held_after) for answer in tried) if len(tried) > 1 else (),
             norm=norm,
         )

@@ -91,7 +91,7 @@ class Merged:
         device = self._like.device
         return Line(rows.to(device), self._composed.bias.reshape(groups, -1).to(device))
 
-    def install(self, size: Sequence[int], line: Line, rows: Rows | None, undo: Undo) -> str:
+    def install(self, size: Sequence[int], line: Line, rows: Rows | None, undo: Undo) -> Merge:
         """Put the convolution into the model.
 
         Args:
@@ -102,18 +102,18 @@ class Merged:
             undo: Takes the changes back.
 
         Returns:
-            The name of the norm that stays, or "".
+            What was done.
         """
-        made, norm = self._record(shrunk(self.geometry, size)), ""
+        made = self._record(shrunk(self.geometry, size))
         if rows is not None and self._norm:
             mean, variance = rows.spread(line.weight)
             mean = (mean + line.constant).flatten()
             if pass_through(self._model.get_submodule(self._norm), mean, variance.flatten(), undo):
-                norm = self._norm
-                made = replace(made, norm=norm, removed=tuple(name for name in made.removed if name != norm))
+                removed = tuple(name for name in made.removed if name != self._norm)
+                made = replace(made, norm=self._norm, removed=removed)
         methods, _ = write_methods(self._model, [made])
         install(self._model, [made], {made.head: self.conv(size, line, made.trainable)}, methods, undo)
-        return norm
+        return made
 
     def conv(self, size: Sequence[int], line: Line, requires_grad: bool) -> nn.Module:
         """The convolution by itself, in the model's dtype."""

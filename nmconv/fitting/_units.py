@@ -44,6 +44,11 @@ class Unit:
     kernel: Kernel | None
     acts: tuple[Act, ...] = ()
 
+    @property
+    def adders(self) -> set[str]:
+        """Qualified names of the modules in whose forwards its sums and its end are counted."""
+        return {spot.owner for spot in (self.end, self.far) if spot is not None} | set(_adders(self.elements))
+
 
 class Units:
     """All fits of a converted model.
@@ -87,11 +92,12 @@ class Units:
 
     def renewed(self, units: Iterable[Unit], gone: Sequence[Sum]) -> list[Unit]:
         """The same units after sums of the model are gone: those behind them in the same forward have other numbers."""
-        units = list(units)
-        if not gone:
+        units, before = list(units), self._sums
+        self._sums = before.without(gone)
+        changed = {one.owner for one in gone}
+        if not any(changed & unit.adders for unit in units):
             return units
-        in_reference = [self._sums.in_reference(unit.elements) for unit in units]
-        self._sums = self._sums.without(gone)
+        in_reference = [before.in_reference(unit.elements) for unit in units]
         self._here = Ways(self._model, self._examples)
         return [
             replace(self._unit(elements, unit.kernel), acts=unit.acts)
@@ -149,6 +155,14 @@ class Units:
                 break
         head = next(step.name for step in steps_of(own))
         return Unit(own, _convs(own), head, end, far, target, kernel, acts)
+
+
+def _adders(elements: Iterable[Element]) -> Iterator[str]:
+    for element in elements:
+        if isinstance(element, Join):
+            yield element.owner
+            for branch in element.branches:
+                yield from _adders(branch)
 
 
 def _acts_inside(elements: tuple[Element, ...], there: Ways) -> Iterator[Act]:
