@@ -384,7 +384,7 @@ def test_the_command(tmp_path):
     ("arguments", "message"),
     [
         (["resnet1888"], "did you mean resnet18"),
-        ([SMALL, "--backend", "tensorrt"], "eager, compile, onnxruntime"),
+        ([SMALL, "--backend", "tensorrt"], "eager, compile, frozen, onnxruntime"),
         ([SMALL, "--ratio", "1:2"], "1:2"),
         ([SMALL, "--json", "no/such/folder/bench.json"], "no folder"),
         ([SMALL, "--weights", "nowhere.pt"], "nowhere.pt"),

@@ -113,7 +113,7 @@ def test_sessions_take_torchs_number_of_threads(monkeypatch):
 
 
 def test_unknown_backend():
-    with pytest.raises(OptionError, match=r"'tensorrt'.*eager, compile, onnxruntime"):
+    with pytest.raises(OptionError, match=r"'tensorrt'.*eager, compile, frozen, onnxruntime"):
         runner(small(), (torch.randn(1, 3, 8, 8),), "tensorrt")
 
 
@@ -126,7 +126,19 @@ def test_missing_package(monkeypatch, package):
     require("compile")
 
 
-@pytest.mark.parametrize("backend", ["compile", "onnxruntime"])
+@pytest.mark.parametrize("backend, kept", [("eager", False), ("compile", False), ("frozen", True)])
+def test_only_freezing_keeps_weights(backend, kept):
+    module, x = small(), torch.randn(1, 3, 8, 8)
+    run = runner(module, (x,), backend)
+    before = run().clone()
+    with torch.no_grad():
+        module[0].weight.zero_()
+    assert torch.equal(run(), before) == kept
+    assert torch.equal(run(), module(x)) != kept
+    assert not torch._inductor.config.freezing  # what the runner sets stays with it
+
+
+@pytest.mark.parametrize("backend", ["compile", "frozen", "onnxruntime"])
 def test_a_module_that_a_backend_cannot_run(backend):
     class Branches(nn.Module):
         def forward(self, x):

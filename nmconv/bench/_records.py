@@ -113,7 +113,7 @@ class Cell:
     """One backend and batch.
 
     Attributes:
-        backend: ``eager``, ``compile`` or ``onnxruntime``.
+        backend: ``eager``, ``compile``, ``frozen`` or ``onnxruntime``.
         batch: Images in a batch.
         measured: The times, or None.
         why: ``not measured: `` and the reason, where there are none; else "".

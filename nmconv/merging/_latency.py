@@ -29,7 +29,7 @@ class LatencyGate:
     Args:
         like: A weight of the model: gives dtype and device.
         batch: Of the example inputs.
-        backend: ``eager``, ``compile`` or ``onnxruntime``.
+        backend: ``eager``, ``compile``, ``frozen`` or ``onnxruntime``.
         min_gain: What time before over time after must reach.
         before: From a module's name and geometry to the geometry before its padding was hoisted.
     """

@@ -25,11 +25,11 @@ from nmconv.merging._records import Merge, Run
 from nmconv.merging._verify import check_model_outputs, check_segment
 from nmconv.planning import Geometry, Refusal
 from nmconv.surgery import Undo, check_examples, check_plain, copy_of, undone_on_failure
+from nmconv.timing import BACKENDS
 
 __all__ = ["find_runs", "fold_norms", "merge"]
 
 _GATES = ("flops", "latency", "always")
-_BACKENDS = ("eager", "compile", "onnxruntime")
 _SIZE = 256  # along each axis, where nothing tells the input's
 Price = Callable[[Segment], "float | None"]
 
@@ -57,7 +57,8 @@ def merge(
             faster on ``example_inputs``' shape, the model's device and dtype, and ``backend``; ``"always"``: every
             exact merge is made, as few convolutions as possible left.
         min_gain: Before over after; 1.05 is where the measured law breaks even.
-        backend: What the latency gate times on: ``"eager"``, ``"compile"`` or ``"onnxruntime"``.
+        backend: What the latency gate times on: ``"eager"``, ``"compile"``, ``"frozen"`` or ``"onnxruntime"``
+            (:func:`nmconv.timing.runner` tells what these are).
         live: Keep the factors as parameters, under their old keys, and compute merged kernels from them on the fly,
             for fine-tuning with frozen norms.
         example_inputs: What the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
@@ -140,8 +141,8 @@ def find_runs(model: nn.Module, *, min_gain: float = 1.05, example_inputs: Any =
 def _check_options(gate: str, min_gain: float, backend: str, example_inputs: Any) -> None:
     if gate not in _GATES:
         raise OptionError(f"gate={gate!r}: give one of {', '.join(_GATES)}")
-    if backend not in _BACKENDS:
-        raise OptionError(f"backend={backend!r}: give one of {', '.join(_BACKENDS)}")
+    if backend not in BACKENDS:
+        raise OptionError(f"backend={backend!r}: give one of {', '.join(BACKENDS)}")
     if isinstance(min_gain, bool) or not isinstance(min_gain, (int, float)) or not 0 < min_gain < math.inf:
         raise OptionError(f"min_gain={min_gain!r}: give a positive number, such as 1.05")
     if gate == "latency" and example_inputs is None:

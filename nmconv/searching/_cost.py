@@ -35,7 +35,7 @@ class Stopwatch:
     Args:
         network: Whose segments.
         image: One image, as a batch: gives dtype and device.
-        backend: ``eager``, ``compile`` or ``onnxruntime``.
+        backend: ``eager``, ``compile``, ``frozen`` or ``onnxruntime``.
     """
 
     def __init__(self, network: Network, image: Tensor, backend: str) -> None:

@@ -57,7 +57,7 @@ def search(
             1 are given as a fraction). Several, for several plans from one table.
         cost: ``"latency"`` (of one image, on ``backend``), ``"multiply_adds"``, ``"activations"`` (layers: rounds of
             private inference) or ``"activation_elements"``.
-        backend: Where latency is measured: ``"eager"``, ``"compile"`` or ``"onnxruntime"``.
+        backend: Where latency is measured: ``"eager"``, ``"compile"``, ``"frozen"`` or ``"onnxruntime"``.
         sensitivity: A table of this network; measured if not given.
         form: ``"merged"``: one convolution in a segment's place; ``"factors"``: its convolutions stay, and keep their
             keys. By default merged, and factors where activations are what costs.

@@ -57,7 +57,7 @@ def sensitivity(
             dozen will do; no labels.
         form: ``"merged"``: one convolution in a segment's place; ``"factors"``: the convolutions stay, the last one
             is refitted.
-        backend: Time segments too, on ``"eager"``, ``"compile"`` or ``"onnxruntime"``; None does not.
+        backend: Time segments too, on ``"eager"``, ``"compile"``, ``"frozen"`` or ``"onnxruntime"``; None does not.
         most: Longest segment, in convolutions.
         holdout: Which part of the images is held out, spread evenly over them.
         loss: A function of (output, output of the original) of a batch that gives a number, or one for each image;

@@ -15,7 +15,7 @@ from nmconv.errors import OptionError
 
 __all__ = ["BACKENDS", "require", "runner"]
 
-BACKENDS = ("eager", "compile", "onnxruntime")
+BACKENDS = ("eager", "compile", "frozen", "onnxruntime")
 
 _NEEDS = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript")}
 _numbers = count()
@@ -41,8 +41,10 @@ def runner(module: nn.Module, inputs: tuple[Tensor, ...], backend: str) -> Calla
     Args:
         module: In the mode and on the device it is to be run on.
         inputs: Its arguments, on the same device; what is timed is this shape.
-        backend: ``"eager"``; ``"compile"``: ``torch.compile(fullgraph=True)`` for this shape; or ``"onnxruntime"``:
-            exported by ``torch.onnx.export(dynamo=True)`` for this shape, on the inputs' device, with as many threads
+        backend: ``"eager"``; ``"compile"``: ``torch.compile(fullgraph=True)`` for this shape; ``"frozen"``: the same
+            with TorchInductor's freezing (``TORCHINDUCTOR_FREEZING=1``), which takes weights for constants and lays
+            them out once, where a CPU else does so in every call; or ``"onnxruntime"``: exported by
+            ``torch.onnx.export(dynamo=True)`` for this shape, on the inputs' device, with as many threads
             as torch now has. Inputs and outputs are bound once: no copy is timed.
 
     Returns:
@@ -56,8 +58,11 @@ def runner(module: nn.Module, inputs: tuple[Tensor, ...], backend: str) -> Calla
     if backend == "eager":
         return _warm(module, inputs)
     try:
-        if backend == "compile":
-            return _warm(torch.compile(_own_code(module), fullgraph=True, dynamic=False), inputs)
+        if backend in ("compile", "frozen"):
+            from torch._inductor import config  # Dynamo reads it too: options={"freezing": True} would not do
+
+            with config.patch(freezing=backend == "frozen"):
+                return _warm(torch.compile(_own_code(module), fullgraph=True, dynamic=False), inputs)
         from nmconv.timing._onnx import session_runner
 
         return session_runner(module, inputs)
