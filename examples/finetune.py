@@ -4,7 +4,7 @@
     python examples/finetune.py tf_efficientnet_lite0 --data-dir ~/data/cifar10 --out runs/lite0 \
         --weights efficientnet_lite0.pth --size 64 --images 10000 --epochs 5 --batch-size 32 --lr 0.02
     python examples/finetune.py resnet20 --data-dir ~/data/cifar10 --out runs/fitted --weights fitted.safetensors \
-        --teacher runs/resnet20/model.safetensors --epochs 2 --lr 0.01
+        --teacher runs/resnet20/model.safetensors --hints 'layer*.*' --hint 1 --epochs 2 --lr 0.01
 
 A run that was killed, at any moment, goes on where its last checkpoint left it when the same command is given again,
 and ends with the very same weights: a step depends on the state before it and on (seed, step), on nothing else.
@@ -18,9 +18,10 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -71,6 +72,8 @@ class Recipe:
     seed: int = 0  # of the order of the pictures and their augmentation
     distill: float = 0.0  # weight of the teacher's answers in the loss; the labels have the rest
     temperature: float = 4.0
+    hint: float = 0.0  # what is added to the loss: so many times the distance from the teacher within the network
+    hints: str = ""  # where: modules of these names (a pattern, as of files), by their outputs
     bf16: bool = False  # forward passes of training in bfloat16 where autocast allows
 
 
@@ -220,6 +223,49 @@ def loss_of(logits: Tensor, labels: Tensor, targets: Tensor | None, recipe: Reci
     return torch.lerp(loss, apart, recipe.distill)
 
 
+@contextmanager
+def hinting(model: nn.Module, teacher: nn.Module | None, recipe: Recipe) -> Iterator[Callable[[], Tensor | float]]:
+    """Gives what the recipe's hints add to the loss of the last forward of both: FitNets (arXiv 1412.6550).
+
+    It is the mean, over the places, of the squared error over the teacher's variance. A converted network has the
+    modules of the one it was made of, so that their outputs can be compared as they are.
+    """
+    if teacher is None or not recipe.hint:
+        yield lambda: 0.0
+        return
+    wanted = recipe.hints.split(".")
+    paths = ((name, name.split(".")) for name, _ in model.named_modules() if name)
+    names = [name for name, path in paths if len(path) == len(wanted) and all(map(fnmatch, path, wanted))]
+    if not names:
+        raise ValueError(f"hints={recipe.hints!r}: no module of this {type(model).__name__} has such a name")
+    outputs: dict[tuple[str, int], tuple[Tensor, int]] = {}
+
+    def seen(key: tuple[str, int], output: Tensor) -> None:
+        if not output.is_inference():  # as where the model is evaluated
+            outputs[key] = (output, output._version)
+
+    def output(name: str, of: int) -> Tensor:
+        found, version = outputs.pop((name, of))
+        if found._version != version:
+            raise ValueError(f"hints={recipe.hints!r}: what {name} returns is written over later on")
+        return found.float()
+
+    def apart() -> Tensor:
+        pairs = [(output(name, 0), output(name, 1)) for name in names]
+        return recipe.hint * torch.stack([F.mse_loss(ours, theirs) / theirs.var() for ours, theirs in pairs]).mean()
+
+    hooks = [
+        net.get_submodule(name).register_forward_hook(lambda _, __, out, key=(name, of): seen(key, out))
+        for of, net in enumerate((model, teacher))
+        for name in names
+    ]
+    try:
+        yield apart
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def train(
     model: nn.Module,
     data: Data,
@@ -244,8 +290,10 @@ def train(
     Returns:
         The `losses` and the `curve` of accuracies (percent, of the `probe` pictures), by epoch; and the `seconds`.
     """
-    if (teacher is None) != (recipe.distill == 0):
+    if (teacher is None) != (recipe.distill == 0 and recipe.hint == 0):
         raise ValueError("distillation needs both: a teacher, and a weight above 0 in the recipe")
+    if (recipe.hint == 0) != (not recipe.hints):
+        raise ValueError("hints need both: where they are, and a weight above 0")
     updates = len(data.train.labels) // recipe.batch_size
     if updates == 0:
         raise ValueError(f"{len(data.train.labels)} pictures do not fill a batch of {recipe.batch_size}")
@@ -280,7 +328,7 @@ def train(
 
     if teacher is not None:
         teacher.eval()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), hinting(model, teacher, recipe) as apart:
         while step < recipe.epochs * updates:
             model.train()
             for images, labels in batches(data.train, recipe, step // updates, step % updates):
@@ -289,7 +337,7 @@ def train(
                     with torch.no_grad():
                         targets = None if teacher is None else teacher(inputs(teacher, images)).float()
                     logits = model(inputs(model, images)).float()
-                loss = loss_of(logits, labels.to(device), targets, recipe)
+                loss = loss_of(logits, labels.to(device), targets, recipe) + apart()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -249,7 +249,7 @@ class Run:
         self.row("original", "trained as long", lambda: {"accuracy": self.tuned(copy.deepcopy(self.net))})
 
     def alone(self) -> None:
-        """Each unit by itself: dropped, recalibrated, fitted."""
+        """Each unit by itself: dropped, recalibrated, fitted, and what follows fitted too."""
         for rows in units_of(self.table("merged", "eager"), self.case.units):
             one = rows[-1]
             unit = ".".join(one.convs[0].split(".")[: self.case.units.count(".") + 1])
@@ -259,8 +259,11 @@ class Run:
                 model = nmconv.apply_plan(self.net, plan.with_kernels({}))
                 found = {"dropped": self.accuracy(model)}
                 found["recalibrated"] = self.accuracy(nmconv.recalibrate_norms(model, self.images))
-                found["factors"] = self.accuracy(self.fitted(plan.with_kernels({})))
-                model = self.fitted(plan.with_kernels({one.convs: "auto"}))
+                factors, merged = (plan.with_kernels(kernels) for kernels in ({}, {one.convs: "auto"}))
+                found["factors"] = self.accuracy(self.fitted(factors))
+                found["factors, downstream"] = self.accuracy(self.fitted(factors, downstream=True))
+                found["fitted, downstream"] = self.accuracy(self.fitted(merged, downstream=True))
+                model = self.fitted(merged)
                 report = nmconv.get_fit(model)
                 assert report is not None
                 found["fitted"] = self.accuracy(model)
@@ -314,7 +317,7 @@ class Run:
         """Original over fitted, medians with quartiles, norms folded in both, one thread."""
         found = {}
         with threads(1):
-            for backend in ("onnxruntime", "compile", "eager"):
+            for backend in ("onnxruntime", "compile", "frozen", "eager"):
                 for batch in (1, 8):
                     x = self.images[:batch]
                     sides = [runner(nmconv.fold_norms(one), (x,), backend) for one in (self.net, model)]
@@ -484,11 +487,12 @@ def _alone(found: Rows) -> Iterator[str]:
     names = found.names("alone")
     if not names:
         return
-    columns = ("dropped", "recalibrated", "factors", "fitted")
+    columns = ("dropped", "recalibrated", "factors", "factors, downstream", "fitted", "fitted, downstream")
     yield "Each unit alone, no training; points lost:"
     yield ""
-    yield "| unit | dropped | dropped, recalibrated | fitted, factors | fitted, merged | kernel |"
-    yield "| --- | --- | --- | --- | --- | --- |"
+    forms = "fitted, factors | the same, downstream too | fitted, merged | the same, downstream too"
+    yield f"| unit | dropped | dropped, recalibrated | {forms} | kernel |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for name in names:
         kernels = ", ".join(dict.fromkeys(row["kernel"] for row in found.of("alone", name).values()))
         cells = " | ".join(spread(found.lost("alone", name, key), sign=True) for key in columns)

@@ -176,6 +176,63 @@ def test_a_teacher_and_its_weight_go_together(data, teacher, distill):
         finetune.train(tiny(), data, finetune.Recipe(distill=distill, batch_size=10), teacher=teacher and teacher())
 
 
+def hinted(**options):
+    return finetune.Recipe(epochs=1, batch_size=10, lr=0.05, **options)
+
+
+def test_hints_are_the_distance_from_the_teacher_within_the_network():
+    model, teacher, x = tiny().eval(), tiny().eval(), torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        teacher[0].weight.mul_(1.5)
+        parts = []
+        for stop in (1, 3):  # the outputs of "0" and "2"
+            ours, theirs = (net[:stop](x) for net in (model, teacher))
+            parts.append(((ours - theirs) ** 2).mean() / ((theirs - theirs.mean()) ** 2).sum() * (theirs.numel() - 1))
+    with finetune.hinting(model, teacher, hinted(hint=2.0, hints="[02]")) as apart:
+        model(x), teacher(x)
+        torch.testing.assert_close(apart(), parts[0] + parts[1])
+    assert not any(module._forward_hooks for net in (model, teacher) for module in net.modules())
+    with finetune.hinting(model, model, hinted()) as apart:
+        assert apart() == 0
+
+
+def test_hints_are_learnt_from_and_leave_no_hook(data):
+    teacher, alone, taught = tiny(), tiny(), tiny()
+    for net in (alone, taught):
+        with torch.no_grad():
+            net[0].weight.mul_(-1)
+    finetune.train(alone, data, hinted(distill=0.3), teacher=teacher)
+    finetune.train(taught, data, hinted(distill=0.3, hint=3.0, hints="2"), teacher=teacher)
+    x = finetune.inputs(teacher, data.test.images)
+    wanted = teacher[:3](x)
+    assert F.mse_loss(taught[:3](x), wanted) < F.mse_loss(alone[:3](x), wanted)
+    assert not any(module._forward_hooks for net in (teacher, taught) for module in net.modules())
+
+
+def test_a_pattern_goes_by_the_parts_of_a_name():
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(nn.Conv2d(3, 3, 1))))
+    seen = []
+    for pattern in ("*", "*.*", "*.1.*"):
+        with finetune.hinting(net, copy.deepcopy(net), hinted(hint=1.0, hints=pattern)):
+            seen.append([name for name, module in net.named_modules() if module._forward_hooks])
+    assert seen == [["0"], ["0.0", "0.1"], ["0.1.0"]]
+
+
+@pytest.mark.parametrize("options", [{"hint": 1.0}, {"hints": "2", "distill": 0.5}, {"hint": 1.0, "hints": "9"}])
+def test_hints_that_cannot_be(data, options):
+    model, teacher = tiny(), tiny()
+    with pytest.raises(ValueError, match="hints"):
+        finetune.train(model, data, hinted(**options), teacher=teacher)
+    assert same(model, tiny())
+    assert not any(module._forward_hooks for net in (teacher, model) for module in net.modules())
+
+
+def test_hints_that_are_written_over(data):
+    model, teacher = (nn.Sequential(nn.Conv2d(3, 2, 8), nn.ReLU(inplace=True), nn.Flatten()) for _ in range(2))
+    with pytest.raises(ValueError, match="what 0 returns is written over"):
+        finetune.train(model, data, hinted(hint=1.0, hints="0"), teacher=teacher)
+
+
 # Pictures and weights
 
 

@@ -78,11 +78,15 @@ def test_the_tables_give_means_over_seeds_of_differences_within_seeds():
         for draw in range(results.RANDOM):
             rows.append({**key, "case": "random", "name": f"0.9, draw {draw}", "accuracy": found - draw})
         rows.append({**key, "case": "alone", "name": "layer1.0", "dropped": 10.0, "recalibrated": 70.0,
-                     "factors": 78.0, "fitted": original, "kernel": "3x3"})  # fmt: skip
+                     "factors": 78.0, "factors, downstream": 78.5, "fitted": original,
+                     "fitted, downstream": original + 0.5, "kernel": "3x3"})  # fmt: skip
     text = "\n".join(results.markdown(rows))
     assert "2 seeds" in text
     assert "| 0.9 | 0.890 ± 0.000 | +2.00 ± 1.41 |  | +4.00 ± 1.41 | +1.50 ± 1.41 |  | 17 of 19 / 17 of 19 |" in text
-    assert "| layer1.0 | +71.00 ± 1.41 | +11.00 ± 1.41 | +3.00 ± 1.41 | +0.00 ± 0.00 | 3x3 |" in text
+    assert (
+        "| layer1.0 | +71.00 ± 1.41 | +11.00 ± 1.41 | +3.00 ± 1.41 | +2.50 ± 1.41 | +0.00 ± 0.00 | -0.50 ± 0.00 | 3x3 |"
+        in text
+    )
     assert "one seed" not in text and "lite0" not in text
 
 
