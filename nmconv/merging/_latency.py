@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from nmconv.errors import OptionError
 from nmconv.graph import Join, Step
 from nmconv.merging._brackets import Node, Segment
 from nmconv.merging._module import conv_module
 from nmconv.planning import Geometry, Refusal, composed
-from nmconv.timing import interleaved, ratios, runner
+from nmconv.timing import interleaved, noise, ratios, runner
 
-__all__ = ["LatencyGate"]
+__all__ = ["LatencyGate", "is_faster"]
 
 _HOPELESS = 0.6  # multiply-adds before over after below which nothing was ever faster (docs/merging.md)
 _ROUNDS = (7, 15)  # what passes is timed again, and only that counts: of many candidates some are lucky once
@@ -51,9 +52,7 @@ class LatencyGate:
         sizes = segment.nodes[0].sizes
         key = (_shape(segment.nodes, self._before), segment.geometry, sizes)
         if key not in self._known:
-            x = torch.randn(
-                self._batch, segment.geometry.in_channels, *sizes, device=self._like.device, dtype=self._like.dtype
-            )
+            x = noise((self._batch, segment.geometry.in_channels, *sizes), self._like)
             sides = (_sequence(segment.nodes, self._like, self._before), _conv(segment.geometry, self._like))
             runners = [runner(side.eval(), (x,), self._backend) for side in sides]
             for rounds in _ROUNDS:
@@ -63,6 +62,37 @@ class LatencyGate:
                     break
             self._known[key] = (times[0].median - times[1].median, gain)
         return self._known[key]
+
+
+def is_faster(before: nn.Module, after: nn.Module, example_inputs: Any, backend: str) -> bool:
+    """Whether a whole model is no slower than another; or is not known to be, where the backend cannot run it whole.
+
+    What makes runs faster one by one may cost the rest of the network its memory layout or its cache.
+    """
+    # Copies: a model may write into what it is given.
+    example_inputs = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, example_inputs)
+    if isinstance(example_inputs, dict):
+        inputs = tuple(example_inputs.values())
+        before, after = (_Named(model, tuple(example_inputs)) for model in (before, after))
+    else:
+        inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    try:
+        runners = [runner(model, inputs, backend) for model in (before, after)]
+    except OptionError:
+        return True
+    return all(ratios(*interleaved(runners, rounds=rounds, seconds=0.02)).median >= 1 for rounds in _ROUNDS)
+
+
+class _Named(nn.Module):
+    """Takes keyword arguments by their order."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+        self.train(model.training)
+
+    def forward(self, *values: Any) -> Any:
+        return self.model(**dict(zip(self.names, values, strict=True)))
 
 
 def _shape(nodes: Sequence[Node], before: Any) -> Any:
@@ -126,6 +156,6 @@ def _joined(held: Geometry | None, geometry: Geometry, flush: Any) -> Geometry:
 def _conv(geometry: Geometry, like: Tensor) -> nn.Module:
     module = conv_module(geometry, like)
     for parameter in module.parameters():
-        nn.init.normal_(parameter.data, std=0.02)
         parameter.requires_grad_(False)
+        parameter.copy_(noise(parameter.shape, parameter, 0.02))
     return module

@@ -54,8 +54,9 @@ def merge(
     Args:
         model: In eval mode, converted or not.
         gate: ``"flops"``: a merge must save multiply-adds, ``min_gain`` times; ``"latency"``: it must be that much
-            faster on ``example_inputs``' shape, the model's device and dtype, and ``backend``; ``"always"``: every
-            exact merge is made, as few convolutions as possible left.
+            faster on ``example_inputs``' shape, the model's device and dtype, and ``backend``, and all merges together
+            must not make the model slower there; ``"always"``: every exact merge is made, as few convolutions as
+            possible left.
         min_gain: Before over after; 1.05 is where the measured law breaks even.
         backend: What the latency gate times on: ``"eager"``, ``"compile"``, ``"frozen"`` or ``"onnxruntime"``
             (:func:`nmconv.timing.runner` tells what these are).
@@ -92,10 +93,17 @@ def merge(
         else:
             price = _any
         made.choose(price, fold=not live, fewest=gate == "always")
-        if not baking and all(segment.is_fold for segment in made.segments):
+        why = f"no linear run of it gains {min_gain}"
+        if gate == "latency" and not live and made.merges_any():
+            merged = made.carry_out(False, [])
+            if not made.is_faster(merged, backend):
+                why = f"together, the runs that gain {min_gain} each do not make it faster on {backend}"
+                made.choose(_nothing, fold=True, fewest=False)
+            elif not inplace:
+                return merged
+        if not baking and not made.merges_any():
             warnings.warn(
-                f"nothing to merge in this {type(model).__name__}: no linear run of it gains {min_gain} "
-                f"(nmconv.find_runs tells what there is)",
+                f"nothing to merge in this {type(model).__name__}: {why} (nmconv.find_runs tells what there is)",
                 NoEffectWarning,
                 stacklevel=2,
             )
@@ -114,7 +122,7 @@ def fold_norms(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     _check_mode(model, "fold norms")
     with mode_hidden(), undone_on_failure() as undo:
         made = _Merging(model, None, False)
-        made.choose(lambda segment: None, fold=True, fewest=False)
+        made.choose(_nothing, fold=True, fewest=False)
         return made.carry_out(inplace, undo)
 
 
@@ -167,6 +175,10 @@ def _flops(min_gain: float) -> Price:
 
 def _any(segment: Segment) -> float | None:
     return segment.merged_cost
+
+
+def _nothing(segment: Segment) -> float | None:
+    return None
 
 
 class _Merging:
@@ -232,6 +244,18 @@ class _Merging:
                 return
             self._refused |= {owner: str(error) for owner, error in failed.items()}
             self.runs = [self._nodes(run) for run in self._found]
+
+    def merges_any(self) -> bool:
+        """Whether more than norms is to be folded."""
+        return not all(segment.is_fold for segment in self.segments)
+
+    def is_faster(self, merged: nn.Module, backend: str) -> bool:
+        """Whether the merged model is no slower than the model with its norms folded."""
+        from nmconv.merging._latency import is_faster
+
+        folded = _Merging(self._model, self._examples, False)
+        folded.choose(_nothing, fold=True, fewest=False)
+        return is_faster(folded.carry_out(False, []), merged, self._examples, backend)
 
     def _check_parts(self) -> None:
         for segment in self.segments:

@@ -15,7 +15,7 @@ from nmconv.graph import Join
 from nmconv.merging import Node, conv_module, fold_norms
 from nmconv.planning import Geometry
 from nmconv.searching._candidates import Network, Segment
-from nmconv.timing import interleaved, runner
+from nmconv.timing import interleaved, noise, runner
 
 __all__ = ["Stopwatch", "multiply_adds_of"]
 
@@ -57,7 +57,7 @@ class Stopwatch:
         was = self._modules(nodes)
         key = (repr(was), nodes[0].sizes, tuple(sizes), segment.geometry)
         if key not in self._known:
-            x = torch.randn(1, segment.geometry.in_channels, *nodes[0].sizes).to(self._image)
+            x = noise((1, segment.geometry.in_channels, *nodes[0].sizes), self._image)
             runners = [runner(_drawn(side), (x,), self._backend) for side in (was, *made)]
             times = interleaved(runners, rounds=_ROUNDS, seconds=_SECONDS)
             self._known[key] = [found.median for found in times]
@@ -71,7 +71,7 @@ class Stopwatch:
         was = self._modules(nodes)
         key = (repr(was), nodes[0].sizes)
         if key not in self._known:
-            x = torch.randn(1, nodes[0].geometry.in_channels, *nodes[0].sizes).to(self._image)
+            x = noise((1, nodes[0].geometry.in_channels, *nodes[0].sizes), self._image)
             (time,) = interleaved([runner(_drawn(was), (x,), self._backend)], rounds=_ROUNDS, seconds=_SECONDS)
             self._known[key] = [time.median]
         return self._known[key][0]
@@ -106,5 +106,5 @@ class _Sum(nn.Module):
 def _drawn(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-        nn.init.normal_(parameter, std=1 / math.sqrt(max(parameter[0].numel(), 1)))
+        parameter.copy_(noise(parameter.shape, parameter, 1 / math.sqrt(max(parameter[0].numel(), 1))))
     return module.eval()

@@ -1,0 +1,16 @@
+"""Numbers to time with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["noise"]
+
+
+def noise(shape: Sequence[int], like: Tensor, deviation: float = 1.0) -> Tensor:
+    """Normal numbers, always the same, in the dtype and on the device of ``like``; torch's random state stays."""
+    drawn = torch.Generator().manual_seed(0)
+    return (torch.randn(tuple(shape), generator=drawn) * deviation).to(like)
