@@ -176,61 +176,78 @@ def test_a_teacher_and_its_weight_go_together(data, teacher, distill):
         finetune.train(tiny(), data, finetune.Recipe(distill=distill, batch_size=10), teacher=teacher and teacher())
 
 
-def hinted(**options):
-    return finetune.Recipe(epochs=1, batch_size=10, lr=0.05, **options)
+def pair():
+    """Two pairs of a convolution and an activation, and the same without the first activation."""
+    torch.manual_seed(0)
+    parts = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(inplace=True)]
+    teacher = nn.Sequential(*parts, nn.Flatten(), nn.Linear(512, 2)).eval()
+    return nmconv.convert(teacher, "2:1", inplace=False), teacher
 
 
-def test_hints_are_the_distance_from_the_teacher_within_the_network():
-    model, teacher, x = tiny().eval(), tiny().eval(), torch.randn(4, 3, 8, 8)
-    with torch.no_grad():
-        teacher[0].weight.mul_(1.5)
-        parts = []
-        for stop in (1, 3):  # the outputs of "0" and "2"
-            ours, theirs = (net[:stop](x) for net in (model, teacher))
-            parts.append(((ours - theirs) ** 2).mean() / ((theirs - theirs.mean()) ** 2).sum() * (theirs.numel() - 1))
-    with finetune.hinting(model, teacher, hinted(hint=2.0, hints="[02]")) as apart:
+def hooks_of(*nets):
+    return [hook for net in nets for module in net.modules() for hook in module._forward_hooks.values()]
+
+
+def test_hints_are_the_distance_from_the_teacher_behind_the_activations_left():
+    model, teacher = pair()
+    x = torch.randn(4, 3, 8, 8)
+    assert not isinstance(model[1], nn.ReLU) and isinstance(model[3], nn.ReLU)
+    ours, theirs = (net[:4](x) for net in (model, teacher))
+    expected = 2 * ((ours - theirs) ** 2).mean() / ((theirs - theirs.mean()) ** 2).sum() * (theirs.numel() - 1)
+    with finetune.hinting(model, teacher, 2.0) as apart:
         model(x), teacher(x)
-        torch.testing.assert_close(apart(), parts[0] + parts[1])
-    assert not any(module._forward_hooks for net in (model, teacher) for module in net.modules())
-    with finetune.hinting(model, model, hinted()) as apart:
-        assert apart() == 0
+        torch.testing.assert_close(apart(), expected)
+    assert not hooks_of(model, teacher)
+    with finetune.hinting(teacher, copy.deepcopy(teacher), 2.0) as apart:  # one that is not converted
+        assert len(hooks_of(teacher)) == 2
+    with finetune.hinting(model, None, 2.0) as apart:
+        assert apart() == 0 and not hooks_of(model)
 
 
 def test_hints_are_learnt_from_and_leave_no_hook(data):
-    teacher, alone, taught = tiny(), tiny(), tiny()
-    for net in (alone, taught):
-        with torch.no_grad():
-            net[0].weight.mul_(-1)
-    finetune.train(alone, data, hinted(distill=0.3), teacher=teacher)
-    finetune.train(taught, data, hinted(distill=0.3, hint=3.0, hints="2"), teacher=teacher)
+    (alone, teacher), (taught, _) = pair(), pair()
+    recipe = finetune.Recipe(epochs=6, batch_size=10, lr=0.01, distill=0.3)
+    finetune.train(alone, data, recipe, teacher=teacher)
+    finetune.train(taught, data, dataclasses.replace(recipe, hint=1.0), teacher=teacher)
     x = finetune.inputs(teacher, data.test.images)
-    wanted = teacher[:3](x)
-    assert F.mse_loss(taught[:3](x), wanted) < F.mse_loss(alone[:3](x), wanted)
-    assert not any(module._forward_hooks for net in (teacher, taught) for module in net.modules())
+    wanted = teacher[:4](x)
+    assert F.mse_loss(taught[:4](x), wanted) < F.mse_loss(alone[:4](x), wanted)
+    assert not hooks_of(teacher, taught)
 
 
-def test_a_pattern_goes_by_the_parts_of_a_name():
-    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sequential(nn.Conv2d(3, 3, 1))))
-    seen = []
-    for pattern in ("*", "*.*", "*.1.*"):
-        with finetune.hinting(net, copy.deepcopy(net), hinted(hint=1.0, hints=pattern)):
-            seen.append([name for name, module in net.named_modules() if module._forward_hooks])
-    assert seen == [["0"], ["0.0", "0.1"], ["0.1.0"]]
+def test_hints_alone_need_a_teacher_too(data):
+    model, teacher = pair()
+    recipe = finetune.Recipe(epochs=1, batch_size=10, lr=0.05, hint=1.0)
+    with pytest.raises(ValueError, match="distillation"):
+        finetune.train(model, data, recipe)
+    before = copy.deepcopy(model)
+    finetune.train(model, data, recipe, teacher=teacher)
+    assert not same(model, before)
 
 
-@pytest.mark.parametrize("options", [{"hint": 1.0}, {"hints": "2", "distill": 0.5}, {"hint": 1.0, "hints": "9"}])
-def test_hints_that_cannot_be(data, options):
-    model, teacher = tiny(), tiny()
-    with pytest.raises(ValueError, match="hints"):
-        finetune.train(model, data, hinted(**options), teacher=teacher)
-    assert same(model, tiny())
-    assert not any(module._forward_hooks for net in (teacher, model) for module in net.modules())
+def test_hints_that_cannot_be(data):
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 8), nn.Linear(4, 2)
 
+        def forward(self, x):
+            return self.head(F.relu(self.conv(x)).flatten(1))
 
-def test_hints_that_are_written_over(data):
-    model, teacher = (nn.Sequential(nn.Conv2d(3, 2, 8), nn.ReLU(inplace=True), nn.Flatten()) for _ in range(2))
-    with pytest.raises(ValueError, match="what 0 returns is written over"):
-        finetune.train(model, data, hinted(hint=1.0, hints="0"), teacher=teacher)
+    class WrittenOver(Functional):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU()
+
+        def forward(self, x):
+            return self.head(self.act(self.conv(x)).mul_(2).flatten(1))
+
+    recipe = finetune.Recipe(epochs=1, batch_size=10, lr=0.05, hint=1.0)
+    for net, problem in ((Functional(), "share no activation"), (WrittenOver(), "what act returns is written over")):
+        teacher = copy.deepcopy(net)
+        with pytest.raises(ValueError, match=problem):
+            finetune.train(net, data, recipe, teacher=teacher)
+        assert same(net, teacher) and not hooks_of(net, teacher)
 
 
 # Pictures and weights
