@@ -21,6 +21,7 @@ from nmconv.surgery import pad
 __all__ = ["Affine", "apply", "compose", "join", "of_identity", "of_norm", "response", "sizes_of"]
 
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_PART = 1 << 18  # numbers
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
@@ -34,6 +35,8 @@ class Affine:
         bias: ``[out]``: a constant everywhere, or None.
         border: ``[out, 1, *kernel]``, the kernel 1 along axes that ``geometry.bounded`` does not name, or None.
         diagonal: Whether it only multiplies each channel by a number of its own.
+        scale: ``[out]``: what each output channel's weights are still to be multiplied by, or None. A norm behind a
+            convolution comes to no more than this, until something else follows.
     """
 
     geometry: Geometry
@@ -41,13 +44,29 @@ class Affine:
     bias: Tensor | None = None
     border: Tensor | None = None
     diagonal: bool = False
+    scale: Tensor | None = None
 
     def dense(self) -> Affine:
-        """The same with its weight written out as a kernel."""
-        if not self.diagonal:
+        """The same with its weight written out as a kernel, and multiplied."""
+        if self.diagonal:
+            weight = self.weight.reshape(-1, 1, *self.geometry.kernel)
+        elif self.scale is None:
             return self
-        weight = self.weight.reshape(-1, 1, *self.geometry.kernel)
+        else:
+            weight = self.weight * self.scale.reshape(-1, *(1,) * (self.weight.dim() - 1))
         return Affine(self.geometry, weight, self.bias, self.border)
+
+    @torch.no_grad()
+    def cast(self, dtype: torch.dtype) -> Tensor:
+        """The weight as a kernel in another dtype, without history; multiplied in parts that a cache holds."""
+        if self.scale is None or self.weight.is_meta:
+            return self.dense().weight.to(dtype)
+        made = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
+        rows = max(1, _PART * len(made) // max(1, made.numel()))
+        shape = (-1, *(1,) * (made.dim() - 1))
+        for part, weight, scale in zip(*(each.split(rows) for each in (made, self.weight, self.scale)), strict=True):
+            part.copy_(weight.to(scale.dtype, copy=True).mul_(scale.reshape(shape)))
+        return made
 
 
 def of_norm(scale: Tensor, shift: Tensor, rank: int) -> Affine:
@@ -67,6 +86,8 @@ def compose(one: Affine, two: Affine, *, exact: bool = True) -> Affine:
         Refusal: See :func:`nmconv.planning.composed`.
     """
     geometry = composed(one.geometry, two.geometry, exact=exact)
+    if not two.diagonal:
+        one, two = one if one.diagonal else one.dense(), two.dense()
     bounds = geometry.bounded or (False,) * geometry.rank
     bias, border = two.bias, two.border
     for constant, was in ((one.bias, ()), (one.border, one.geometry.bounded)):
@@ -81,7 +102,10 @@ def compose(one: Affine, two: Affine, *, exact: bool = True) -> Affine:
             border = response if border is None else border + response
         else:
             bias = response.flatten() if bias is None else bias + response.flatten()
-    return Affine(geometry, _weights(one, two, geometry.groups), bias, border, one.diagonal and two.diagonal)
+    if two.diagonal and not one.diagonal:
+        scale = two.weight if one.scale is None else one.scale * two.weight
+        return Affine(geometry, one.weight, bias, border, scale=scale)
+    return Affine(geometry, _weights(one, two, geometry.groups), bias, border, two.diagonal)
 
 
 def join(branches: Sequence[Affine]) -> Affine:
@@ -152,8 +176,7 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
 def _weights(one: Affine, two: Affine, groups: int) -> Tensor:
     """The composed kernel: ``[out, in / groups, *kernel]``, or ``[channels]`` for two diagonals."""
     if two.diagonal:
-        shape = (-1,) if one.diagonal else (-1, *(1,) * (one.weight.dim() - 1))
-        return one.weight * two.weight.reshape(shape)
+        return one.weight * two.weight
     rank, own = one.geometry.rank, two.geometry.groups
     if one.diagonal:
         outputs, inputs = two.weight.shape[:2]

@@ -127,14 +127,13 @@ def filled(affine: Affine, like: Tensor, requires_grad: bool) -> nn.Module:
     Raises:
         ValueError: If a number is out of the dtype's range.
     """
-    affine = affine.dense()
     module: Any = conv_module(affine.geometry, like)
     for name in ("weight", "bias", "border"):
         value = getattr(affine, name)
         if value is None:
             continue
-        cast = value.detach().to(like.dtype)
-        if not cast.is_meta and not is_finite(cast) and is_finite(value):
+        cast = affine.cast(like.dtype) if name == "weight" else value.detach().to(like.dtype)
+        if not cast.is_meta and not is_finite(cast) and is_finite(getattr(affine.dense(), name)):
             raise ValueError(f"a merged {name} does not fit into {like.dtype}")
         setattr(module, name, nn.Parameter(cast.to(like.device).contiguous(), requires_grad))
     module.train(False)

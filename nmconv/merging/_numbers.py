@@ -30,7 +30,10 @@ def affine_of(module: nn.Module, kind: str, geometry: Geometry) -> Affine:
 
 
 def affine_in_double(module: nn.Module, kind: str, geometry: Geometry) -> Affine:
-    """The same computed in float64, on the CPU (or without data, on the meta device), without history."""
+    """The same computed in float64, on the CPU (or without data, on the meta device), without history.
+
+    Of a convolution only ``dense()`` is in float64: its weight waits for what it is multiplied by.
+    """
     with torch.no_grad():
         if kind == "norm":
             scale, shift = norm_of(module, torch.float64)
@@ -40,11 +43,14 @@ def affine_in_double(module: nn.Module, kind: str, geometry: Geometry) -> Affine
         made = affine_of(module, kind, geometry)
         bias = None if made.bias is None else _moved(made.bias)
         border = None if made.border is None else _moved(made.border)
-        return Affine(geometry, _moved(made.weight), bias, border)
+        weight = _moved(made.weight, made.weight.dtype)  # large: the product with the scale is float64
+        return Affine(
+            geometry, weight, bias, border, scale=torch.ones(len(weight), dtype=torch.float64, device=weight.device)
+        )
 
 
-def _moved(tensor: Tensor) -> Tensor:
-    return tensor.to("meta" if tensor.is_meta else "cpu", torch.float64)
+def _moved(tensor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    return tensor.to("meta" if tensor.is_meta else "cpu", dtype)
 
 
 def _base(module: nn.Module) -> Any:
