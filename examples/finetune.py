@@ -4,7 +4,7 @@
     python examples/finetune.py tf_efficientnet_lite0 --data-dir ~/data/cifar10 --out runs/lite0 \
         --weights efficientnet_lite0.pth --size 64 --images 10000 --epochs 5 --batch-size 32 --lr 0.02
     python examples/finetune.py resnet20 --data-dir ~/data/cifar10 --out runs/fitted --weights fitted.safetensors \
-        --teacher runs/resnet20/model.safetensors --hint 1 --epochs 2 --lr 0.01
+        --teacher runs/resnet20/model.safetensors --epochs 2 --lr 0.01
 
 A run that was killed, at any moment, goes on where its last checkpoint left it when the same command is given again,
 and ends with the very same weights: a step depends on the state before it and on (seed, step), on nothing else.
@@ -18,8 +18,7 @@ import json
 import os
 import time
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -72,7 +71,6 @@ class Recipe:
     seed: int = 0  # of the order of the pictures and their augmentation
     distill: float = 0.0  # weight of the teacher's answers in the loss; the labels have the rest
     temperature: float = 4.0
-    hint: float = 0.0  # times the distance from the teacher behind each activation that both have: added to the loss
     bf16: bool = False  # forward passes of training in bfloat16 where autocast allows
 
 
@@ -222,51 +220,6 @@ def loss_of(logits: Tensor, labels: Tensor, targets: Tensor | None, recipe: Reci
     return torch.lerp(loss, apart, recipe.distill)
 
 
-@contextmanager
-def hinting(model: nn.Module, teacher: nn.Module | None, weight: float) -> Iterator[Callable[[], Tensor | float]]:
-    """Gives what hints add to the loss of the last forward of both networks: FitNets (arXiv 1412.6550).
-
-    It is the mean, over the activations that the model kept of its teacher, of the squared error over the teacher's
-    variance. Elsewhere, within a unit, a converted network computes something else than the one it was made of.
-    """
-    if teacher is None or not weight:
-        yield lambda: 0.0
-        return
-    plan = nmconv.get_plan(model) or nmconv.make_plan(model, "1:1")
-    counts = Counter(site.name for site in plan.sites)
-    kept = [site.name for site in plan.sites if site.action == "keep" and site.function is None]
-    names = [name for name in kept if counts[name] == 1]
-    outputs: dict[tuple[str, int], tuple[Tensor, int]] = {}
-
-    def seen(key: tuple[str, int], output: Tensor) -> None:
-        if not output.is_inference():  # as where the model is evaluated
-            outputs[key] = (output, output._version)
-
-    def output(name: str, of: int) -> Tensor:
-        found, version = outputs.pop((name, of))
-        if found._version != version:
-            raise ValueError(f"hints: what {name} returns is written over later on")
-        return found.float()
-
-    def apart() -> Tensor:
-        both = [name for name in names if all((name, of) in outputs for of in (0, 1))]
-        if not both:
-            raise ValueError(f"hints: this {type(model).__name__} and its teacher share no activation that is a module")
-        pairs = [(output(name, 0), output(name, 1)) for name in both]
-        return weight * torch.stack([F.mse_loss(ours, theirs) / theirs.var() for ours, theirs in pairs]).mean()
-
-    hooks = [
-        net.get_submodule(name).register_forward_hook(lambda _, __, out, key=(name, of): seen(key, out))
-        for of, net in enumerate((model, teacher))
-        for name in names
-    ]
-    try:
-        yield apart
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def train(
     model: nn.Module,
     data: Data,
@@ -291,7 +244,7 @@ def train(
     Returns:
         The `losses` and the `curve` of accuracies (percent, of the `probe` pictures), by epoch; and the `seconds`.
     """
-    if (teacher is None) != (recipe.distill == 0 and recipe.hint == 0):
+    if (teacher is None) != (recipe.distill == 0):
         raise ValueError("distillation needs both: a teacher, and a weight above 0 in the recipe")
     updates = len(data.train.labels) // recipe.batch_size
     if updates == 0:
@@ -327,7 +280,7 @@ def train(
 
     if teacher is not None:
         teacher.eval()
-    with torch.random.fork_rng(), hinting(model, teacher, recipe.hint) as apart:
+    with torch.random.fork_rng():
         while step < recipe.epochs * updates:
             model.train()
             for images, labels in batches(data.train, recipe, step // updates, step % updates):
@@ -336,7 +289,7 @@ def train(
                     with torch.no_grad():
                         targets = None if teacher is None else teacher(inputs(teacher, images)).float()
                     logits = model(inputs(model, images)).float()
-                loss = loss_of(logits, labels.to(device), targets, recipe) + apart()
+                loss = loss_of(logits, labels.to(device), targets, recipe)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
