@@ -1,6 +1,7 @@
 """examples/results.py: the choices that search is held against, and the tables."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,6 +89,12 @@ def test_the_tables_give_means_over_seeds_of_differences_within_seeds():
         in text
     )
     assert "one seed" not in text and "lite0" not in text
+
+
+def test_the_tables_of_the_docs_are_what_the_rows_say():
+    docs = Path(results.__file__).resolve().parent.parent / "docs"
+    text = "\n".join(results.markdown(results.read(docs / "results.jsonl")))
+    assert (docs / "results.md").read_text().endswith(text + "\n")
 
 
 def test_the_picture_is_the_same_each_time(tmp_path):

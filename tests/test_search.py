@@ -15,10 +15,11 @@ from torchvision.models.resnet import BasicBlock
 
 import nmconv
 from nmconv.fitting import read_images
-from nmconv.searching import _search
+from nmconv.searching import _cost, _search
 from nmconv.searching._alone import Alone
 from nmconv.searching._candidates import Network
 from nmconv.searching._choose import Option, choose, frontier
+from nmconv.timing import Timing
 
 
 class Small(nn.Module):
@@ -356,6 +357,33 @@ def test_savings_that_do_not_add_up(net, images, table, part, monkeypatch):
         assert tried[0] > budget + 0.01 or part == 0.9
         assert len(tried) <= 4
         assert float(dict(plan.options)["reached"]) <= budget * 1.01
+
+
+@pytest.mark.parametrize("lie", [-0.5, 0.0, 0.001])
+def test_one_disturbed_measurement_does_not_ask_for_everything(net, images, table, lie, monkeypatch):
+    saved = []
+
+    def measure(self, chosen):
+        promised = sum(self._candidates[at].saves("multiply_adds") for at in chosen)
+        saved.append(promised)
+        found = promised if len(saved) > 1 else lie * promised
+        return _search._Whole(chosen, self.plan_of(chosen), 1.0 * len(chosen), self._total - found)
+
+    monkeypatch.setattr(_search._Search, "_measure", measure)
+    plan = nmconv.search(net, images, budget=0.9, cost="multiply_adds", sensitivity=table)
+    options = [Option(one.first, one.last, 0.0, one.saves("multiply_adds")) for one in table.candidates]
+    assert saved[0] < saved[1] < 2 * saved[0] < frontier(options)[-1][1]
+    assert float(dict(plan.options)["reached"]) <= 0.9 * 1.01
+
+
+def test_the_whole_is_compared_round_by_round(net, images, monkeypatch):
+    """A machine that slows down while it times slows both sides."""
+    times = [Timing((1.0, 1.0, 9.0, 9.0, 9.0)), Timing((0.5, 0.5, 4.5, 4.5, 4.5))]
+    monkeypatch.setattr(_cost, "interleaved", lambda runners, **_: times[: len(runners)])
+    watch = _cost.Stopwatch(None, images[:1], "eager")
+    assert watch.faster(net, net) == pytest.approx(2.0)
+    times[1] = Timing((0.5, 0.5, 0.5, 4.5, 4.5))  # 9 over 0.5 by the medians
+    assert watch.faster(net, net) == pytest.approx(2.0)
 
 
 def test_a_loss_of_ones_own(net, images):

@@ -1,16 +1,18 @@
 """The timing wing: runners that compute what the module computes, and times that can be trusted."""
 
+import gc
 import statistics
 import sys
 import time
 import warnings
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 from nmconv.errors import OptionError
-from nmconv.timing import BACKENDS, Spread, Timing, interleaved, ratios, require, runner, threads
+from nmconv.timing import BACKENDS, Spread, Timing, interleaved, noise, ratios, require, runner, threads
 
 
 class TwoInTwoOut(nn.Module):
@@ -136,6 +138,26 @@ def test_only_freezing_keeps_weights(backend, kept):
     assert torch.equal(run(), before) == kept
     assert torch.equal(run(), module(x)) != kept
     assert not torch._inductor.config.freezing  # what the runner sets stays with it
+
+
+@pytest.mark.parametrize("backend", ["eager", "compile", "frozen"])  # torch.onnx.export itself keeps what it exported
+def test_a_runner_that_goes_lets_go_of_the_weights(backend):
+    module = small()
+    weight = weakref.ref(module[0].weight)
+    run = runner(module, (torch.randn(1, 3, 8, 8),), backend)
+    run()
+    del module, run
+    gc.collect()
+    assert weight() is None
+
+
+def test_noise_is_the_same_each_time_and_draws_nothing():
+    state, like = torch.get_rng_state(), torch.empty(0, dtype=torch.float16)
+    with torch.device("meta"):  # as somebody's default
+        one, two = noise((50, 40), like, 0.5), noise((50, 40), like, 0.5)
+    assert one.dtype == torch.float16 and one.device.type == "cpu" and torch.equal(one, two)
+    assert 0.45 < float(one.float().std()) < 0.55
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("backend", ["compile", "frozen", "onnxruntime"])

@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from nmconv.errors import OptionError
 from nmconv.graph import Join, Step
 from nmconv.merging._brackets import Node, Segment
 from nmconv.merging._module import conv_module
 from nmconv.planning import Geometry, Refusal, composed
+from nmconv.surgery import copy_of
 from nmconv.timing import interleaved, noise, ratios, runner
 
-__all__ = ["LatencyGate", "is_faster"]
+__all__ = ["LatencyGate", "is_slower"]
 
 _HOPELESS = 0.6  # multiply-adds before over after below which nothing was ever faster (docs/merging.md)
 _ROUNDS = (7, 15)  # what passes is timed again, and only that counts: of many candidates some are lucky once
@@ -64,35 +64,47 @@ class LatencyGate:
         return self._known[key]
 
 
-def is_faster(before: nn.Module, after: nn.Module, example_inputs: Any, backend: str) -> bool:
-    """Whether a whole model is no slower than another; or is not known to be, where the backend cannot run it whole.
+def is_slower(before: nn.Module, after: nn.Module, example_inputs: Any, backend: str) -> bool:
+    """Whether a whole model is slower than another, by more than this machine's noise now.
 
     What makes runs faster one by one may cost the rest of the network its memory layout or its cache.
+
+    Args:
+        before: A model, which no one needs afterwards: it is called some dozens of times.
+        after: Another; a copy of it is called.
+        example_inputs: As of ``merge``; left alone.
+        backend: As of ``merge``. Where it cannot run ``before`` as a whole, nothing is known, and the answer is no.
     """
-    # Copies: a model may write into what it is given.
-    example_inputs = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, example_inputs)
-    if isinstance(example_inputs, dict):
-        inputs = tuple(example_inputs.values())
-        before, after = (_Named(model, tuple(example_inputs)) for model in (before, after))
-    else:
-        inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    runners = []
+    for model in (before, copy_of(after)):
+        for module in model.modules():  # a user's hook is none of timing's business
+            module._forward_hooks.clear()
+        try:
+            call = _Call(model, example_inputs)
+            runners.append(runner(call, call.values, backend))
+        except Exception:  # whatever a backend, or a forward that is called more than once, may raise
+            return bool(runners)
     try:
-        runners = [runner(model, inputs, backend) for model in (before, after)]
-    except OptionError:
-        return True
-    return all(ratios(*interleaved(runners, rounds=rounds, seconds=0.02)).median >= 1 for rounds in _ROUNDS)
+        # Quartiles: a network of which little was merged is as fast as before, and would be refused half of the time.
+        return any(ratios(*interleaved(runners, rounds=rounds, seconds=0.02)).upper < 1 for rounds in _ROUNDS)
+    except Exception:
+        return False
 
 
-class _Named(nn.Module):
-    """Takes keyword arguments by their order."""
+class _Call(nn.Module):
+    """A model called with positional arguments only, and with a copy of each: it may write into them."""
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
         super().__init__()
-        self.model, self.names = model, names
-        self.train(model.training)
+        self.model = model
+        self.training = model.training  # and not of its parts, which may have modes of their own
+        self.names = tuple(example_inputs) if isinstance(example_inputs, dict) else ()
+        given = tuple(example_inputs.values()) if self.names else example_inputs
+        self.values: tuple[Any, ...] = given if isinstance(given, tuple) else (given,)
 
     def forward(self, *values: Any) -> Any:
-        return self.model(**dict(zip(self.names, values, strict=True)))
+        copies = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, values)
+        return self.model(**dict(zip(self.names, copies, strict=True))) if self.names else self.model(*copies)
 
 
 def _shape(nodes: Sequence[Node], before: Any) -> Any:

@@ -18,6 +18,7 @@ from nmconv.merging._algebra import Affine
 from nmconv.merging._asking import get_merges
 from nmconv.merging._brackets import Bracketing, Node, Segment, bracket, geometry_of_nodes, nodes_of
 from nmconv.merging._install import bake, check_calls, install, record, write_methods
+from nmconv.merging._latency import LatencyGate, is_slower
 from nmconv.merging._live import affine_of_nodes, why_not_live
 from nmconv.merging._module import filled
 from nmconv.merging._numbers import affine_in_double
@@ -55,8 +56,8 @@ def merge(
         model: In eval mode, converted or not.
         gate: ``"flops"``: a merge must save multiply-adds, ``min_gain`` times; ``"latency"``: it must be that much
             faster on ``example_inputs``' shape, the model's device and dtype, and ``backend``, and all merges together
-            must not make the model slower there; ``"always"``: every exact merge is made, as few convolutions as
-            possible left.
+            must not make the model slower there (not looked at if ``live``, or where ``backend`` cannot run the whole);
+            ``"always"``: every exact merge is made, as few convolutions as possible left.
         min_gain: Before over after; 1.05 is where the measured law breaks even.
         backend: What the latency gate times on: ``"eager"``, ``"compile"``, ``"frozen"`` or ``"onnxruntime"``
             (:func:`nmconv.timing.runner` tells what these are).
@@ -96,8 +97,8 @@ def merge(
         why = f"no linear run of it gains {min_gain}"
         if gate == "latency" and not live and made.merges_any():
             merged = made.carry_out(False, [])
-            if not made.is_faster(merged, backend):
-                why = f"together, the runs that gain {min_gain} each do not make it faster on {backend}"
+            if is_slower(fold_norms(model), merged, example_inputs, backend):
+                why = f"together, the runs that gain {min_gain} each make it slower on {backend}"
                 made.choose(_nothing, fold=True, fewest=False)
             elif not inplace:
                 return merged
@@ -225,8 +226,6 @@ class _Merging:
 
     def latency(self, min_gain: float, backend: str, example_inputs: Any) -> Price:
         """The price by measured time."""
-        from nmconv.merging._latency import LatencyGate
-
         like = next(iter(self._model.parameters()), torch.empty(0))
         tensors = [value for value in tree_leaves(example_inputs) if isinstance(value, Tensor)]
         batch = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
@@ -248,14 +247,6 @@ class _Merging:
     def merges_any(self) -> bool:
         """Whether more than norms is to be folded."""
         return not all(segment.is_fold for segment in self.segments)
-
-    def is_faster(self, merged: nn.Module, backend: str) -> bool:
-        """Whether the merged model is no slower than the model with its norms folded."""
-        from nmconv.merging._latency import is_faster
-
-        folded = _Merging(self._model, self._examples, False)
-        folded.choose(_nothing, fold=True, fewest=False)
-        return is_faster(folded.carry_out(False, []), merged, self._examples, backend)
 
     def _check_parts(self) -> None:
         for segment in self.segments:

@@ -50,7 +50,7 @@ def affine_in_double(module: nn.Module, kind: str, geometry: Geometry) -> Affine
 
 
 def _moved(tensor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    return tensor.to("meta" if tensor.is_meta else "cpu", dtype)
+    return tensor.detach().to("meta" if tensor.is_meta else "cpu", dtype)
 
 
 def _base(module: nn.Module) -> Any:

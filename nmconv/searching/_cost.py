@@ -15,7 +15,7 @@ from nmconv.graph import Join
 from nmconv.merging import Node, conv_module, fold_norms
 from nmconv.planning import Geometry
 from nmconv.searching._candidates import Network, Segment
-from nmconv.timing import interleaved, noise, runner
+from nmconv.timing import Timing, interleaved, noise, ratios, runner
 
 __all__ = ["Stopwatch", "multiply_adds_of"]
 
@@ -44,10 +44,18 @@ class Stopwatch:
         self._backend = backend
         self._known: dict[Any, list[float]] = {}
 
-    def whole(self, models: Sequence[nn.Module], rounds: int = 15) -> list[float]:
-        """Seconds for one image of each whole network, norms folded where they can be, timed side by side."""
+    def whole(self, model: nn.Module) -> float:
+        """Seconds for one image of a whole network, norms folded where they can be."""
+        (found,) = self._timed(model)
+        return found.median
+
+    def faster(self, model: nn.Module, after: nn.Module) -> float:
+        """The time of a whole network over that of another: the median over rounds in which both were timed."""
+        return ratios(*self._timed(model, after)).median
+
+    def _timed(self, *models: nn.Module) -> list[Timing]:
         runners = [runner(fold_norms(model), (self._image,), self._backend) for model in models]
-        return [found.median for found in interleaved(runners, rounds=rounds, seconds=0.1)]
+        return interleaved(runners, rounds=15, seconds=0.1)
 
     def segment(self, segment: Segment, sizes: Sequence[tuple[int, ...]]) -> list[float]:
         """Seconds for one image of the segment as it is, and of one convolution of each size."""

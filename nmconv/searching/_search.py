@@ -24,6 +24,7 @@ from nmconv.surgery import apply_plan, check_model
 __all__ = ["search"]
 
 _SAME = 1.01  # latencies this close to the budget are within it: the machine's noise is larger
+_STEP = 1.5  # times as much saving as before is asked for at most, where what was chosen did not save enough
 
 
 def search(
@@ -186,9 +187,10 @@ class _Search:
             whole = self._measure(chosen)
             tried.append(whole)
             _correct(losses, whole.chosen, max(whole.loss - self._floor, 0.0))
-            # Savings do not quite add up: as much more is asked for as was promised too much.
+            # Savings do not quite add up: as much more is asked for as was promised too much; by steps, since a
+            # disturbed timing may show any saving, or none.
             promised, saved = sum(options[at].saves for at in chosen), self._total - whole.cost
-            needed = wanted * promised / saved if saved > 0 else most
+            needed = promised * min(wanted / saved, _STEP) if saved > 0 else promised * _STEP
         fitting = [whole for whole in tried if whole.cost <= allowed * _SAME]
         if not fitting:
             least = min(whole.cost for whole in tried) / self._total
@@ -224,8 +226,7 @@ class _Search:
         report = get_fit(model)
         assert report is not None
         if self._watch is not None:
-            before, after = self._watch.whole([net, model])
-            cost = self._total * after / before
+            cost = self._total / self._watch.faster(net, model)
         elif self._cost == "multiply_adds":
             cost = float(multiply_adds_of(model, self._images.first()))
         else:

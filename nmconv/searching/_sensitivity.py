@@ -118,7 +118,7 @@ def measured(
     if not table.totals:
         plan = network.plan
         table.totals = {
-            "latency": math.nan if watch is None else watch.whole([network.model])[0],
+            "latency": math.nan if watch is None else watch.whole(network.model),
             "multiply_adds": float(multiply_adds_of(network.model, image)),
             "activations": float(plan.counts.activations_before),
             "activation_elements": float(network.elements),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from importlib.util import find_spec
 from itertools import count
@@ -59,10 +60,15 @@ def runner(module: nn.Module, inputs: tuple[Tensor, ...], backend: str) -> Calla
         return _warm(module, inputs)
     try:
         if backend in ("compile", "frozen"):
+            from torch._dynamo.eval_frame import reset_code  # type: ignore[attr-defined]
             from torch._inductor import config  # Dynamo reads it too: options={"freezing": True} would not do
 
+            function = _own_code(module)
             with config.patch(freezing=backend == "frozen"):
-                return _warm(torch.compile(_own_code(module), fullgraph=True, dynamic=False), inputs)
+                run = _warm(torch.compile(function, fullgraph=True, dynamic=False), inputs)
+            # Dynamo keeps what it compiled, frozen weights and all, until it is told to let go.
+            weakref.finalize(run, reset_code, function.__code__).atexit = False
+            return run
         from nmconv.timing._onnx import session_runner
 
         return session_runner(module, inputs)
@@ -91,7 +97,7 @@ def _warm(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Callable[
     return run
 
 
-def _own_code(module: nn.Module) -> Callable[..., Any]:
+def _own_code(module: nn.Module) -> FunctionType:
     """The module's forward behind a code object of its own.
 
     Dynamo keeps what it compiled, how often, and which sizes it saw, by code object and by its name: without this the

@@ -12,5 +12,6 @@ __all__ = ["noise"]
 
 def noise(shape: Sequence[int], like: Tensor, deviation: float = 1.0) -> Tensor:
     """Normal numbers, always the same, in the dtype and on the device of ``like``; torch's random state stays."""
-    drawn = torch.Generator().manual_seed(0)
-    return (torch.randn(tuple(shape), generator=drawn) * deviation).to(like)
+    drawn = torch.Generator("cpu").manual_seed(0)
+    made = torch.randn(tuple(shape), generator=drawn, device="cpu", dtype=torch.float32)
+    return made.mul_(deviation).to(like)
