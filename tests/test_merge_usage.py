@@ -296,12 +296,8 @@ class Stateful(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.one, self.two, self.norm, self.drop = (
-            nn.Conv2d(3, 64, 3),
-            nn.Conv2d(64, 2, 1),
-            nn.BatchNorm2d(3),
-            nn.Dropout(),
-        )
+        self.one, self.two = nn.Conv2d(3, 64, 3), nn.Conv2d(64, 2, 1)
+        self.norm, self.drop = nn.BatchNorm2d(3), nn.Dropout()
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, image, *, factor=1.0):

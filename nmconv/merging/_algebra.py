@@ -21,8 +21,8 @@ from nmconv.surgery import pad
 __all__ = ["Affine", "apply", "compose", "join", "of_identity", "of_norm", "response", "sizes_of"]
 
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_PART = 1 << 18  # numbers
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_PART = 1 << 18  # numbers multiplied at a time: 2 MiB in float64
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from nmconv.graph import Join, Step
 from nmconv.merging._brackets import Node, Segment
+from nmconv.merging._called import called
 from nmconv.merging._module import conv_module
 from nmconv.planning import Geometry, Refusal, composed
 from nmconv.surgery import copy_of
-from nmconv.timing import interleaved, noise, ratios, runner
+from nmconv.timing import drawn, interleaved, noise, ratios, runner
 
 __all__ = ["LatencyGate", "is_slower"]
 
@@ -92,7 +92,7 @@ def is_slower(before: nn.Module, after: nn.Module, example_inputs: Any, backend:
 
 
 class _Call(nn.Module):
-    """A model called with positional arguments only, and with a copy of each: it may write into them."""
+    """A model called on example inputs, as positional arguments only."""
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
         super().__init__()
@@ -103,8 +103,7 @@ class _Call(nn.Module):
         self.values: tuple[Any, ...] = given if isinstance(given, tuple) else (given,)
 
     def forward(self, *values: Any) -> Any:
-        copies = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, values)
-        return self.model(**dict(zip(self.names, copies, strict=True))) if self.names else self.model(*copies)
+        return called(self.model, dict(zip(self.names, values, strict=True)) if self.names else values)
 
 
 def _shape(nodes: Sequence[Node], before: Any) -> Any:
@@ -166,8 +165,4 @@ def _joined(held: Geometry | None, geometry: Geometry, flush: Any) -> Geometry:
 
 
 def _conv(geometry: Geometry, like: Tensor) -> nn.Module:
-    module = conv_module(geometry, like)
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-        parameter.copy_(noise(parameter.shape, parameter, 0.02))
-    return module
+    return drawn(conv_module(geometry, like))

@@ -15,7 +15,7 @@ from nmconv.graph import Join
 from nmconv.merging import Node, conv_module, fold_norms
 from nmconv.planning import Geometry
 from nmconv.searching._candidates import Network, Segment
-from nmconv.timing import Timing, interleaved, noise, ratios, runner
+from nmconv.timing import Timing, drawn, interleaved, noise, ratios, runner
 
 __all__ = ["Stopwatch", "multiply_adds_of"]
 
@@ -66,7 +66,7 @@ class Stopwatch:
         key = (repr(was), nodes[0].sizes, tuple(sizes), segment.geometry)
         if key not in self._known:
             x = noise((1, segment.geometry.in_channels, *nodes[0].sizes), self._image)
-            runners = [runner(_drawn(side), (x,), self._backend) for side in (was, *made)]
+            runners = [runner(drawn(side), (x,), self._backend) for side in (was, *made)]
             times = interleaved(runners, rounds=_ROUNDS, seconds=_SECONDS)
             self._known[key] = [found.median for found in times]
         return self._known[key]
@@ -80,7 +80,7 @@ class Stopwatch:
         key = (repr(was), nodes[0].sizes)
         if key not in self._known:
             x = noise((1, nodes[0].geometry.in_channels, *nodes[0].sizes), self._image)
-            (time,) = interleaved([runner(_drawn(was), (x,), self._backend)], rounds=_ROUNDS, seconds=_SECONDS)
+            (time,) = interleaved([runner(drawn(was), (x,), self._backend)], rounds=_ROUNDS, seconds=_SECONDS)
             self._known[key] = [time.median]
         return self._known[key][0]
 
@@ -109,10 +109,3 @@ class _Sum(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Any shape that both take."""
         return self.one(x) + self.two(x)
-
-
-def _drawn(module: nn.Module) -> nn.Module:
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-        parameter.copy_(noise(parameter.shape, parameter, 1 / math.sqrt(max(parameter[0].numel(), 1))))
-    return module.eval()
