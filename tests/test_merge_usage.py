@@ -5,10 +5,12 @@ import pickle
 import random
 import warnings
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from merge_nets import assert_agree, assert_near, convs_of, counts, merge, picture, settle, snapshot, statistics
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -329,6 +331,34 @@ def test_what_is_timed_is_not_what_is_returned(named, inplace):
     if not inplace:
         assert all(torch.equal(value, counted[name]) for name, value in timed.items())
     assert float(timed["calls"]) <= float(counted["calls"]) + 1
+
+
+class Drawing(nn.Module):
+    """Two convolutions that merge, and a forward that draws from every source there is."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 64, 3), nn.Conv2d(64, 2, 1)
+        self.own = torch.Generator().manual_seed(0)
+
+    def forward(self, x):
+        x = F.dropout(self.two(self.one(x)), 0.5, True)
+        return x * (random.random() + np.random.random() + torch.rand((), generator=self.own)) + torch.randn_like(x)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("gate", ["flops", "latency"])
+def test_a_model_that_draws_is_compared_on_the_same_draws(gate, inplace):
+    """By luck two draws are alike, by more luck one of three: many seeds tell. Nothing is drawn for the caller."""
+    for seed in range(3 if gate == "latency" else 12):
+        net, x = settle(Drawing()), picture(3, 64, 64)
+        torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
+        state = torch.get_rng_state(), random.getstate(), np.random.get_state(), net.own.get_state()
+        found = nmconv.merge(net, gate=gate, example_inputs=x, inplace=inplace)
+        assert [merge.convs for merge in nmconv.get_merges(found)[0]] == [("one", "two")]
+        assert torch.equal(torch.get_rng_state(), state[0]) and random.getstate() == state[1]
+        assert all(map(np.array_equal, np.random.get_state(), state[2]))
+        assert torch.equal(net.own.get_state(), state[3]) and torch.equal(found.own.get_state(), state[3])
 
 
 @pytest.mark.parametrize(("failing", "convs"), [("before", 1), ("after", 2), ("both", 1), ("later", 1)])

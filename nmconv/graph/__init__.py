@@ -10,7 +10,7 @@ from nmconv.graph._lower import is_inplace
 from nmconv.graph._method import MethodTrace, trace_method
 from nmconv.graph._modules import LEAF, THROUGH, act_kind, hooks_of, is_activation, is_sequential, leaf_op
 from nmconv.graph._ops import PLAIN_ACTS, Op
-from nmconv.graph._quiet import mode_hidden
+from nmconv.graph._quiet import chance_restored, mode_hidden
 from nmconv.graph._runs import linear_runs
 from nmconv.graph._shapes import Shapes, shapes_of
 from nmconv.graph._structure import Reading, read
@@ -46,6 +46,7 @@ __all__ = [
     "before_hoisting",
     "callable_methods",
     "calls_by_kind",
+    "chance_restored",
     "check_hooks",
     "elements_from",
     "fingerprint",

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 __all__ = [
+    "chance_restored",
     "changed_attributes",
     "drew_random_numbers",
     "in_mode",
@@ -167,11 +168,13 @@ class _Chance:
             if key not in _INTERNAL and type(value) not in _ATOMS and is_chance(value)
         ]
         self._numpy = sys.modules.get("numpy")
+        self._devices = [kind for kind in (torch.cuda, torch.xpu) if kind.is_initialized()]
         self._before = self._now()
 
     def _now(self) -> list[Any]:
         states: list[Any] = [random.getstate(), torch.get_rng_state()]
         states.append(None if self._numpy is None else self._numpy.random.get_state())
+        states.append([kind.get_rng_state_all() for kind in self._devices])
         for value in self._own:
             if isinstance(value, random.Random):
                 states.append(value.getstate())
@@ -191,7 +194,9 @@ class _Chance:
         torch.set_rng_state(self._before[1])
         if self._numpy is not None:
             self._numpy.random.set_state(self._before[2])
-        for value, state in zip(self._own, self._before[3:], strict=True):
+        for kind, state in zip(self._devices, self._before[3], strict=True):
+            kind.set_rng_state_all(state)
+        for value, state in zip(self._own, self._before[4:], strict=True):
             if isinstance(value, random.Random):
                 value.setstate(state)
             elif isinstance(value, torch.Generator):
@@ -212,6 +217,8 @@ def _alike(one: Any, other: Any) -> bool:
     """Equality of states, in which there may be arrays and tensors."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
+    if isinstance(one, list):
+        return all(map(_alike, one, other))
     if isinstance(one, tuple):
         return one == other if type(one[-1]) is int else all(map(_alike, one, other))
     if isinstance(one, dict):
@@ -220,13 +227,23 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 @contextmanager
-def left_as_found(model: nn.Module) -> Iterator[None]:
-    """Put attributes (caches that tracing fills with proxies, counters) and random states back on the way out."""
-    before, chance = snapshot(model), _Chance(model)
+def chance_restored(model: nn.Module) -> Iterator[None]:
+    """Put random states back on the way out, so that what is called twice draws the same numbers."""
+    chance = _Chance(model)
     try:
         yield
     finally:
         chance.put_back()
+
+
+@contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """Put attributes (caches that tracing fills with proxies, counters) and random states back on the way out."""
+    before = snapshot(model)
+    try:
+        with chance_restored(model):
+            yield
+    finally:
         _restore(before)
 
 

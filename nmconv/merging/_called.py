@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-__all__ = ["called"]
+from nmconv.graph import chance_restored
+
+__all__ = ["called", "outputs"]
+
+
+def outputs(model: nn.Module, examples: Any) -> Any:
+    """As :func:`called`; what the model draws at random, a second call draws too (dropout in train mode, say)."""
+    with chance_restored(model):
+        return called(model, examples)
 
 
 def called(model: nn.Module, examples: Any) -> Any:

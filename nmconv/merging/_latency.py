@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nmconv.graph import Join, Step
+from nmconv.graph import Join, Step, chance_restored
 from nmconv.merging._brackets import Node, Segment
 from nmconv.merging._called import called
 from nmconv.merging._module import conv_module
@@ -75,8 +75,13 @@ def is_slower(before: nn.Module, after: nn.Module, example_inputs: Any, backend:
         example_inputs: As of ``merge``; left alone.
         backend: As of ``merge``. Where it cannot run ``before`` as a whole, nothing is known, and the answer is no.
     """
+    with chance_restored(before):
+        return _is_slower(before, copy_of(after), example_inputs, backend)
+
+
+def _is_slower(before: nn.Module, after: nn.Module, example_inputs: Any, backend: str) -> bool:
     runners = []
-    for model in (before, copy_of(after)):
+    for model in (before, after):
         for module in model.modules():  # a user's hook is none of timing's business
             module._forward_hooks.clear()
         try:

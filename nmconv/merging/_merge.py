@@ -17,7 +17,7 @@ from nmconv.graph import Join, LinearRun, before_hoisting, calls_by_kind, hooks_
 from nmconv.merging._algebra import Affine
 from nmconv.merging._asking import get_merges
 from nmconv.merging._brackets import Bracketing, Node, Segment, bracket, geometry_of_nodes, nodes_of
-from nmconv.merging._called import called
+from nmconv.merging._called import outputs
 from nmconv.merging._install import bake, check_calls, install, record, write_methods
 from nmconv.merging._latency import LatencyGate, is_slower
 from nmconv.merging._live import affine_of_nodes, why_not_live
@@ -323,8 +323,8 @@ class _Merging:
         install(model, merges, convs, self._methods, undo)
         check_calls(calls, calls_by_kind(model, training=False, example_inputs=self._examples), merges, self.segments)
         if before is not None:
-            exact = partial(_called_in_double, original, self._examples)
-            check_model_outputs(before, called(model, self._examples), exact, [merge.head for merge in merges])
+            exact = partial(_outputs_in_double, original, self._examples)
+            check_model_outputs(before, outputs(model, self._examples), exact, [merge.head for merge in merges])
         return model
 
     def _affine(self, nodes: Sequence[Node]) -> Affine:
@@ -344,7 +344,7 @@ class _Merging:
         if self._examples is None or self._device() == "meta":
             return None
         try:
-            return called(self._model, self._examples)
+            return outputs(self._model, self._examples)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             given = [
                 tuple(value.shape) if isinstance(value, Tensor) else value for value in tree_leaves(self._examples)
@@ -355,11 +355,11 @@ class _Merging:
             ) from error
 
 
-def _called_in_double(model: nn.Module, examples: Any) -> Any:
+def _outputs_in_double(model: nn.Module, examples: Any) -> Any:
     def double(value: Any) -> Any:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    return called(copy_of(model).double(), tree_map(double, examples))
+    return outputs(copy_of(model).double(), tree_map(double, examples))
 
 
 def _rank(model: nn.Module, run: LinearRun) -> int:
