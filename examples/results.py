@@ -246,6 +246,8 @@ class Run:
 
     def original(self) -> None:
         self.row("original", "as trained", lambda: {"accuracy": self.accuracy(self.net)})
+        again = nmconv.recalibrate_norms(copy.deepcopy(self.net), self.images)  # what the pictures give without any fit
+        self.row("original", "recalibrated", lambda: {"accuracy": self.accuracy(again)})
         self.row("original", "trained as long", lambda: {"accuracy": self.tuned(copy.deepcopy(self.net))})
 
     def alone(self) -> None:
