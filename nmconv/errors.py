@@ -71,4 +71,4 @@ class NoEffectWarning(UserWarning):
 
 
 class FoldedNormWarning(UserWarning):
-    """A merged model that is trained on: its folded norms keep the statistics they had."""
+    """A merged model that is trained on: folded norms keep the statistics they had, folded dropout drops nothing."""

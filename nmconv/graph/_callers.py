@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ class Seen:
     Attributes:
         calls: How often each module is called, by qualified name.
         read: Names of modules whose parameters or buffers are read from outside of them.
-        settings: Ids of modules whose settings a forward reads.
+        settings: Ids of modules whose settings a forward could read.
     """
 
     calls: Counter[str]
@@ -63,15 +63,18 @@ class Callers:
     Args:
         model: Whose modules.
         seen: What its traces show, in all modes.
-        opaque: Whether there are parts that could not be traced.
+        looked_at: Ids of modules at which a forward looked while it was traced, however that ended.
+        broken: Names of parts that could not be traced.
     """
 
-    def __init__(self, model: nn.Module, seen: Sequence[Seen], opaque: bool) -> None:
+    def __init__(self, model: nn.Module, seen: Sequence[Seen], looked_at: Iterable[int], broken: Iterable[str]) -> None:
         self._model = model
         self._holders = Holders(model)
-        self._opaque = opaque
+        opaque = [model.get_submodule(name) for name in broken]
+        self._opaque = bool(opaque)
         self._read = {name for trace in seen for name in trace.read}
-        self._settings = {held for trace in seen for held in trace.settings}
+        self._settings = {held for trace in seen for held in trace.settings}.union(looked_at)
+        self._settings.update(held for module in opaque for held in settings_read(module))
         self._owners = Counter(id(value) for module in model.modules() for value in _tensors(module))
         self._times: Counter[int] = Counter()
         for trace in seen:
@@ -87,9 +90,11 @@ class Callers:
         if name in self._read:
             return "something else reads its parameters"
         if id(module) in self._settings:
-            return "a forward reads its settings"
+            return "a forward looks at its settings, class or parameters"
         if any(self._owners[id(value)] > 1 for value in _tensors(module)):
             return "another module has the same parameters or statistics"
+        if any("__call__" in vars(cls) for cls in type(module).__mro__ if cls is not nn.Module):
+            return "its class has a __call__ of its own"
         if self._holders.is_kept_elsewhere(module):
             return "an attribute holds it without registering it, so that it cannot be replaced"
         if self._opaque and self._holders.count(module) > 1:

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import functools
+from collections import Counter, deque
+from collections.abc import Iterable
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 __all__ = ["Holders"]
+
+_ATOMS = frozenset((bool, int, float, str, bytes, type(None), torch.Tensor, torch.dtype, torch.device, torch.Size))
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return dict.values(value)
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return value
+    if isinstance(value, functools.partial):
+        return (value.func, value.args, value.keywords)
+    if isinstance(value, MethodType):
+        return (value.__self__,)
+    if isinstance(value, (type, FunctionType, torch.Tensor, ModuleType)):
+        return ()
+    held = getattr(value, "__dict__", None)
+    return held.values() if isinstance(held, dict) else ()
 
 
 class Holders:
@@ -20,15 +41,20 @@ class Holders:
         for module in model.modules():
             self._counts.update(id(child) for child in module._modules.values() if child is not None)
             for name, value in module.__dict__.items():
-                if name != "_modules":
-                    self._look_into(value, 2)
+                if name not in ("_modules", "_parameters", "_buffers"):
+                    self._look_into(value)
 
-    def _look_into(self, value: Any, depth: int) -> None:
-        if isinstance(value, nn.Module):
-            self._kept.add(id(value))
-        elif depth and isinstance(value, (list, tuple, set, dict)):
-            for part in value.values() if isinstance(value, dict) else value:
-                self._look_into(part, depth - 1)
+    def _look_into(self, value: Any) -> None:
+        """Through containers and plain objects, however deep."""
+        seen: set[int] = set()
+        todo = [value]
+        while todo:
+            value = todo.pop()
+            if isinstance(value, nn.Module):
+                self._kept.add(id(value))
+            elif type(value) not in _ATOMS and id(value) not in seen:
+                seen.add(id(value))
+                todo += _parts(value)
 
     def count(self, module: nn.Module) -> int:
         """In how many slots of the model the module is registered."""

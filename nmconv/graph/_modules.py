@@ -39,8 +39,9 @@ def leaf_op(module: nn.Module) -> Op | None:
 
 
 def _is_torchs(cls: type[nn.Module]) -> bool:
-    """Whether torch itself wrote the class's forward."""
-    return (getattr(cls.forward, "__module__", None) or "").startswith("torch.")
+    """Whether torch itself wrote the class's forward, and what a convolution's calls."""
+    methods = (getattr(cls, name, None) for name in ("forward", "_conv_forward"))
+    return all((getattr(method, "__module__", None) or "").startswith("torch.") for method in methods if method)
 
 
 def act_kind(module: nn.Module) -> str:

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx.proxy import Attribute, Proxy
 
 __all__ = ["TensorProxy", "patched_isinstance"]
@@ -90,7 +91,16 @@ def _stands_for(value: Any) -> type:
     return int if value.tracer.is_number(value.node) else torch.Tensor
 
 
+_asked: list[set[int]] = []  # ids of modules that somebody asks about; innermost last
+
+
+def _note(value: Any) -> None:
+    if _asked and builtins.isinstance(value, nn.Module):
+        _asked[-1].add(id(value))
+
+
 def _isinstance(value: Any, classes: Any) -> bool:
+    _note(value)
     if builtins.type(value) is TensorProxy:
         return issubclass(_stands_for(value), _real(classes))
     return builtins.isinstance(value, _real(classes))
@@ -101,6 +111,7 @@ def _issubclass(value: Any, classes: Any) -> bool:
 
 
 def _hasattr(value: Any, name: str) -> bool:
+    _note(value)
     return builtins.hasattr(_stands_for(value) if builtins.type(value) is TensorProxy else value, name)
 
 
@@ -121,6 +132,8 @@ class _Asking(builtins.type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and builtins.type(args[0]) is TensorProxy:
             return _stands_for(args[0])
+        if len(args) == 1:
+            _note(args[0])
         return builtins.type(*args, **kwargs)
 
     def __getattr__(cls, name: str) -> Any:
@@ -148,8 +161,10 @@ def _spaces(package: str, loaded: int) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def patched_isinstance() -> Iterator[Any]:
+def patched_isinstance(asked: set[int]) -> Iterator[Any]:
     """A function that gives a class's whole package honest answers about proxies until the end of the context.
+
+    Gets into ``asked``: the ids of modules whose class or attributes these packages ask for in these ways.
 
     Without it a forward that asks whether its input is a tensor takes the wrong branch without a word. Python code
     alone sees ``isinstance``, ``type`` and their kin shadowed: torch's C++ asks on its own, and must not be lied to.
@@ -168,11 +183,13 @@ def patched_isinstance() -> Iterator[Any]:
                     space[name] = shadow
                     patched.append((space, name))
 
+    _asked.append(asked)
     is_tensor = torch.is_tensor
     torch.is_tensor = lambda obj: _isinstance(obj, torch.Tensor)  # type: ignore[assignment]
     try:
         yield patch
     finally:
         torch.is_tensor = is_tensor
+        _asked.pop()
         for space, name in patched:
             del space[name]

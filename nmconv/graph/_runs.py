@@ -38,7 +38,8 @@ def linear_runs(model: nn.Module, *, example_inputs: Any = None, sizes: bool = T
     if first.mode_readers:
         analyses.append(trace_parts(model, True, example_inputs, first, _Finder))
     seen = [finder.seen for analysis in analyses for finder in analysis.traced]
-    calls = Callers(model, seen, bool(first.broken))
+    looked = (held for analysis in analyses for tracer in analysis.tracers for held in tracer.looked_at)
+    calls = Callers(model, seen, looked, first.broken)
     links = None
     if first.mode_readers:
         links = {link for finder in analyses[1].traced for link in finder.links(calls)}

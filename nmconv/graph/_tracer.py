@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import FrameType
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.fx.proxy import Proxy, TraceError
 
 from nmconv.graph import _zoo
 from nmconv.graph._frozen import NoFrozenTensors
+from nmconv.graph._looks import looks_noted
 from nmconv.graph._modules import leaf_op
 from nmconv.graph._ops import ACT_FUNCTIONS, ACT_METHODS, Op
 from nmconv.graph._proxy import AttributeProxy, TensorProxy, patched_isinstance
@@ -28,7 +30,8 @@ class FlowTracer(Tracer):
     """Traces a module and keeps, for every node, which module's forward made it.
 
     Control flow on shapes is answered from fake tensors, evaluated only when asked for. A module whose forward
-    cannot be traced becomes one opaque node, and is noted in ``broken``.
+    cannot be traced becomes one opaque node, and is noted in ``broken``. ``looked_at`` has the ids of modules
+    that a forward does not just call.
 
     Args:
         deep: Trace into modules that are no leaves; else every module is a leaf.
@@ -53,6 +56,7 @@ class FlowTracer(Tracer):
         self.constants: dict[str, torch.Tensor] = {}
         self.completed: dict[str, list[Arguments]] = {}
         self.first_calls: dict[Any, set[int]] = {}
+        self.looked_at: set[int] = set()
         self.odd: dict[str, str] = {}
         self.helped: dict[tuple[str, str], list[Arguments]] = {}
         self.values: Values
@@ -80,7 +84,8 @@ class FlowTracer(Tracer):
         self._state = self._ambient()
         self.stack = [Frame(root, path)]
         self.prefix = f"{path}." if path else ""
-        with patched_isinstance() as self._patch_isinstance:
+        looks = looks_noted(root, self.looked_at) if self.deep else nullcontext()
+        with looks, patched_isinstance(self.looked_at) as self._patch_isinstance:
             self._patch_isinstance(type(root))
             return self.trace(root)
 

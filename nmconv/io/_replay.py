@@ -14,7 +14,7 @@ from nmconv.graph import mode_hidden
 from nmconv.io._content import Content
 from nmconv.io._fit import check_merges, check_plan
 from nmconv.io._problems import Damaged, Foreign
-from nmconv.merging import Merge, conv_module, install, write_methods
+from nmconv.merging import Merge, conv_module, install, like_of, write_methods
 from nmconv.surgery import apply_plan
 
 __all__ = ["Homes", "replay"]
@@ -55,7 +55,7 @@ def _merge(model: nn.Module, merges: Sequence[Merge], homes: Homes) -> None:
         if merge.live:  # its factors stay where they are
             continue
         head: Any = model.get_submodule(merge.head)
-        weight = head.weight
+        weight = like_of(head)
         made = conv_module(merge.geometry, torch.empty(0, dtype=weight.dtype, device="meta"))
         made.requires_grad_(merge.trainable)
         made.training = head.training

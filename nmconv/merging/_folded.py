@@ -3,28 +3,71 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 from torch import nn
 
 from nmconv.errors import FoldedNormWarning
+from nmconv.graph import Op, leaf_op
+from nmconv.surgery import Undo
 
-__all__ = ["FOLDED", "AfterNorm", "FoldedNorm", "after_norm", "tell"]
+__all__ = [
+    "FOLDED",
+    "AfterNorm",
+    "FoldedDropout",
+    "FoldedNorm",
+    "Told",
+    "after_norm",
+    "folded_kind",
+    "mark",
+    "tell",
+    "told_of",
+]
 
-FOLDED = "_nmconv_folded"  # a list shared by all folded norms of a model: empty until one has spoken
+FOLDED = "_nmconv_folded"  # on what was folded: its kind, and what follows
+TOLD = "_nmconv_told"  # on a model: of each kind that was folded in it, whether that was said; shared by all of them
+Told: TypeAlias = dict[str, bool]
+
+_SAYS = {
+    "norm": "norms of this model were folded into convolutions: in train mode they keep the statistics they had, and "
+    "are not updated",
+    "dropout": "dropout of this model lay between convolutions that are one now: in train mode too, nothing is dropped "
+    "there",
+}
+
+
+def folded_kind(module: nn.Module) -> str:
+    """What is lost for training when the module is folded away: ``"norm"``, ``"dropout"``, or ""."""
+    if FOLDED in module.__dict__:
+        return str(module.__dict__[FOLDED][0])
+    if getattr(module, "running_mean", None) is not None:
+        return "norm"
+    chances = (getattr(module, name, None) for name in ("p", "drop_prob"))
+    return "dropout" if leaf_op(module) is Op.DROP and any(chances) else ""
+
+
+def told_of(model: nn.Module, undo: Undo) -> Told:
+    """What was said of the model's folded modules."""
+    if TOLD not in model.__dict__:
+        undo.append(lambda: model.__dict__.pop(TOLD, None))
+        model.__dict__[TOLD] = {}
+    told: Told = model.__dict__[TOLD]
+    return told
+
+
+def mark(module: nn.Module, kind: str, told: Told) -> None:
+    """Note that the module was folded."""
+    module.__dict__[FOLDED] = (kind, told)
+    told.setdefault(kind, False)
 
 
 def tell(module: nn.Module, mode: bool) -> None:
-    """Warn, once a model, that folded norms stay as they are in train mode."""
-    told: Any = module.__dict__.get(FOLDED)
-    if mode and told is not None and not told:
-        told.append(True)
-        warnings.warn(
-            "norms of this model were folded into convolutions: in train mode they keep the statistics they had, and "
-            "are not updated",
-            FoldedNormWarning,
-            stacklevel=3,
-        )
+    """Warn, once a model, about what folding has taken from training."""
+    kind, told = module.__dict__.get(FOLDED, ("", {}))
+    if mode and not told.get(kind, True):
+        missing = [said for said in _SAYS if not told.get(said, True)]
+        told.update(dict.fromkeys(missing, True))
+        warnings.warn("; ".join(_SAYS[one] for one in missing), FoldedNormWarning, stacklevel=3)
 
 
 def after_norm(module: Any, input: Any) -> Any:
@@ -33,22 +76,36 @@ def after_norm(module: Any, input: Any) -> Any:
     return module.act(input if drop is None else drop(input))
 
 
-class FoldedNorm(nn.Identity):
-    """The place of a norm that is part of a convolution now. Any shape in, the same out.
+class Folded(nn.Identity):
+    """The place of a module that is part of a convolution now. Any shape in, the same out.
 
     Args:
-        told: Shared by all folded norms of the model.
+        told: Shared by all that is folded in the model.
     """
 
-    def __init__(self, told: list[bool]) -> None:
-        super().__init__()
-        self.__dict__[FOLDED] = told
+    kind: ClassVar[str]
 
-    def train(self, mode: bool = True) -> FoldedNorm:
-        """As any module's, and says, once a model, that there is no norm to train."""
+    def __init__(self, told: Told) -> None:
+        super().__init__()
+        mark(self, self.kind, told)
+
+    def train(self, mode: bool = True) -> Folded:
+        """As any module's, and says, once a model, what there is not to train with."""
         tell(self, mode)
         super().train(mode)
         return self
+
+
+class FoldedNorm(Folded):
+    """The place of a norm."""
+
+    kind = "norm"
+
+
+class FoldedDropout(Folded):
+    """The place of a dropout between two convolutions."""
+
+    kind = "dropout"
 
 
 class AfterNorm(FoldedNorm):
@@ -56,10 +113,10 @@ class AfterNorm(FoldedNorm):
 
     Args:
         norm_act: The module.
-        told: Shared by all folded norms of the model.
+        told: As of :class:`Folded`.
     """
 
-    def __init__(self, norm_act: Any, told: list[bool]) -> None:
+    def __init__(self, norm_act: Any, told: Told) -> None:
         super().__init__(told)
         self.drop = norm_act.drop if isinstance(getattr(norm_act, "drop", None), nn.Module) else nn.Identity()
         self.act = norm_act.act

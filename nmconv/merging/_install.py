@@ -13,9 +13,9 @@ from nmconv.errors import RewriteError
 from nmconv.graph import THROUGH, Element, Join, elements_from, is_norm_act, steps_of, text_of
 from nmconv.merging._asking import get_merges
 from nmconv.merging._brackets import Node, Segment, geometry_of_nodes, nodes_of
-from nmconv.merging._folded import AfterNorm, FoldedNorm
+from nmconv.merging._folded import AfterNorm, FoldedDropout, FoldedNorm, Told, folded_kind, told_of
 from nmconv.merging._live import LIVE, go_live
-from nmconv.merging._module import filled
+from nmconv.merging._module import filled, like_of
 from nmconv.merging._numbers import affine_in_double
 from nmconv.merging._records import Merge
 from nmconv.planning import Refusal, Sum
@@ -127,14 +127,13 @@ def install(
         undo: To be run backwards if something fails.
     """
     slots = _slots(model)
-    told: list[bool] = []
+    told = told_of(model, undo)
     for merge in merges:
         if merge.live:
             nodes = nodes_of_merge(model, merge)
             go_live(model, merge.head, merge.removed, nodes, merge.geometry, told, undo)
             continue
-        silent = [True] if merge.norm else told  # where a norm stays there is one to train
-        changes = {name: _left_of(model.get_submodule(name), silent) for name in merge.removed}
+        changes = {name: _left_of(model.get_submodule(name), told, bool(merge.norm)) for name in merge.removed}
         _put(model, slots, {**changes, merge.head: convs[merge.head]}, undo)
     for owner, method in methods.items():
         module = model.get_submodule(owner)
@@ -151,11 +150,11 @@ def bake(model: nn.Module, undo: Undo) -> None:
     if not any(merge.live for merges in rounds for merge in merges):
         return
     slots = _slots(model)
-    told: list[bool] = []
+    told = told_of(model, undo)
     for merge in (merge for merges in rounds for merge in merges if merge.live):
         head: Any = model.get_submodule(merge.head)
-        conv = filled(head.__dict__[LIVE].affine(affine_in_double), head.weight, merge.trainable)
-        _put(model, slots, {name: _left_of(model.get_submodule(name), told) for name in merge.removed}, undo)
+        conv = filled(head.__dict__[LIVE].affine(affine_in_double), like_of(head), merge.trainable)
+        _put(model, slots, {name: _left_of(model.get_submodule(name), told, False) for name in merge.removed}, undo)
         _put(model, slots, {merge.head: conv}, undo)
     undo.append(_restoring_mark(model))
     model.__dict__[MERGED] = tuple(
@@ -197,15 +196,17 @@ def nodes_of_merge(model: nn.Module, merge: Merge) -> tuple[Node, ...]:
     return nodes
 
 
-def _left_of(module: nn.Module, told: list[bool]) -> nn.Module:
-    """What stays of a module that is folded away."""
+def _left_of(module: nn.Module, told: Told, keeps_norm: bool) -> nn.Module:
+    """What stays of a module that is folded away; where a norm stays behind the convolution there is one to train."""
     left: nn.Module = nn.Identity()
+    of_norms = {"norm": True} if keeps_norm else told
+    kind = folded_kind(module)
     if is_norm_act(module) or module.__dict__.get(THROUGH) == "act":
-        after = AfterNorm(module, told)
+        after = AfterNorm(module, of_norms)
         plain = isinstance(after.act, nn.Identity) and isinstance(after.drop, nn.Identity)
-        left = FoldedNorm(told) if plain else after
-    elif getattr(module, "running_mean", None) is not None:
-        left = FoldedNorm(told)
+        left = FoldedNorm(of_norms) if plain else after
+    elif kind:
+        left = FoldedNorm(of_norms) if kind == "norm" else FoldedDropout(told)
     left.training = module.training
     return left
 

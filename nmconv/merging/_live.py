@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from nmconv.errors import RewriteError
 from nmconv.graph import LEAF, THROUGH, Join, is_norm_act
 from nmconv.merging._algebra import Affine, apply, compose, join, of_identity
 from nmconv.merging._brackets import Node
-from nmconv.merging._folded import FOLDED
+from nmconv.merging._folded import Told, folded_kind, mark
 from nmconv.merging._numbers import affine_of
 from nmconv.planning import Geometry
 from nmconv.surgery import Method, Undo, restoring, rewritten
@@ -106,6 +107,8 @@ def base_train(module: Any, mode: bool) -> Any:
 
 def why_not_live(module: nn.Module) -> str:
     """Why the module cannot stay as a factor, or ""."""
+    if any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()):
+        return "a hook changes its spectral norm's vectors in every call (torch's older spectral_norm)"
     try:
         rewritten(type(module), (_THROUGH,))
     except RewriteError as error:
@@ -119,7 +122,7 @@ def go_live(
     removed: Iterable[str],
     nodes: tuple[Node, ...],
     geometry: Geometry,
-    told: list[bool],
+    told: Told,
     undo: Undo,
 ) -> None:
     """Let the module ``head`` compute the merged convolution, and the others hand their input on.
@@ -130,7 +133,7 @@ def go_live(
         removed: Of the other modules.
         nodes: Of the run.
         geometry: Of the merged convolution.
-        told: Shared by all folded norms of the model; see :func:`nmconv.merging._folded.tell`.
+        told: From :func:`nmconv.merging._folded.told_of`.
         undo: Appended to.
     """
     names = [name for node in nodes for name in _names(node)]
@@ -139,14 +142,14 @@ def go_live(
         module: Any = model.get_submodule(name)
         undo.append(restoring(module))
         norm_act = is_norm_act(module)
-        is_norm = getattr(module, "running_mean", None) is not None
+        kind = folded_kind(module)
         methods: tuple[Method, ...] = (_HEAD,) if name == head else (_AFTER if norm_act else _THROUGH,)
         if name == head:
             module.__dict__.update({LIVE: live, LEAF: True, "geometry": geometry})
         else:
             module.__dict__[THROUGH] = "act" if norm_act else "all"
-        if is_norm:
-            module.__dict__[FOLDED] = told
+        if kind:
+            mark(module, kind, told)
             methods = (*methods, _TRAIN)
         module.__class__ = rewritten(type(module), methods)
 

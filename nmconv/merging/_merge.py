@@ -21,7 +21,7 @@ from nmconv.merging._called import outputs
 from nmconv.merging._install import bake, check_calls, install, record, write_methods
 from nmconv.merging._latency import LatencyGate, is_slower
 from nmconv.merging._live import affine_of_nodes, why_not_live
-from nmconv.merging._module import filled
+from nmconv.merging._module import filled, like_of
 from nmconv.merging._numbers import affine_in_double
 from nmconv.merging._records import Merge, Run
 from nmconv.merging._verify import check_model_outputs, check_segment
@@ -95,7 +95,7 @@ def merge(
         else:
             price = _any
         made.choose(price, fold=not live, fewest=gate == "always")
-        why = f"no linear run of it gains {min_gain}"
+        why = made.why_not_live or f"no linear run of it gains {min_gain}"
         if gate == "latency" and not live and made.merges_any():
             merged = made.carry_out(False, [])
             if is_slower(fold_norms(model), merged, example_inputs, backend):
@@ -144,6 +144,7 @@ def find_runs(model: nn.Module, *, min_gain: float = 1.05, example_inputs: Any =
     check_examples(example_inputs)
     with mode_hidden():
         made = _Merging(model, example_inputs, False)
+        made.settle(_flops(min_gain), fold=True, fewest=False)
         runs = [nodes for nodes in made.runs if sum(len(node.convs) for node in nodes) > 1]
         return tuple(made.described(nodes, _flops(min_gain)) for nodes in runs)
 
@@ -168,6 +169,14 @@ def _check_mode(model: nn.Module, todo: str) -> None:
         )
 
 
+def _refuse(nodes: Sequence[Node], reason: Refusal) -> None:
+    """Let none of the nodes become part of a convolution, those of branches neither."""
+    for node in nodes:
+        node.geometry = reason
+        for branch in node.branches:
+            _refuse(branch, reason)
+
+
 def _flops(min_gain: float) -> Price:
     def price(segment: Segment) -> float | None:
         return segment.merged_cost if segment.cost >= min_gain * segment.merged_cost else None
@@ -190,6 +199,7 @@ class _Merging:
         self._model = model
         self._examples = example_inputs
         self._live = live
+        self.why_not_live = ""  # of the first module that cannot be a factor
         self._refused: dict[str, str] = {}  # owners of sums whose forward cannot be rewritten
         self._found = linear_runs(model, example_inputs=example_inputs)
         self.runs = [self._nodes(run) for run in self._found]
@@ -199,13 +209,13 @@ class _Merging:
     def _nodes(self, run: LinearRun) -> tuple[Node, ...]:
         hooked = [name for name in run.crossed if hooks_of(self._model.get_submodule(name))]
         source = run.source
-        rank = len(source) - 1 if source else _rank(self._model, run)
-        sizes = tuple(source[1:]) if source and all(isinstance(size, int) for size in source) else (_SIZE,) * rank
+        rank = _rank(self._model, run)
+        known = source is not None and len(source) in (rank, rank + 1) and all(isinstance(size, int) for size in source)
+        sizes = source[-rank:] if source and known else (_SIZE,) * rank  # less one where there is no batch
         nodes = nodes_of(self._model, run.elements, None, sizes, before_hoisting(self._model), self._refused)
         if hooked:
             reason = Refusal(f"{hooked[0]} has a hook, which would see other values: remove it first")
-            for node in nodes:
-                node.geometry = reason
+            _refuse(nodes, reason)
         if self._live:
             self._refuse_factors(nodes)
         return nodes
@@ -222,6 +232,7 @@ class _Merging:
                 why = why_not_live(self._model.get_submodule(node.element.name))
                 if why:
                     node.geometry = Refusal(f"{node.element.name}: {why}")
+                    self.why_not_live = self.why_not_live or str(node.geometry)
 
     # -- choosing -----------------------------------------------------------------------------------------------------
 
@@ -233,11 +244,15 @@ class _Merging:
         return LatencyGate(like, batch, backend, min_gain, before_hoisting(self._model)).price
 
     def choose(self, price: Price, *, fold: bool, fewest: bool) -> None:
+        """Decide on segments, all in eval mode."""
+        self.settle(price, fold=fold, fewest=fewest)
+        self._check_parts()
+
+    def settle(self, price: Price, *, fold: bool, fewest: bool) -> None:
         """Decide on segments; what cannot be rewritten is refused and decided anew."""
         while True:
             chosen = [bracket(nodes, price, fold=fold, fewest=fewest) for nodes in self.runs]
             self.segments = [segment for choice in chosen for segment in choice.segments]
-            self._check_parts()
             self._merges = [record(segment, self._trains(segment), self._live) for segment in self.segments]
             self._methods, failed = write_methods(self._model, self._merges)
             if not failed:
@@ -295,7 +310,7 @@ class _Merging:
 
     def carry_out(self, inplace: bool, undo: Undo) -> nn.Module:
         """Make the convolutions, check them, and put them into the model or a copy of it."""
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # or its parameters could never be trained
             return self._carried_out(inplace, undo)
 
     def _carried_out(self, inplace: bool, undo: Undo) -> nn.Module:
@@ -304,7 +319,7 @@ class _Merging:
         convs: dict[str, nn.Module] = {}
         merges = self._merges
         for segment, merge in zip(self.segments, merges, strict=True):
-            like: Any = self._model.get_submodule(merge.head).weight
+            like = like_of(self._model.get_submodule(merge.head))
             affine = self._affine(segment.nodes)
             if not like.is_meta:
                 check_segment(self._model, segment, affine)

@@ -6,19 +6,38 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from nmconv.merging._algebra import Affine, apply, response, sizes_of
 from nmconv.planning import Geometry
 
-__all__ = ["MergedConv", "conv_module", "filled", "is_finite", "is_plain"]
+__all__ = ["MergedConv", "conv_module", "filled", "is_finite", "is_plain", "like_of"]
+
+
+class _Written:
+    """What a parameter held, to tell whether it still does."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._state = self._of(value)
+        self._value = value
+        # Writing through .data leaves no trace. Elsewhere than on a CPU, looking would make every call wait.
+        self._copy = value.detach().clone() if value.device.type == "cpu" else None
+
+    @staticmethod
+    def _of(value: Tensor) -> tuple[int, int]:
+        return value.data_ptr(), 0 if value.is_inference() else value._version
+
+    def still(self, value: Tensor) -> bool:
+        """Whether ``value`` is the same parameter with the same numbers."""
+        if value is not self._value or self._of(value) != self._state:
+            return False
+        return self._copy is None or torch.equal(self._copy, value)
 
 
 class MergedConv(nn.modules.conv._ConvNd):
     """A convolution that torch's own classes cannot say: with a border term, or with padding that is not symmetric.
 
     ``out = conv(pad(input), weight) + bias + conv(ones, border)``; the last term is the response of biases that end at
-    the border of an inner map. It depends on the input's size only, and is kept for the last size it was computed for.
+    the border of an inner map. It depends on the input's size and the border only, and is kept for the last of both.
 
     Args:
         geometry: Its extents; input ``[batch, in, *sizes]`` or ``[in, *sizes]``.
@@ -36,7 +55,7 @@ class MergedConv(nn.modules.conv._ConvNd):
             device=like.device, dtype=like.dtype,
         )  # fmt: skip
         self.geometry = geometry
-        self._kept: tuple[Any, Tensor] | None = None
+        self._kept: tuple[Any, _Written, Tensor] | None = None
         if geometry.bounded:
             self.border = nn.Parameter(like.new_zeros(geometry.out_channels, 1, *geometry.border_kernel))
         else:
@@ -52,22 +71,29 @@ class MergedConv(nn.modules.conv._ConvNd):
 
     def _response(self, input: Tensor, dtype: torch.dtype) -> Tensor:
         sizes = sizes_of(input, self.geometry.rank)
-        assert self.border is not None
-        # While compiling (and exporting) too: there, a map that was kept could go stale unnoticed.
-        if torch.compiler.is_compiling() or isinstance(input, Proxy):
-            return response(self.geometry, self.border, sizes)
-        if torch.is_grad_enabled() and self.border.requires_grad:
-            self._kept = None  # the border may be about to change
-            return response(self.geometry, self.border, sizes)
-        version = 0 if self.border.is_inference() else self.border._version
-        key = (sizes, dtype, input.device, version)
+        border: Any = self.border
+        if not self._may_keep(input):
+            return response(self.geometry, border, sizes)
+        key = (sizes, dtype, border.device)
         kept = self._kept
-        if kept is not None and kept[0] == key:
-            return kept[1]
-        made = response(self.geometry, self.border, sizes)
+        if kept is not None and kept[0] == key and kept[1].still(border):
+            return kept[2]
+        made = response(self.geometry, border, sizes)
         if not torch.is_inference_mode_enabled():
-            self._kept = (key, made)
+            self._kept = (key, _Written(border), made)
         return made
+
+    def _may_keep(self, input: Tensor) -> bool:
+        """Not while somebody compiles, exports, traces or transforms, nor where the border may be about to change."""
+        border: Any = self.border
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return False
+        if type(input) is not Tensor or type(border) is not nn.Parameter:
+            return False
+        if torch.is_grad_enabled() and border.requires_grad:
+            self._kept = None
+            return False
+        return True
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._kept = None
@@ -116,6 +142,15 @@ def conv_module(geometry: Geometry, like: Tensor) -> nn.Module:
     return made
 
 
+def like_of(module: nn.Module) -> Tensor:
+    """A tensor of the module's dtype and device: a parameter, as a weight that a hook computes may not have moved."""
+    found = next(module.parameters(), None)
+    if found is not None:
+        return found
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight
+
+
 def is_finite(value: Tensor) -> bool:
     """Whether all of its numbers are: a finite sum says so much sooner, though one that overflows says nothing."""
     return bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())
@@ -135,6 +170,9 @@ def filled(affine: Affine, like: Tensor, requires_grad: bool) -> nn.Module:
         cast = affine.cast(like.dtype) if name == "weight" else value.detach().to(like.dtype)
         if not cast.is_meta and not is_finite(cast) and is_finite(getattr(affine.dense(), name)):
             raise ValueError(f"a merged {name} does not fit into {like.dtype}")
-        setattr(module, name, nn.Parameter(cast.to(like.device).contiguous(), requires_grad))
+        own = cast.to(like.device).contiguous()
+        if own.data_ptr() == value.data_ptr():  # nothing was to be cast: the original's own numbers
+            own = own.clone()
+        setattr(module, name, nn.Parameter(own, requires_grad))
     module.train(False)
     return module
