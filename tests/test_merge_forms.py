@@ -304,7 +304,6 @@ def test_export(model, strict, live):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.xfail(strict=True, reason="torch.jit.trace freezes the border's map at the size it sees: use torch.export")
 @pytest.mark.parametrize("ran_before", [True, False])
 def test_jit_trace(merged, model, ran_before):
     """At the size it was traced with, and at others as far as the original can."""
