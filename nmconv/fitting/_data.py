@@ -94,7 +94,7 @@ def read_images(data: Any, model: nn.Module, *, holdout: float = 0.0, key: str |
         raise OptionError("data holds no images: give a loader or an iterable that has not been read to its end")
     if holdout and not split.held:
         raise OptionError(
-            f"data holds {split.index} images, too few to hold out {holdout} of them: give more, or holdout=0"
+            f"data holds {split.index} images, too few to hold out {holdout} of them: give more, or another holdout"
         )
     batches = kept.batches()
     return Images(lambda: iter(batches), split.index - split.held, split.held, home)
@@ -184,6 +184,12 @@ def _reader(data: Any, key: str | None) -> Any:
                 for start in range(0, len(indices), step):
                     yield _images_of(collate([dataset[at] for at in indices[start : start + step]]), key), held
 
+        one, two = (next(read())[0] for _ in range(2))
+        if not torch.equal(one, two):
+            raise OptionError(
+                f"data is too large to keep, and its data set gives other images each time ({type(dataset).__name__}): "
+                "give it transforms that draw nothing at random, or fewer images"
+            )
         return Images(read, len(wanted[0]), len(wanted[1]), home)
 
     return made

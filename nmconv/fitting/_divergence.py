@@ -15,17 +15,21 @@ from nmconv.fitting._data import Images
 from nmconv.fitting._records import Divergence
 from nmconv.merging import is_finite
 
-__all__ = ["Loss", "Outputs", "divergence", "outputs_of"]
+__all__ = ["Loss", "NotFiniteError", "Outputs", "divergence", "outputs_of"]
 
 Loss = Callable[[Any, Any], Any]  # of the output and the reference's output of a batch: a number, or one for each image
 Outputs = list[tuple[int, Any]]  # of each batch: how many images, and the output
+
+
+class NotFiniteError(FitError):
+    """Outputs or a loss that are not: of one candidate among many this says that it is none."""
 
 
 def outputs_of(model: nn.Module, images: Images, held: bool | None) -> Outputs:
     """Outputs of all batches, in the model's present mode.
 
     Raises:
-        FitError: If one is not finite.
+        NotFiniteError: If one is not finite.
     """
     found = []
     with torch.no_grad():
@@ -33,7 +37,9 @@ def outputs_of(model: nn.Module, images: Images, held: bool | None) -> Outputs:
             output = model(batch)
             for part in tree_leaves(output):
                 if isinstance(part, Tensor) and part.is_floating_point() and not is_finite(part):
-                    raise FitError(f"this {type(model).__name__} gives values that are not finite on these images")
+                    raise NotFiniteError(
+                        f"this {type(model).__name__} gives values that are not finite on these images"
+                    )
             found.append((len(batch), output))
     return found
 
@@ -45,7 +51,7 @@ def divergence(outputs: Outputs, reference: Outputs, loss: Loss | None) -> Diver
     square.
 
     Raises:
-        FitError: If there is nothing to compare, or ``loss`` gives what is not finite.
+        FitError: If there is nothing to compare; NotFiniteError if ``loss`` gives what is not finite.
     """
     total = same = 0.0
     images = 0
@@ -54,9 +60,7 @@ def divergence(outputs: Outputs, reference: Outputs, loss: Loss | None) -> Diver
         logits = floats and output.dim() == 2 and output.shape[1] > 1
         images += count
         if loss is not None:
-            value = loss(output, wanted)
-            value = value.double().mean() if isinstance(value, Tensor) else value
-            total += float(value) * count
+            total += float(torch.as_tensor(loss(output, wanted)).double().mean()) * count
         elif logits:
             one, two = output.double().log_softmax(1), wanted.double().log_softmax(1)
             total += float((two.exp() * (two - one)).sum())
@@ -67,7 +71,7 @@ def divergence(outputs: Outputs, reference: Outputs, loss: Loss | None) -> Diver
         else:
             same = math.nan
     if not math.isfinite(total):
-        raise FitError(
+        raise NotFiniteError(
             f"the {'divergence' if loss is None else 'loss'} is {total / images} on these images: not finite"
         )
     return Divergence(total / images, same / images)

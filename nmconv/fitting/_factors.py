@@ -43,12 +43,12 @@ class Factors:
         last = unit.elements[-1]
         if isinstance(last, Join):
             raise Refusal("its last step is a sum of convolutions, which have no one last convolution")
-        at = max(
-            number for number, step in enumerate(unit.elements) if not isinstance(step, Join) and step.kind == "conv"
-        )
+        at = max(number for number, step in enumerate(unit.elements) if isinstance(step, Join) or step.kind == "conv")
+        if isinstance(unit.elements[at], Join):
+            raise Refusal("a norm behind a sum of convolutions is its last step: they have no one last convolution")
         steps: Any = unit.elements[at:]
         for step in steps:
-            if step.kind in ("pad",) or isinstance(step, Join):
+            if step.kind == "pad":
                 raise Refusal(f"{step.name} stands behind its last convolution")
             if step.why and not step.quiet:
                 raise Refusal(f"{step.name}: {step.why}")

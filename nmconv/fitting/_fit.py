@@ -10,7 +10,7 @@ from torch import nn
 
 from nmconv.errors import FitError, OptionError
 from nmconv.fitting._data import Images, check_finite, home_of, read_images
-from nmconv.fitting._divergence import Loss, Outputs, divergence, outputs_of
+from nmconv.fitting._divergence import Loss, NotFiniteError, Outputs, divergence, outputs_of
 from nmconv.fitting._factors import Factors
 from nmconv.fitting._kernels import Merged
 from nmconv.fitting._moments import Rows
@@ -206,7 +206,10 @@ class _Fitting:
     def run(self, default: Kernel | None, recalibrating: bool) -> Fit:
         self._check_images()
         self._wanted = outputs_of(self._reference, self._images, self._held)
-        converted = self._divergence()
+        try:
+            converted = self._divergence()
+        except NotFiniteError:  # before it is repaired, a network of small floats may overflow
+            converted = Divergence(math.nan, math.nan)
         baseline, undo = self._recalibrated()
         undone(undo)
         found = self.units(default)

@@ -97,15 +97,24 @@ def recalibrate(model: nn.Module, images: Images, undo: Undo) -> int:
 
 
 def _estimate(model: nn.Module, norms: list[Any], images: Images) -> None:
-    """Means over images of each batch's statistics; a smaller batch counts for less, every call of a norm alike."""
+    """Statistics over all images: of each batch, a smaller one counting for less, and of what lies between them."""
     seen: Counter[int] = Counter()
+    means: dict[int, Tensor] = {}
+    between: dict[int, Tensor] = {}  # squared deviations of the batches' means, times images (Welford's)
 
     def weigh(norm: Any, args: Any, kwargs: Any) -> None:
         count = len(args[0] if args else kwargs["input"])
         seen[id(norm)] += count
         norm.momentum = count / seen[id(norm)]
+        means[id(norm)] = norm.running_mean.double()
+
+    def spread(norm: Any, args: Any, result: Any) -> None:
+        part = norm.momentum
+        moved = norm.running_mean.double() - means[id(norm)]
+        between[id(norm)] = between.get(id(norm), 0) + seen[id(norm)] * moved.square() * (1 / part - 1)
 
     handles = [norm.register_forward_pre_hook(weigh, with_kwargs=True) for norm in norms]
+    handles += [norm.register_forward_hook(spread) for norm in norms]
     try:
         with torch.no_grad():
             for batch in _gathered(images):
@@ -118,6 +127,10 @@ def _estimate(model: nn.Module, norms: list[Any], images: Images) -> None:
     finally:
         for handle in handles:
             handle.remove()
+    with torch.no_grad():
+        for norm in norms:
+            if seen[id(norm)]:
+                norm.running_var += (between[id(norm)] / seen[id(norm)]).to(norm.running_var.dtype)
 
 
 def _gathered(images: Images) -> Iterator[Tensor]:

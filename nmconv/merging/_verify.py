@@ -158,7 +158,8 @@ def _sizes(segment: Segment) -> list[tuple[int, ...]]:
     """Odd, even and unequal extents around the kernel's, and some below it."""
     rank = segment.geometry.rank
     extents, strides = segment.geometry.extent, segment.geometry.stride
-    grown = [extent + 2 * step + 1 for extent, step in zip(extents, strides, strict=True)]
+    cropped = segment.geometry.crop or ((0, 0),) * rank  # what the convolution never looks at, but needs to be there
+    grown = [extent + 2 * step + 1 + sum(cut) for extent, step, cut in zip(extents, strides, cropped, strict=True)]
     widest = [max(pair) for pair in segment.geometry.padding]  # which reflections and wraps must stay below
     found = [
         tuple(grown),

@@ -265,8 +265,8 @@ class Network:
             for end in range(start + 1, len(line) + 1):
                 blocks = (*line[start : end - 1], line[end - 1].cut or line[end - 1])
                 convs = tuple(name for block in blocks for name in block.convs)
-                if len(convs) > self.most:
-                    break
+                if len(convs) > self.most or any(":" in name for name in convs):
+                    break  # calls of functions are no modules to put something else in the place of
                 sites = [site for block in blocks for site in block.inner]
                 sites += [block.behind for block in blocks[:-1] if block.behind]
                 if sites and len(convs) > 1 and all(conv in self.order for conv in convs):

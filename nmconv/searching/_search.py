@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -31,7 +32,7 @@ def search(
     net: nn.Module,
     images: Any,
     *,
-    budget: float | Sequence[float],
+    budget: float | Iterable[float],
     cost: str = "latency",
     backend: str = "eager",
     sensitivity: Sensitivity | None = None,
@@ -100,7 +101,7 @@ def search(
         table = sensitivity or measured(network, pictures, form, timed, loss, path, quiet)
         found = _Search(network, pictures, table, cost, backend, loss, rounds)
         plans = tuple(found.plan(one) for one in budgets)
-    return plans[0] if isinstance(budget, (int, float)) else plans
+    return plans[0] if isinstance(budget, Real) else plans
 
 
 def _check_table(table: Sensitivity, network: Network, asked: dict[str, str]) -> None:
@@ -116,13 +117,14 @@ def _check_table(table: Sensitivity, network: Network, asked: dict[str, str]) ->
 
 
 def _budgets(budget: Any) -> tuple[float, ...]:
-    given = (budget,) if isinstance(budget, (int, float)) else tuple(budget) if isinstance(budget, Sequence) else ()
+    numbers = isinstance(budget, Iterable) and not isinstance(budget, (str, bytes, Mapping))
+    given = tuple(budget) if numbers else (budget,)
     for one in given:
-        if isinstance(one, bool) or not isinstance(one, (int, float)) or not 0 <= one < math.inf:
+        if isinstance(one, bool) or not isinstance(one, Real) or not 0 <= float(one) < math.inf:
             raise OptionError(f"budget={budget!r}: give a part of the original's cost such as 0.75, or a figure")
-    if not given or isinstance(budget, (str, bytes)):
+    if not given:
         raise OptionError(f"budget={budget!r}: give a part of the original's cost such as 0.75, or a figure")
-    return given
+    return tuple(map(float, given))
 
 
 @dataclass(frozen=True)

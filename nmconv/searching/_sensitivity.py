@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nmconv.errors import FileError, OptionError
-from nmconv.fitting import Images, Loss, eval_mode, is_direct, read_images
+from nmconv.fitting import Images, Loss, NotFiniteError, eval_mode, is_direct, read_images
 from nmconv.graph import mode_hidden
 from nmconv.planning import Refusal
 from nmconv.searching._alone import Alone, Measured
@@ -158,20 +160,57 @@ def check_setting(table: Sensitivity, asked: dict[str, str], what: str, way_out:
 
 
 def _name(loss: Loss | None) -> str:
-    """Tells functions apart, as far as their code does."""
+    """Tells functions apart by their code and by what it is given: defaults, closures, attributes, globals."""
     if loss is None:
         return "default"
-    code = getattr(loss, "__code__", None)
-    text = repr((code.co_code, code.co_names, [str(part) for part in code.co_consts])) if code else ""
     name = getattr(loss, "__qualname__", type(loss).__qualname__)
-    return f"{name} {hashlib.sha256(text.encode()).hexdigest()[:8]}" if code else name
+    return f"{name} {hashlib.sha256(repr(_described(loss, 5)).encode()).hexdigest()[:8]}"
+
+
+def _described(value: Any, depth: int) -> Any:
+    """The value in words that are the same in every process."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
+        return value
+    if isinstance(value, Tensor):
+        return [str(value.dtype), list(value.shape), hashlib.sha256(_bytes(value)).hexdigest()]
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    parts: list[Any] = []
+    if isinstance(value, CodeType):
+        parts = [value.co_code, value.co_names, value.co_consts]
+    elif isinstance(value, FunctionType):
+        names = value.__code__.co_names
+        parts = [
+            value.__code__,
+            value.__defaults__,
+            value.__kwdefaults__,
+            [cell.cell_contents for cell in value.__closure__ or ()],
+        ]
+        parts.append([value.__globals__[name] for name in names if name in value.__globals__])
+    elif isinstance(value, MethodType):
+        parts = [value.__func__, value.__self__]
+    elif isinstance(value, functools.partial):
+        parts = [value.func, value.args, value.keywords]
+    elif isinstance(value, Mapping):
+        parts = [part for pair in value.items() for part in pair]
+    elif isinstance(value, (list, tuple)):
+        parts = list(value)
+    elif isinstance(value, (ModuleType, BuiltinFunctionType, type)):
+        return getattr(value, "__name__", kind)
+    else:
+        parts = [vars(value)] if hasattr(value, "__dict__") else []
+    return [kind, *(_described(part, depth - 1) for part in parts)] if depth else kind
+
+
+def _bytes(value: Tensor) -> bytes:
+    found: bytes = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return found
 
 
 def _weights(model: nn.Module) -> str:
     found = hashlib.sha256()
     for value in model.state_dict().values():
         if isinstance(value, Tensor) and value.is_floating_point():
-            found.update(value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+            found.update(_bytes(value))
     return found.hexdigest()[:8]
 
 
@@ -193,7 +232,8 @@ def _digest(images: Images) -> str:
     """Tells sets of images apart."""
     found = hashlib.sha256()
     for batch, held in images.batches():
-        found.update(f"{held} {tuple(batch.shape)} {float(batch.double().sum()):.6e}".encode())
+        found.update(f"{held} {tuple(batch.shape[1:])} {batch.dtype}".encode())
+        found.update(_bytes(batch))
     return found.hexdigest()[:8]
 
 
@@ -219,7 +259,7 @@ def _rows(segment: Segment, alone: Alone, watch: Stopwatch | None, form: str) ->
                 segment, "x".join(map(str, found.size)), found, segment.multiply_adds_as(found.size),
                 _parameters(segment, found.size), (times[0], times[at + 1]),
             )  # fmt: skip
-    except Refusal:
+    except (Refusal, NotFiniteError):
         return
 
 
