@@ -13,6 +13,7 @@ from torch import nn
 
 __all__ = ["Holders"]
 
+_OWN = frozenset(nn.Module().__dict__)  # what every module has: children, tensors and hooks
 _ATOMS = frozenset((bool, int, float, str, bytes, type(None), torch.Tensor, torch.dtype, torch.device, torch.Size))
 
 
@@ -41,7 +42,7 @@ class Holders:
         for module in model.modules():
             self._counts.update(id(child) for child in module._modules.values() if child is not None)
             for name, value in module.__dict__.items():
-                if name not in ("_modules", "_parameters", "_buffers"):
+                if name not in _OWN:
                     self._look_into(value)
 
     def _look_into(self, value: Any) -> None:
