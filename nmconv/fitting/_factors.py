@@ -40,12 +40,9 @@ class Factors:
     """
 
     def __init__(self, model: nn.Module, unit: Unit) -> None:
-        last = unit.elements[-1]
-        if isinstance(last, Join):
-            raise Refusal("its last step is a sum of convolutions, which have no one last convolution")
         at = max(number for number, step in enumerate(unit.elements) if isinstance(step, Join) or step.kind == "conv")
         if isinstance(unit.elements[at], Join):
-            raise Refusal("a norm behind a sum of convolutions is its last step: they have no one last convolution")
+            raise Refusal("it ends in a sum of convolutions, which have no one last convolution")
         steps: Any = unit.elements[at:]
         for step in steps:
             if step.kind == "pad":

@@ -12,7 +12,6 @@ from nmconv.graph import Op, leaf_op
 from nmconv.surgery import Undo
 
 __all__ = [
-    "FOLDED",
     "AfterNorm",
     "FoldedDropout",
     "FoldedNorm",
