@@ -17,6 +17,7 @@ import nmconv
 from nmconv.fitting import read_images
 from nmconv.searching import _cost, _search
 from nmconv.searching._alone import Alone
+from nmconv.searching._budget import budgets_of
 from nmconv.searching._candidates import Network
 from nmconv.searching._choose import Option, choose, frontier
 from nmconv.timing import Timing
@@ -321,6 +322,56 @@ def test_latency_is_measured(net, images):
     assert {"none", "3x3"} <= {one.size for one in timed.candidates}
     assert all((one.latency[1] == 0) is (one.size == "none") for one in timed.candidates)
     assert plan.kernels or plan.branches
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [
+        ("8 ms", 0.008),
+        ("8ms", 0.008),
+        (" .5 MS ", 0.0005),
+        ("2.5e2 us", 0.00025),
+        ("7 µs", 7e-6),
+        ("1 s", 1.0),
+    ],
+)
+def test_a_budget_with_its_unit(given, seconds):
+    (budget,) = budgets_of(given, "latency")
+    assert budget.of(0.5) == pytest.approx(seconds, rel=1e-12) and not budget.part
+    assert budgets_of(budget.named(), "latency")[0].amount == budget.amount  # as it is written in a plan
+
+
+def test_a_latency_in_milliseconds(net, images):
+    """The same as the part of the original's latency that it is, and an error that tells both."""
+    table = nmconv.sensitivity(net, images, backend="eager", quiet=True, most=3)
+    total = table.totals["latency"]
+    saves = frontier([Option(one.first, one.last, 0.0, one.saves("latency")) for one in table.candidates
+                      if one.saves("latency") > 0])[-1][1]  # fmt: skip
+    budget = f"{1e3 * (total - 0.1 * saves):.6f} ms"
+    options = {"cost": "latency", "sensitivity": table, "quiet": True}
+    try:
+        plan, other = nmconv.search(net, images, budget=(budget, "9 s"), **options)
+    except nmconv.OptionError as error:  # what was promised is not always there: then it says so
+        assert repr(budget) in str(error) and "choices that were measured" in str(error)
+    else:
+        assert dict(plan.options)["search"] == f"latency {budget}" and plan.ratio == f"{budget} of latency"
+        assert float(dict(plan.options)["reached"]) <= (1 - 0.1 * saves / total) * 1.01
+        assert not other.changes and not other.kernels
+    with pytest.raises(nmconv.OptionError, match=r"budget='1 us': .*seconds of latency, that is 0\.\d+ of it"):
+        nmconv.search(net, images, budget="1 us", **options)
+
+
+@pytest.mark.parametrize(
+    "bad", ["8", "ms", "-8 ms", "8 ms 2", "8 min", "1e999 s", "nan ms", "inf s", "", b"8 ms", ["8 ms", "x"]]
+)
+def test_times_that_are_none(net, images, bad):
+    with pytest.raises(nmconv.OptionError, match=r'budget=.*such as "8 ms"'):
+        nmconv.search(net, images, budget=bad, cost="latency")
+
+
+def test_a_time_is_no_number_of_multiply_adds(net, images, table):
+    with pytest.raises(nmconv.OptionError, match="budget='8 ms': a time, and cost='multiply_adds' has none"):
+        nmconv.search(net, images, budget="8 ms", cost="multiply_adds", sensitivity=table)
 
 
 def test_a_budget_of_all_changes_nothing(net, images, table):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -15,6 +15,7 @@ from nmconv.errors import FileError, OptionError
 from nmconv.fitting import Images, Loss, eval_mode, fit, get_fit, read_images
 from nmconv.graph import mode_hidden
 from nmconv.planning import Plan
+from nmconv.searching._budget import Budget, budgets_of
 from nmconv.searching._candidates import Network, Segment
 from nmconv.searching._choose import Option, choose, frontier
 from nmconv.searching._cost import Stopwatch, multiply_adds_of
@@ -32,7 +33,7 @@ def search(
     net: nn.Module,
     images: Any,
     *,
-    budget: float | Iterable[float],
+    budget: float | str | Iterable[float | str],
     cost: str = "latency",
     backend: str = "eager",
     sensitivity: Sensitivity | None = None,
@@ -55,8 +56,9 @@ def search(
     Args:
         net: Not converted; it is not changed.
         images: A tensor ``[images, ...]``, or a loader or iterable of tensors, of (x, y) pairs or of dicts. No labels.
-        budget: What is left of the original's cost: a fraction below 1, or an absolute figure from 1 on (seconds below
-            1 are given as a fraction). Several, for several plans from one table.
+        budget: What is left of the original's cost: a fraction below 1, an absolute figure from 1 on (seconds, for
+            latency), or a time with its unit (``"8 ms"``, ``"800 us"``, ``"0.1 s"``), against the latency that the
+            table has for the original. Several, for several plans from one table.
         cost: ``"latency"`` (of one image, on ``backend``), ``"multiply_adds"``, ``"activations"`` (layers: rounds of
             private inference) or ``"activation_elements"``.
         backend: Where latency is measured: ``"eager"``, ``"compile"``, ``"frozen"`` or ``"onnxruntime"``.
@@ -91,7 +93,7 @@ def search(
         raise OptionError(f'form="factors" saves no {cost}: its convolutions stay; give form="merged"')
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise OptionError(f"rounds={rounds!r}: give a positive whole number, such as 3")
-    budgets = _budgets(budget)
+    budgets = budgets_of(budget, cost)
     pictures = read_images(images, net, holdout=holdout, key=key)
     with mode_hidden(), eval_mode(net):
         network = Network(net, pictures.first(), most)
@@ -101,7 +103,7 @@ def search(
         table = sensitivity or measured(network, pictures, form, timed, loss, path, quiet)
         found = _Search(network, pictures, table, cost, backend, loss, rounds)
         plans = tuple(found.plan(one) for one in budgets)
-    return plans[0] if isinstance(budget, Real) else plans
+    return plans[0] if isinstance(budget, (str, Real)) else plans
 
 
 def _check_table(table: Sensitivity, network: Network, asked: dict[str, str]) -> None:
@@ -114,17 +116,6 @@ def _check_table(table: Sensitivity, network: Network, asked: dict[str, str]) ->
     if "None" in (asked["backend"], table.setting.get("backend")):  # times are not needed, or missed later
         asked = {name: value for name, value in asked.items() if name != "backend"}
     check_setting(table, asked, "the sensitivity table", "measure anew, or search as it was measured")
-
-
-def _budgets(budget: Any) -> tuple[float, ...]:
-    numbers = isinstance(budget, Iterable) and not isinstance(budget, (str, bytes, Mapping))
-    given = tuple(budget) if numbers else (budget,)
-    for one in given:
-        if isinstance(one, bool) or not isinstance(one, Real) or not 0 <= float(one) < math.inf:
-            raise OptionError(f"budget={budget!r}: give a part of the original's cost such as 0.75, or a figure")
-    if not given:
-        raise OptionError(f"budget={budget!r}: give a part of the original's cost such as 0.75, or a figure")
-    return tuple(map(float, given))
 
 
 @dataclass(frozen=True)
@@ -161,13 +152,13 @@ class _Search:
             raise OptionError(f"the sensitivity table has no {cost}: measure it with nmconv.sensitivity(backend=...)")
         self._known: dict[tuple[int, ...], _Whole] = {}
 
-    def plan(self, budget: float) -> Plan:
+    def plan(self, budget: Budget) -> Plan:
         """The best plan within a budget.
 
         Raises:
             OptionError: If none is.
         """
-        allowed = budget * self._total if budget < 1 else float(budget)
+        allowed = budget.of(self._total)
         losses = {at: max(one.loss - self._floor, 0.0) for at, one in enumerate(self._candidates)}
         wanted = needed = self._total - allowed
         tried: list[_Whole] = []
@@ -197,8 +188,8 @@ class _Search:
         if not fitting:
             least = min(whole.cost for whole in tried) / self._total
             raise OptionError(
-                f"budget={budget!r}: the best of {len(tried)} choices that were measured came to {least:.3f} of its "
-                f"{self._cost}: give that as budget, or more rounds than {self._rounds}"
+                f"budget={budget.given!r}: the best of {len(tried)} choices that were measured came to {least:.3f} of "
+                f"its {self._cost}: give that as budget, or more rounds than {self._rounds}"
             )
         best = min(fitting, key=lambda whole: whole.loss)
         return self._told(best, budget)
@@ -236,19 +227,20 @@ class _Search:
         self._known[chosen] = _Whole(chosen, plan, report.returned.loss, cost)
         return self._known[chosen]
 
-    def _told(self, whole: _Whole, budget: float) -> Plan:
+    def _told(self, whole: _Whole, budget: Budget) -> Plan:
         options = (
             *whole.plan.options,
-            ("search", f"{self._cost} {budget:g}"),
+            ("search", f"{self._cost} {budget.named()}"),
             ("reached", f"{whole.cost / self._total:.4f}"),
             ("loss", f"{whole.loss:.6g}"),
         )
-        return replace(whole.plan, ratio=f"{budget:g} of its {self._cost}", options=options)
+        of = "of its" if budget.part else "of"
+        return replace(whole.plan, ratio=f"{budget.named()} {of} {self._cost}", options=options)
 
-    def _cannot(self, budget: float, most: float) -> str:
-        least = self._total - most
+    def _cannot(self, budget: Budget, most: float) -> str:
+        least, unit = self._total - most, "seconds of latency" if self._cost == "latency" else self._cost
         return (
-            f"budget={budget!r}: this network can be brought to {least:.4g} of {self._total:.4g} {self._cost}, that is "
+            f"budget={budget.given!r}: this network can be brought to {least:.4g} of {self._total:.4g} {unit}, that is "
             f"{least / self._total:.3f} of it, and no lower"
         )
 
