@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,6 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """An ImageFolder of two classes whose pictures differ in size."""
-    import numpy as np
     from PIL import Image
 
     root, pixels = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
@@ -62,7 +62,7 @@ RECIPE = finetune.Recipe(epochs=2, batch_size=10, lr=0.05, distill=0.3)  # 5 ste
 
 def test_a_killed_run_ends_with_the_same_bits(pictures, tmp_path, monkeypatch):
     flags = ["resnet20", "--data-dir", str(pictures), "--size", "8", "--epochs", "4", "--batch-size", "4"]
-    flags += ["--threads", "1", "--seed", "3"]
+    flags += ["--threads", "1", "--seed", "3", "--mixup", "0.2"]
     script = str(ROOT / "examples" / "finetune.py")
 
     def run(out, *more):
@@ -92,10 +92,13 @@ def test_a_killed_run_ends_with_the_same_bits(pictures, tmp_path, monkeypatch):
     assert not list(whole.glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("at, bf16", [(1, False), (3, True), (5, False), (6, False), (9, True)])
-def test_a_run_cut_after_any_step_goes_on_exactly(data, tmp_path, monkeypatch, at, bf16):
+@pytest.mark.parametrize(
+    "at, more",
+    [(1, {}), (3, {"bf16": True}), (5, {}), (6, {"mixup": 0.8, "cutmix": 1.0}), (9, {"bf16": True, "cutmix": 0.5})],
+)
+def test_a_run_cut_after_any_step_goes_on_exactly(data, tmp_path, monkeypatch, at, more):
     teacher, whole, cut = tiny(), tiny(), tiny()
-    recipe = dataclasses.replace(RECIPE, bf16=bf16)
+    recipe = dataclasses.replace(RECIPE, **more)
     log = finetune.train(whole, data, recipe, teacher=teacher)
 
     steps = []
@@ -113,7 +116,8 @@ def test_a_run_cut_after_any_step_goes_on_exactly(data, tmp_path, monkeypatch, a
             finetune.train(cut, data, recipe, teacher=teacher, out=tmp_path, every=0)
 
     resumed = tiny()
-    torch.manual_seed(at)  # the state of the generator at the start is of no account
+    torch.manual_seed(at)  # the states of the generators at the start are of no account
+    np.random.seed(at)
     assert finetune.train(resumed, data, recipe, teacher=teacher, out=tmp_path)["losses"] == log["losses"]
     assert same(whole, resumed) and not same(whole, cut)
 
@@ -135,11 +139,42 @@ def test_a_checkpoint_of_another_recipe_is_refused(data, tmp_path):
 
 def test_the_callers_random_numbers_are_left_alone(data):
     torch.manual_seed(5)
-    expected = torch.rand(3)
+    np.random.seed(5)
+    expected = torch.rand(3), np.random.rand(3)
     model = tiny()
     torch.manual_seed(5)
-    finetune.train(model, data, finetune.Recipe(epochs=1, batch_size=10))
-    assert torch.equal(torch.rand(3), expected)
+    np.random.seed(5)
+    finetune.train(model, data, finetune.Recipe(epochs=1, batch_size=10, mixup=1.0))
+    assert torch.equal(torch.rand(3), expected[0]) and (np.random.rand(3) == expected[1]).all()
+
+
+# Augmentation
+
+
+@pytest.mark.parametrize("mixup, cutmix", [(1.0, 0.0), (0.0, 1.0)])
+def test_pictures_and_labels_are_mixed_by_the_same_share(mixup, cutmix):
+    """Each picture has one value of its own: how much of which is in a mixed one can be read off its pixels."""
+    recipe = finetune.Recipe(mixup=mixup, cutmix=cutmix)
+    values = torch.tensor([0, 40, 80, 120, 160, 200])
+    images = values.to(torch.uint8).view(6, 1, 1, 1).expand(6, 8, 10, 3).clone()
+    kept, drawn = images.clone(), set()
+    for step in range(8):
+        x, shares = finetune.mixed(images, torch.arange(6), recipe, 6, step)
+        assert torch.equal(images, kept) and x.shape == images.shape and shares.shape == (6, 6)
+        assert torch.allclose(shares.sum(1), torch.ones(6))
+        assert torch.allclose(x.mean((1, 2, 3)), shares @ values.float(), atol=1e-2)
+        assert cutmix == 0 or x.unique().numel() <= 6
+        again = finetune.mixed(images, torch.arange(6), recipe, 6, step)
+        assert torch.equal(x, again[0]) and torch.equal(shares, again[1])
+        drawn.add(round(float(shares[0, 0]), 5))
+    assert len(drawn) > 4
+
+
+def test_nothing_is_mixed_unless_asked(data):
+    images, labels = data.train.images[:10], data.train.labels[:10]
+    assert finetune.mixed(images, labels, finetune.Recipe(), 2, 0) == (images, labels)
+    with pytest.raises(ValueError, match="not 5"):
+        finetune.train(tiny(), data, finetune.Recipe(batch_size=5, mixup=0.2))
 
 
 # Distillation
