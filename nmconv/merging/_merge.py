@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -329,9 +329,7 @@ class _Merging:
                 convs[merge.head] = filled(affine, like, merge.trainable)
             except ValueError as error:
                 raise MergeError(f"{segment.convs[0]} … {segment.convs[-1]}: {error}") from error
-        gone = {name for merge in merges if not merge.live for name in (merge.head, *merge.removed)}
-        spare = [value for name in gone for value in self._parameters(name)]
-        model = self._model if inplace else copy_of(self._model, spare)
+        model = self._model if inplace else copy_of(self._model, self._spare())
         before = self._outputs()
         original = copy_of(self._model) if inplace and before is not None else self._model
         calls = calls_by_kind(self._model, training=False, example_inputs=self._examples)
@@ -341,6 +339,15 @@ class _Merging:
             exact = partial(_outputs_in_double, original, self._examples)
             check_model_outputs(before, outputs(model, self._examples), exact, [merge.head for merge in merges])
         return model
+
+    def _spare(self) -> Iterator[Tensor | nn.Module]:
+        """What will not be in the merged model: whole modules, or where a part of one stays its parameters."""
+        for merge in self._merges:
+            for name in () if merge.live else (merge.head, *merge.removed):
+                module = self._model.get_submodule(name)
+                yield from self._parameters(name)
+                if next(module.children(), None) is None:
+                    yield module
 
     def _affine(self, nodes: Sequence[Node]) -> Affine:
         """The nodes as one convolution, in float64."""

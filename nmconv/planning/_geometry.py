@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 __all__ = [
     "Geometry",
@@ -153,6 +154,7 @@ def padded(channels: int, padding: Sequence[tuple[int, int]], mode: str) -> Geom
     return replace(identity(channels, len(padding)), padding=tuple(padding), mode=mode)
 
 
+@lru_cache(maxsize=1024)  # blocks are alike, and every sub-run of a run is asked for
 def composed(one: Geometry, two: Geometry, *, exact: bool = True) -> Geometry:
     """The convolution that does what ``one`` and then ``two`` do, at every size and up to the border.
 

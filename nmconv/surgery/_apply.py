@@ -27,10 +27,10 @@ __all__ = ["Known", "Surgery", "copy_of", "outline_of"]
 Known = dict[tuple[str, str], tuple[Edit, Method | RewriteError]]
 
 
-def copy_of(model: nn.Module, spare: Iterable[torch.Tensor] = ()) -> nn.Module:
+def copy_of(model: nn.Module, spare: Iterable[torch.Tensor | nn.Module] = ()) -> nn.Module:
     """A deep copy, also where modules hold tensors that are no leaves of autograd (old-style weight norm).
 
-    Tensors in ``spare`` are not copied: the copy will not keep them.
+    What is in ``spare`` is not copied: the copy will not keep it.
     """
     memo: dict[int, Any] = {id(value): value for value in spare}
     for module in model.modules():
