@@ -1,7 +1,7 @@
 """Fitting converted models to what they were made from: least squares on a few hundred images, no training."""
 
-from nmconv.fitting._data import Images, check_finite, read_images
-from nmconv.fitting._divergence import Loss, NotFiniteError, divergence, outputs_of
+from nmconv.fitting._data import Images, check_finite, check_takes, read_images
+from nmconv.fitting._divergence import Loss, NotFiniteError, check_loss, divergence, outputs_of
 from nmconv.fitting._fit import fit, fit_units, get_fit
 from nmconv.fitting._kernels import Merged, sizes_asked
 from nmconv.fitting._moments import Moments
@@ -27,6 +27,8 @@ __all__ = [
     "UnitFit",
     "Watch",
     "check_finite",
+    "check_loss",
+    "check_takes",
     "columns_of",
     "divergence",
     "eval_mode",

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from nmconv.errors import FitError, OptionError
+from nmconv.errors import FitError, NmconvError, OptionError
 from nmconv.merging import is_finite
 
-__all__ = ["Images", "check_finite", "home_of", "read_images"]
+__all__ = ["Images", "check_finite", "check_takes", "home_of", "read_images", "taking"]
 
 _BATCH = 64  # images
 _MOST = 4 * 2**30  # bytes of images kept in memory; more are read again by index where the data can do that
@@ -83,7 +84,7 @@ def read_images(data: Any, model: nn.Module, *, holdout: float = 0.0, key: str |
     if isinstance(data, Tensor) and data.dim():
         data = data.split(_BATCH)
     elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        data = DataLoader(data, _BATCH)
+        data = DataLoader(data, _BATCH, collate_fn=_collated)
     again = _reader(data, key)
     for batch in _batches(data, key):
         for part, held in split.take(batch):
@@ -149,6 +150,15 @@ def _batches(data: Any, key: str | None) -> Iterator[Tensor]:
         yield _images_of(batch, key)
 
 
+def _collated(parts: Any) -> Any:
+    try:
+        return default_collate(parts)
+    except TypeError as error:
+        raise OptionError(
+            f"data's items cannot be put into batches ({error}): give transforms that make tensors of them"
+        ) from error
+
+
 def _images_of(batch: Any, key: str | None) -> Tensor:
     """The images of a batch: ``[images, channels, *sizes]``."""
     if isinstance(batch, Mapping):
@@ -167,13 +177,16 @@ def _reader(data: Any, key: str | None) -> Any:
     """What makes images of a loader that reads its data set again by index, or None where that cannot be done."""
     if not isinstance(data, DataLoader) or data.collate_fn is None or isinstance(data.dataset, IterableDataset):
         return None
+    sampler = data.batch_sampler
+    if sampler is None:  # its items are batches, of any number of images
+        return None
     collate: Any = data.collate_fn
     dataset: Any = data.dataset
     if not hasattr(dataset, "__getitem__"):
         return None
 
     def made(holdout: float, home: Any) -> Images:
-        order = data.sampler if data.batch_sampler is None else itertools.chain.from_iterable(data.batch_sampler)
+        order = itertools.chain.from_iterable(sampler)
         wanted: tuple[list[int], list[int]] = ([], [])
         for number, index in enumerate(sorted(order)):
             wanted[_is_held(number, holdout)].append(index)
@@ -185,6 +198,12 @@ def _reader(data: Any, key: str | None) -> Any:
                     yield _images_of(collate([dataset[at] for at in indices[start : start + step]]), key), held
 
         one, two = (next(read())[0] for _ in range(2))
+        asked = min(step, len(wanted[0]) or len(wanted[1]))
+        if len(one) != asked:
+            raise OptionError(
+                f"data is too large to keep, and its collate_fn makes {len(one)} images of {asked}: give one that "
+                "makes one of each, or fewer images"
+            )
         if not torch.equal(one, two):
             raise OptionError(
                 f"data is too large to keep, and its data set gives other images each time ({type(dataset).__name__}): "
@@ -193,6 +212,26 @@ def _reader(data: Any, key: str | None) -> Any:
         return Images(read, len(wanted[0]), len(wanted[1]), home)
 
     return made
+
+
+@contextmanager
+def taking(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """Turn what a model raises on images that are not for it into a FitError."""
+    try:
+        yield
+    except (NmconvError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise FitError(
+            f"this {type(model).__name__} does not take images of shape {tuple(images.shape)} ({error}): give "
+            "batches of images [images, channels, ...]; wrap a model of several inputs in a module that takes one"
+        ) from error
+
+
+def check_takes(model: nn.Module, images: Tensor) -> None:
+    """Refuse images that the model fails on, with FitError."""
+    with torch.no_grad(), taking(model, images):
+        model(images.clone())
 
 
 def check_finite(values: Tensor, what: str) -> None:

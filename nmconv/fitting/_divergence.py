@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from nmconv.errors import FitError
-from nmconv.fitting._data import Images
+from nmconv.errors import FitError, OptionError
+from nmconv.fitting._data import Images, taking
 from nmconv.fitting._records import Divergence
 from nmconv.merging import is_finite
 
-__all__ = ["Loss", "NotFiniteError", "Outputs", "divergence", "outputs_of"]
+__all__ = ["Loss", "NotFiniteError", "Outputs", "check_loss", "divergence", "outputs_of"]
 
 Loss = Callable[[Any, Any], Any]  # of the output and the reference's output of a batch: a number, or one for each image
 Outputs = list[tuple[int, Any]]  # of each batch: how many images, and the output
@@ -25,16 +25,24 @@ class NotFiniteError(FitError):
     """Outputs or a loss that are not: of one candidate among many this says that it is none."""
 
 
+def check_loss(loss: object) -> None:
+    """Refuse what is no function, with OptionError."""
+    if loss is not None and not callable(loss):
+        raise OptionError(f"loss={loss!r:.80}: give a function of (output, the original's output), or None")
+
+
 def outputs_of(model: nn.Module, images: Images, held: bool | None) -> Outputs:
     """Outputs of all batches, in the model's present mode.
 
     Raises:
         NotFiniteError: If one is not finite.
+        FitError: If the model does not take the images.
     """
     found = []
     with torch.no_grad():
         for batch, _ in images.batches(held):
-            output = model(batch)
+            with taking(model, batch):
+                output = model(batch)
             for part in tree_leaves(output):
                 if isinstance(part, Tensor) and part.is_floating_point() and not is_finite(part):
                     raise NotFiniteError(
@@ -60,7 +68,7 @@ def divergence(outputs: Outputs, reference: Outputs, loss: Loss | None) -> Diver
         logits = floats and output.dim() == 2 and output.shape[1] > 1
         images += count
         if loss is not None:
-            total += float(torch.as_tensor(loss(output, wanted)).double().mean()) * count
+            total += _number(loss(output, wanted)) * count
         elif logits:
             one, two = output.double().log_softmax(1), wanted.double().log_softmax(1)
             total += float((two.exp() * (two - one)).sum())
@@ -75,6 +83,13 @@ def divergence(outputs: Outputs, reference: Outputs, loss: Loss | None) -> Diver
             f"the {'divergence' if loss is None else 'loss'} is {total / images} on these images: not finite"
         )
     return Divergence(total / images, same / images)
+
+
+def _number(lost: Any) -> float:
+    try:
+        return float(torch.as_tensor(lost).double().mean())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise FitError(f"loss gives a {type(lost).__name__}: it is to give a number, or one for each image") from error
 
 
 def _relative(output: Any, wanted: Any) -> float:

@@ -57,8 +57,9 @@ class Factors:
         self.geometry: Geometry = found
         if not has_plain_parameter(conv) or hasattr(conv, "parametrizations"):
             raise Refusal(f"{self.name}: what it convolves with is computed from its weight (name a kernel instead)")
-        norms = [model.get_submodule(step.name) for step in steps if step.kind == "norm"]
-        self._norms = _as_one(norms, steps, self.geometry.out_channels, conv.weight.device)
+        self._names = [step.name for step in steps if step.kind == "norm"]
+        norms = [model.get_submodule(name) for name in self._names]
+        self._norms = _as_one(norms, self._names, self.geometry.out_channels, conv.weight.device)
         self._bias = None if conv.bias is None else conv.bias.detach().double()
         scale, shift = self._norms.scale, self._norms.shift
         constant = shift if self._bias is None else shift + scale * self._bias
@@ -71,10 +72,15 @@ class Factors:
         self.start = Line(weight * scale.reshape(groups, 1, -1), constant.reshape(groups, -1))
 
     def install(self, line: Line, rows: Rows, undo: Undo) -> None:
-        """Put a line into the convolution and its norms."""
+        """Put a line into the convolution and its norms.
+
+        Raises:
+            Refusal: If their dtype does not hold it; nothing is changed then.
+        """
         with torch.no_grad():
             groups = self.geometry.groups
             before_norms = line.weight / self._norms.scale.reshape(groups, 1, -1)
+            self._check_range(before_norms)
             put(self.conv.weight, before_norms.transpose(1, 2).reshape(self._shape), undo)
             if not self.has_intercept:
                 return
@@ -91,17 +97,30 @@ class Factors:
             mean, variance = rows.spread(before_norms)
             centre(norms[0], mean.flatten() + bias, variance.flatten(), undo)
 
+    def _check_range(self, before_norms: Tensor) -> None:
+        dtype = self.conv.weight.dtype
+        over = ~(before_norms.abs().amax(1) <= torch.finfo(dtype).max)
+        if bool(over.any()):
+            name = self._names[-1] if self._names else self.name
+            least = float(self._norms.scale[over.flatten()].abs().min())
+            raise Refusal(
+                f"{name} multiplies {int(over.sum())} of {over.numel()} channels by next to nothing ({least:.1g}): the "
+                f"weights that it takes are beyond {dtype}"
+            )
 
-def _as_one(norms: list[Any], steps: Any, channels: int, device: torch.device) -> _Norms:
+
+def _as_one(norms: list[Any], names: list[str], channels: int, device: torch.device) -> _Norms:
     scale = torch.ones(channels, dtype=torch.float64, device=device)
     shift = torch.zeros(channels, dtype=torch.float64, device=device)
-    for norm in norms:
-        own, added = norm_of(norm, torch.float64)
+    for norm, name in zip(norms, names, strict=True):
+        try:
+            own, added = norm_of(norm, torch.float64)
+        except Refusal as refusal:
+            raise Refusal(f"{name}: {refusal}") from refusal
         scale, shift = scale * own.detach(), shift * own.detach() + added.detach()
     if not bool((scale != 0).all()):
-        names = [step.name for step in steps if step.kind == "norm"]
         dead = int((scale == 0).sum())
         raise Refusal(f"{names[-1]} multiplies {dead} of {channels} channels by zero")
     if not bool(torch.isfinite(scale).all() and torch.isfinite(shift).all()):
-        raise Refusal(f"{steps[-1].name} has values that are not finite")
+        raise Refusal(f"{names[-1]} has values that are not finite")
     return _Norms(tuple(norms), scale, shift)

@@ -10,7 +10,7 @@ from torch import nn
 
 from nmconv.errors import FitError, OptionError
 from nmconv.fitting._data import Images, check_finite, home_of, read_images
-from nmconv.fitting._divergence import Loss, NotFiniteError, Outputs, divergence, outputs_of
+from nmconv.fitting._divergence import Loss, NotFiniteError, Outputs, check_loss, divergence, outputs_of
 from nmconv.fitting._factors import Factors
 from nmconv.fitting._kernels import Merged
 from nmconv.fitting._moments import Rows
@@ -92,6 +92,7 @@ def fit(
         ModelTypeError: If one of the models is no module, or wrapped, compiled or scripted.
     """
     ridges = _ridges(ridge, holdout)
+    check_loss(loss)
     default = None if kernel is None else _kernel(kernel)
     plan = get_plan(check_plain(model, "fit"))
     check_plain(reference, "compare with")
@@ -204,25 +205,18 @@ class _Fitting:
         return tuple(fits)
 
     def run(self, default: Kernel | None, recalibrating: bool) -> Fit:
-        self._check_images()
         self._wanted = outputs_of(self._reference, self._images, self._held)
         try:
             converted = self._divergence()
         except NotFiniteError:  # before it is repaired, a network of small floats may overflow
             converted = Divergence(math.nan, math.nan)
-        baseline, undo = self._recalibrated()
-        undone(undo)
+        baseline, _ = self._recalibrated(-math.inf)
         found = self.units(default)
         fitted = returned = self._divergence()
         kept = False
         if recalibrating:
-            again, undo = self._recalibrated()
-            kept = again.loss < fitted.loss
-            if kept:
-                returned = again
-                self._undo += undo
-            else:
-                undone(undo)
+            again, kept = self._recalibrated(fitted.loss)
+            returned = again if kept else fitted
         return Fit(
             units=found,
             images=self._images.count,
@@ -234,27 +228,25 @@ class _Fitting:
             norms_recalibrated=kept,
         )
 
-    def _check_images(self) -> None:
-        image = self._images.first()
-        try:
-            self._reference(image)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise FitError(
-                f"the reference does not take an image of shape {tuple(image.shape)} ({error}): give batches of images "
-                "[images, channels, ...]"
-            ) from error
-
     def _divergence(self) -> Divergence:
         return divergence(outputs_of(self._model, self._images, self._held), self._wanted, self._loss)
 
-    def _recalibrated(self) -> tuple[Divergence, Undo]:
-        """With the norms' statistics re-estimated, and how to take that back; NaN where the images give none."""
+    def _recalibrated(self, below: float) -> tuple[Divergence, bool]:
+        """With the norms' statistics re-estimated, which stay if that brings the loss below something.
+
+        NaN where the images give no statistics.
+        """
+        before = len(self._undo)
         try:
-            with undone_on_failure() as undo:
-                recalibrate(self._model, self._images, undo)
-                return self._divergence(), undo
+            recalibrate(self._model, self._images, self._undo)
+            found = self._divergence()
         except FitError:
-            return Divergence(math.nan, math.nan), []
+            found = Divergence(math.nan, math.nan)
+        kept = found.loss < below
+        if not kept:  # taken back first, then forgotten: an interruption in between takes it back again
+            undone(self._undo[before:])
+            del self._undo[before:]
+        return found, kept
 
     # -- one unit -----------------------------------------------------------------------------------------------------
 
@@ -272,8 +264,11 @@ class _Fitting:
             rows = fitted.of(size)
             best = solved(rows, held.of(size), form.start, size, self._ridges, intercept=form.has_intercept)
             tried: tuple[Answer, ...] = (best,)
-            if best.ridge != math.inf:
-                form.install(best.line, rows, self._undo)
+            try:
+                if best.ridge != math.inf:
+                    form.install(best.line, rows, self._undo)
+            except Refusal as refusal:
+                return self._refused(unit.convs, str(refusal))
         else:
             tried = tuple(
                 solved(fitted.of(size), held.of(size), form.start(size), size, self._ridges, intercept=True)

@@ -140,8 +140,8 @@ def sizes_asked(kernel: Kernel, geometry: Geometry) -> list[tuple[int, ...]]:
     if kernel.size == "exact":
         return [full]
     if kernel.size == "auto":
-        steps = range((max(full) - 1) // 2, -1, -1)
-        return list(dict.fromkeys(tuple(max(size - 2 * step, 1 + (size + 1) % 2) for size in full) for step in steps))
+        steps = range(max(full) // 2, -1, -1)
+        return list(dict.fromkeys(tuple(max(size - 2 * step, 1) for size in full) for step in steps))
     parts = [int(part) for part in kernel.size.split("x")]
     if len(parts) == 1:
         parts *= len(full)

@@ -44,12 +44,8 @@ def pass_through(norm: Any, mean: Tensor, variance: Tensor, undo: Undo) -> bool:
     Returns:
         False, and nothing done, where its dtype cannot hold that, or it would divide by zero.
     """
-    if not bool((variance + norm.eps > 0).all()):
+    if not bool((variance + norm.eps > 0).all()) or not _hold(norm, mean, variance):
         return False
-    for value in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
-        limit = torch.finfo(value.dtype).max
-        if not bool((mean.abs() <= limit).all() and (variance <= limit).all()):
-            return False
     put(norm.running_mean, mean, undo)
     put(norm.running_var, variance, undo)
     put(norm.weight, (norm.running_var.double() + norm.eps).sqrt(), undo)
@@ -57,10 +53,23 @@ def pass_through(norm: Any, mean: Tensor, variance: Tensor, undo: Undo) -> bool:
     return True
 
 
+def _hold(norm: Any, mean: Tensor, variance: Tensor) -> bool:
+    """Whether the norm's dtypes hold such numbers."""
+    limits = [
+        torch.finfo(value.dtype).max
+        for value in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        if value is not None
+    ]
+    return bool((mean.abs() <= min(limits)).all() and (variance <= min(limits)).all())
+
+
 def centre(norm: Any, mean: Tensor, variance: Tensor, undo: Undo) -> None:
-    """Give a norm the statistics of its new input, its output unchanged: training goes on where the fit left off."""
+    """Give a norm the statistics of its new input, its output unchanged: training goes on where the fit left off.
+
+    Where its dtype cannot hold them it keeps those that it has.
+    """
     scale, shift = norm_of(norm, torch.float64)
-    if not has_shift(norm):
+    if not has_shift(norm) or not _hold(norm, mean, variance):
         return
     put(norm.running_mean, mean, undo)
     if getattr(norm, "weight", None) is not None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nmconv.errors import FitError
-from nmconv.fitting._data import Images, read_images
+from nmconv.fitting._data import Images, read_images, taking
 from nmconv.fitting._norms import counts
 from nmconv.surgery import Undo, check_plain, restoring_tensor, undone_on_failure
 
@@ -38,7 +38,8 @@ def recalibrate_norms(model: nn.Module, data: Any, *, key: str | None = None) ->
     Raises:
         ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted.
         OptionError: If there are no images.
-        FitError: If what a norm is given is not finite. The statistics are as they were then.
+        FitError: If what a norm is given is not finite, or the model does not take the images. The statistics are as
+            they were then.
     """
     check_plain(model, "recalibrate")
     images = read_images(data, model, key=key)
@@ -113,20 +114,18 @@ def _estimate(model: nn.Module, norms: list[Any], images: Images) -> None:
         moved = norm.running_mean.double() - means[id(norm)]
         between[id(norm)] = between.get(id(norm), 0) + seen[id(norm)] * moved.square() * (1 / part - 1)
 
-    handles = [norm.register_forward_pre_hook(weigh, with_kwargs=True) for norm in norms]
-    handles += [norm.register_forward_hook(spread) for norm in norms]
-    try:
-        with torch.no_grad():
-            for batch in _gathered(images):
+    with ExitStack() as hooks, torch.no_grad():
+        for norm in norms:
+            hooks.callback(norm.register_forward_pre_hook(weigh, with_kwargs=True).remove)
+            hooks.callback(norm.register_forward_hook(spread).remove)
+        for batch in _gathered(images):
+            with taking(model, batch):
                 try:
                     model(batch)
                 except ValueError as error:  # torch's: one value a channel
                     raise FitError(
                         f"a batch of {len(batch)} images has no statistics ({error}): give more images"
                     ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     with torch.no_grad():
         for norm in norms:
             if seen[id(norm)]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from nmconv.errors import FitError
+from nmconv.fitting._data import taking
 from nmconv.graph import NORM, SUM, Spot
 
 __all__ = ["Watch"]
@@ -25,7 +28,7 @@ class _Enough(BaseException):
 class Watch:
     """Runs a model and returns what comes by at some spots, and what some modules are given.
 
-    Hooks are on the model only between ``__enter__`` and ``__exit__``.
+    Hooks are on the model only between ``__enter__`` and ``__exit__``, and do something only while :meth:`run` runs.
 
     Args:
         model: In the mode it is to run in.
@@ -49,7 +52,8 @@ class Watch:
         self._inputs = tuple(dict.fromkeys(inputs))
         self._whole = whole
         self._replace = dict(replace or {})
-        self._handles: list[Any] = []
+        self._hooks = ExitStack()  # takes off every hook, whatever happens while it does
+        self._runs = False
         self._stack: list[str] = []
         self._counts: dict[tuple[str, str], int] = {}
         self._seen: dict[Spot | str, Tensor] = {}
@@ -61,25 +65,30 @@ class Watch:
         try:
             self._hook()
         except BaseException:
-            self._unhook()
+            self._hooks.close()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._unhook()
+        self._hooks.close()
 
     def run(self, images: Tensor) -> dict[Spot | str, Tensor]:
-        """One forward without gradients. Values are copies: later in-place operations do not change them.
+        """One forward without gradients, of a copy of the images: some models overwrite their input.
+
+        Values are copies, too: later in-place operations do not change them.
 
         Raises:
             FitError: If a spot did not come by, or a sum's forward made another number of sums than it was traced to.
         """
         self._stack, self._counts, self._seen = [], {}, {}
+        self._runs = True
         try:
-            with torch.no_grad(), _Functions(self):
-                self.output = self._model(images)
+            with torch.no_grad(), taking(self._model, images), _Functions(self):
+                self.output = self._model(images.clone())
         except _Enough:
             pass
+        finally:
+            self._runs = False
         missing = [key for key in (*self._spots, *self._inputs) if key not in self._seen]
         if missing:
             raise FitError(
@@ -99,29 +108,29 @@ class Watch:
         names = {id(module): name for name, module in reversed(list(self._model.named_modules()))}
         for module in dict.fromkeys(self._model.modules()):
             name = names[id(module)]
-            self._handles.append(module.register_forward_pre_hook(self._entering(name), prepend=True))
+            self._add(module.register_forward_pre_hook(self._entering(name), prepend=True))
             # Also when a forward fails: the stack must fit again.
-            self._handles.append(module.register_forward_hook(self._leaving, always_call=True))
+            self._add(module.register_forward_hook(self._leaving, always_call=True))
         for name in self._inputs:
             module = self._model.get_submodule(name)
-            self._handles.append(module.register_forward_pre_hook(self._given(name), with_kwargs=True))
+            self._add(module.register_forward_pre_hook(self._given(name), with_kwargs=True))
         for spot in self._spots:
             if spot.label == NORM:
                 holder: Any = self._model.get_submodule(spot.owner)
                 drop = getattr(holder, "drop", None)
                 after = drop if isinstance(drop, nn.Module) else holder.act
-                self._handles.append(after.register_forward_pre_hook(self._given(spot), with_kwargs=True))
+                self._add(after.register_forward_pre_hook(self._given(spot), with_kwargs=True))
             elif spot.label != SUM and not spot.label.endswith("()"):
                 inner = spot.label[1:] if spot.label.startswith("/") else f"{spot.owner}.{spot.label}".lstrip(".")
-                self._handles.append(self._model.get_submodule(inner).register_forward_hook(self._result(spot)))
+                self._add(self._model.get_submodule(inner).register_forward_hook(self._result(spot)))
 
-    def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    def _add(self, handle: RemovableHandle) -> None:
+        self._hooks.callback(handle.remove)
 
     def _entering(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
+            if not self._runs:
+                return
             self._stack.append(name)
             for key in [key for key in self._counts if key[0] == name]:
                 del self._counts[key]
@@ -134,6 +143,8 @@ class Watch:
 
     def _given(self, key: Spot | str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if not self._runs:
+                return None
             name = next(iter(kwargs), "")
             value = args[0] if args else kwargs[name]
             self._note(key, value)
@@ -146,6 +157,8 @@ class Watch:
 
     def _result(self, spot: Spot) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, result: Any) -> Any:
+            if not self._runs:
+                return None
             caller = self._stack[-1] if self._stack else ""
             if caller == spot.owner and self._count(spot.owner, spot.label) == spot.number:
                 self._note(spot, result)

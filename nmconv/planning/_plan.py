@@ -282,7 +282,7 @@ class Plan:
         return replace(self, sites=sites, hoists=hoists)
 
     def with_kernels(self, kernels: Mapping[tuple[str, ...] | str, str | int]) -> Plan:
-        """The plan with kernels for some linear runs.
+        """The plan with kernels for some linear runs, in place of those that it has.
 
         Args:
             kernels: From the convolutions' qualified names, in order of execution (a tuple, or text with commas), to

@@ -6,12 +6,12 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from nmconv.errors import OptionError
 
-__all__ = ["Budget", "budgets_of"]
+__all__ = ["Budget", "budgets_of", "several"]
 
 _TIME = re.compile(r"\s*(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?)\s*(s|ms|us|µs|μs)\s*", re.ASCII | re.IGNORECASE)
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6}
@@ -48,14 +48,21 @@ def budgets_of(budget: Any, cost: str) -> tuple[Budget, ...]:
     Raises:
         OptionError: For what is none, and for a time where no time is what it costs.
     """
-    several = isinstance(budget, Iterable) and not isinstance(budget, (str, bytes, Mapping))
-    given = tuple(budget) if several else (budget,)
+    given = tuple(budget) if several(budget) else (budget,)
     if not given:
         raise OptionError(_refused(budget))
     return tuple(_budget(one, cost) for one in given)
 
 
+def several(budget: Any) -> bool:
+    """Whether it is more than one budget; a tensor or array without dimensions is one."""
+    scalar = getattr(budget, "ndim", None) == 0
+    return isinstance(budget, Iterable) and not scalar and not isinstance(budget, (str, bytes, Mapping))
+
+
 def _budget(one: Any, cost: str) -> Budget:
+    if getattr(one, "ndim", None) == 0 and hasattr(one, "item"):
+        one = one.item()
     if isinstance(one, str):
         time = _TIME.fullmatch(one)
         if time is None or not math.isfinite(float(time[1])):
@@ -65,7 +72,8 @@ def _budget(one: Any, cost: str) -> Budget:
         return Budget(one, float(time[1]) * _SECONDS[time[2].lower()], False)
     if isinstance(one, bool) or not isinstance(one, Real) or not 0 <= float(one) < math.inf:
         raise OptionError(_refused(one))
-    return Budget(float(one), float(one), float(one) < 1)
+    part = float(one) < 1 or (float(one) == 1 and not isinstance(one, Integral))
+    return Budget(float(one), float(one), part)
 
 
 def _refused(given: Any) -> str:

@@ -6,16 +6,15 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any
 
 from torch import nn
 
 from nmconv.errors import FileError, OptionError
-from nmconv.fitting import Images, Loss, eval_mode, fit, get_fit, read_images
+from nmconv.fitting import Images, Loss, check_takes, eval_mode, fit, get_fit, read_images
 from nmconv.graph import mode_hidden
 from nmconv.planning import Plan
-from nmconv.searching._budget import Budget, budgets_of
+from nmconv.searching._budget import Budget, budgets_of, several
 from nmconv.searching._candidates import Network, Segment
 from nmconv.searching._choose import Option, choose, frontier
 from nmconv.searching._cost import Stopwatch, multiply_adds_of
@@ -56,9 +55,10 @@ def search(
     Args:
         net: Not converted; it is not changed.
         images: A tensor ``[images, ...]``, or a loader or iterable of tensors, of (x, y) pairs or of dicts. No labels.
-        budget: What is left of the original's cost: a fraction below 1, an absolute figure from 1 on (seconds, for
-            latency), or a time with its unit (``"8 ms"``, ``"800 us"``, ``"0.1 s"``), against the latency that the
-            table has for the original. Several, for several plans from one table.
+        budget: What is left of the original's cost: a fraction (up to 1.0, which is all of it), an absolute figure
+            from the whole number 1 on (seconds, for latency), or a time with its unit (``"8 ms"``, ``"800 us"``,
+            ``"0.1 s"``), against the latency that the table has for the original. Several, for several plans from one
+            table: each the best of all that was measured for any of them.
         cost: ``"latency"`` (of one image, on ``backend``), ``"multiply_adds"``, ``"activations"`` (layers: rounds of
             private inference) or ``"activation_elements"``.
         backend: Where latency is measured: ``"eager"``, ``"compile"``, ``"frozen"`` or ``"onnxruntime"``.
@@ -79,6 +79,7 @@ def search(
 
     Raises:
         OptionError: For an option that is none, or a budget that cannot be met; the text says what can.
+        FitError: If the network does not take the images.
         FileError: If the table is another network's.
         NoSitesError: If nothing of the network can become linear.
     """
@@ -88,7 +89,7 @@ def search(
     if form is None:
         given = None if sensitivity is None else sensitivity.setting.get("form")
         form = given or ("factors" if cost.startswith("activation") else "merged")
-    check_options(form, backend, most, holdout)
+    check_options(form, backend, most, holdout, loss)
     if cost in ("latency", "multiply_adds") and form == "factors":
         raise OptionError(f'form="factors" saves no {cost}: its convolutions stay; give form="merged"')
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
@@ -96,14 +97,15 @@ def search(
     budgets = budgets_of(budget, cost)
     pictures = read_images(images, net, holdout=holdout, key=key)
     with mode_hidden(), eval_mode(net):
+        check_takes(net, pictures.first())
         network = Network(net, pictures.first(), most)
         timed = backend if cost == "latency" else None
         if sensitivity is not None:
             _check_table(sensitivity, network, setting_of(network, pictures.first(), form, timed, loss))
         table = sensitivity or measured(network, pictures, form, timed, loss, path, quiet)
         found = _Search(network, pictures, table, cost, backend, loss, rounds)
-        plans = tuple(found.plan(one) for one in budgets)
-    return plans[0] if isinstance(budget, (str, Real)) else plans
+        plans = found.plans(budgets)
+    return plans if several(budget) else plans[0]
 
 
 def _check_table(table: Sensitivity, network: Network, asked: dict[str, str]) -> None:
@@ -152,47 +154,67 @@ class _Search:
             raise OptionError(f"the sensitivity table has no {cost}: measure it with nmconv.sensitivity(backend=...)")
         self._known: dict[tuple[int, ...], _Whole] = {}
 
-    def plan(self, budget: Budget) -> Plan:
-        """The best plan within a budget.
+    def plans(self, budgets: Sequence[Budget]) -> tuple[Plan, ...]:
+        """The best plan within each budget, of all that was measured for any of them.
 
         Raises:
-            OptionError: If none is.
+            OptionError: If there is none within one of them: by what the table promises, before anything is fitted.
+        """
+        most = frontier(self._options(self._losses()))[-1][1]
+        for budget in budgets:
+            if most < (self._total - budget.of(self._total)) * (1 - 1e-12):
+                raise OptionError(self._cannot(budget, most))
+        for budget in budgets:
+            self._explore(budget)
+        return tuple(self._best(budget) for budget in budgets)
+
+    def _losses(self) -> dict[int, float]:
+        return {at: max(one.loss - self._floor, 0.0) for at, one in enumerate(self._candidates)}
+
+    def _options(self, losses: dict[int, float]) -> list[Option]:
+        return [
+            Option(one.first, one.last, losses[at], one.saves(self._cost)) for at, one in enumerate(self._candidates)
+        ]
+
+    def _explore(self, budget: Budget) -> None:
+        """Measure choices within a budget as a whole.
+
+        Raises:
+            OptionError: If none of them is within it.
         """
         allowed = budget.of(self._total)
-        losses = {at: max(one.loss - self._floor, 0.0) for at, one in enumerate(self._candidates)}
+        losses = self._losses()
         wanted = needed = self._total - allowed
         tried: list[_Whole] = []
         for number in range(2 * self._rounds):
             if number >= self._rounds and any(whole.cost <= allowed * _SAME for whole in tried):
                 break
-            options = [
-                Option(one.first, one.last, losses[at], one.saves(self._cost))
-                for at, one in enumerate(self._candidates)
-            ]
+            options = self._options(losses)
             front = frontier(options)
-            most = front[-1][1]
-            if most < wanted * (1 - 1e-12):
-                raise OptionError(self._cannot(budget, most))
-            chosen = choose(front, min(needed, most))
+            chosen = choose(front, min(needed, front[-1][1]))
             assert chosen is not None
             if chosen in [whole.chosen for whole in tried]:
                 break
-            whole = self._measure(chosen)
+            if chosen not in self._known:
+                self._known[chosen] = self._measure(chosen)
+            whole = self._known[chosen]
             tried.append(whole)
             _correct(losses, whole.chosen, max(whole.loss - self._floor, 0.0))
             # Savings do not quite add up: as much more is asked for as was promised too much; by steps, since a
             # disturbed timing may show any saving, or none.
             promised, saved = sum(options[at].saves for at in chosen), self._total - whole.cost
             needed = promised * min(wanted / saved, _STEP) if saved > 0 else promised * _STEP
-        fitting = [whole for whole in tried if whole.cost <= allowed * _SAME]
-        if not fitting:
+        if not any(whole.cost <= allowed * _SAME for whole in self._known.values()):
             least = min(whole.cost for whole in tried) / self._total
             raise OptionError(
                 f"budget={budget.given!r}: the best of {len(tried)} choices that were measured came to {least:.3f} of "
                 f"its {self._cost}: give that as budget, or more rounds than {self._rounds}"
             )
-        best = min(fitting, key=lambda whole: whole.loss)
-        return self._told(best, budget)
+
+    def _best(self, budget: Budget) -> Plan:
+        allowed = budget.of(self._total)
+        within = (whole for whole in self._known.values() if whole.cost <= allowed * _SAME)
+        return self._told(min(within, key=lambda whole: (whole.loss, whole.cost)), budget)
 
     def _segment(self, one: Candidate) -> Segment | None:
         return self._segments.get((one.convs, one.size == "none"))
@@ -209,8 +231,6 @@ class _Search:
 
     def _measure(self, chosen: tuple[int, ...]) -> _Whole:
         """Fit a choice as a whole."""
-        if chosen in self._known:
-            return self._known[chosen]
         net = self._network.model
         plan = self.plan_of(chosen)
         if not chosen:
@@ -224,8 +244,7 @@ class _Search:
             cost = float(multiply_adds_of(model, self._images.first()))
         else:
             cost = self._total - sum(self._candidates[at].saves(self._cost) for at in chosen)
-        self._known[chosen] = _Whole(chosen, plan, report.returned.loss, cost)
-        return self._known[chosen]
+        return _Whole(chosen, plan, report.returned.loss, cost)
 
     def _told(self, whole: _Whole, budget: Budget) -> Plan:
         options = (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nmconv.errors import FileError, OptionError
-from nmconv.fitting import Images, Loss, NotFiniteError, eval_mode, is_direct, read_images
+from nmconv.fitting import Images, Loss, NotFiniteError, check_loss, check_takes, eval_mode, is_direct, read_images
 from nmconv.graph import mode_hidden
 from nmconv.planning import Refusal
 from nmconv.searching._alone import Alone, Measured
@@ -73,18 +73,20 @@ def sensitivity(
 
     Raises:
         OptionError: For an option that is none, or too few images.
-        FileError: If ``path`` holds the table of something else.
+        FitError: If the network does not take the images, or gives what cannot be compared.
+        FileError: If ``path`` holds the table of something else, or its folder is not there.
         NoSitesError: If nothing of the network can become linear.
     """
     check_model(net)
-    check_options(form, backend, most, holdout)
+    check_options(form, backend, most, holdout, loss)
     pictures = read_images(images, net, holdout=holdout, key=key)
     with mode_hidden(), eval_mode(net):
+        check_takes(net, pictures.first())
         network = Network(net, pictures.first(), most)
         return measured(network, pictures, form, backend, loss, path, quiet)
 
 
-def check_options(form: str, backend: str | None, most: int, holdout: float) -> None:
+def check_options(form: str, backend: str | None, most: int, holdout: float, loss: Loss | None) -> None:
     """Refuse what is none, with OptionError."""
     if form not in _FORMS:
         raise OptionError(f"form={form!r}: give one of {', '.join(_FORMS)}")
@@ -96,6 +98,7 @@ def check_options(form: str, backend: str | None, most: int, holdout: float) -> 
         raise OptionError(f"most={most!r}: give a number of convolutions, such as 6")
     if isinstance(holdout, bool) or not isinstance(holdout, (int, float)) or not 0 < holdout < 1:
         raise OptionError(f"holdout={holdout!r}: give a part of the images, more than 0 and less than 1")
+    check_loss(loss)
 
 
 def measured(
@@ -216,7 +219,11 @@ def _weights(model: nn.Module) -> str:
 
 def _table(network: Network, setting: dict[str, str], path: str | os.PathLike[str] | None) -> Sensitivity:
     fresh = Sensitivity(network.plan.model, network.plan.fingerprint, setting, {})
-    if path is None or not Path(path).exists():
+    if path is None:
+        return fresh
+    if not Path(path).absolute().parent.is_dir():
+        raise FileError(f"{os.fspath(path)}: there is no such folder: make it first")
+    if not Path(path).exists():
         return fresh
     found = Sensitivity.load(path)
     if found.fingerprint != fresh.fingerprint:
