@@ -47,7 +47,7 @@ def before_hoisting(model: nn.Module) -> Callable[[str, Geometry], Geometry]:
 
 def check_hooks(module: nn.Module, name: str) -> None:
     """Refuse a module whose hooks would no longer see what they see now (weight norm's own are understood)."""
-    if not all(isinstance(hook, (WeightNorm, SpectralNorm)) for hook in hooks_of(module)):
+    if not all(isinstance(hook, (WeightNorm, SpectralNorm)) and hook.name == "weight" for hook in hooks_of(module)):
         raise Refusal(f"{name} has a hook, which would not run any more: remove it first")
 
 
@@ -115,8 +115,11 @@ def norm_of(module: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, Tens
     """
     if not (isinstance(module, (_BatchNorm, _InstanceNorm)) or is_frozen_norm(module)):
         raise Refusal(f"{type(module).__name__} has no fixed scale in eval mode")
-    if module.running_mean is None or module.running_var is None:
-        raise Refusal(f"a {type(module).__name__} keeps no running statistics, so that its scale depends on the input")
+    unused = isinstance(module, _InstanceNorm) and not module.track_running_stats  # though it may have them
+    if module.running_mean is None or module.running_var is None or unused:
+        raise Refusal(
+            f"a {type(module).__name__} goes by no running statistics, so that its scale depends on the input"
+        )
     mean, variance, weight, bias = (
         value if value is None or dtype is None else value.to(dtype)
         for value in (module.running_mean, module.running_var, module.weight, module.bias)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Holders"]
+__all__ = ["ATOMS", "OWN", "Holders"]
 
-_OWN = frozenset(nn.Module().__dict__)  # what every module has: children, tensors and hooks
-_ATOMS = frozenset((bool, int, float, str, bytes, type(None), torch.Tensor, torch.dtype, torch.device, torch.Size))
+OWN = frozenset(nn.Module().__dict__)  # what every module has: children, tensors and hooks
+# What holds nothing that could matter.
+ATOMS = frozenset((bool, int, float, str, bytes, type(None), torch.Tensor, torch.dtype, torch.device, torch.Size))
 
 
 def _parts(value: Any) -> Iterable[Any]:
@@ -42,7 +43,7 @@ class Holders:
         for module in model.modules():
             self._counts.update(id(child) for child in module._modules.values() if child is not None)
             for name, value in module.__dict__.items():
-                if name not in _OWN:
+                if name not in OWN:
                     self._look_into(value)
 
     def _look_into(self, value: Any) -> None:
@@ -53,7 +54,7 @@ class Holders:
             value = todo.pop()
             if isinstance(value, nn.Module):
                 self._kept.add(id(value))
-            elif type(value) not in _ATOMS and id(value) not in seen:
+            elif type(value) not in ATOMS and id(value) not in seen:
                 seen.add(id(value))
                 todo += _parts(value)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class Frame:
         number: Which call of that label in the parent it is, from 1.
         start: How many nodes the graph had when the call began.
         result: The node it returned, where it returned just one.
+        asks: Whether its own code has asked for a number or a truth that depends on sizes.
     """
 
     module: nn.Module
@@ -39,6 +41,7 @@ class Frame:
     number: int = 0
     start: int = 0
     result: Node | None = None
+    asks: bool = False
     labels: Counter[str] = field(default_factory=Counter)
     acts: Counter[Any] = field(default_factory=Counter)
 
@@ -82,13 +85,13 @@ def collect(value: Any, found: list[Any], seen: set[int]) -> None:
     """All proxies in a value, looking into containers and plain objects."""
     if isinstance(value, Proxy):
         found.append(value)
-    elif id(value) in seen or isinstance(value, (str, bytes, type, nn.Module)):
+    elif id(value) in seen or isinstance(value, (str, bytes, type, nn.Module, ModuleType)):
         return
     elif isinstance(value, dict):
         seen.add(id(value))
         for part in value.values():
             collect(part, found, seen)
-    elif isinstance(value, (list, tuple, set)):
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
         seen.add(id(value))
         for part in value:
             collect(part, found, seen)

@@ -14,6 +14,7 @@ from nmconv.graph._analysis import trace_parts
 from nmconv.graph._callers import Callers, Seen
 from nmconv.graph._elements import Element, Join, LinearRun, Step, steps_of
 from nmconv.graph._flow import Flow, FlowNode
+from nmconv.graph._holders import ATOMS, OWN
 from nmconv.graph._lower import lower
 from nmconv.graph._ops import Op
 from nmconv.graph._records import Frame, collect
@@ -65,6 +66,7 @@ class _Finder:
         self.stored = _stored(tracer)
         frames = {id(node.frame): node.frame for node in self.flow.nodes if node.frame is not None}
         self.forwards = Counter(id(frame.module) for frame in frames.values())
+        self.flow.link()
         self.readers: list[list[int]] = [[] for _ in self.flow.nodes]
         for node in self.flow.nodes:
             for source in {*node.inputs, *node.sides}:
@@ -106,7 +108,7 @@ class _Finder:
         else:
             return None
         before = node.inputs[0]
-        if before in values and self._single(before):
+        if before in values and self._single(before) and not self._asks_between(before, node):
             value = values[before]
             return _Value(value.source, [*value.elements, *elements], [*value.nodes, node.index])
         return _Value(before, elements, [node.index])
@@ -117,7 +119,11 @@ class _Finder:
         if node.origin.op == "call_method" and node.origin.target not in _SUMS:
             return None
         frame = node.frame
-        if frame is None or self._first_overwritten(node):
+        if frame is None or frame.asks or self._first_overwritten(node):
+            return None
+        if not (self.flow.main[node.index] or self.flow.gating[node.index]):  # rewriting drops what nobody uses
+            return None
+        if any(index in values and self._asks_between(index, node) for index in node.inputs):
             return None
         parts = [values[index] if index in values and self._single(index) else None for index in node.inputs]
         sources = {part.source for part in parts if part is not None}
@@ -135,6 +141,18 @@ class _Finder:
             value = values[source]
             return _Value(value.source, [*value.elements, join], [*value.nodes, *nodes])
         return _Value(source, [join], nodes)
+
+    def _asks_between(self, index: int, node: FlowNode) -> bool:
+        """Whether a forward that hands the value on to the node looks at sizes: at others it may do something else."""
+        ways = [[*_ancestors(frame)] for frame in (self.flow.nodes[index].frame, node.frame)]
+        shared = {id(frame) for frame in ways[0]} & {id(frame) for frame in ways[1]}
+        for way in ways:
+            for frame in way:
+                if frame.asks:
+                    return True
+                if id(frame) in shared:  # the innermost that both are called from
+                    break
+        return False
 
     def _only(self, index: int, inside: set[int]) -> bool:
         """Whether nobody else uses the value, not even its shape."""
@@ -222,11 +240,7 @@ class _Finder:
         """Modules that the run goes into or out of."""
         paths = []
         for index in value.nodes:
-            frame, above = self.flow.nodes[index].frame, []
-            while frame is not None:
-                above.append(frame.path)
-                frame = frame.parent
-            paths.append(above)
+            paths.append([frame.path for frame in _ancestors(self.flow.nodes[index].frame)])
         common = set(paths[0]).intersection(*paths[1:])
         return tuple(dict.fromkeys(path for above in paths for path in above if path not in common))
 
@@ -242,19 +256,30 @@ _KEEP = {"clone", "contiguous"}
 _SUMS = {"add", "iadd", "add_"}
 
 
+def _ancestors(frame: Frame | None) -> Iterator[Frame]:
+    """The frame, and those that it was called from, innermost first."""
+    while frame is not None:
+        yield frame
+        frame = frame.parent
+
+
 def _stored(tracer: FlowTracer) -> set[Node]:
     """Values that a forward has left in attributes of modules, for others to read."""
-    found: list[Any] = []
+    found: list[Proxy] = []
+    seen: set[int] = set()
     for module in tracer.root.modules():
-        held = [value for key, value in module.__dict__.items() if key not in ("_parameters", "_modules")]
-        collect([value for value in held if isinstance(value, (Proxy, list, tuple, dict))], found, set())
+        for name, value in module.__dict__.items():
+            if name not in OWN and type(value) not in ATOMS:
+                collect(value, found, seen)
     return {proxy.node for proxy in found}
 
 
 def _adds_nothing(node: FlowNode) -> bool:
     """Whether it is the first step of ``sum(branches)``: zero plus the value."""
+    if node.op is not Op.SCALE or len(node.origin.args) != 2 or node.origin.kwargs:  # a third is a factor, as alpha is
+        return False
     zero = any(type(part) in (int, float) and part == 0 for part in node.origin.args)
-    return node.op is Op.SCALE and zero and getattr(node.origin.target, "__name__", "") in _SUMS
+    return zero and getattr(node.origin.target, "__name__", "") in _SUMS
 
 
 def _pairs(elements: Iterable[Element]) -> Iterator[tuple[str, str]]:

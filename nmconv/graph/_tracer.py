@@ -200,12 +200,32 @@ class FlowTracer(Tracer):
     # -- control flow -------------------------------------------------------------------------------------------------
 
     def value_of(self, node: Node) -> Any:
-        """The node's value; fake tensors carry shapes only.
+        """The node's value, which a forward asks for, and may go another way for; fake tensors carry shapes only.
 
         Raises:
             Unknown: See :meth:`Values.get`; always where a method is traced for rewriting, which must hold for every
                 shape.
         """
+        self.stack[-1].asks = self.stack[-1].asks or self._is_sized(node)
+        return self._known(node)
+
+    def _is_sized(self, node: Node) -> bool:
+        """Whether a value depends on sizes: more than the number of channels (axis 1) and of axes, which layers fix."""
+        todo, seen = [node], {node}
+        while todo:
+            at = todo.pop()
+            axis = at.args[1] if len(at.args) > 1 else None
+            if (at.target is operator.getitem and at.all_input_nodes[0] in self.shapes) or at.target == "size":
+                if axis != 1:
+                    return True
+            elif not (at.target == "dim" or (at.target is getattr and axis == "ndim")):
+                if at in self.shapes or not at.all_input_nodes:
+                    return True
+                todo += [source for source in at.all_input_nodes if source not in seen]
+                seen.update(at.all_input_nodes)
+        return False
+
+    def _known(self, node: Node) -> Any:
         if not self.deep:
             raise Unknown("the forward branches on a shape or value")
         with _Undisturbed():
@@ -235,7 +255,7 @@ class FlowTracer(Tracer):
 
     def length_of(self, obj: Proxy) -> int:
         """What ``len`` gives for a proxy."""
-        return len(self.value_of(obj.node))
+        return len(self._known(obj.node))
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

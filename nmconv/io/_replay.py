@@ -57,7 +57,8 @@ def _merge(model: nn.Module, merges: Sequence[Merge], homes: Homes) -> None:
         head: Any = model.get_submodule(merge.head)
         weight = like_of(head)
         made = conv_module(merge.geometry, torch.empty(0, dtype=weight.dtype, device="meta"))
-        made.requires_grad_(merge.trainable)
+        taken = [model.get_submodule(name) for name in (merge.head, *merge.removed)]
+        made.requires_grad_(any(value.requires_grad for part in taken for value in part.parameters(recurse=False)))
         made.training = head.training
         homes[made] = homes.pop(head, weight.device)
         convs[merge.head] = made

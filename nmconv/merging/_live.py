@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -80,7 +81,9 @@ def affine_of_nodes(
 def live_forward(module: nn.Module, input: Tensor) -> Tensor:
     """The merged convolution of ``input``, ``[batch, in, *sizes]``, with a kernel made of the factors as they are."""
     live: Live = module.__dict__[LIVE]
-    with torch.autocast(input.device.type, enabled=False):
+    device = input.device.type
+    able = torch.amp.is_autocast_available(device)
+    with torch.autocast(device, enabled=False) if able else nullcontext():
         made = live.affine().dense()
     return apply(input, live.geometry, made.weight, made.bias, made.border)
 

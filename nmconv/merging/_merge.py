@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nmconv.errors import MergeError, NoEffectWarning, OptionError
+from nmconv.errors import MergeError, ModelTypeError, NoEffectWarning, OptionError
 from nmconv.graph import Join, LinearRun, before_hoisting, calls_by_kind, hooks_of, linear_runs, mode_hidden, steps_of
 from nmconv.merging._algebra import Affine
 from nmconv.merging._asking import get_merges
@@ -74,7 +75,7 @@ def merge(
     Raises:
         OptionError: For a gate, gain or backend that is none, or a latency gate without ``example_inputs``,
             or if these are none.
-        ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted.
+        ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted, or has lazy modules that never ran.
         MergeError: If it, or a part of a run, is in train mode; or if a merged run differs from its original.
 
     Warns:
@@ -141,6 +142,7 @@ def find_runs(model: nn.Module, *, min_gain: float = 1.05, example_inputs: Any =
         ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted.
     """
     check_plain(model, "look at")
+    _check_made(model)
     check_examples(example_inputs)
     with mode_hidden():
         made = _Merging(model, example_inputs, False)
@@ -161,8 +163,17 @@ def _check_options(gate: str, min_gain: float, backend: str, example_inputs: Any
     check_examples(example_inputs)
 
 
+def _check_made(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(is_lazy(value) for value in (*module._parameters.values(), *module._buffers.values())):
+            raise ModelTypeError(
+                f"{name or 'the model'} is a {type(module).__name__} without weights yet: run the model once first"
+            )
+
+
 def _check_mode(model: nn.Module, todo: str) -> None:
     check_plain(model, todo)
+    _check_made(model)
     if model.training:
         raise MergeError(
             f"this {type(model).__name__} is in train mode, where norms depend on the batch: call model.eval() first"

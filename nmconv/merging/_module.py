@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,9 @@ from nmconv.merging._algebra import Affine, apply, response, sizes_of
 from nmconv.planning import Geometry
 
 __all__ = ["MergedConv", "conv_module", "filled", "is_finite", "is_plain", "like_of"]
+
+
+_BITS = 8  # times smaller than the least number that has all its digits: three bits fewer
 
 
 class _Written:
@@ -156,11 +160,25 @@ def is_finite(value: Tensor) -> bool:
     return bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())
 
 
+def _check_range(cast: Tensor, name: str, affine: Affine) -> None:
+    if name == "weight" and cast.numel():
+        largest = float(torch.linalg.vector_norm(cast, torch.inf))
+        small = largest < torch.finfo(cast.dtype).tiny / _BITS
+        if small and float(affine.dense().weight.abs().max()) > 0:
+            raise ValueError(f"the merged weights are too small for {cast.dtype} (at most {largest:.1g})")
+        fits = math.isfinite(largest)
+    else:
+        fits = is_finite(cast)
+    if not fits and is_finite(getattr(affine.dense(), name)):
+        raise ValueError(f"a merged {name} does not fit into {cast.dtype}")
+
+
 def filled(affine: Affine, like: Tensor, requires_grad: bool) -> nn.Module:
     """A module that computes ``affine``, its numbers cast to the dtype and device of ``like``.
 
     Raises:
-        ValueError: If a number is out of the dtype's range.
+        ValueError: If a number is out of the dtype's range, or all weights are so small that few of their digits are
+            left.
     """
     module: Any = conv_module(affine.geometry, like)
     for name in ("weight", "bias", "border"):
@@ -168,8 +186,8 @@ def filled(affine: Affine, like: Tensor, requires_grad: bool) -> nn.Module:
         if value is None:
             continue
         cast = affine.cast(like.dtype) if name == "weight" else value.detach().to(like.dtype)
-        if not cast.is_meta and not is_finite(cast) and is_finite(getattr(affine.dense(), name)):
-            raise ValueError(f"a merged {name} does not fit into {like.dtype}")
+        if not cast.is_meta:
+            _check_range(cast, name, affine)
         own = cast.to(like.device).contiguous()
         if own.data_ptr() == value.data_ptr():  # nothing was to be cast: the original's own numbers
             own = own.clone()

@@ -174,12 +174,15 @@ def composed(one: Geometry, two: Geometry, *, exact: bool = True) -> Geometry:
     kernel, dilation, padding, stages = [], [], [], []
     for axis, step in enumerate(one.stride):
         if exact and two.is_padded(axis):
-            more_zeros = one.mode == two.mode == "zeros" and not one.bias  # beyond zeros only more of them
+            constant = one.bias or (any(one.bounded) and not one.bounded[axis])  # also where the axis is padded
+            more_zeros = one.mode == two.mode == "zeros" and not constant  # beyond zeros only more of them
             if one.kernel[axis] != 1 or (one.is_padded(axis) and not more_zeros):
                 raise Refusal(
                     "a padded convolution follows one that is no unpadded 1x1: its padding would have to be hoisted "
                     "(nmconv.convert with hoist_padding=True)"
                 )
+            if one.is_padded(axis) and two.bounded and two.bounded[axis]:
+                raise Refusal("biases end at the border of a map that was padded before")
             if two.mode != "zeros" and step != 1:
                 raise Refusal(f"{two.mode} padding follows a stride")
         size, gap = _taps(one.kernel[axis], one.dilation[axis], two.kernel[axis], step * two.dilation[axis])

@@ -49,10 +49,10 @@ def check_plain(model: Any, todo: str, *, compiled: bool = False) -> nn.Module:
             hint = _WRAPPERS.get(base.__name__) if base.__module__.startswith("torch.") else None
             if hint:
                 raise ModelTypeError(f"{where} is a {base.__name__}: {todo} {hint}")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelTypeError(f"{where} is scripted: {todo} it before torch.jit.script or torch.jit.trace")
         if module.__dict__.get("_compiled_call_impl") is not None and not compiled:
             raise ModelTypeError(f"{where} is compiled: {todo} it before module.compile()")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelTypeError(f"the model is scripted: {todo} it before torch.jit.script or torch.jit.trace")
     return model
 
 
