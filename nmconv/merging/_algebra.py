@@ -160,8 +160,8 @@ def _convolve(
     input: Tensor, geometry: Geometry, pads: Sequence[tuple[int, int]], weight: Tensor, bias: Tensor | None, groups: int
 ) -> Tensor:
     conv = _CONVS[geometry.rank]
-    told = not (geometry.stages and torch.compiler.is_compiling())  # else symbols, which ONNX has no padding for
-    if told and geometry.mode == "zeros" and all(0 <= left == right for left, right in pads):
+    known = all(type(extent) is int for pair in pads for extent in pair)  # an export's symbols are no padding to ONNX
+    if known and geometry.mode == "zeros" and all(0 <= left == right for left, right in pads):
         padding = [left for left, _ in pads]
         return conv(input, weight, bias, geometry.stride, padding, geometry.dilation, groups)
     return conv(pad(input, pads, geometry.mode), weight, bias, geometry.stride, 0, geometry.dilation, groups)

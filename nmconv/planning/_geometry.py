@@ -50,7 +50,10 @@ class Stage:
         """Left and right padding for an input of ``size``."""
         if self.left >= 0:
             return self.left, self.right
-        total = max((-(-size // self.stride) - 1) * self.stride + self.extent - size, 0)
+        # extent - 1 - (size - 1) % stride, at least 0; without a comparison, which a symbolic size could not do.
+        total = self.extent - self.stride + -size % self.stride
+        if self.extent < self.stride:
+            total = sum((total - step) // self.stride + 1 for step in range(1, self.extent))
         return total // 2, total - total // 2
 
 

@@ -146,9 +146,10 @@ def pad(input: Tensor, pads: Sequence[tuple[int, int]], mode: str) -> Tensor:
         pads: One pair an axis; negative ones cut.
         mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``.
     """
-    if not any(map(any, pads)):
-        return input
     flat = [extent for pair in reversed(pads) for extent in pair]  # F.pad begins with the last axis
+    known = all(type(extent) is int for extent in flat)  # asking an export's symbols would fix its sizes
+    if known and not any(flat):
+        return input
     if mode != "zeros" and min(flat) < 0:
         input = F.pad(input, [min(extent, 0) for extent in flat])
         flat = [max(extent, 0) for extent in flat]
