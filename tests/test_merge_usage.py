@@ -255,7 +255,8 @@ def taking(monkeypatch, *seconds):
 
     def timed(runners, *, rounds, seconds):
         passes.append(rounds)
-        return [Timing((1.0,) * 3), Timing((left.pop(0),) * 3)]
+        after = left.pop(0)
+        return [Timing((1.0,) * 3), Timing(after if isinstance(after, tuple) else (after,) * 3)]
 
     monkeypatch.setattr(_latency, "interleaved", timed)
     return passes
@@ -269,6 +270,8 @@ def taking(monkeypatch, *seconds):
         ((0.5, 0.9, 0.5, 1.0), 1),
         ((0.5, 0.9, 1.01), 2),  # a run that is faster, and a model that is not
         ((0.5, 0.9, 0.5, 1.01), 2),
+        ((0.5, 0.9, (0.8, 1.1, 1.2), (0.9, 1.005, 1.1)), 1),  # as fast, as well as that can be told
+        ((0.5, 0.9, (0.8, 1.1, 1.2), (0.9, 1.02, 1.1)), 2),  # slower in the median, though not surely
     ],
 )
 @pytest.mark.parametrize("inplace", [False, True])
