@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 import unittest.mock
@@ -116,6 +117,8 @@ def main() -> None:
     nothing = sum(row.get("merges") == 0 for row in first)
     failed = [(row["name"], row["ratio"], row["why"]) for row in first if "why" in row]
     print(f"{len(measured)} measured, lowest {measured[:3]}, {len(below)} below 0.98: {below}")
+    if measured:
+        print(f"median {statistics.median(row[0] for row in measured):.3f}, highest {measured[-1]}")
     print(f"{nothing} where nothing passed the gate, not timed; {len(failed)} without a result: {failed}")
 
 

@@ -228,10 +228,11 @@ def taking(model: nn.Module, images: Tensor) -> Iterator[None]:
         ) from error
 
 
-def check_takes(model: nn.Module, images: Tensor) -> None:
-    """Refuse images that the model fails on, with FitError."""
-    with torch.no_grad(), taking(model, images):
-        model(images.clone())
+def check_takes(model: nn.Module, images: Images) -> None:
+    """Refuse images that the model fails on, with FitError; looks at one."""
+    image = images.first()
+    with torch.no_grad(), taking(model, image):
+        model(image)
 
 
 def check_finite(values: Tensor, what: str) -> None:

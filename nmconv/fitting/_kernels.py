@@ -24,6 +24,7 @@ from nmconv.merging import (
     nodes_of,
     norms_behind,
     record,
+    trains,
     write_methods,
 )
 from nmconv.planning import Geometry, Kernel, Refusal, shrunk, taps_kept
@@ -122,11 +123,7 @@ class Merged:
         return filled(Affine(geometry, weight, line.constant.flatten()), self._like, requires_grad)
 
     def _record(self, geometry: Geometry) -> Merge:
-        trainable = any(
-            value.requires_grad
-            for step in steps_of(self._unit.elements)
-            for value in self._model.get_submodule(step.name).parameters(recurse=False)
-        )
+        trainable = trains(self._model, (step.name for step in steps_of(self._unit.elements)))
         return record(Segment(self._nodes, geometry), trainable, False)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -21,6 +20,7 @@ from nmconv.graph._modules import leaf_op
 from nmconv.graph._ops import ACT_FUNCTIONS, ACT_METHODS, Op
 from nmconv.graph._proxy import AttributeProxy, TensorProxy, patched_isinstance
 from nmconv.graph._records import ActCall, Arguments, Frame, UnknownTensor, collect, containers, map_proxies
+from nmconv.graph._sizes import Sizes
 from nmconv.graph._values import Unknown, Values
 
 __all__ = ["FlowTracer"]
@@ -49,8 +49,7 @@ class FlowTracer(Tracer):
         self.methods: dict[Node, str] = {}
         self.dead: set[Node] = set()
         self.finished = False
-        self.numbers: set[Node] = set()
-        self.shapes: set[Node] = set()
+        self.sizes = Sizes()
         self.opaque: set[Node] = set()
         self.broken: dict[str, BaseException] = {}
         self.constants: dict[str, torch.Tensor] = {}
@@ -155,7 +154,7 @@ class FlowTracer(Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         node = super().create_node(*args, **kwargs)
         self._size += 1
-        self._note_number(node)
+        self.sizes.note(node)
         return node
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Proxy:
@@ -206,24 +205,8 @@ class FlowTracer(Tracer):
             Unknown: See :meth:`Values.get`; always where a method is traced for rewriting, which must hold for every
                 shape.
         """
-        self.stack[-1].asks = self.stack[-1].asks or self._is_sized(node)
+        self.stack[-1].asks = self.stack[-1].asks or self.sizes.is_sized(node)
         return self._known(node)
-
-    def _is_sized(self, node: Node) -> bool:
-        """Whether a value depends on sizes: more than the number of channels (axis 1) and of axes, which layers fix."""
-        todo, seen = [node], {node}
-        while todo:
-            at = todo.pop()
-            axis = at.args[1] if len(at.args) > 1 else None
-            if (at.target is operator.getitem and at.all_input_nodes[0] in self.shapes) or at.target == "size":
-                if axis != 1:
-                    return True
-            elif not (at.target == "dim" or (at.target is getattr and axis == "ndim")):
-                if at in self.shapes or not at.all_input_nodes:
-                    return True
-                todo += [source for source in at.all_input_nodes if source not in seen]
-                seen.update(at.all_input_nodes)
-        return False
 
     def _known(self, node: Node) -> Any:
         if not self.deep:
@@ -251,7 +234,7 @@ class FlowTracer(Tracer):
 
     def is_number(self, node: Node) -> bool:
         """Whether the node is a number computed from shapes."""
-        return node in self.numbers
+        return self.sizes.is_number(node)
 
     def length_of(self, obj: Proxy) -> int:
         """What ``len`` gives for a proxy."""
@@ -319,26 +302,6 @@ class FlowTracer(Tracer):
         self.where[node] = (frame, label, frame.labels[label])
         if frame.parent is None and self.deep:
             self.methods[node] = self._method(frame)
-
-    def _note_number(self, node: Node) -> None:
-        """Remember what is a shape, and what is a number computed from shapes."""
-        sources = node.all_input_nodes
-        if node.op == "call_method" and node.target in ("size", "dim", "numel", "stride"):
-            (self.shapes if node.target in ("size", "stride") and len(node.args) == 1 else self.numbers).add(node)
-        elif node.target is getattr:
-            if node.args[1] == "shape":
-                self.shapes.add(node)
-            elif node.args[1] == "ndim":
-                self.numbers.add(node)
-        elif node.target is operator.getitem and sources and sources[0] in self.shapes:
-            (self.shapes if isinstance(node.args[1], slice) else self.numbers).add(node)
-        elif (
-            node.op == "call_function"
-            and sources
-            and getattr(node.target, "__module__", "") in ("_operator", "math")
-            and all(source in self.numbers for source in sources)
-        ):
-            self.numbers.add(node)
 
     def _note_act(self, node: Node, module: nn.Module | None, name: str, function: str | None) -> None:
         frame = self.stack[-1]

@@ -14,7 +14,7 @@ from nmconv.graph import mode_hidden
 from nmconv.io._content import Content
 from nmconv.io._fit import check_merges, check_plan
 from nmconv.io._problems import Damaged, Foreign
-from nmconv.merging import Merge, conv_module, install, like_of, write_methods
+from nmconv.merging import Merge, conv_module, install, like_of, trains, write_methods
 from nmconv.surgery import apply_plan
 
 __all__ = ["Homes", "replay"]
@@ -57,8 +57,7 @@ def _merge(model: nn.Module, merges: Sequence[Merge], homes: Homes) -> None:
         head: Any = model.get_submodule(merge.head)
         weight = like_of(head)
         made = conv_module(merge.geometry, torch.empty(0, dtype=weight.dtype, device="meta"))
-        taken = [model.get_submodule(name) for name in (merge.head, *merge.removed)]
-        made.requires_grad_(any(value.requires_grad for part in taken for value in part.parameters(recurse=False)))
+        made.requires_grad_(trains(model, (merge.head, *merge.removed)))
         made.training = head.training
         homes[made] = homes.pop(head, weight.device)
         convs[merge.head] = made

@@ -3,7 +3,7 @@
 from nmconv.merging._algebra import Affine
 from nmconv.merging._asking import get_merges
 from nmconv.merging._brackets import Node, Segment, nodes_of
-from nmconv.merging._install import install, norms_behind, record, write_methods
+from nmconv.merging._install import install, norms_behind, record, trains, write_methods
 from nmconv.merging._interior import interior_affine, interior_geometry
 from nmconv.merging._merge import find_runs, fold_norms, merge
 from nmconv.merging._module import conv_module, filled, is_finite, like_of
@@ -31,5 +31,6 @@ __all__ = [
     "nodes_of",
     "norms_behind",
     "record",
+    "trains",
     "write_methods",
 ]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nmconv.planning import Geometry, composed, diagonal, identity, joined
-from nmconv.surgery import pad
+from nmconv.surgery import is_known, pad
 
 __all__ = ["Affine", "apply", "compose", "join", "of_identity", "of_norm", "response", "sizes_of"]
 
@@ -160,8 +160,7 @@ def _convolve(
     input: Tensor, geometry: Geometry, pads: Sequence[tuple[int, int]], weight: Tensor, bias: Tensor | None, groups: int
 ) -> Tensor:
     conv = _CONVS[geometry.rank]
-    known = all(type(extent) is int for pair in pads for extent in pair)  # an export's symbols are no padding to ONNX
-    if known and geometry.mode == "zeros" and all(0 <= left == right for left, right in pads):
+    if is_known(pads) and geometry.mode == "zeros" and all(0 <= left == right for left, right in pads):
         padding = [left for left, _ in pads]
         return conv(input, weight, bias, geometry.stride, padding, geometry.dilation, groups)
     return conv(pad(input, pads, geometry.mode), weight, bias, geometry.stride, 0, geometry.dilation, groups)

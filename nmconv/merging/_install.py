@@ -21,7 +21,7 @@ from nmconv.merging._records import Merge
 from nmconv.planning import Refusal, Sum
 from nmconv.surgery import MERGED, Edit, Undo, restoring_children, restoring_class, rewrite, rewritten
 
-__all__ = ["bake", "check_calls", "install", "norms_behind", "record", "write_methods"]
+__all__ = ["bake", "check_calls", "install", "norms_behind", "record", "trains", "write_methods"]
 
 Methods = Mapping[str, Any]
 Slots = dict[int, list[tuple[nn.Module, str]]]
@@ -42,6 +42,12 @@ def record(segment: Segment, trainable: bool, live: bool) -> Merge:
         live=live,
         factors=text_of(node.element for node in segment.nodes) if live else "",
     )
+
+
+def trains(model: nn.Module, names: Iterable[str]) -> bool:
+    """Whether any parameter of these modules requires gradients: whether those of what replaces them are to."""
+    parts = (model.get_submodule(name) for name in names)
+    return any(value.requires_grad for part in parts for value in part.parameters(recurse=False))
 
 
 def norms_behind(segment: Segment) -> tuple[str, ...]:

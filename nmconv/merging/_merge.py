@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nmconv.errors import MergeError, ModelTypeError, NoEffectWarning, OptionError
+from nmconv.errors import MergeError, NoEffectWarning, OptionError
 from nmconv.graph import Join, LinearRun, before_hoisting, calls_by_kind, hooks_of, linear_runs, mode_hidden, steps_of
 from nmconv.merging._algebra import Affine
 from nmconv.merging._asking import get_merges
 from nmconv.merging._brackets import Bracketing, Node, Segment, bracket, geometry_of_nodes, nodes_of
 from nmconv.merging._called import outputs
-from nmconv.merging._install import bake, check_calls, install, record, write_methods
+from nmconv.merging._checks import check_made, check_mode, check_options
+from nmconv.merging._install import bake, check_calls, install, record, trains, write_methods
 from nmconv.merging._latency import LatencyGate, is_slower
 from nmconv.merging._live import affine_of_nodes, why_not_live
 from nmconv.merging._module import filled, like_of
@@ -27,12 +27,10 @@ from nmconv.merging._numbers import affine_in_double
 from nmconv.merging._records import Merge, Run
 from nmconv.merging._verify import check_model_outputs, check_segment
 from nmconv.planning import Geometry, Refusal
-from nmconv.surgery import Undo, check_examples, check_plain, copy_of, undone_on_failure
-from nmconv.timing import BACKENDS
+from nmconv.surgery import Undo, check_examples, copy_of, undone_on_failure
 
 __all__ = ["find_runs", "fold_norms", "merge"]
 
-_GATES = ("flops", "latency", "always")
 _SIZE = 256  # along each axis, where nothing tells the input's
 Price = Callable[[Segment], "float | None"]
 
@@ -81,8 +79,8 @@ def merge(
     Warns:
         NoEffectWarning: If no run pays; norms may have been folded all the same.
     """
-    _check_options(gate, min_gain, backend, example_inputs)
-    _check_mode(model, "merge")
+    check_options(gate, min_gain, backend, example_inputs)
+    check_mode(model, "merge")
     with mode_hidden(), undone_on_failure() as undo:
         baking = any(merge.live for merges in get_merges(model) for merge in merges)
         if baking:
@@ -122,7 +120,7 @@ def fold_norms(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises: as :func:`merge` does.
     """
-    _check_mode(model, "fold norms")
+    check_mode(model, "fold norms")
     with mode_hidden(), undone_on_failure() as undo:
         made = _Merging(model, None, False)
         made.choose(_nothing, fold=True, fewest=False)
@@ -141,43 +139,13 @@ def find_runs(model: nn.Module, *, min_gain: float = 1.05, example_inputs: Any =
         OptionError: If ``example_inputs`` are none.
         ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted.
     """
-    check_plain(model, "look at")
-    _check_made(model)
+    check_made(model, "look at")
     check_examples(example_inputs)
     with mode_hidden():
         made = _Merging(model, example_inputs, False)
         made.settle(_flops(min_gain), fold=True, fewest=False)
         runs = [nodes for nodes in made.runs if sum(len(node.convs) for node in nodes) > 1]
         return tuple(made.described(nodes, _flops(min_gain)) for nodes in runs)
-
-
-def _check_options(gate: str, min_gain: float, backend: str, example_inputs: Any) -> None:
-    if gate not in _GATES:
-        raise OptionError(f"gate={gate!r}: give one of {', '.join(_GATES)}")
-    if backend not in BACKENDS:
-        raise OptionError(f"backend={backend!r}: give one of {', '.join(BACKENDS)}")
-    if isinstance(min_gain, bool) or not isinstance(min_gain, (int, float)) or not 0 < min_gain < math.inf:
-        raise OptionError(f"min_gain={min_gain!r}: give a positive number, such as 1.05")
-    if gate == "latency" and example_inputs is None:
-        raise OptionError('gate="latency" times on example_inputs: give what the model is called with')
-    check_examples(example_inputs)
-
-
-def _check_made(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if any(is_lazy(value) for value in (*module._parameters.values(), *module._buffers.values())):
-            raise ModelTypeError(
-                f"{name or 'the model'} is a {type(module).__name__} without weights yet: run the model once first"
-            )
-
-
-def _check_mode(model: nn.Module, todo: str) -> None:
-    check_plain(model, todo)
-    _check_made(model)
-    if model.training:
-        raise MergeError(
-            f"this {type(model).__name__} is in train mode, where norms depend on the batch: call model.eval() first"
-        )
 
 
 def _refuse(nodes: Sequence[Node], reason: Refusal) -> None:
@@ -264,7 +232,9 @@ class _Merging:
         while True:
             chosen = [bracket(nodes, price, fold=fold, fewest=fewest) for nodes in self.runs]
             self.segments = [segment for choice in chosen for segment in choice.segments]
-            self._merges = [record(segment, self._trains(segment), self._live) for segment in self.segments]
+            self._merges = [
+                record(segment, trains(self._model, _names(segment)), self._live) for segment in self.segments
+            ]
             self._methods, failed = write_methods(self._model, self._merges)
             if not failed:
                 return
@@ -277,9 +247,9 @@ class _Merging:
 
     def _check_parts(self) -> None:
         for segment in self.segments:
-            for step in steps_of(node.element for node in segment.nodes):
-                if self._model.get_submodule(step.name).__dict__["training"]:
-                    raise MergeError(f"{step.name} is in train mode, though the model is not: call model.eval() first")
+            for name in _names(segment):
+                if self._model.get_submodule(name).__dict__["training"]:
+                    raise MergeError(f"{name} is in train mode, though the model is not: call model.eval() first")
 
     def described(self, nodes: tuple[Node, ...], price: Price) -> Run:
         """A run as plain data."""
@@ -369,10 +339,6 @@ class _Merging:
         first = next(iter(self._model.parameters()), None)
         return "meta" if first is not None and first.is_meta else "cpu"
 
-    def _trains(self, segment: Segment) -> bool:
-        names = [step.name for step in steps_of(node.element for node in segment.nodes)]
-        return any(value.requires_grad for name in names for value in self._parameters(name))
-
     def _outputs(self) -> Any:
         if self._examples is None or self._device() == "meta":
             return None
@@ -393,6 +359,11 @@ def _outputs_in_double(model: nn.Module, examples: Any) -> Any:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     return outputs(copy_of(model).double(), tree_map(double, examples))
+
+
+def _names(segment: Segment) -> list[str]:
+    """Of all modules that it stands for."""
+    return [step.name for step in steps_of(node.element for node in segment.nodes)]
 
 
 def _rank(model: nn.Module, run: LinearRun) -> int:

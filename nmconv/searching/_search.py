@@ -97,7 +97,7 @@ def search(
     budgets = budgets_of(budget, cost)
     pictures = read_images(images, net, holdout=holdout, key=key)
     with mode_hidden(), eval_mode(net):
-        check_takes(net, pictures.first())
+        check_takes(net, pictures)
         network = Network(net, pictures.first(), most)
         timed = backend if cost == "latency" else None
         if sensitivity is not None:

@@ -81,7 +81,7 @@ def sensitivity(
     check_options(form, backend, most, holdout, loss)
     pictures = read_images(images, net, holdout=holdout, key=key)
     with mode_hidden(), eval_mode(net):
-        check_takes(net, pictures.first())
+        check_takes(net, pictures)
         network = Network(net, pictures.first(), most)
         return measured(network, pictures, form, backend, loss, path, quiet)
 

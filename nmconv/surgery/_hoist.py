@@ -26,7 +26,7 @@ from nmconv.planning import Geometry, Hoist, Refusal, hoisted
 from nmconv.surgery._classes import Method, rewritten
 from nmconv.surgery._undo import Undo, restoring
 
-__all__ = ["find_hoists", "hoist_padding", "pad", "padded_forward"]
+__all__ = ["find_hoists", "hoist_padding", "is_known", "pad", "padded_forward"]
 
 
 def find_hoists(model: nn.Module, example_inputs: Any) -> tuple[Hoist, ...]:
@@ -138,6 +138,11 @@ _METHOD = Method(
 )
 
 
+def is_known(pads: Sequence[tuple[int, int]]) -> bool:
+    """Whether all are numbers: an export's symbols are no padding to ONNX, and asking them would fix its sizes."""
+    return all(type(extent) is int for pair in pads for extent in pair)
+
+
 def pad(input: Tensor, pads: Sequence[tuple[int, int]], mode: str) -> Tensor:
     """The input with (left, right) elements more along each of its last axes; as it is where none are.
 
@@ -146,10 +151,9 @@ def pad(input: Tensor, pads: Sequence[tuple[int, int]], mode: str) -> Tensor:
         pads: One pair an axis; negative ones cut.
         mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``.
     """
-    flat = [extent for pair in reversed(pads) for extent in pair]  # F.pad begins with the last axis
-    known = all(type(extent) is int for extent in flat)  # asking an export's symbols would fix its sizes
-    if known and not any(flat):
+    if is_known(pads) and not any(map(any, pads)):
         return input
+    flat = [extent for pair in reversed(pads) for extent in pair]  # F.pad begins with the last axis
     if mode != "zeros" and min(flat) < 0:
         input = F.pad(input, [min(extent, 0) for extent in flat])
         flat = [max(extent, 0) for extent in flat]

@@ -1,0 +1,49 @@
+"""Checks on what the user gives to a merge, before anything is looked at."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from nmconv.errors import MergeError, ModelTypeError, OptionError
+from nmconv.surgery import check_examples, check_plain
+from nmconv.timing import BACKENDS
+
+__all__ = ["check_made", "check_mode", "check_options"]
+
+_GATES = ("flops", "latency", "always")
+
+
+def check_options(gate: str, min_gain: float, backend: str, example_inputs: Any) -> None:
+    """Refuse what is none, with OptionError."""
+    if gate not in _GATES:
+        raise OptionError(f"gate={gate!r}: give one of {', '.join(_GATES)}")
+    if backend not in BACKENDS:
+        raise OptionError(f"backend={backend!r}: give one of {', '.join(BACKENDS)}")
+    if isinstance(min_gain, bool) or not isinstance(min_gain, (int, float)) or not 0 < min_gain < math.inf:
+        raise OptionError(f"min_gain={min_gain!r}: give a positive number, such as 1.05")
+    if gate == "latency" and example_inputs is None:
+        raise OptionError('gate="latency" times on example_inputs: give what the model is called with')
+    check_examples(example_inputs)
+
+
+def check_made(model: nn.Module, todo: str) -> None:
+    """Refuse what is no plain model, or has lazy modules that never ran, with ModelTypeError."""
+    check_plain(model, todo)
+    for name, module in model.named_modules():
+        if any(is_lazy(value) for value in (*module._parameters.values(), *module._buffers.values())):
+            raise ModelTypeError(
+                f"{name or 'the model'} is a {type(module).__name__} without weights yet: run the model once first"
+            )
+
+
+def check_mode(model: nn.Module, todo: str) -> None:
+    """The same, and refuse train mode, with MergeError."""
+    check_made(model, todo)
+    if model.training:
+        raise MergeError(
+            f"this {type(model).__name__} is in train mode, where norms depend on the batch: call model.eval() first"
+        )
