@@ -89,6 +89,48 @@ def test_onnxruntime_at_a_fixed_size_has_nothing_left_of_the_border(nets, tmp_pa
     assert sum(node.op_type == "Conv" for node in onnx.load(folded).graph.node) == 3
 
 
+class Dense(nn.Module):
+    """A layer of a DenseNet: what it makes goes beside what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.layer = nn.Sequential(nn.Conv2d(16, 32, 1), nn.BatchNorm2d(32), nn.Conv2d(32, 16, 3, padding=1))
+        self.norm = nn.BatchNorm2d(32)
+        self.head = nn.Conv2d(32, 16, 1)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.head(self.norm(torch.cat([x, self.layer(x)], 1)).relu())
+
+
+def test_onnxruntime_keeps_its_layout_behind_a_border(tmp_path):
+    """No norm, activation or concatenation that was computed in the blocked layout falls out of it by merging."""
+    runtime = pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    net = Dense().eval()
+    nn.init.normal_(net.layer[1].bias)
+    x = torch.randn(1, 3, 20, 20)
+    found = {}
+    for name, model in (("before", nmconv.fold_norms(net)), ("after", nmconv.merge(net))):
+        path, optimized = str(tmp_path / f"{name}.onnx"), str(tmp_path / f"{name}.opt.onnx")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
+        options = runtime.SessionOptions()
+        options.optimized_model_filepath, options.log_severity_level = optimized, 3
+        session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        with torch.no_grad():
+            close(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]), net(x))
+        found[name] = [node.op_type for node in onnx.load(optimized).graph.node]
+    assert found["before"].count("Conv") - found["after"].count("Conv") == 1
+    assert found["after"].count("Add") == 1
+    plain = {"BatchNormalization", "Relu"}
+    assert plain.isdisjoint(found["after"]) or not plain.isdisjoint(found["before"]), found
+
+
 def test_export_at_any_batch_and_size(nets):
     net, fast = nets
     program = torch.export.export(fast, (torch.randn(2, 3, 24, 24),), dynamic_shapes=shapes())
