@@ -87,6 +87,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     # Random weights may make denormal numbers (efficientvit_m0, converted), which take longer than any merge saves.
+    with torch.no_grad():
+        runner(nn.Conv2d(1, 1, 1), (torch.zeros(1, 1, 1, 1),), options.backend)  # ONNX Runtime's first resets that
     torch.set_flush_denormal(True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     lines = options.out.read_text().splitlines() if options.out.exists() else []

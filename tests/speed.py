@@ -6,7 +6,8 @@
 1. ``nmconv.convert(model, inplace=True)`` against one ``torch.fx.symbolic_trace`` of the same model (meta device: no
    arithmetic on either side), for the models that plain tracing can trace.
 2. ``nmconv.merge`` of the hoisted 2:1 conversion against the same trace, its verification (each run beside its
-   original, and the result traced again) left out, weights and their arithmetic on the CPU included.
+   original, and the result traced again) left out, on the meta device too: finding, choosing, copying, rewriting.
+   In brackets the same on the CPU, with the new weights: there it grows with the weights, which a trace never touches.
 3. A converted model's forward against the same model edited by hand.
 """
 
@@ -41,6 +42,11 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def brackets(parts: list[str]) -> str:
+    """The first, and what else there is in brackets."""
+    return " ".join([parts[0], *(f"({part})" for part in parts[1:])])
+
+
 def conversion(name: str, rounds: int = 2) -> tuple[float, float] | None:
     """Least seconds of a symbolic trace and of a conversion in place, of a fresh model each; None if not traceable."""
     traces, conversions = [], []
@@ -59,17 +65,25 @@ def conversion(name: str, rounds: int = 2) -> tuple[float, float] | None:
     return min(traces), min(conversions)
 
 
-def merging(name: str, rounds: int = 2) -> tuple[float, float] | None:
-    """Least seconds of a symbolic trace, and of a merge without its verification; None if not traceable."""
-    model = zoo.build(name)
-    try:
-        traces = [seconds(lambda: torch.fx.symbolic_trace(model)) for _ in range(rounds)]
-        converted = nmconv.convert(model, hoist_padding=True, inplace=True).eval()
-    except Exception:
-        return None
-    verification = ("check_segment", "check_calls", "calls_by_kind")
-    with unittest.mock.patch.multiple(_merge, **dict.fromkeys(verification, lambda *_, **__: None)):
-        return min(traces), min(seconds(lambda: nmconv.merge(converted)) for _ in range(rounds))
+def merging(name: str, rounds: int = 3) -> tuple[float, float, float] | None:
+    """Least seconds of a symbolic trace, and of a merge without its verification, on the meta device and on the CPU.
+
+    None if not traceable.
+    """
+    found = []
+    for device in ("cpu" if name in zoo.NOT_ON_META else "meta", "cpu"):
+        model = zoo.build(name, device)
+        try:
+            traces = [seconds(lambda model=model: torch.fx.symbolic_trace(model)) for _ in range(rounds)]
+            converted = nmconv.convert(model, hoist_padding=True, inplace=True).eval()
+        except Exception:
+            return None
+        verification = ("check_segment", "check_calls", "calls_by_kind")
+        with unittest.mock.patch.multiple(_merge, **dict.fromkeys(verification, lambda *_, **__: None)):
+            merges = [seconds(lambda model=converted: nmconv.merge(model)) for _ in range(rounds)]
+        found.append((min(traces), min(merges)))
+    (trace, merge), (_, arithmetic) = found
+    return trace, merge, arithmetic
 
 
 class HandEdited(torchvision.models.resnet.BasicBlock):
@@ -130,14 +144,20 @@ def main() -> None:
     console = Console()
     names = zoo.all_names() if options.all else zoo.quick_names()
     for title, measure in (("convert", conversion), ("merge", merging)):
-        rows = {name: pair for name in track(names, title) if (pair := measure(name)) is not None}
-        ratios = sorted((cost / trace, name) for name, (trace, cost) in rows.items())
+        rows = {name: times for name in track(names, title) if (times := measure(name)) is not None}
         table = Table("model", "symbolic_trace [ms]", f"{title} [ms]", "ratio", title=f"{title} against one trace")
-        for ratio, name in ratios:
-            trace, cost = rows[name]
-            table.add_row(name, f"{trace * 1e3:.0f}", f"{cost * 1e3:.0f}", f"{ratio:.2f}")
+        for name, (trace, *costs) in sorted(rows.items(), key=lambda row: row[1][1] / row[1][0]):
+            cost, ratio = (
+                brackets([f"{value * by:.{digits}f}" for value in costs]) for by, digits in ((1e3, 0), (1 / trace, 2))
+            )
+            table.add_row(name, f"{trace * 1e3:.0f}", cost, ratio)
         console.print(table)
-        print(f"{title}: median over {len(ratios)} models: {statistics.median(ratio for ratio, _ in ratios):.2f}x")
+        for at, where in enumerate(("", " (with its arithmetic)")[: 1 + (title == "merge")], 1):
+            ratios = sorted(times[at] / times[0] for times in rows.values())
+            above = sum(ratio > 5 for ratio in ratios)
+            print(
+                f"{title}{where}: median {statistics.median(ratios):.2f}x over {len(ratios)} models, {above} above 5x"
+            )
     for name, pair in (("torchvision resnet18", by_hand_torchvision()), ("tf_efficientnet_lite0", by_hand_timm())):
         ratio, noise = forward_ratio(pair, options.rounds)
         print(f"{name}: converted / edited by hand = {ratio:.4f} (the same model against itself: {noise:.4f})")

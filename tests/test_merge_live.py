@@ -14,6 +14,8 @@ from test_merge_usage import SHAPES, original
 from torch import nn
 
 import nmconv
+from nmconv.merging._algebra import Affine, compose
+from nmconv.planning import Geometry, Refusal
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -204,6 +206,30 @@ def test_gates_apply_to_live_ones_too(model):
         live = nmconv.merge(model, live=True, min_gain=1000.0)
     assert convs_of(live, 3, 24, 24) == 8
     assert list(live.state_dict()) == list(model.state_dict())
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@settings(max_examples=40, deadline=None, database=None, derandomize=True)
+@given(st.data())
+def test_kernels_computed_in_single_are_those_computed_in_double(rank, data):
+    """They are computed in two ways: oneDNN has no float64."""
+
+    def each(*choices):
+        return tuple(data.draw(st.sampled_from(choices)) for _ in range(rank))
+
+    groups = data.draw(st.sampled_from([1, 2, 4]))
+    factors = []
+    for channels, outputs in ((4, 8), (8, 12)):
+        kernel, stride, dilation, padding = each(1, 2, 3), each(1, 2), each(1, 2, 3), ((0, 0),) * rank
+        own = Geometry(channels, outputs, kernel, stride, dilation, groups, padding, "zeros", (), (), False)
+        factors.append(Affine(own, torch.randn(outputs, channels // groups, *own.kernel, dtype=torch.float64)))
+    try:
+        double = compose(*factors).weight
+    except Refusal:
+        return
+    single = compose(*(Affine(part.geometry, part.weight.float()) for part in factors)).weight
+    assert single.dtype == torch.float32
+    assert (single - double).abs().max() < 1e-5 * double.abs().max()
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])

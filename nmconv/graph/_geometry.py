@@ -64,7 +64,7 @@ def geometry_of(module: nn.Module, kind: str, channels: int, rank: int) -> Geome
         Refusal: If it is no convolution with fixed numbers, and why.
     """
     if kind == "norm":
-        norm_of(module)
+        _check_norm(module)
         return diagonal(channels, rank)
     if kind == "pad":
         return _of_pad(module, channels, rank)
@@ -113,13 +113,7 @@ def norm_of(module: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, Tens
     Raises:
         Refusal: If its statistics depend on the input.
     """
-    if not (isinstance(module, (_BatchNorm, _InstanceNorm)) or is_frozen_norm(module)):
-        raise Refusal(f"{type(module).__name__} has no fixed scale in eval mode")
-    unused = isinstance(module, _InstanceNorm) and not module.track_running_stats  # though it may have them
-    if module.running_mean is None or module.running_var is None or unused:
-        raise Refusal(
-            f"a {type(module).__name__} goes by no running statistics, so that its scale depends on the input"
-        )
+    _check_norm(module)
     mean, variance, weight, bias = (
         value if value is None or dtype is None else value.to(dtype)
         for value in (module.running_mean, module.running_var, module.weight, module.bias)
@@ -129,6 +123,17 @@ def norm_of(module: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, Tens
         scale = scale * weight
     shift = -mean * scale
     return scale, shift if bias is None else shift + bias
+
+
+def _check_norm(module: Any) -> None:
+    """Refuse a norm whose statistics depend on the input."""
+    if not (isinstance(module, (_BatchNorm, _InstanceNorm)) or is_frozen_norm(module)):
+        raise Refusal(f"{type(module).__name__} has no fixed scale in eval mode")
+    unused = isinstance(module, _InstanceNorm) and not module.track_running_stats  # though it may have them
+    if module.running_mean is None or module.running_var is None or unused:
+        raise Refusal(
+            f"a {type(module).__name__} goes by no running statistics, so that its scale depends on the input"
+        )
 
 
 def _of_pad(module: Any, channels: int, rank: int) -> Geometry:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["ATOMS", "OWN", "Holders"]
+from nmconv.graph._records import ATOMS
+
+__all__ = ["OWN", "Holders"]
 
 OWN = frozenset(nn.Module().__dict__)  # what every module has: children, tensors and hooks
-# What holds nothing that could matter.
-ATOMS = frozenset((bool, int, float, str, bytes, type(None), torch.Tensor, torch.dtype, torch.device, torch.Size))
 
 
 def _parts(value: Any) -> Iterable[Any]:

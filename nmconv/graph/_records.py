@@ -12,7 +12,10 @@ import torch
 from torch import nn
 from torch.fx import Node, Proxy
 
-__all__ = ["ActCall", "Arguments", "Frame", "UnknownTensor", "collect", "containers", "map_proxies"]
+__all__ = ["ATOMS", "ActCall", "Arguments", "Frame", "UnknownTensor", "collect", "containers", "map_proxies"]
+
+# What holds nothing that could matter.
+ATOMS = frozenset((bool, int, float, str, bytes, type(None), torch.Tensor, torch.dtype, torch.device, torch.Size))
 
 
 class UnknownTensor(torch.Tensor):
@@ -83,6 +86,8 @@ def map_proxies(value: Any, function: Callable[[Any], Any]) -> Any:
 
 def collect(value: Any, found: list[Any], seen: set[int]) -> None:
     """All proxies in a value, looking into containers and plain objects."""
+    if type(value) in ATOMS:
+        return
     if isinstance(value, Proxy):
         found.append(value)
     elif id(value) in seen or isinstance(value, (str, bytes, type, nn.Module, ModuleType)):

@@ -14,10 +14,10 @@ from nmconv.graph._analysis import trace_parts
 from nmconv.graph._callers import Callers, Seen
 from nmconv.graph._elements import Element, Join, LinearRun, Step, steps_of
 from nmconv.graph._flow import Flow, FlowNode
-from nmconv.graph._holders import ATOMS, OWN
+from nmconv.graph._holders import OWN
 from nmconv.graph._lower import lower
 from nmconv.graph._ops import Op
-from nmconv.graph._records import Frame, collect
+from nmconv.graph._records import ATOMS, Frame, collect
 from nmconv.graph._takes import takes_of
 from nmconv.graph._tracer import FlowTracer
 
@@ -246,7 +246,7 @@ class _Finder:
 
     def _shape(self, source: int) -> tuple[int, ...] | None:
         try:
-            return tuple(self.tracer.values.get(self.flow.nodes[source].origin).shape[1:])
+            return self.tracer.values.shape(self.flow.nodes[source].origin)[1:]
         except Exception:
             return None
 

@@ -44,7 +44,7 @@ def shapes_of(model: nn.Module, example_inputs: Any) -> Shapes:
             if node.op not in (Op.CONV, Op.ACT):
                 continue
             try:
-                shape = tuple(int(size) for size in tracer.values.get(node.origin).shape[1:])
+                shape = tuple(map(int, tracer.values.shape(node.origin)[1:]))
             except Exception:
                 shape = ()
             if node.op is Op.CONV:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,20 +14,34 @@ from torch.fx.node import map_arg
 from torch.fx.proxy import TraceError
 
 from nmconv.graph._modules import leaf_op
-from nmconv.graph._ops import Op
+from nmconv.graph._ops import FUNCTIONS, METHODS, Op
 from nmconv.graph._quiet import in_mode
 from nmconv.graph._zoo import is_norm_act
 
 __all__ = ["Unknown", "Values", "fake_input"]
 
 
-# Modules whose result is shaped as their input; evaluating a norm's parts costs the most of all.
-_KEEP_SHAPE = (Op.NORM, Op.ACT, Op.DROP, Op.BOUNDED)
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# What gives results shaped as its input; evaluating a norm's parts costs the most of all.
+_KEEP_SHAPE = (Op.NORM, Op.ACT, Op.DROP, Op.BOUNDED, Op.PASS)
+_SLIDING = (
+    (nn.Conv1d, nn.MaxPool1d, nn.AvgPool1d),
+    (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d),
+    (nn.Conv3d, nn.MaxPool3d, nn.AvgPool3d),
+)
+_RANKS: dict[type, int] = {kind: rank for rank, kinds in enumerate(_SLIDING, 1) for kind in kinds}
 
 
 class Unknown(TraceError):
     """A value that cannot be known from structure alone."""
+
+
+@dataclass(frozen=True)
+class _Shaped:
+    """A tensor of which only this is known so far: making a fake one takes a hundred times as long."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
 
 
 class Values:
@@ -71,6 +86,24 @@ class Values:
         Raises:
             Unknown: If it depends on an input of unknown shape, on data, or cannot be computed.
         """
+        self._settle(node)
+        value = self._tensor(self._known[node])
+        self._known[node] = value
+        return value
+
+    def shape(self, node: Node) -> tuple[int, ...]:
+        """The shape of the node's value, which is a tensor.
+
+        Raises:
+            Unknown: As :meth:`get` does, or if it is no tensor.
+        """
+        self._settle(node)
+        value = self._known[node]
+        if not isinstance(value, (torch.Tensor, _Shaped)):
+            raise Unknown(f"{node} is no tensor")
+        return tuple(value.shape)
+
+    def _settle(self, node: Node) -> None:
         todo = [node]
         while todo:
             last = todo[-1]
@@ -82,7 +115,12 @@ class Values:
             else:
                 self._known[last] = self._compute(last)
                 todo.pop()
-        return self._known[node]
+
+    def _tensor(self, value: Any) -> Any:
+        if not isinstance(value, _Shaped):
+            return value
+        with self._mode or nullcontext():
+            return torch.empty(value.shape, dtype=value.dtype, device=value.device)
 
     def _compute(self, node: Node) -> Any:
         if node in self._lost:
@@ -91,29 +129,39 @@ class Values:
             raise Unknown(f"the shape of input {node.target!r} is not known")
         if node.op == "get_attr":
             return self._attribute(str(node.target))
-        args: Any = map_arg(node.args, self._known.__getitem__)
-        if node.op == "call_module" and args:
-            if self._keeps_shape(str(node.target)):
-                return args[0]
-            shape = _convolved(self._root.get_submodule(str(node.target)), args[0])
-            if shape is not None:
-                with self._mode or nullcontext():
-                    return torch.empty(shape, dtype=args[0].dtype, device=args[0].device)
-        kwargs = map_arg(node.kwargs, self._known.__getitem__)
+        module = self._root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        plain = self._shaped(node, module)
+        if plain is not None:
+            return plain
+        args: Any = map_arg(node.args, self.get)
+        kwargs = map_arg(node.kwargs, self.get)
         try:
             # In eval mode: a norm in train mode counts batches in a real buffer, and shapes are the same.
             with self._mode or nullcontext(), torch.no_grad(), in_mode(False, set()):
+                if module is not None:
+                    return module.forward(*args, **kwargs)
                 if node.op == "call_function":
                     return node.target(*args, **kwargs)  # type: ignore[operator]
-                if node.op == "call_method":
-                    return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-                return self._root.get_submodule(str(node.target)).forward(*args, **kwargs)
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         except Exception as error:
             raise Unknown(f"the value of {node} cannot be known: {type(error).__name__}: {error}") from error
 
-    def _keeps_shape(self, name: str) -> bool:
-        module = self._root.get_submodule(name)
-        return leaf_op(module) in _KEEP_SHAPE or is_norm_act(module)
+    def _shaped(self, node: Node, module: nn.Module | None) -> Any:
+        """The node's value where a rule tells its shape, or None."""
+        given: list[Any] = [self._known[part] if isinstance(part, Node) else part for part in node.args]
+        tensors = [part for part in given if isinstance(part, (torch.Tensor, _Shaped))]
+        first = given[0] if given else None
+        if first is None or not any(first is part for part in tensors):
+            return None
+        if module is not None:
+            if leaf_op(module) in _KEEP_SHAPE or is_norm_act(module):
+                return first
+            shape = _slid(module, first)
+            return None if shape is None else _Shaped(shape, first.dtype, first.device)
+        op = METHODS.get(str(node.target)) if node.op == "call_method" else FUNCTIONS.get(node.target)  # type: ignore[arg-type]
+        if op is Op.ADD and len(given) == len(tensors) == 2 and not node.kwargs:
+            return first if len({(tuple(part.shape), part.dtype, part.device) for part in tensors}) == 1 else None
+        return first if op is Op.ACT else None
 
     def _attribute(self, name: str) -> Any:
         value: Any = self._root
@@ -122,22 +170,29 @@ class Values:
         return self.like(value) if isinstance(value, torch.Tensor) else value
 
 
-def _convolved(module: nn.Module, x: Any) -> tuple[int, ...] | None:
-    """The shape that one of torch's own convolutions gives, a hundred times as fast as by a fake tensor; or None."""
-    if type(module) not in _CONVS or "forward" in module.__dict__ or not isinstance(x, torch.Tensor):
+def _slid(module: nn.Module, x: Any) -> tuple[int, ...] | None:
+    """The shape that one of torch's own convolutions or pools gives, a hundred times as fast as by a fake tensor."""
+    rank = _RANKS.get(type(module), 0)
+    usual = len(x.shape) == rank + 2 and all(type(size) is int for size in x.shape)
+    if not rank or not usual or "forward" in module.__dict__:
         return None
-    conv: Any = module
-    rank, padding = len(conv.kernel_size), conv.padding
-    usual = x.dim() == rank + 2 and x.shape[1] == conv.in_channels and x.dtype == conv.weight.dtype
-    if not usual or isinstance(padding, str) or not all(type(size) is int for size in x.shape):
+    slid: Any = module
+    if isinstance(slid, nn.modules.conv._ConvNd):
+        if x.shape[1] != slid.in_channels or x.dtype != slid.weight.dtype or isinstance(slid.padding, str):
+            return None
+    elif slid.ceil_mode or getattr(slid, "return_indices", False):
+        return None
+    kernel, stride, padding, dilation = (
+        value if isinstance(value, tuple) else (value,) * rank
+        for value in (slid.kernel_size, slid.stride, slid.padding, getattr(slid, "dilation", 1))
+    )
+    if hasattr(slid, "ceil_mode") and any(2 * pad > taps for pad, taps in zip(padding, kernel, strict=True)):
         return None
     sizes = [
-        (x.shape[2 + axis] + 2 * padding[axis] - conv.dilation[axis] * (conv.kernel_size[axis] - 1) - 1)
-        // conv.stride[axis]
-        + 1
+        (x.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis] + 1
         for axis in range(rank)
     ]
-    return (x.shape[0], conv.out_channels, *sizes) if min(sizes) > 0 else None
+    return (x.shape[0], getattr(slid, "out_channels", x.shape[1]), *sizes) if min(sizes) > 0 else None
 
 
 def fake_input(root: nn.Module, values: Values, size: tuple[int, ...] | None) -> torch.Tensor | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ __all__ = ["Affine", "apply", "compose", "join", "of_identity", "of_norm", "resp
 
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-_PART = 1 << 18  # numbers multiplied at a time: 2 MiB in float64
+_PART = 1 << 16  # numbers multiplied at a time: 512 KiB in float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,6 +222,8 @@ def _through(first: Tensor, one: Affine, two: Affine, along: Sequence[bool]) -> 
         made = left.reshape(groups, -1, inputs) @ first.reshape(groups, inputs, -1)
         made = made.reshape(outputs, -1, first.shape[1]).transpose(1, 2)
         return made.reshape(outputs, first.shape[1], *second.shape[2:])
+    if first.dtype == torch.float64:
+        return _product(first, second, groups, grid, gaps)
     second = second.reshape(groups, outputs // groups, inputs, *second.shape[2:]).transpose(1, 2)
     second = second.reshape(groups * inputs, outputs // groups, *second.shape[3:])
     images = _dilated(first.transpose(0, 1), grid)
@@ -235,6 +238,25 @@ def _dilated(kernels: Tensor, steps: Sequence[int]) -> Tensor:
     wide = kernels.new_zeros(*kernels.shape[:2], *sizes)
     wide[(slice(None), slice(None), *(slice(None, None, step) for step in steps))] = kernels
     return wide
+
+
+def _product(first: Tensor, second: Tensor, groups: int, grid: Sequence[int], gaps: Sequence[int]) -> Tensor:
+    """The transposed convolution as one product of matrices for each of the second kernel's taps.
+
+    Ten times as fast in float64, which oneDNN does not have.
+    """
+    outputs, inputs = second.shape[:2]
+    left = second.reshape(groups, outputs // groups, inputs, -1)
+    right = first.reshape(groups, inputs, -1)
+    reach = [step * (taps - 1) + 1 for step, taps in zip(grid, first.shape[2:], strict=True)]
+    sizes = [own + gap * (taps - 1) for own, gap, taps in zip(reach, gaps, second.shape[2:], strict=True)]
+    made = first.new_zeros(groups, outputs // groups, first.shape[1], *sizes)
+    for tap, at in enumerate(product(*map(range, second.shape[2:]))):
+        starts = [place * gap for place, gap in zip(at, gaps, strict=True)]
+        spots = [slice(start, start + own, step) for start, own, step in zip(starts, reach, grid, strict=True)]
+        spot = made[(slice(None), slice(None), slice(None), *spots)]
+        spot.add_((left[..., tap] @ right).reshape(spot.shape))
+    return made.reshape(outputs, first.shape[1], *sizes)
 
 
 def _ungrouped(part: Affine, groups: int) -> Tensor:

@@ -22,7 +22,7 @@ from nmconv.merging._checks import check_made, check_mode, check_options
 from nmconv.merging._install import bake, check_calls, install, record, trains, write_methods
 from nmconv.merging._latency import LatencyGate, is_slower
 from nmconv.merging._live import affine_of_nodes, why_not_live
-from nmconv.merging._module import filled, like_of
+from nmconv.merging._module import conv_module, filled, like_of
 from nmconv.merging._numbers import affine_in_double
 from nmconv.merging._records import Merge, Run
 from nmconv.merging._verify import check_model_outputs, check_segment
@@ -301,9 +301,11 @@ class _Merging:
         merges = self._merges
         for segment, merge in zip(self.segments, merges, strict=True):
             like = like_of(self._model.get_submodule(merge.head))
+            if like.is_meta:
+                convs[merge.head] = conv_module(merge.geometry, like).requires_grad_(merge.trainable).train(False)
+                continue
             affine = self._affine(segment.nodes)
-            if not like.is_meta:
-                check_segment(self._model, segment, affine)
+            check_segment(self._model, segment, affine)
             if self._live:
                 continue
             try:

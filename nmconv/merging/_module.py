@@ -190,7 +190,7 @@ def filled(affine: Affine, like: Tensor, requires_grad: bool) -> nn.Module:
         ValueError: If a number is out of the dtype's range, or all weights are so small that few of their digits are
             left.
     """
-    module: Any = conv_module(affine.geometry, like)
+    module: Any = conv_module(affine.geometry, torch.empty(0, dtype=like.dtype, device="meta"))  # all of it is given
     for name in ("weight", "bias", "border"):
         value = getattr(affine, name)
         if value is None:
