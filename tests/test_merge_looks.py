@@ -249,23 +249,3 @@ class Counting(nn.Module):
 def test_find_runs_knows_which_sums_cannot_be_taken_out():
     (run,) = nmconv.find_runs(settle(Counting()))
     assert run.merges == () and "cannot be rewritten" in run.why
-
-
-class Stopping(Net):
-    stop = False
-
-    def forward(self, x, stop=False):
-        y = self.bn(self.a(x))
-        return y if stop or self.stop else self.b(y)
-
-
-@pytest.mark.xfail(
-    strict=True, reason="a merged run has no middle: a forward that stops there when asked to is not held"
-)
-@pytest.mark.parametrize("how", ["argument", "flag"])
-def test_a_forward_that_can_stop_in_the_middle_of_a_run(how):
-    net, x = settle(Stopping()), picture(3, 9, 8)
-    merged = nmconv.merge(net)
-    net.stop = merged.stop = how == "flag"
-    arguments = {"stop": True} if how == "argument" else {}
-    assert merged(x, **arguments).shape == net(x, **arguments).shape

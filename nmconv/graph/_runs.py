@@ -13,6 +13,7 @@ from torch.fx import Node, Proxy
 from nmconv.graph._analysis import trace_parts
 from nmconv.graph._callers import Callers, Seen
 from nmconv.graph._elements import Element, Join, LinearRun, Step, steps_of
+from nmconv.graph._exits import may_turn_off
 from nmconv.graph._flow import Flow, FlowNode
 from nmconv.graph._holders import OWN
 from nmconv.graph._lower import lower
@@ -108,7 +109,7 @@ class _Finder:
         else:
             return None
         before = node.inputs[0]
-        if before in values and self._single(before) and not self._asks_between(before, node):
+        if before in values and self._single(before) and not self._turns_between(before, node):
             value = values[before]
             return _Value(value.source, [*value.elements, *elements], [*value.nodes, node.index])
         return _Value(before, elements, [node.index])
@@ -123,7 +124,7 @@ class _Finder:
             return None
         if not (self.flow.main[node.index] or self.flow.gating[node.index]):  # rewriting drops what nobody uses
             return None
-        if any(index in values and self._asks_between(index, node) for index in node.inputs):
+        if any(index in values and self._turns_between(index, node) for index in node.inputs):
             return None
         parts = [values[index] if index in values and self._single(index) else None for index in node.inputs]
         sources = {part.source for part in parts if part is not None}
@@ -142,16 +143,20 @@ class _Finder:
             return _Value(value.source, [*value.elements, join], [*value.nodes, *nodes])
         return _Value(source, [join], nodes)
 
-    def _asks_between(self, index: int, node: FlowNode) -> bool:
-        """Whether a forward that hands the value on to the node looks at sizes: at others it may do something else."""
+    def _turns_between(self, index: int, node: FlowNode) -> bool:
+        """Whether a forward may do something else between the value and the node, at other sizes or asked otherwise."""
         ways = [[*_ancestors(frame)] for frame in (self.flow.nodes[index].frame, node.frame)]
         shared = {id(frame) for frame in ways[0]} & {id(frame) for frame in ways[1]}
-        for way in ways:
+        lines = [self.tracer.lines.get(self.flow.nodes[index].origin), self.tracer.lines.get(node.origin)]
+        for side, way in enumerate(ways):
             for frame in way:
                 if frame.asks:
                     return True
                 if id(frame) in shared:  # the innermost that both are called from
+                    if side:
+                        return may_turn_off(frame.module, *lines)
                     break
+                lines[side] = frame.line
         return False
 
     def _only(self, index: int, inside: set[int]) -> bool:

@@ -1,0 +1,248 @@
+"""Forwards that go another way when they are asked to: nothing is merged across the place where they may."""
+
+import warnings
+
+import pytest
+import torch
+from merge_nets import picture, settle
+from torch import nn
+
+import nmconv
+
+torch.set_num_threads(1)
+
+
+class Net(nn.Module):
+    flag = False
+    depth = 9
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.bn, self.b = nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.Conv2d(16, 3, 3)
+        self.down = None
+
+
+class ReturnsEither(Net):
+    def forward(self, x, stop=False):
+        y = self.bn(self.a(x))
+        return y if stop else self.b(y)
+
+
+class ReturnsEitherOnSeveralLines(Net):
+    def forward(self, x, *, stop=False):
+        y = self.bn(self.a(x))
+        return (
+            self.b(
+                y,
+            )
+            if not stop
+            else y
+        )
+
+
+class ReturnsEarly(Net):
+    def forward(self, x, stop=None):
+        y = self.bn(self.a(x))
+        if stop is not None:
+            return y
+        return self.b(y)
+
+
+class SkipsAStep(Net):
+    def forward(self, x, stop=False):
+        y = self.bn(self.a(x))
+        if not stop:
+            y = self.b(y)
+        return y
+
+
+class MultipliesBetween(Net):
+    def forward(self, x, stop=None):
+        y = self.bn(self.a(x))
+        y = y * stop if stop is not None else y
+        return self.b(y)
+
+
+class HasAHelper(Net):
+    def features(self, x, stop=False):
+        y = self.bn(self.a(x))
+        if stop:
+            return y
+        return self.b(y)
+
+    def forward(self, x, stop=False):
+        return self.features(x, stop)
+
+
+class TwoHelpers(Net):
+    def first(self, x):
+        return self.bn(self.a(x))
+
+    def second(self, y, stop=False):
+        if stop:
+            return y
+        return self.b(y)
+
+    def forward(self, x, stop=False):
+        return self.second(self.first(x), stop)
+
+
+class Loops(Net):
+    def forward(self, x, stop=9):
+        for at, part in enumerate((self.a, self.bn, self.b)):
+            x = part(x)
+            if at == stop:
+                return x
+        return x
+
+
+class Nested(Net):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Sequential(self.a, self.bn), nn.Sequential(self.b)
+        del self.a, self.bn, self.b
+
+    def forward(self, x, stop=False):
+        x = self.one(x)
+        if stop:
+            return x
+        return self.two(x)
+
+
+class FlagReturns(Net):
+    def forward(self, x):
+        y = self.bn(self.a(x))
+        if self.flag:
+            return y
+        return self.b(y)
+
+
+class FlagReturnsEither(Net):
+    def forward(self, x):
+        y = self.bn(self.a(x))
+        return self.b(y) if not self.flag else y
+
+
+class NumberReturns(Net):
+    def forward(self, x):
+        y = self.bn(self.a(x))
+        if self.depth < 2:
+            return y
+        return self.b(y)
+
+
+def quietly(make, *args, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", nmconv.NoEffectWarning)
+        return make(*args, **options)
+
+
+def same(merged, net, *args, **options):
+    with torch.no_grad():
+        found, wanted = merged(*args, **options), net(*args, **options)
+    return found.shape == wanted.shape and (found - wanted).abs().max() < 1e-10
+
+
+ASKED = {Loops: 1, MultipliesBetween: 3.0}
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize(
+    "cls",
+    [
+        ReturnsEither,
+        ReturnsEitherOnSeveralLines,
+        ReturnsEarly,
+        SkipsAStep,
+        MultipliesBetween,
+        HasAHelper,
+        TwoHelpers,
+        Loops,
+        Nested,
+    ],
+)
+def test_arguments(cls, live):
+    net, x = settle(cls()), picture(3, 9, 8)
+    merged = quietly(nmconv.merge, net, gate="always", live=live)
+    assert same(merged, net, x)
+    assert same(merged, net, x, stop=ASKED.get(cls, True))
+    assert same(merged, net, x)
+    assert all(run.merges == () for run in nmconv.find_runs(net))
+
+
+@pytest.mark.parametrize("cls", [FlagReturns, FlagReturnsEither, NumberReturns])
+def test_flags(cls):
+    net, x = settle(cls()), picture(3, 9, 8)
+    merged = quietly(nmconv.merge, net, gate="always")
+    assert same(merged, net, x)
+    net.flag = merged.flag = True
+    net.depth = merged.depth = 1
+    assert net(x).shape[1] == 16 and same(merged, net, x)
+
+
+class Activated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.one = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()
+        self.b, self.two = nn.Conv2d(4, 3, 3, padding=1), nn.ReLU()
+
+    def forward(self, x, stop=False):
+        y = self.one(self.a(x))
+        if stop:
+            return y
+        return self.two(self.b(y))
+
+
+def test_hoisting_stops_there_too():
+    net, x = settle(Activated()), picture(3, 9, 8)
+    plain, hoisted = nmconv.convert(net), nmconv.convert(net, hoist_padding=True)
+    assert not same(plain, net, x)
+    assert same(hoisted, plain, x) and same(hoisted, plain, x, stop=True)
+
+
+class Structural(Net):
+    """Conditions that are no choice of the caller's, and those that lie elsewhere."""
+
+    def forward(self, x, early=False):
+        if early:
+            return x
+        if self.down is not None:
+            return self.down(x)
+        y = self.bn(self.a(x))
+        if self.down is not None:
+            return y
+        w = self.b(y.contiguous() if self.flag else y)
+        return w.relu() if early else w * 2
+
+
+class OneExpression(Net):
+    def forward(self, x, stop=False):
+        if not stop:
+            return self.b(self.bn(self.a(x)))
+        return x
+
+
+class PlainLoop(Net):
+    def forward(self, x, stop=False):
+        for part in (self.a, self.bn, self.b):
+            x = part(x)
+        if stop:
+            return x * 2
+        return x
+
+
+@pytest.mark.parametrize("cls", [Structural, OneExpression, PlainLoop])
+def test_what_lies_elsewhere_ends_no_run(cls):
+    net, x = settle(cls()), picture(3, 9, 8)
+    merged = nmconv.merge(net, gate="always")
+    assert [len(merge.convs) for merge in nmconv.get_merges(merged)[0]] == [2]
+    assert same(merged, net, x)
+    option = "early" if cls is Structural else "stop"
+    assert same(merged, net, x, **{option: True})
+
+
+def test_source_that_cannot_be_read_is_taken_as_it_was_traced():
+    space = {"Net": Net}
+    exec("class Made(Net):\n    def forward(self, x):\n        return self.b(self.bn(self.a(x)))\n", space)
+    net = settle(space["Made"]())
+    assert same(nmconv.merge(net, gate="always"), net, picture(3, 9, 8))
