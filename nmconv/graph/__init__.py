@@ -5,7 +5,7 @@ from nmconv.graph._branches import Residual, residuals
 from nmconv.graph._callable import callable_methods
 from nmconv.graph._elements import Element, Join, LinearRun, Step, elements_from, steps_of, text_of, without_end
 from nmconv.graph._fingerprint import fingerprint
-from nmconv.graph._geometry import BEFORE, PADS, Padding, before_hoisting, check_hooks, geometry_of, norm_of
+from nmconv.graph._geometry import BEFORE, PADS, Padding, averages, before_hoisting, check_hooks, geometry_of, norm_of
 from nmconv.graph._lower import is_inplace
 from nmconv.graph._method import MethodTrace, trace_method
 from nmconv.graph._modules import LEAF, THROUGH, act_kind, hooks_of, is_activation, is_sequential, leaf_op
@@ -43,6 +43,7 @@ __all__ = [
     "Ways",
     "act_calls",
     "act_kind",
+    "averages",
     "before_hoisting",
     "callable_methods",
     "calls_by_kind",

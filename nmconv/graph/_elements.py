@@ -15,7 +15,8 @@ class Step:
     """One module of a run, called once.
 
     Attributes:
-        kind: ``conv``, ``norm``, ``pad``, ``drop`` (dropout, drop-path) or ``pass`` (identity).
+        kind: ``conv``, ``norm``, ``pad``, ``drop`` (dropout, drop-path), ``pass`` (identity) or ``pool`` (an average
+            pool; the last of its run).
         name: Its qualified name.
         why: Why it cannot be replaced without changing something else, or "".
     """

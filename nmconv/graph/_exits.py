@@ -36,8 +36,8 @@ def line_of(module: nn.Module) -> Line | None:
 def may_turn_off(module: nn.Module, first: Line | None, then: Line | None) -> bool:
     """Whether a method, called with other arguments or flags, may not come from one line to another of the module's.
 
-    Only optional arguments count, and for a ``return`` flags too (``self.name`` that is a number, a text or a truth
-    value): what a module does with submodules that it has or has not is no choice of its caller's.
+    Only optional arguments count, and flags (``self.name`` that is a number, a text or a truth value) where what there is
+    so far is returned: what a module does with submodules that it has or has not is no choice of its caller's.
 
     Args:
         module: Whose methods these are.
@@ -55,12 +55,12 @@ def may_turn_off(module: nn.Module, first: Line | None, then: Line | None) -> bo
 
 @dataclass(frozen=True)
 class _Fork:
-    """A condition: where it is asked, which optional arguments and attributes it asks, and whether it may return."""
+    """A condition: where it is asked, which optional arguments and attributes it asks, and whether it may end it all."""
 
     start: int
     arguments: frozenset[str]
     attributes: frozenset[str]
-    returns: bool
+    ends: bool
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _between(found: _Forks, first: int, then: int) -> Iterator[_Fork]:
 def _matters(fork: _Fork, module: nn.Module) -> bool:
     if fork.arguments:
         return True
-    return fork.returns and any(type(_held(module, name)) in _FLAGS for name in fork.attributes)
+    return fork.ends and any(type(_held(module, name)) in _FLAGS for name in fork.attributes)
 
 
 def _held(module: nn.Module, name: str) -> Any:
@@ -111,16 +111,22 @@ def _forks(code: CodeType) -> _Forks:
         if isinstance(node, (ast.For, ast.While)):
             loops.append((node.lineno, node.end_lineno or node.lineno))
         if isinstance(node, ast.Return) and node.value is not None:
-            forks += [_fork(part, optional, own, True) for part in ast.walk(node.value) if isinstance(part, ast.IfExp)]
+            either = [part for part in ast.walk(node.value) if isinstance(part, ast.IfExp)]
+            forks += [_fork(part, optional, own, _is_made(part.body) or _is_made(part.orelse)) for part in either]
         elif isinstance(node, (ast.If, ast.While)):
-            returns = any(isinstance(part, ast.Return) for part in ast.walk(node))
-            forks.append(_fork(node, optional, own, returns))
+            ends = any(isinstance(part, ast.Return) and _is_made(part.value) for part in ast.walk(node))
+            forks.append(_fork(node, optional, own, ends))
         elif isinstance(node, ast.IfExp):
             forks.append(_fork(node, optional, own, False))
     return _Forks(tuple(forks), tuple(loops))
 
 
-def _fork(node: ast.If | ast.While | ast.IfExp, optional: set[str], own: str, returns: bool) -> _Fork:
+def _is_made(value: ast.expr | None) -> bool:
+    """Whether nothing is computed any more."""
+    return value is None or not any(isinstance(part, (ast.Call, ast.BinOp, ast.UnaryOp)) for part in ast.walk(value))
+
+
+def _fork(node: ast.If | ast.While | ast.IfExp, optional: set[str], own: str, ends: bool) -> _Fork:
     asked = list(ast.walk(node.test))
     attributes = {
         part.attr
@@ -128,4 +134,4 @@ def _fork(node: ast.If | ast.While | ast.IfExp, optional: set[str], own: str, re
         if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == own
     }
     names = {part.id for part in asked if isinstance(part, ast.Name)}
-    return _Fork(node.lineno, frozenset(names & optional), frozenset(attributes - {"training"}), returns)
+    return _Fork(node.lineno, frozenset(names & optional), frozenset(attributes - {"training"}), ends)

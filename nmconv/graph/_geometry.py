@@ -18,10 +18,12 @@ from nmconv.graph._modules import hooks_of
 from nmconv.graph._zoo import is_frozen_norm, pads_same
 from nmconv.planning import Geometry, Refusal, Stage, diagonal, padded
 
-__all__ = ["BEFORE", "PADS", "Padding", "before_hoisting", "check_hooks", "geometry_of", "norm_of"]
+__all__ = ["BEFORE", "PADS", "Padding", "averages", "before_hoisting", "check_hooks", "geometry_of", "norm_of"]
 
 PADS = "_nmconv_pads"  # on a convolution whose padding was changed and that torch's attributes cannot say: its Geometry
 BEFORE = "_nmconv_padding"  # on a convolution whose padding was hoisted: the Padding it had
+
+_AVERAGES: dict[type[nn.Module], int] = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}  # and their spatial axes
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,14 @@ class Padding:
     padding: tuple[tuple[int, int], ...]
     mode: str
     stages: tuple[tuple[Stage, ...], ...]
+
+
+def averages(module: nn.Module) -> bool:
+    """Whether the module is an average pool over whole windows: a convolution that weighs all alike."""
+    pool: Any = module
+    if type(module) not in _AVERAGES or pool.ceil_mode or getattr(pool, "divisor_override", None) is not None:
+        return False
+    return not any(_per_axis(pool.padding, _AVERAGES[type(module)]))
 
 
 def before_hoisting(model: nn.Module) -> Callable[[str, Geometry], Geometry]:
@@ -56,7 +66,7 @@ def geometry_of(module: nn.Module, kind: str, channels: int, rank: int) -> Geome
 
     Args:
         module: Of a step of the kind given.
-        kind: ``conv``, ``norm`` or ``pad``.
+        kind: ``conv``, ``norm``, ``pad`` or ``pool``.
         channels: What comes in.
         rank: Spatial axes.
 
@@ -68,6 +78,8 @@ def geometry_of(module: nn.Module, kind: str, channels: int, rank: int) -> Geome
         return diagonal(channels, rank)
     if kind == "pad":
         return _of_pad(module, channels, rank)
+    if kind == "pool":
+        return _of_pool(module, channels, rank)
     own = getattr(module, "geometry", None)
     if isinstance(own, Geometry):  # a merged convolution
         return own
@@ -134,6 +146,17 @@ def _check_norm(module: Any) -> None:
         raise Refusal(
             f"a {type(module).__name__} goes by no running statistics, so that its scale depends on the input"
         )
+
+
+def _of_pool(module: Any, channels: int, rank: int) -> Geometry:
+    if _AVERAGES[type(module)] != rank:
+        raise Refusal(f"{type(module).__name__} averages over other axes than the {rank} spatial ones")
+    kernel, stride = (_per_axis(value, rank) for value in (module.kernel_size, module.stride))
+    return Geometry(channels, channels, kernel, stride, (1,) * rank, channels, ((0, 0),) * rank, bias=False)
+
+
+def _per_axis(value: Any, rank: int) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
 
 
 def _of_pad(module: Any, channels: int, rank: int) -> Geometry:

@@ -15,6 +15,7 @@ from nmconv.graph._callers import Callers, Seen
 from nmconv.graph._elements import Element, Join, LinearRun, Step, steps_of
 from nmconv.graph._exits import may_turn_off
 from nmconv.graph._flow import Flow, FlowNode
+from nmconv.graph._geometry import averages
 from nmconv.graph._holders import OWN
 from nmconv.graph._lower import lower
 from nmconv.graph._ops import Op
@@ -25,7 +26,9 @@ from nmconv.graph._tracer import FlowTracer
 __all__ = ["linear_runs"]
 
 
-def linear_runs(model: nn.Module, *, example_inputs: Any = None, sizes: bool = True) -> tuple[LinearRun, ...]:
+def linear_runs(
+    model: nn.Module, *, example_inputs: Any = None, sizes: bool = True, pools: bool = False
+) -> tuple[LinearRun, ...]:
     """The maximal linear runs of a model in eval mode that hold a convolution, in order of execution.
 
     Where train mode runs otherwise, only what both have in common.
@@ -34,11 +37,16 @@ def linear_runs(model: nn.Module, *, example_inputs: Any = None, sizes: bool = T
         model: Any module; nothing of it changes.
         example_inputs: What the model is called with; only structure and shapes are used.
         sizes: Whether to find out the shapes of the runs' inputs.
+        pools: Whether an average pool behind a run is its last element.
     """
-    first = trace_parts(model, False, example_inputs, None, _Finder)
+
+    def finder(tracer: FlowTracer) -> _Finder:
+        return _Finder(tracer, pools)
+
+    first = trace_parts(model, False, example_inputs, None, finder)
     analyses = [first]
     if first.mode_readers:
-        analyses.append(trace_parts(model, True, example_inputs, first, _Finder))
+        analyses.append(trace_parts(model, True, example_inputs, first, finder))
     seen = [finder.seen for analysis in analyses for finder in analysis.traced]
     looked = (held for analysis in analyses for tracer in analysis.tracers for held in tracer.looked_at)
     calls = Callers(model, seen, looked, first.broken)
@@ -56,12 +64,19 @@ class _Value:
     elements: list[Element]
     nodes: list[int]
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing continues it: what a pool gives is the start of something new."""
+        last = self.elements[-1] if self.elements else None
+        return isinstance(last, Step) and last.kind == "pool"
+
 
 class _Finder:
     """Runs of one trace."""
 
-    def __init__(self, tracer: FlowTracer) -> None:
+    def __init__(self, tracer: FlowTracer, pools: bool) -> None:
         self.tracer = tracer
+        self.pools = pools
         self.flow: Flow = lower(tracer, linear=False)
         self.seen = Seen.of(tracer)
         self.stored = _stored(tracer)
@@ -74,6 +89,13 @@ class _Finder:
                 self.readers[source].append(node.index)
 
     # -- values -------------------------------------------------------------------------------------------------------
+
+    def _kind(self, node: FlowNode) -> str | None:
+        if _adds_nothing(node):
+            return "pass"
+        if self.pools and node.op is Op.POOL and node.origin.op == "call_module":
+            return "pool" if averages(self.tracer.root.get_submodule(str(node.origin.target))) else None
+        return _KINDS.get(node.op)
 
     def _single(self, index: int) -> bool:
         """Whether one node reads the value, and nothing its shape, and no attribute keeps it."""
@@ -94,7 +116,7 @@ class _Finder:
         return values
 
     def _step(self, node: FlowNode, values: dict[int, _Value], calls: Callers) -> _Value | None:
-        kind = "pass" if _adds_nothing(node) else _KINDS.get(node.op)
+        kind = self._kind(node)
         if kind is None or len(node.inputs) != 1 or node.sides or node.opaque:
             return None
         if node.origin.op == "call_module":
@@ -109,8 +131,8 @@ class _Finder:
         else:
             return None
         before = node.inputs[0]
-        if before in values and self._single(before) and not self._turns_between(before, node):
-            value = values[before]
+        value = values.get(before)
+        if value is not None and not value.ended and self._single(before) and not self._turns_between(before, node):
             return _Value(value.source, [*value.elements, *elements], [*value.nodes, node.index])
         return _Value(before, elements, [node.index])
 
@@ -126,7 +148,8 @@ class _Finder:
             return None
         if any(index in values and self._turns_between(index, node) for index in node.inputs):
             return None
-        parts = [values[index] if index in values and self._single(index) else None for index in node.inputs]
+        going = {index: value for index, value in values.items() if not value.ended}
+        parts = [going[index] if index in going and self._single(index) else None for index in node.inputs]
         sources = {part.source for part in parts if part is not None}
         sources |= {index for index, part in zip(node.inputs, parts, strict=True) if part is None}
         if len(sources) != 1:
@@ -138,7 +161,7 @@ class _Finder:
         join = Join((one, two), frame.path, self._takes(frame), node.label, node.number, self._why(node))
         nodes = [index for part in parts if part is not None for index in part.nodes] + [node.index]
         inside = set(nodes)
-        if source in values and all(reader in inside for reader in self.readers[source]) and self._only(source, inside):
+        if source in going and all(reader in inside for reader in self.readers[source]) and self._only(source, inside):
             value = values[source]
             return _Value(value.source, [*value.elements, join], [*value.nodes, *nodes])
         return _Value(source, [join], nodes)

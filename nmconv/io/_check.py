@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from nmconv.io._content import Content
@@ -70,6 +71,9 @@ def check_geometry(geometry: Geometry, where: str) -> None:
     _hold(len(geometry.crop) in (0, rank), f"{where} has crop={geometry.crop}")
     for pair in geometry.crop:
         _hold(all(0 <= size <= _LARGEST for size in pair), f"{where} has crop={geometry.crop}")
+    inner = replace(geometry, kernel=(1,) * rank, stride=(1,) * rank, pooled=False)
+    _hold(not geometry.pooled or inner.pointwise, f"{where} averages, and does more than that")
+    _hold(not geometry.pooled or set(geometry.dilation) == {1}, f"{where} averages, with dilation={geometry.dilation}")
     for axis, stages in enumerate(geometry.stages):
         _check_stages(stages, geometry, axis, where)
 

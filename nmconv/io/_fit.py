@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from nmconv.graph import Op, elements_from, fingerprint, is_norm_act, leaf_op, steps_of
+from nmconv.graph import Op, averages, elements_from, fingerprint, is_norm_act, leaf_op, steps_of
 from nmconv.io._problems import Damaged, Foreign
 from nmconv.merging import Merge
 from nmconv.planning import Geometry, Plan
@@ -53,7 +53,7 @@ def check_merges(model: nn.Module, merges: Sequence[Merge]) -> None:
     for merge in merges:
         for name in (merge.head, *merge.removed):
             module = _module(modules, name)
-            if not (leaf_op(module) in _REMOVABLE or is_norm_act(module)):
+            if not (leaf_op(module) in _REMOVABLE or is_norm_act(module) or averages(module)):
                 raise Foreign(f"it merges {name!r}, which is a {type(module).__name__} here")
             if id(module) in taken:
                 raise Foreign(f"it merges {name!r} twice")

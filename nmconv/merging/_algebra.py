@@ -19,9 +19,10 @@ from torch import Tensor
 from nmconv.planning import Geometry, composed, diagonal, identity, joined
 from nmconv.surgery import is_known, pad
 
-__all__ = ["Affine", "apply", "compose", "join", "of_identity", "of_norm", "response", "sizes_of"]
+__all__ = ["Affine", "apply", "compose", "join", "of_average", "of_identity", "of_norm", "response", "sizes_of"]
 
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_AVERAGES = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _PART = 1 << 16  # numbers multiplied at a time: 512 KiB in float64
 
@@ -80,6 +81,12 @@ def of_identity(like: Tensor, channels: int, rank: int) -> Affine:
     return Affine(identity(channels, rank), like.new_ones(channels), diagonal=True)
 
 
+def of_average(like: Tensor, geometry: Geometry) -> Affine:
+    """An average pool, in the dtype and on the device of ``like``."""
+    weight = like.new_full((geometry.out_channels, 1, *geometry.kernel), 1 / math.prod(geometry.kernel))
+    return Affine(geometry, weight)
+
+
 def compose(one: Affine, two: Affine, *, exact: bool = True) -> Affine:
     """``two`` after ``one``: equal everywhere, borders included; with ``exact=False`` away from the border.
 
@@ -130,6 +137,9 @@ def join(branches: Sequence[Affine]) -> Affine:
 
 def apply(input: Tensor, geometry: Geometry, weight: Tensor, bias: Tensor | None, border: Tensor | None) -> Tensor:
     """Run it on ``[batch, in, *sizes]`` (or ``[in, *sizes]``); gives ``[batch, out, *sizes]``."""
+    if geometry.pooled:
+        input = _AVERAGES[geometry.rank](input, geometry.kernel, geometry.stride)
+        return _CONVS[geometry.rank](input, weight, bias, 1, 0, 1, geometry.groups)
     sizes = sizes_of(input, geometry.rank)
     result = _convolve(input, geometry, geometry.pads(sizes), weight, bias, geometry.groups)
     return result if border is None else result + response(geometry, border, sizes)

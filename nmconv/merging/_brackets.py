@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 from torch import nn
@@ -73,7 +73,9 @@ class Segment:
     @property
     def is_fold(self) -> bool:
         """Whether it is a single convolution that only takes in norms and padding."""
-        return len(self.convs) == 1 and not any(isinstance(node.element, Join) for node in self.nodes)
+        return len(self.convs) == 1 and not any(
+            isinstance(node.element, Join) or node.element.kind == "pool" for node in self.nodes
+        )
 
 
 @dataclass
@@ -211,6 +213,17 @@ def geometry_of_nodes(nodes: Sequence[Node], channels: int, rank: int) -> Geomet
     return reduce(composed, parts) if parts else identity(channels, rank)
 
 
+def _of_segment(nodes: Sequence[Node]) -> Geometry:
+    """All of them as one convolution; an average behind what is pointwise is taken before it, on fewer elements.
+
+    Raises:
+        Refusal: If they are none.
+    """
+    made = geometry_of_nodes(nodes, 0, 0)
+    pool = nodes[-1].element.kind == "pool" if isinstance(nodes[-1].element, Step) else False
+    return replace(made, pooled=True) if pool and geometry_of_nodes(nodes[:-1], 0, 0).pointwise else made
+
+
 def bracket(
     nodes: Sequence[Node],
     price: Callable[[Segment], float | None],
@@ -234,7 +247,7 @@ def bracket(
             if part[0].element.quiet or part[-1].element.quiet or not any(node.convs for node in part):
                 continue
             try:
-                segment = Segment(part, geometry_of_nodes(part, 0, 0))
+                segment = Segment(part, _of_segment(part))
             except Refusal:
                 break  # nothing that comes before mends it
             if segment.is_fold and (not fold or len(segment.nodes) == 1 or segment.geometry.bounded):

@@ -19,6 +19,7 @@ __all__ = ["LatencyGate", "is_slower"]
 
 _HOPELESS = 0.6  # multiply-adds before over after below which nothing was ever faster (docs/merging.md)
 _SAME = 0.99  # of a whole model, before over after: what is lower is slower, however much the timings vary
+_AVERAGES = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
 _ROUNDS = (7, 15)  # what passes is timed again, and only that counts: of many candidates some are lucky once
 
 
@@ -158,6 +159,11 @@ def _sequence(nodes: Sequence[Node], like: Tensor, before: Any) -> nn.Sequential
             if held is not None and held.weights > held.in_channels:
                 flush()
             held = _joined(held, _was(node, before), flush)
+        elif node.element.kind == "pool":
+            flush()
+            assert isinstance(node.geometry, Geometry)
+            pool: Any = _AVERAGES[node.geometry.rank]
+            found.append(pool(node.geometry.kernel, node.geometry.stride))
         elif node.element.kind in ("norm", "pad"):
             held = _joined(held, _was(node, before), flush)
     flush()

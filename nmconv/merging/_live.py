@@ -14,7 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from nmconv.errors import RewriteError
 from nmconv.graph import LEAF, THROUGH, Join, is_norm_act
-from nmconv.merging._algebra import Affine, apply, compose, join, of_identity
+from nmconv.merging._algebra import Affine, apply, compose, join, of_average, of_identity
 from nmconv.merging._brackets import Node
 from nmconv.merging._folded import Told, folded_kind, mark
 from nmconv.merging._numbers import affine_of
@@ -70,6 +70,8 @@ def affine_of_nodes(
             parts.append(join(branches))
         elif node.element.kind == "pad":
             parts.append(Affine(node.geometry, of_identity(like, channels, rank).weight, diagonal=True))
+        elif node.element.kind == "pool":
+            parts.append(of_average(like, node.geometry))
         elif node.element.kind in ("conv", "norm"):
             parts.append(numbers(module(node.element.name), node.element.kind, node.geometry))
     if not parts:  # identities only

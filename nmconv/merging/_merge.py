@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nmconv.errors import MergeError, NoEffectWarning, OptionError
-from nmconv.graph import Join, LinearRun, before_hoisting, calls_by_kind, hooks_of, linear_runs, mode_hidden, steps_of
+from nmconv.graph import (
+    Join,
+    LinearRun,
+    Step,
+    before_hoisting,
+    calls_by_kind,
+    hooks_of,
+    linear_runs,
+    mode_hidden,
+    steps_of,
+)
 from nmconv.merging._algebra import Affine
 from nmconv.merging._asking import get_merges
 from nmconv.merging._brackets import Bracketing, Node, Segment, bracket, geometry_of_nodes, nodes_of
@@ -48,7 +59,8 @@ def merge(
     """Turn linear runs into single convolutions where that pays, with the outputs unchanged up to the border.
 
     A run is a sequence of convolutions with only norms, identities, dropout and padding between them, also across
-    module boundaries; a residual identity or parallel branches around it are folded in (RepVGG, arXiv 2101.03697).
+    module boundaries; a residual identity or parallel branches around it are folded in (RepVGG, arXiv 2101.03697),
+    and an average pool behind it: one after a 1x1 is taken before it, where the 1x1 then has less to do.
     Norms next to a convolution that stays alone are folded into it. Which parts of a run become one convolution each
     is chosen by dynamic programming over all of them. ``docs/merging.md`` has the algebra.
 
@@ -144,7 +156,7 @@ def find_runs(model: nn.Module, *, min_gain: float = 1.05, example_inputs: Any =
     with mode_hidden():
         made = _Merging(model, example_inputs, False)
         made.settle(_flops(min_gain), fold=True, fewest=False)
-        runs = [nodes for nodes in made.runs if sum(len(node.convs) for node in nodes) > 1]
+        runs = [nodes for nodes in made.runs if sum(len(node.convs) for node in nodes) > 1 or _pools(nodes)]
         return tuple(made.described(nodes, _flops(min_gain)) for nodes in runs)
 
 
@@ -180,7 +192,7 @@ class _Merging:
         self._live = live
         self.why_not_live = ""  # of the first module that cannot be a factor
         self._refused: dict[str, str] = {}  # owners of sums whose forward cannot be rewritten
-        self._found = linear_runs(model, example_inputs=example_inputs)
+        self._found = linear_runs(model, example_inputs=example_inputs, pools=True)
         self.runs = [self._nodes(run) for run in self._found]
         self.segments: list[Segment] = []
         self._merges: list[Merge] = []  # the same as plain data
@@ -207,6 +219,8 @@ class _Merging:
                     self._refuse_factors(branch)
                 if any(isinstance(inner.geometry, Refusal) for branch in node.branches for inner in branch):
                     node.geometry = Refusal("a branch cannot be a factor of a live kernel")
+            elif node.element.kind == "pool":
+                node.geometry = Refusal(f"{node.element.name} is an average pool, no factor of a live kernel")
             elif node.element.kind != "pass" and ":" not in node.element.name:
                 why = why_not_live(self._model.get_submodule(node.element.name))
                 if why:
@@ -304,7 +318,7 @@ class _Merging:
             if like.is_meta:
                 convs[merge.head] = conv_module(merge.geometry, like).requires_grad_(merge.trainable).train(False)
                 continue
-            affine = self._affine(segment.nodes)
+            affine = self._affine(segment)
             check_segment(self._model, segment, affine)
             if self._live:
                 continue
@@ -332,10 +346,13 @@ class _Merging:
                 if next(module.children(), None) is None:
                     yield module
 
-    def _affine(self, nodes: Sequence[Node]) -> Affine:
-        """The nodes as one convolution, in float64."""
+    def _affine(self, segment: Segment) -> Affine:
+        """The segment as one convolution, in float64."""
+        nodes = segment.nodes[:-1] if segment.geometry.pooled else segment.nodes
         like = torch.empty(0, dtype=torch.float64, device=self._device())
-        return affine_of_nodes(nodes, self._model.get_submodule, affine_in_double, like)
+        return replace(
+            affine_of_nodes(nodes, self._model.get_submodule, affine_in_double, like), geometry=segment.geometry
+        )
 
     def _device(self) -> str:
         first = next(iter(self._model.parameters()), None)
@@ -366,6 +383,12 @@ def _outputs_in_double(model: nn.Module, examples: Any) -> Any:
 def _names(segment: Segment) -> list[str]:
     """Of all modules that it stands for."""
     return [step.name for step in steps_of(node.element for node in segment.nodes)]
+
+
+def _pools(nodes: Sequence[Node]) -> bool:
+    """Whether the last of them is an average pool."""
+    last = nodes[-1].element
+    return isinstance(last, Step) and last.kind == "pool"
 
 
 def _rank(model: nn.Module, run: LinearRun) -> int:

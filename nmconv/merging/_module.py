@@ -55,9 +55,9 @@ class MergedConv(nn.modules.conv._ConvNd):
     def __init__(self, geometry: Geometry, like: Tensor) -> None:
         rank = geometry.rank
         super().__init__(
-            geometry.in_channels, geometry.out_channels, geometry.kernel, geometry.stride, (0,) * rank,
-            geometry.dilation, False, (0,) * rank, geometry.groups, geometry.bias, "zeros",
-            device=like.device, dtype=like.dtype,
+            geometry.in_channels, geometry.out_channels, (1,) * rank if geometry.pooled else geometry.kernel,
+            geometry.stride, (0,) * rank, geometry.dilation, False, (0,) * rank, geometry.groups, geometry.bias,
+            "zeros", device=like.device, dtype=like.dtype,
         )  # fmt: skip
         self.geometry = geometry
         self._kept: tuple[Any, _Written, Tensor] | None = None
@@ -74,7 +74,7 @@ class MergedConv(nn.modules.conv._ConvNd):
         result = apply(input, self.geometry, self.weight, self.bias, None)
         if self.border is None:
             return result
-        result = result + self._response(input, result.dtype)
+        result = result.add_(self._response(input, result.dtype))  # nobody else has seen it yet
         if torch.onnx.is_in_onnx_export() and result.dim() == 4 and result.dtype == torch.float32:
             # ONNX Runtime keeps neighbours of convolutions in a blocked layout; adding a constant ends that for all
             # that follows up to the next convolution (norms, sums, concatenations), and a pool, even of one, takes
@@ -122,6 +122,7 @@ class MergedConv(nn.modules.conv._ConvNd):
         text += f", stride={geometry.stride}, padding={geometry.padding}, dilation={geometry.dilation}"
         text += f", groups={geometry.groups}, bias={geometry.bias}, border={bool(geometry.bounded)}"
         text += f", crop={geometry.crop}" if geometry.crop else ""
+        text += ", averaged first" if geometry.pooled else ""
         return text + (f", padding_mode={geometry.mode}" if geometry.mode != "zeros" else "")
 
 
@@ -139,7 +140,7 @@ _BARE: dict[int, Any] = {rank: type(cls.__name__, (_Bare, cls), {}) for rank, cl
 def is_plain(geometry: Geometry) -> bool:
     """Whether one of torch's own classes says it all."""
     symmetric = all(left == right for left, right in geometry.padding)
-    return symmetric and not (geometry.bounded or geometry.stages or geometry.crop)
+    return symmetric and not (geometry.bounded or geometry.stages or geometry.crop or geometry.pooled)
 
 
 def conv_module(geometry: Geometry, like: Tensor) -> nn.Module:

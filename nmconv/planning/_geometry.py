@@ -70,6 +70,8 @@ class Geometry:
             convolution has padded with zeros (see ``Affine.border``).
         bias: Whether there is a constant term that reaches beyond the map.
         crop: (left, right) of each axis: elements of the padded input that the kernel leaves out; () if there are none.
+        pooled: Whether its weights are the same all over the kernel, so that averaging the input first (kernel and
+            stride) leaves a 1x1.
     """
 
     in_channels: int
@@ -84,6 +86,7 @@ class Geometry:
     bounded: tuple[bool, ...] = ()
     bias: bool = True
     crop: tuple[tuple[int, int], ...] = ()
+    pooled: bool = False
 
     @property
     def rank(self) -> int:
@@ -98,7 +101,14 @@ class Geometry:
     @property
     def weights(self) -> int:
         """Number of weights, biases not counted: multiply-adds per output position."""
-        return self.out_channels * (self.in_channels // self.groups) * math.prod(self.kernel)
+        taps = 1 if self.pooled else math.prod(self.kernel)
+        return self.out_channels * (self.in_channels // self.groups) * taps
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether it makes one output of each place of its input: what an average may as well be taken before."""
+        plain = not (self.stages or self.bounded or self.crop or self.pooled or any(map(any, self.padding)))
+        return plain and all(size == 1 for size in (*self.kernel, *self.stride))
 
     @property
     def border_kernel(self) -> tuple[int, ...]:
@@ -171,6 +181,8 @@ def composed(one: Geometry, two: Geometry, *, exact: bool = True) -> Geometry:
     Raises:
         Refusal: If no convolution does that.
     """
+    if one.pooled or two.pooled:
+        raise Refusal("an average over the input is part of a convolution that was merged before")
     if one.out_channels != two.in_channels:
         raise Refusal(f"{one.out_channels} channels come in where {two.in_channels} are expected")
     mode = _mode((one, two))
@@ -229,6 +241,8 @@ def joined(branches: Sequence[Geometry]) -> Geometry:
     """
     first = branches[0]
     mode = _mode(branches)
+    if any(other.pooled for other in branches):
+        raise Refusal("an average over the input is part of a convolution that was merged before")
     if any(other.crop for other in branches):
         raise Refusal("a summed branch leaves out the border of its input")
     if any((other.in_channels, other.out_channels) != (first.in_channels, first.out_channels) for other in branches):
