@@ -36,8 +36,8 @@ def line_of(module: nn.Module) -> Line | None:
 def may_turn_off(module: nn.Module, first: Line | None, then: Line | None) -> bool:
     """Whether a method, called with other arguments or flags, may not come from one line to another of the module's.
 
-    Only optional arguments count, and flags (``self.name`` that is a number, a text or a truth value) where what there is
-    so far is returned: what a module does with submodules that it has or has not is no choice of its caller's.
+    Only optional arguments count, and flags (``self.name`` that is a number, a text or a truth value) where what there
+    is so far is returned: what a module does with submodules that it has or has not is no choice of its caller's.
 
     Args:
         module: Whose methods these are.
@@ -55,7 +55,7 @@ def may_turn_off(module: nn.Module, first: Line | None, then: Line | None) -> bo
 
 @dataclass(frozen=True)
 class _Fork:
-    """A condition: where it is asked, which optional arguments and attributes it asks, and whether it may end it all."""
+    """A condition: where it is, which optional arguments and attributes it asks for, and whether it may end it all."""
 
     start: int
     arguments: frozenset[str]
