@@ -208,6 +208,22 @@ def test_gates_apply_to_live_ones_too(model):
     assert list(live.state_dict()) == list(model.state_dict())
 
 
+def test_vmap_over_any_parameter():
+    """What is added in place must not be smaller than what is added to it."""
+    net = settle(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1)))
+    deep = settle(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)))
+    x = picture(3, 9, 8)
+    for merged in (merge(net), merge(net, live=True), merge(deep, live=True)):
+        for name, value in merged.named_parameters():
+            stack = torch.stack([value.detach(), value.detach() * 2])
+
+            def call(part, merged=merged, name=name):
+                return torch.func.functional_call(merged, {name: part}, (x,))
+
+            found = torch.vmap(call)(stack)
+            assert torch.allclose(found, torch.stack([call(part) for part in stack])), name
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @settings(max_examples=40, deadline=None, database=None, derandomize=True)
 @given(st.data())

@@ -138,6 +138,18 @@ class Branches(nn.Module):
         return self.twice(self.c(x.relu()))
 
 
+@pytest.mark.parametrize(
+    "pool", [nn.AvgPool2d([2, 2]), nn.AvgPool2d((2,)), nn.AvgPool2d(2, [2, 1]), nn.AvgPool2d((3, 2))]
+)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_sizes_in_any_form(pool, kernel):
+    net = transition(kernel, pool)
+    merged = nmconv.merge(net, gate="always")
+    assert isinstance(merged[3], nn.Identity)
+    assert_same(merged, net, *pictures((8, 8), (9, 7)))
+    assert nmconv.find_runs(net)
+
+
 def test_values_that_others_read():
     net = settle(Branches())
     merged = nmconv.merge(net, gate="always")

@@ -34,6 +34,8 @@ def test_shapes_are_those_of_the_pool(rank, kind):
     x = torch.zeros(3, 4, *range(5, 5 + rank))
     assert _slid(cls(2, ceil_mode=True), x) is None
     assert _slid(cls(1, 1, 1), x) is None  # an error
+    assert _slid(cls([2] * rank), x) == _slid(cls((2,)), x) == _slid(cls(2), x)
+    assert _slid(cls((2,) * 4), x) is None
     assert kind == "Avg" or _slid(cls(2, return_indices=True), x) is None
 
 

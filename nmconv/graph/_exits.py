@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-import textwrap
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from types import CodeType, FrameType
@@ -14,26 +14,43 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Line", "line_of", "may_turn_off"]
+__all__ = ["Lines", "lines_of", "may_turn_off"]
 
-Line = tuple[CodeType, int]  # of a module's method, and the line in it that makes a call
+Lines = tuple[tuple[CodeType, int], ...]  # methods of one module that call one another, and where; outermost first
 _FLAGS = (bool, int, float, str)
+_ENDS = ("_descend", "call")  # of the tracer: what it runs a forward from
 
 
-def line_of(module: nn.Module) -> Line | None:
-    """The innermost line of the module's own methods that is running; None if none of them is to be seen."""
-    cls = type(module)
+def lines_of(module: nn.Module) -> Lines:
+    """The lines of the module's own methods that are running; none of what was called from elsewhere."""
+    found: list[tuple[CodeType, int]] = []
     at: FrameType | None = sys._getframe(2)
+    cls: Any = type(module)
     while at is not None:
         code = at.f_code
-        found = getattr(cls, code.co_name, None)
-        if found is not None and getattr(getattr(found, "__wrapped__", found), "__code__", None) is code:
-            return code, at.f_lineno
+        if code.co_name in _ENDS and at.f_globals.get("__name__", "").startswith(__package__):
+            break
+        if code in _codes(cls, code.co_name):
+            found.append((code, at.f_lineno))
         at = at.f_back
-    return None
+    return tuple(reversed(found))
 
 
-def may_turn_off(module: nn.Module, first: Line | None, then: Line | None) -> bool:
+@lru_cache(maxsize=4096)
+def _codes(cls: type, name: str) -> tuple[CodeType, ...]:
+    """Of all methods of that name, those of its bases and those inside decorators."""
+    found = []
+    for base in cls.__mro__[:-1]:
+        method = base.__dict__.get(name)
+        while method is not None:
+            code = getattr(method, "__code__", None)
+            if isinstance(code, CodeType):
+                found.append(code)
+            method = getattr(method, "__wrapped__", None)
+    return tuple(found)
+
+
+def may_turn_off(module: nn.Module, first: Lines, then: Lines) -> bool:
     """Whether a method, called with other arguments or flags, may not come from one line to another of the module's.
 
     Only optional arguments count, and flags (``self.name`` that is a number, a text or a truth value) where what there
@@ -44,23 +61,42 @@ def may_turn_off(module: nn.Module, first: Line | None, then: Line | None) -> bo
         first: Where a value was made.
         then: Where it was used.
     """
-    if first is None or then is None:
-        return False
-    if first[0] is then[0]:
-        return any(_matters(fork, module) for fork in _between(_forks(first[0]), first[1], then[1]))
-    behind = (fork for fork in _forks(first[0]).forks if fork.start > first[1])
-    before = (fork for fork in _forks(then[0]).forks if fork.start <= then[1])
-    return any(_matters(fork, module) for part in (behind, before) for fork in part)
+    level = 0
+    while level < min(len(first), len(then)) and first[level] == then[level]:
+        code, line = first[level]
+        if any(_matters(fork, module) for fork in _around(_forks(code), line, line)):
+            return True
+        level += 1
+    behind, before = first[level:], then[level:]
+    if behind and before and behind[0][0] is before[0][0]:
+        code, start, end = *behind[0], before[0][1]
+        if any(_matters(fork, module) for fork in _between(_forks(code), start, end)):
+            return True
+        behind, before = behind[1:], before[1:]
+    met = [fork for code, line in behind for fork in _forks(code).forks if fork.end > line or fork.anywhere]
+    met += [fork for code, line in before for fork in _forks(code).forks if fork.start <= line or fork.anywhere]
+    return any(_matters(fork, module) for fork in met)
 
 
 @dataclass(frozen=True)
 class _Fork:
-    """A condition: where it is, which optional arguments and attributes it asks for, and whether it may end it all."""
+    """A condition.
+
+    Attributes:
+        start: Its first line.
+        end: And its last.
+        arguments: Whether it asks for an optional argument.
+        attributes: Of the module, that it asks for.
+        ends: Whether what there is so far may be returned there.
+        anywhere: Whether it also decides on what is called elsewhere.
+    """
 
     start: int
-    arguments: frozenset[str]
+    end: int
+    arguments: bool
     attributes: frozenset[str]
     ends: bool
+    anywhere: bool
 
 
 @dataclass(frozen=True)
@@ -70,20 +106,25 @@ class _Forks:
 
 
 def _between(found: _Forks, first: int, then: int) -> Iterator[_Fork]:
-    """Those met on the way from one line to another: in a loop, on the way round."""
-    if first < then:
-        yield from (fork for fork in found.forks if first < fork.start <= then)
-        return
-    around = [span for span in found.loops if span[0] <= then and first <= span[1]]
-    if around:
-        start, end = max(around)
-        yield from (fork for fork in found.forks if start <= fork.start <= end)
+    """Those met on the way from one line to another, or with one of them inside: in a loop, on the way round."""
+    for fork in found.forks:
+        holds_first = fork.start <= first <= fork.end and not fork.start <= then <= fork.end
+        if fork.anywhere or first < fork.start <= then or (holds_first and fork.arguments):
+            yield fork
+    if then <= first:
+        yield from _around(found, first, then)
+
+
+def _around(found: _Forks, first: int, then: int) -> Iterator[_Fork]:
+    """Those of the outermost loop that both lines are in."""
+    loops = [span for span in found.loops if span[0] <= then and first <= span[1]]
+    for fork in found.forks:
+        if fork.anywhere or (loops and min(loops)[0] <= fork.start <= min(loops)[1]):
+            yield fork
 
 
 def _matters(fork: _Fork, module: nn.Module) -> bool:
-    if fork.arguments:
-        return True
-    return fork.ends and any(type(_held(module, name)) in _FLAGS for name in fork.attributes)
+    return fork.arguments or (fork.ends and any(type(_held(module, name)) in _FLAGS for name in fork.attributes))
 
 
 def _held(module: nn.Module, name: str) -> Any:
@@ -93,45 +134,77 @@ def _held(module: nn.Module, name: str) -> Any:
 @lru_cache(maxsize=1024)
 def _forks(code: CodeType) -> _Forks:
     try:
-        lines, start = inspect.getsourcelines(code)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, TypeError, SyntaxError, ValueError):
-        return _Forks()  # nothing is known
-    ast.increment_lineno(tree, start - 1)
-    function = tree.body[0]
-    if not isinstance(function, ast.FunctionDef):
+        return _Reader(code).read()
+    except Exception:  # no source, or one that has changed since: nothing is known
         return _Forks()
-    given = function.args
-    positional = [*given.posonlyargs, *given.args]
-    optional = {part.arg for part in positional[len(positional) - len(given.defaults) :]}
-    optional |= {part.arg for part, value in zip(given.kwonlyargs, given.kw_defaults, strict=True) if value is not None}
-    own = positional[0].arg if positional else ""
-    forks, loops = [], []
-    for node in ast.walk(function):
-        if isinstance(node, (ast.For, ast.While)):
-            loops.append((node.lineno, node.end_lineno or node.lineno))
-        if isinstance(node, ast.Return) and node.value is not None:
-            either = [part for part in ast.walk(node.value) if isinstance(part, ast.IfExp)]
-            forks += [_fork(part, optional, own, _is_made(part.body) or _is_made(part.orelse)) for part in either]
-        elif isinstance(node, (ast.If, ast.While)):
-            ends = any(isinstance(part, ast.Return) and _is_made(part.value) for part in ast.walk(node))
-            forks.append(_fork(node, optional, own, ends))
-        elif isinstance(node, ast.IfExp):
-            forks.append(_fork(node, optional, own, False))
-    return _Forks(tuple(forks), tuple(loops))
 
 
-def _is_made(value: ast.expr | None) -> bool:
-    """Whether nothing is computed any more."""
-    return value is None or not any(isinstance(part, (ast.Call, ast.BinOp, ast.UnaryOp)) for part in ast.walk(value))
+class _Reader:
+    """Reads one function."""
 
+    def __init__(self, code: CodeType) -> None:
+        lines, start = inspect.getsourcelines(code)
+        nested = lines[0][:1].isspace()  # not dedented: lines of a text may begin further left
+        tree: Any = ast.parse("".join(["if True:\n" if nested else "", *lines]))
+        ast.increment_lineno(tree, start - 1 - nested)
+        self.function = tree.body[0].body[0] if nested else tree.body[0]
+        assert isinstance(self.function, ast.FunctionDef)
+        given = self.function.args
+        positional = [*given.posonlyargs, *given.args]
+        self.own = positional[0].arg
+        self.optional = {part.arg for part in positional[len(positional) - len(given.defaults) :]}
+        self.optional |= {part.arg for part, value in zip(given.kwonlyargs, given.kw_defaults, strict=True) if value}
+        self.optional |= {part.arg for part in (given.vararg, given.kwarg) if part}
+        self.mentioned = Counter(self._attributes([self.function]))
 
-def _fork(node: ast.If | ast.While | ast.IfExp, optional: set[str], own: str, ends: bool) -> _Fork:
-    asked = list(ast.walk(node.test))
-    attributes = {
-        part.attr
-        for part in asked
-        if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == own
-    }
-    names = {part.id for part in asked if isinstance(part, ast.Name)}
-    return _Fork(node.lineno, frozenset(names & optional), frozenset(attributes - {"training"}), ends)
+    def read(self) -> _Forks:
+        for node in ast.walk(self.function):  # another name for an argument
+            if isinstance(node, ast.Assign) and self._asks(node.value) and not self._computes(node.value):
+                self.optional.update(part.id for part in node.targets if isinstance(part, ast.Name))
+        forks, loops = [], []
+        for node in ast.walk(self.function):
+            if isinstance(node, (ast.For, ast.While)):
+                loops.append((node.lineno, node.end_lineno or node.lineno))
+            if isinstance(node, (ast.If, ast.While)):
+                forks.append(self._fork(node, node.test, any(map(self._ends, ast.walk(node)))))
+            elif isinstance(node, ast.For):
+                forks.append(self._fork(node, node.iter, False))
+            elif isinstance(node, ast.Match):
+                forks.append(self._fork(node, node.subject, any(map(self._ends, ast.walk(node)))))
+            elif isinstance(node, ast.IfExp):
+                forks.append(self._fork(node, node.test, False))
+            elif isinstance(node, ast.Return) and node.value is not None:
+                for part in ast.walk(node.value):
+                    if isinstance(part, ast.IfExp):
+                        ends = not (self._computes(part.body) and self._computes(part.orelse))
+                        forks.append(self._fork(part, part.test, ends))
+        return _Forks(tuple(forks), tuple(loops))
+
+    def _fork(self, node: Any, test: ast.expr, ends: bool) -> _Fork:
+        asks = self._asks(test)
+        called = {id(part.func) for part in ast.walk(node) if isinstance(part, ast.Call)}
+        inside = [part for part in ast.walk(node) if self._is_own(part)]
+        # What is called here and elsewhere too, or only picked here: where it runs is up to the condition.
+        anywhere = any(self.mentioned[part.__dict__["attr"]] > 1 or id(part) not in called for part in inside)
+        attributes = frozenset(self._attributes([test])) - {"training"}
+        return _Fork(node.lineno, node.end_lineno or node.lineno, asks, attributes, ends, asks and anywhere)
+
+    def _asks(self, value: ast.AST) -> bool:
+        return any(isinstance(part, ast.Name) and part.id in self.optional for part in ast.walk(value))
+
+    def _is_own(self, part: ast.AST) -> bool:
+        return isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == self.own
+
+    def _attributes(self, parts: Iterable[ast.AST]) -> list[str]:
+        return [str(part.__dict__["attr"]) for whole in parts for part in ast.walk(whole) if self._is_own(part)]
+
+    def _ends(self, node: ast.AST) -> bool:
+        return isinstance(node, ast.Break) or (isinstance(node, ast.Return) and not self._computes(node.value))
+
+    def _computes(self, value: ast.AST | None) -> bool:
+        """Whether anything is done there besides putting what there is into something."""
+        if value is None:
+            return False
+        parts = list(ast.walk(value))
+        calls = any(isinstance(part, ast.Call) and any(map(self._is_own, ast.walk(part.func))) for part in parts)
+        return calls or any(isinstance(part, (ast.BinOp, ast.UnaryOp)) for part in parts)

@@ -156,7 +156,8 @@ def _of_pool(module: Any, channels: int, rank: int) -> Geometry:
 
 
 def _per_axis(value: Any, rank: int) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
+    parts = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return parts * rank if len(parts) == 1 else parts
 
 
 def _of_pad(module: Any, channels: int, rank: int) -> Geometry:

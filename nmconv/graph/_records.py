@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.fx import Node, Proxy
 
-from nmconv.graph._exits import Line
+from nmconv.graph._exits import Lines
 
 __all__ = ["ATOMS", "ActCall", "Arguments", "Frame", "UnknownTensor", "collect", "containers", "map_proxies"]
 
@@ -37,7 +37,7 @@ class Frame:
         start: How many nodes the graph had when the call began.
         result: The node it returned, where it returned just one.
         asks: Whether its own code has asked for a number or a truth that depends on sizes.
-        line: Of the parent's methods, the one that makes the call.
+        lines: Of the parent's methods, where the call is made.
     """
 
     module: nn.Module
@@ -48,7 +48,7 @@ class Frame:
     start: int = 0
     result: Node | None = None
     asks: bool = False
-    line: Line | None = None
+    lines: Lines = ()
     labels: Counter[str] = field(default_factory=Counter)
     acts: Counter[Any] = field(default_factory=Counter)
 

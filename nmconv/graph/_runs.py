@@ -170,7 +170,7 @@ class _Finder:
         """Whether a forward may do something else between the value and the node, at other sizes or asked otherwise."""
         ways = [[*_ancestors(frame)] for frame in (self.flow.nodes[index].frame, node.frame)]
         shared = {id(frame) for frame in ways[0]} & {id(frame) for frame in ways[1]}
-        lines = [self.tracer.lines.get(self.flow.nodes[index].origin), self.tracer.lines.get(node.origin)]
+        lines = [self.tracer.lines.get(self.flow.nodes[index].origin, ()), self.tracer.lines.get(node.origin, ())]
         for side, way in enumerate(ways):
             for frame in way:
                 if frame.asks:
@@ -179,7 +179,7 @@ class _Finder:
                     if side:
                         return may_turn_off(frame.module, *lines)
                     break
-                lines[side] = frame.line
+                lines[side] = frame.lines
         return False
 
     def _only(self, index: int, inside: set[int]) -> bool:

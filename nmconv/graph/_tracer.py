@@ -14,7 +14,7 @@ from torch.fx import Graph, Node, Tracer
 from torch.fx.proxy import Proxy, TraceError
 
 from nmconv.graph import _zoo
-from nmconv.graph._exits import Line, line_of
+from nmconv.graph._exits import Lines, lines_of
 from nmconv.graph._frozen import NoFrozenTensors
 from nmconv.graph._looks import looks_noted
 from nmconv.graph._modules import leaf_op
@@ -46,7 +46,7 @@ class FlowTracer(Tracer):
         self.traced_func_name = method
         self.deep = deep
         self.where: dict[Node, tuple[Frame, str, int]] = {}
-        self.lines: dict[Node, Line | None] = {}  # of the frame's module, the one that makes the call
+        self.lines: dict[Node, Lines] = {}  # of the frame's module, where the call is made
         self.acts: dict[Node, ActCall] = {}
         self.methods: dict[Node, str] = {}
         self.dead: set[Node] = set()
@@ -249,7 +249,7 @@ class FlowTracer(Tracer):
         parent.labels[label] += 1
         given = Arguments(map_proxies(args, _same), map_proxies(kwargs, _same))  # the forward may change its lists
         frame = Frame(m, self.prefix + name, parent, label, parent.labels[label], self._size)
-        frame.line = line_of(parent.module)
+        frame.lines = lines_of(parent.module)
         self.stack.append(frame)
         before = len(self.graph.nodes)
         try:
@@ -304,7 +304,7 @@ class FlowTracer(Tracer):
             frame.labels[label] += 1
         self.where[node] = (frame, label, frame.labels[label])
         if self.deep:
-            self.lines[node] = line_of(frame.module)
+            self.lines[node] = lines_of(frame.module)
         if frame.parent is None and self.deep:
             self.methods[node] = self._method(frame)
 

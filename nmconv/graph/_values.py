@@ -182,10 +182,11 @@ def _slid(module: nn.Module, x: Any) -> tuple[int, ...] | None:
             return None
     elif slid.ceil_mode or getattr(slid, "return_indices", False):
         return None
-    kernel, stride, padding, dilation = (
-        value if isinstance(value, tuple) else (value,) * rank
-        for value in (slid.kernel_size, slid.stride, slid.padding, getattr(slid, "dilation", 1))
-    )
+    given = (slid.kernel_size, slid.stride, slid.padding, getattr(slid, "dilation", 1))
+    parts = [tuple(value) if isinstance(value, (tuple, list)) else (value,) for value in given]
+    kernel, stride, padding, dilation = (part * rank if len(part) == 1 else part for part in parts)
+    if not len(kernel) == len(stride) == len(padding) == len(dilation) == rank:
+        return None
     if hasattr(slid, "ceil_mode") and any(2 * pad > taps for pad, taps in zip(padding, kernel, strict=True)):
         return None
     sizes = [

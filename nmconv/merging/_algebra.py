@@ -260,12 +260,16 @@ def _product(first: Tensor, second: Tensor, groups: int, grid: Sequence[int], ga
     right = first.reshape(groups, inputs, -1)
     reach = [step * (taps - 1) + 1 for step, taps in zip(grid, first.shape[2:], strict=True)]
     sizes = [own + gap * (taps - 1) for own, gap, taps in zip(reach, gaps, second.shape[2:], strict=True)]
-    made = first.new_zeros(groups, outputs // groups, first.shape[1], *sizes)
+    made: Tensor | None = None
     for tap, at in enumerate(product(*map(range, second.shape[2:]))):
         starts = [place * gap for place, gap in zip(at, gaps, strict=True)]
         spots = [slice(start, start + own, step) for start, own, step in zip(starts, reach, grid, strict=True)]
+        part = left[..., tap] @ right
+        if made is None:  # of the part, which a transformation (vmap) may have made larger
+            made = part.new_zeros(groups, outputs // groups, first.shape[1], *sizes)
         spot = made[(slice(None), slice(None), slice(None), *spots)]
-        spot.add_((left[..., tap] @ right).reshape(spot.shape))
+        spot.add_(part.reshape(spot.shape))
+    assert made is not None
     return made.reshape(outputs, first.shape[1], *sizes)
 
 

@@ -74,7 +74,10 @@ class MergedConv(nn.modules.conv._ConvNd):
         result = apply(input, self.geometry, self.weight, self.bias, None)
         if self.border is None:
             return result
-        result = result.add_(self._response(input, result.dtype))  # nobody else has seen it yet
+        if self._may_keep(input):
+            result.add_(self._known_response(input, result.dtype))  # nobody else has seen it yet
+        else:
+            result = result + response(self.geometry, self.border, sizes_of(input, self.geometry.rank))
         if torch.onnx.is_in_onnx_export() and result.dim() == 4 and result.dtype == torch.float32:
             # ONNX Runtime keeps neighbours of convolutions in a blocked layout; adding a constant ends that for all
             # that follows up to the next convolution (norms, sums, concatenations), and a pool, even of one, takes
@@ -82,11 +85,9 @@ class MergedConv(nn.modules.conv._ConvNd):
             result = F.avg_pool2d(result, 1)
         return result
 
-    def _response(self, input: Tensor, dtype: torch.dtype) -> Tensor:
+    def _known_response(self, input: Tensor, dtype: torch.dtype) -> Tensor:
         sizes = sizes_of(input, self.geometry.rank)
         border: Any = self.border
-        if not self._may_keep(input):
-            return response(self.geometry, border, sizes)
         key = (sizes, dtype, border.device)
         kept = self._kept
         if kept is not None and kept[0] == key and kept[1].still(border):
