@@ -115,9 +115,8 @@ class Nested(Net):
 
 class WithAText(Net):
     def forward(self, x, stop=False):
-        """Text
-        that begins further left.
-        """
+        assert """a text
+that begins further left"""
         y = self.bn(self.a(x))
         if stop:
             return y

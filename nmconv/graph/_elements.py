@@ -30,6 +30,11 @@ class Step:
         """Whether it hands on what it gets in eval mode."""
         return self.kind in ("pass", "drop")
 
+    @property
+    def pools(self) -> bool:
+        """Whether it is an average pool."""
+        return self.kind == "pool"
+
 
 @dataclass(frozen=True)
 class Join:
@@ -54,6 +59,11 @@ class Join:
     @property
     def quiet(self) -> bool:
         """Whether it hands on what it gets: never."""
+        return False
+
+    @property
+    def pools(self) -> bool:
+        """Whether it is an average pool: never."""
         return False
 
 

@@ -18,7 +18,17 @@ from nmconv.graph._modules import hooks_of
 from nmconv.graph._zoo import is_frozen_norm, pads_same
 from nmconv.planning import Geometry, Refusal, Stage, diagonal, padded
 
-__all__ = ["BEFORE", "PADS", "Padding", "averages", "before_hoisting", "check_hooks", "geometry_of", "norm_of"]
+__all__ = [
+    "BEFORE",
+    "PADS",
+    "Padding",
+    "averages",
+    "before_hoisting",
+    "check_hooks",
+    "geometry_of",
+    "norm_of",
+    "per_axis",
+]
 
 PADS = "_nmconv_pads"  # on a convolution whose padding was changed and that torch's attributes cannot say: its Geometry
 BEFORE = "_nmconv_padding"  # on a convolution whose padding was hoisted: the Padding it had
@@ -40,7 +50,7 @@ def averages(module: nn.Module) -> bool:
     pool: Any = module
     if type(module) not in _AVERAGES or pool.ceil_mode or getattr(pool, "divisor_override", None) is not None:
         return False
-    return not any(_per_axis(pool.padding, _AVERAGES[type(module)]))
+    return not any(per_axis(pool.padding, _AVERAGES[type(module)]))
 
 
 def before_hoisting(model: nn.Module) -> Callable[[str, Geometry], Geometry]:
@@ -151,11 +161,12 @@ def _check_norm(module: Any) -> None:
 def _of_pool(module: Any, channels: int, rank: int) -> Geometry:
     if _AVERAGES[type(module)] != rank:
         raise Refusal(f"{type(module).__name__} averages over other axes than the {rank} spatial ones")
-    kernel, stride = (_per_axis(value, rank) for value in (module.kernel_size, module.stride))
+    kernel, stride = (per_axis(value, rank) for value in (module.kernel_size, module.stride))
     return Geometry(channels, channels, kernel, stride, (1,) * rank, channels, ((0, 0),) * rank, bias=False)
 
 
-def _per_axis(value: Any, rank: int) -> tuple[int, ...]:
+def per_axis(value: Any, rank: int) -> tuple[int, ...]:
+    """A pool's setting for each axis, from any form that torch takes: a number, or a tuple or list of one or all."""
     parts = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     return parts * rank if len(parts) == 1 else parts
 

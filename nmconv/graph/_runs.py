@@ -67,8 +67,7 @@ class _Value:
     @property
     def ended(self) -> bool:
         """Whether nothing continues it: what a pool gives is the start of something new."""
-        last = self.elements[-1] if self.elements else None
-        return isinstance(last, Step) and last.kind == "pool"
+        return bool(self.elements) and self.elements[-1].pools
 
 
 class _Finder:
@@ -131,8 +130,8 @@ class _Finder:
         else:
             return None
         before = node.inputs[0]
-        value = values.get(before)
-        if value is not None and not value.ended and self._single(before) and not self._turns_between(before, node):
+        value = _going(values, before)
+        if value is not None and self._single(before) and not self._turns_between(before, node):
             return _Value(value.source, [*value.elements, *elements], [*value.nodes, node.index])
         return _Value(before, elements, [node.index])
 
@@ -148,8 +147,7 @@ class _Finder:
             return None
         if any(index in values and self._turns_between(index, node) for index in node.inputs):
             return None
-        going = {index: value for index, value in values.items() if not value.ended}
-        parts = [going[index] if index in going and self._single(index) else None for index in node.inputs]
+        parts = [_going(values, index) if self._single(index) else None for index in node.inputs]
         sources = {part.source for part in parts if part is not None}
         sources |= {index for index, part in zip(node.inputs, parts, strict=True) if part is None}
         if len(sources) != 1:
@@ -161,8 +159,8 @@ class _Finder:
         join = Join((one, two), frame.path, self._takes(frame), node.label, node.number, self._why(node))
         nodes = [index for part in parts if part is not None for index in part.nodes] + [node.index]
         inside = set(nodes)
-        if source in going and all(reader in inside for reader in self.readers[source]) and self._only(source, inside):
-            value = values[source]
+        value = _going(values, source)
+        if value and all(reader in inside for reader in self.readers[source]) and self._only(source, inside):
             return _Value(value.source, [*value.elements, join], [*value.nodes, *nodes])
         return _Value(source, [join], nodes)
 
@@ -282,6 +280,12 @@ class _Finder:
 _KINDS = {Op.CONV: "conv", Op.NORM: "norm", Op.PAD: "pad", Op.PASS: "pass", Op.DROP: "drop"}
 _KEEP = {"clone", "contiguous"}
 _SUMS = {"add", "iadd", "add_"}
+
+
+def _going(values: dict[int, _Value], index: int) -> _Value | None:
+    """What may be continued there."""
+    value = values.get(index)
+    return None if value is None or value.ended else value
 
 
 def _ancestors(frame: Frame | None) -> Iterator[Frame]:

@@ -13,6 +13,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.fx.proxy import TraceError
 
+from nmconv.graph._geometry import per_axis
 from nmconv.graph._modules import leaf_op
 from nmconv.graph._ops import FUNCTIONS, METHODS, Op
 from nmconv.graph._quiet import in_mode
@@ -151,7 +152,7 @@ class Values:
         given: list[Any] = [self._known[part] if isinstance(part, Node) else part for part in node.args]
         tensors = [part for part in given if isinstance(part, (torch.Tensor, _Shaped))]
         first = given[0] if given else None
-        if first is None or not any(first is part for part in tensors):
+        if not isinstance(first, (torch.Tensor, _Shaped)):
             return None
         if module is not None:
             if leaf_op(module) in _KEEP_SHAPE or is_norm_act(module):
@@ -183,8 +184,7 @@ def _slid(module: nn.Module, x: Any) -> tuple[int, ...] | None:
     elif slid.ceil_mode or getattr(slid, "return_indices", False):
         return None
     given = (slid.kernel_size, slid.stride, slid.padding, getattr(slid, "dilation", 1))
-    parts = [tuple(value) if isinstance(value, (tuple, list)) else (value,) for value in given]
-    kernel, stride, padding, dilation = (part * rank if len(part) == 1 else part for part in parts)
+    kernel, stride, padding, dilation = (per_axis(value, rank) for value in given)
     if not len(kernel) == len(stride) == len(padding) == len(dilation) == rank:
         return None
     if hasattr(slid, "ceil_mode") and any(2 * pad > taps for pad, taps in zip(padding, kernel, strict=True)):

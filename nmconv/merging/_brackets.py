@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from nmconv.graph import Element, Join, Step, check_hooks, geometry_of, steps_of
 from nmconv.planning import Geometry, Refusal, composed, identity, joined
 
-__all__ = ["Bracketing", "Node", "Segment", "bracket", "geometry_of_nodes", "nodes_of"]
+__all__ = ["Bracketing", "Node", "Price", "Segment", "bracket", "geometry_of_nodes", "nodes_of"]
 
 
 @dataclass(eq=False)
@@ -74,8 +74,11 @@ class Segment:
     def is_fold(self) -> bool:
         """Whether it is a single convolution that only takes in norms and padding."""
         return len(self.convs) == 1 and not any(
-            isinstance(node.element, Join) or node.element.kind == "pool" for node in self.nodes
+            isinstance(node.element, Join) or node.element.pools for node in self.nodes
         )
+
+
+Price = Callable[[Segment], "float | None"]  # as one convolution, or None if it does not pay
 
 
 @dataclass
@@ -220,13 +223,13 @@ def _of_segment(nodes: Sequence[Node]) -> Geometry:
         Refusal: If they are none.
     """
     made = geometry_of_nodes(nodes, 0, 0)
-    pool = nodes[-1].element.kind == "pool" if isinstance(nodes[-1].element, Step) else False
-    return replace(made, pooled=True) if pool and geometry_of_nodes(nodes[:-1], 0, 0).pointwise else made
+    before = nodes[-1].element.pools and geometry_of_nodes(nodes[:-1], 0, 0).pointwise
+    return replace(made, pooled=True) if before else made
 
 
 def bracket(
     nodes: Sequence[Node],
-    price: Callable[[Segment], float | None],
+    price: Price,
     *,
     fold: bool,
     fewest: bool = False,
@@ -259,7 +262,7 @@ def bracket(
     return best[-1]
 
 
-def _alone(node: Node, price: Callable[[Segment], float | None], fold: bool, fewest: bool) -> Bracketing:
+def _alone(node: Node, price: Price, fold: bool, fewest: bool) -> Bracketing:
     """One node that no segment takes in."""
     kept = Bracketing(node.own, int(node.own > 0))
     for branch in node.branches:

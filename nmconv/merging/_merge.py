@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,7 +16,6 @@ from nmconv.errors import MergeError, NoEffectWarning, OptionError
 from nmconv.graph import (
     Join,
     LinearRun,
-    Step,
     before_hoisting,
     calls_by_kind,
     hooks_of,
@@ -27,9 +25,10 @@ from nmconv.graph import (
 )
 from nmconv.merging._algebra import Affine
 from nmconv.merging._asking import get_merges
-from nmconv.merging._brackets import Bracketing, Node, Segment, bracket, geometry_of_nodes, nodes_of
+from nmconv.merging._brackets import Node, Price, Segment, bracket, nodes_of
 from nmconv.merging._called import outputs
 from nmconv.merging._checks import check_made, check_mode, check_options
+from nmconv.merging._describe import described, parameters_of
 from nmconv.merging._install import bake, check_calls, install, record, trains, write_methods
 from nmconv.merging._latency import LatencyGate, is_slower
 from nmconv.merging._live import affine_of_nodes, why_not_live
@@ -37,13 +36,12 @@ from nmconv.merging._module import conv_module, filled, like_of
 from nmconv.merging._numbers import affine_in_double
 from nmconv.merging._records import Merge, Run
 from nmconv.merging._verify import check_model_outputs, check_segment
-from nmconv.planning import Geometry, Refusal
+from nmconv.planning import Refusal
 from nmconv.surgery import Undo, check_examples, copy_of, undone_on_failure
 
 __all__ = ["find_runs", "fold_norms", "merge"]
 
 _SIZE = 256  # along each axis, where nothing tells the input's
-Price = Callable[[Segment], "float | None"]
 
 
 def merge(
@@ -156,8 +154,8 @@ def find_runs(model: nn.Module, *, min_gain: float = 1.05, example_inputs: Any =
     with mode_hidden():
         made = _Merging(model, example_inputs, False)
         made.settle(_flops(min_gain), fold=True, fewest=False)
-        runs = [nodes for nodes in made.runs if sum(len(node.convs) for node in nodes) > 1 or _pools(nodes)]
-        return tuple(made.described(nodes, _flops(min_gain)) for nodes in runs)
+        runs = [nodes for nodes in made.runs if sum(len(node.convs) for node in nodes) > 1 or nodes[-1].element.pools]
+        return tuple(described(model, nodes, _flops(min_gain)) for nodes in runs)
 
 
 def _refuse(nodes: Sequence[Node], reason: Refusal) -> None:
@@ -265,42 +263,6 @@ class _Merging:
                 if self._model.get_submodule(name).__dict__["training"]:
                     raise MergeError(f"{name} is in train mode, though the model is not: call model.eval() first")
 
-    def described(self, nodes: tuple[Node, ...], price: Price) -> Run:
-        """A run as plain data."""
-        elements = [node.element for node in nodes]
-        steps = list(steps_of(elements))
-        choice: Bracketing = bracket(nodes, price, fold=True, fewest=False)
-        real = [segment for segment in choice.segments if not segment.is_fold]
-        why, exact = "", True
-        try:
-            whole = Segment(nodes, geometry_of_nodes(nodes, 0, 0))
-            if [segment.convs for segment in real] != [whole.convs]:
-                why = f"as one convolution it would take {whole.merged_cost / max(whole.cost, 1):.2f} times the work"
-        except Refusal as refusal:
-            why, exact = str(refusal), False
-        convs = tuple(step.name for step in steps if step.kind == "conv")
-        before = {name: sum(p.numel() for p in self._parameters(name)) for name in {step.name for step in steps}}
-        taken = {step.name for part in choice.segments for step in steps_of(node.element for node in part.nodes)}
-        after = sum(_numbers(part.geometry) for part in choice.segments)
-        after += sum(count for name, count in before.items() if name not in taken)
-        return Run(
-            convs=convs,
-            norms=tuple(step.name for step in steps if step.kind == "norm"),
-            exact=exact,
-            why=why,
-            merges=tuple(segment.convs for segment in real),
-            size=nodes[0].sizes,
-            multiply_adds=sum(node.cost for node in nodes),
-            merged_multiply_adds=int(choice.cost),
-            parameters=sum(before.values()),
-            merged_parameters=after,
-        )
-
-    def _parameters(self, name: str) -> Sequence[Tensor]:
-        if ":" in name:
-            return ()
-        return list(self._model.get_submodule(name).parameters(recurse=False))
-
     # -- doing --------------------------------------------------------------------------------------------------------
 
     def carry_out(self, inplace: bool, undo: Undo) -> nn.Module:
@@ -342,7 +304,7 @@ class _Merging:
         for merge in self._merges:
             for name in () if merge.live else (merge.head, *merge.removed):
                 module = self._model.get_submodule(name)
-                yield from self._parameters(name)
+                yield from parameters_of(self._model, name)
                 if next(module.children(), None) is None:
                     yield module
 
@@ -385,20 +347,9 @@ def _names(segment: Segment) -> list[str]:
     return [step.name for step in steps_of(node.element for node in segment.nodes)]
 
 
-def _pools(nodes: Sequence[Node]) -> bool:
-    """Whether the last of them is an average pool."""
-    last = nodes[-1].element
-    return isinstance(last, Step) and last.kind == "pool"
-
-
 def _rank(model: nn.Module, run: LinearRun) -> int:
     for step in steps_of(run.elements):
         size = getattr(model.get_submodule(step.name.partition(":")[0]), "kernel_size", None)
         if step.kind == "conv" and isinstance(size, tuple):
             return len(size)
     return 2
-
-
-def _numbers(geometry: Geometry) -> int:
-    border = geometry.out_channels * math.prod(geometry.border_kernel) if geometry.bounded else 0
-    return geometry.weights + (geometry.out_channels if geometry.bias else 0) + border
