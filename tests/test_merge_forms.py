@@ -14,6 +14,8 @@ from test_merge_usage import SHAPES, Block, Net, original
 from torch import nn
 
 import nmconv
+from nmconv import timing
+from nmconv.merging import _latency
 
 torch.set_num_threads(1)
 
@@ -205,13 +207,80 @@ def test_autocast(model, dtype):
 
 
 def test_channels_last(model):
+    plain = merge(model)
+    assert convs_are_last(plain) == {False}
     merged = merge(model.to(memory_format=torch.channels_last))
+    assert convs_are_last(merged) == {True}  # as they were: else compiled code lays them out anew in every call
     x = picture(3, 24, 24).to(memory_format=torch.channels_last)
     with torch.no_grad():
         assert_near(merged(x), model(x))
         assert merged.forward_features(x).is_contiguous(memory_format=torch.channels_last)
         assert_near(merged(x.contiguous()), model(x))
         assert_near(merged.to(memory_format=torch.channels_last)(x), model(x))
+        assert_near(plain(x), model(x))
+
+
+def convs_are_last(model):
+    """Of the convolutions whose weights tell: whether they have their channels last."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}
+    weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.modules.conv._ConvNd)]
+    ways = [(value.is_contiguous(), value.is_contiguous(memory_format=last[value.dim()])) for value in weights]
+    return {one for other, one in ways if one != other}
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_channels_last_is_kept_by_whatever_makes_a_convolution(rank, tmp_path):
+    """Where the run has no weight that tells, too; baked, loaded, on the meta device."""
+    cls, norm, shape = ((nn.Conv2d, nn.BatchNorm2d, (9, 8)), (nn.Conv3d, nn.BatchNorm3d, (8, 9, 8)))[rank - 2]
+    layout = (torch.channels_last, torch.channels_last_3d)[rank - 2]
+
+    def build():
+        return settle(
+            nn.Sequential(
+                cls(3, 8, 3), nn.ReLU(), cls(8, 4, 1), norm(4), cls(4, 8, 3, groups=4), nn.ReLU(), cls(8, 4, 3)
+            )
+        ).to(memory_format=layout)
+
+    model, x = build(), picture(3, *shape).to(memory_format=layout)
+    wanted = model(x)
+    merged = nmconv.merge(model, gate="always")
+    path = tmp_path / "net.safetensors"
+    nmconv.save(merged, path)
+    found = {
+        "merged": merged,
+        "live, baked": nmconv.merge(nmconv.merge(model, gate="always", live=True), gate="always"),
+        "loaded": nmconv.load(build(), path),
+        "on meta": nmconv.merge(build().to("meta"), gate="always"),
+    }
+    for name, made in found.items():
+        assert convs_are_last(made) == {True}, name
+        if name != "on meta":
+            assert type(made[3]) is not norm, name
+            assert_near(made(x), wanted)
+            assert_near(made(x.contiguous()), wanted)
+    model[6].weight.data = model[6].weight.data.contiguous()  # some are and some are not: then as torch makes them
+    assert convs_are_last(nmconv.merge(model, gate="always")) == {True, False}
+    assert nmconv.merge(model, gate="always")[2].weight.is_contiguous()
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_the_latency_gate_times_what_will_run(last, monkeypatch):
+    seen = []
+
+    def runner(module, inputs, backend):
+        if type(module) is not _latency._Call:  # the parts, and not the whole model
+            seen.append((convs_are_last(module), inputs[0].is_contiguous(memory_format=torch.channels_last)))
+        return timing.runner(module, inputs, backend)
+
+    monkeypatch.setattr(_latency, "runner", runner)
+    model = settle(nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 3, 3), nn.ReLU()))
+    x = picture(3, 16, 16)
+    if last:
+        model, x = (each.to(memory_format=torch.channels_last) for each in (model, x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", nmconv.NoEffectWarning)
+        nmconv.merge(model, gate="latency", example_inputs=x)
+    assert seen == [({last}, last)] * 2
 
 
 @pytest.mark.parametrize("live", [True, False])

@@ -15,6 +15,7 @@ import sys
 import types
 import warnings
 from collections import OrderedDict, namedtuple
+from math import sqrt
 from typing import Generic, TypeVar
 
 import pytest
@@ -2484,3 +2485,42 @@ def test_an_activation_made_dense_what_was_a_part_or_an_expansion(how, then):
     plan = planned(model)
     edited = plan.edit(dict.fromkeys((site.id for site in droppable(plan)), "drop"))
     faithful(model, edited, picture())
+
+
+def test_many_blocks_are_traced_under_the_same_patches():
+    """One that cannot be, in the middle, and one that counts with sizes by a function of math's: none sees another."""
+
+    def plain(self, x):
+        return F.relu(self.b(F.relu(self.a(x))))
+
+    def scaled(self, x):
+        return F.relu(self.b(F.relu(self.a(x)) / sqrt(x.shape[-1])))
+
+    def stores(self, x):
+        self.last = F.relu(self.a(x))
+        return F.relu(self.b(self.last))
+
+    def by_mode(self, x):
+        x = F.relu(self.a(x))
+        return F.relu(self.b(x * 2 if self.training else x))
+
+    def named(self, x):
+        return F.relu(self.b(F.relu(self.a(x)) * self.gain))
+
+    kinds = {"plain": plain, "scaled": scaled, "stores": stores, "by_mode": by_mode, "named": named}
+    blocks = {name: net(forward, **convs("a", "b")) for name, forward in kinds.items()}
+    blocks["named"].gain = nn.Parameter(torch.rand(4, 1, 1))
+    model = net(
+        lambda self, x: self.plain(self.named(self.by_mode(self.stores(self.scaled(x))))),
+        **dict(reversed(blocks.items())),
+    )
+    plan = planned(model)
+    locked = {site.owner: site.locked for site in plan.sites if site.locked}
+    assert set(locked) == {"stores"} and "stores attributes" in locked["stores"]
+    converted = faithful(model, plan, picture())
+    rewritten = {name for name in kinds if type(getattr(converted, name)) is not type(getattr(model, name))}
+    assert rewritten == set(kinds) - {"stores"}
+    with torch.no_grad():
+        for size in (3, 9):  # a number made from sizes is not frozen
+            x = picture(2, 4, size, size)
+            assert torch.equal(converted.scaled(x), F.relu(model.scaled.b(model.scaled.a(x) / size**0.5)))

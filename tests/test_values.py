@@ -1,5 +1,6 @@
 """Shapes by formula instead of by fake tensors: those that the convolution gives, or none."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nmconv.graph._values import Unknown, Values, _slid
+from nmconv.graph._rules import shape_of_function, shape_of_module
+from nmconv.graph._values import Unknown, Values
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
@@ -19,7 +21,7 @@ def test_shapes_are_those_of_the_convolution(rank):
         conv = cls(4, 6, kernel, stride, padding, dilation, groups=2, padding_mode=mode)
         for size in (5, 6, 8):
             x = torch.zeros(3, 4, *range(size, size + rank))
-            assert _slid(conv, x) == tuple(conv(x).shape)
+            assert shape_of_module(conv, x) == tuple(conv(x).shape)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
@@ -30,13 +32,13 @@ def test_shapes_are_those_of_the_pool(rank, kind):
         pool = cls(kernel, stride, padding)
         for size in (5, 6, 8):
             x = torch.zeros(3, 4, *range(size, size + rank))
-            assert _slid(pool, x) == tuple(pool(x).shape)
+            assert shape_of_module(pool, x) == tuple(pool(x).shape)
     x = torch.zeros(3, 4, *range(5, 5 + rank))
-    assert _slid(cls(2, ceil_mode=True), x) is None
-    assert _slid(cls(1, 1, 1), x) is None  # an error
-    assert _slid(cls([2] * rank), x) == _slid(cls((2,)), x) == _slid(cls(2), x)
-    assert _slid(cls((2,) * 4), x) is None
-    assert kind == "Avg" or _slid(cls(2, return_indices=True), x) is None
+    assert shape_of_module(cls(2, ceil_mode=True), x) is None
+    assert shape_of_module(cls(1, 1, 1), x) is None  # an error
+    assert shape_of_module(cls([2] * rank), x) == shape_of_module(cls((2,)), x) == shape_of_module(cls(2), x)
+    assert shape_of_module(cls((2,) * 4), x) is None
+    assert kind == "Avg" or shape_of_module(cls(2, return_indices=True), x) is None
 
 
 class Net(nn.Module):
@@ -88,17 +90,102 @@ def test_every_shape_of_a_network(device):
 
 def test_where_the_convolution_has_the_last_word():
     conv, x = nn.Conv2d(4, 6, 3), torch.zeros(2, 4, 5, 5)
-    assert _slid(conv, x) == (2, 6, 3, 3)
-    assert _slid(conv, x[0]) is None  # without a batch
-    assert _slid(conv, x[:, :3]) is None and _slid(conv, x[..., :2]) is None  # an error
-    assert _slid(conv, x.double()) is None
-    assert _slid(nn.Conv2d(4, 6, 3, padding="same"), x) is None
-    assert _slid(nn.ConvTranspose2d(4, 6, 3), x) is None
+    assert shape_of_module(conv, x) == (2, 6, 3, 3)
+    assert shape_of_module(conv, x[0]) is None  # without a batch
+    assert shape_of_module(conv, x[:, :3]) is None and shape_of_module(conv, x[..., :2]) is None  # an error
+    assert shape_of_module(conv, x.double()) is None
+    assert shape_of_module(nn.Conv2d(4, 6, 3, padding="same"), x) is None
+    assert shape_of_module(nn.ConvTranspose2d(4, 6, 3), x) is None
     conv.forward = lambda x: x
-    assert _slid(conv, x) is None
+    assert shape_of_module(conv, x) is None
 
     class Own(nn.Conv2d):
         def forward(self, x):
             return super().forward(x)[:1]
 
-    assert _slid(Own(4, 6, 3), x) is None
+    assert shape_of_module(Own(4, 6, 3), x) is None
+
+
+def test_a_linear_layer_and_adaptive_pools():
+    line, x = nn.Linear(5, 7), torch.zeros(2, 3, 5)
+    assert shape_of_module(line, x) == (2, 3, 7) and shape_of_module(line, x[0, 0]) == (7,)
+    assert shape_of_module(line, x[..., :4]) is None and shape_of_module(line, x.double()) is None
+    for rank, cls in enumerate((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), 1):
+        x = torch.zeros(2, 3, *range(4, 4 + rank))
+        for size in (1, 2, 9, (3,) * rank, [2] * rank, (None,) * rank):
+            if rank > 1 or size != (None,):
+                assert shape_of_module(cls(size), x) == tuple(cls(size)(x).shape)
+        assert shape_of_module(cls(None), x) is None and (rank > 1 or shape_of_module(cls((None,)), x) is None)
+        assert shape_of_module(cls(1), x[0]) is None and shape_of_module(cls((1,) * (rank + 1)), x) is None
+
+
+A, B = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 1, 1)
+CALLS = {
+    "sum": lambda x, y: x + y,
+    "small + large": lambda x, y: y + x,
+    "fewer extents": lambda x, y: x * y[0],
+    "more extents": lambda x, y: y[0] - x,
+    "a number": lambda x, y: x / 3,
+    "in place": lambda x, y: x.clone().mul_(y),
+    "mean": lambda x, y: x.mean((2, 3)),
+    "mean, one axis": lambda x, y: torch.mean(x, 1),
+    "mean, kept": lambda x, y: x.mean(dim=(-1, 0), keepdim=True),
+    "mean, kept by position": lambda x, y: torch.mean(x, (1, 2), True),
+    "cat": lambda x, y: torch.cat([x, x], 1),
+    "cat from behind": lambda x, y: torch.cat((x, x, x), dim=-2),
+    "cat of one": lambda x, y: torch.concat([y]),
+}
+NONE = {
+    "no sizes that fit": lambda x, y: x + x[:, :2],
+    "larger in place": lambda x, y: y.add_(x),
+    "other dtypes": lambda x, y: x * y.double(),
+    "whole numbers": lambda x, y: x.long() / y.long(),
+    "rounded": lambda x, y: torch.div(x, y, rounding_mode="floor"),
+    "mean of all": lambda x, y: x.mean(),
+    "mean in another dtype": lambda x, y: x.mean(1, dtype=torch.float64),
+    "mean, one axis twice": lambda x, y: x.mean((1, -3)),
+    "mean, no such axis": lambda x, y: x.mean(4),
+    "cat of unlike": lambda x, y: torch.cat([x, y], 1),
+    "cat of other dtypes": lambda x, y: torch.cat([x, x.double()]),
+    "cat, no such axis": lambda x, y: torch.cat([x], 4),
+}
+
+
+def told(call):
+    """What the rule says of the last call that ``call`` makes, and what it gives, if anything."""
+    made = {}
+
+    class Net(torch.nn.Module):
+        def forward(self, x, y):
+            return call(x, y)
+
+    graph = torch.fx.symbolic_trace(Net()).graph
+
+    class Running(torch.fx.Interpreter):
+        def run_node(self, n):
+            made[n] = super().run_node(n)
+            return made[n]
+
+    last = list(graph.nodes)[-2]
+    with contextlib.suppress(Exception):
+        Running(torch.fx.GraphModule(torch.nn.Module(), graph)).run(A.clone(), B.clone())
+    given = [
+        [made[each] for each in part]
+        if isinstance(part, (list, tuple)) and part and isinstance(part[0], torch.fx.Node)
+        else made.get(part, part)
+        if isinstance(part, torch.fx.Node)
+        else part
+        for part in last.args
+    ]
+    return shape_of_function(last, given), made.get(last)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_rules_say_what_functions_give(call):
+    shape, value = told(CALLS[call])
+    assert shape == tuple(value.shape) and value.dtype == torch.float32
+
+
+@pytest.mark.parametrize("call", NONE)
+def test_rules_say_nothing_else(call):
+    assert told(NONE[call])[0] is None

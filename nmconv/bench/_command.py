@@ -41,6 +41,7 @@ def bench(
     seconds: Annotated[float, typer.Option(help="Least duration of a sample.")] = 0.2,
     device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
     weights: Annotated[str, typer.Option(help="State dict to load; without, weights are random.")] = "",
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Networks and images, in memory.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write all that was measured to this file.")] = None,
 ) -> None:
     """Time a network as it is, converted, and merged: side by side, norms folded in all three."""
@@ -64,6 +65,7 @@ def bench(
                 seconds=seconds,
                 device=device,
                 weights=weights,
+                channels_last=channels_last,
                 progress=lambda doing: status.update(doing),
             )
     except NmconvError as error:
@@ -88,7 +90,11 @@ def _fail(errors: Console, message: str) -> Any:
 def _table(result: Result) -> Table:
     asked = result.settings
     conversion = "not converted" if asked.ratio == "none" else f"converted to {asked.ratio}"
-    options = [("relocate", asked.relocate), ("padding hoisted", asked.hoist_padding)]
+    options = [
+        ("relocate", asked.relocate),
+        ("padding hoisted", asked.hoist_padding),
+        ("channels last", asked.channels_last),
+    ]
     title = ", ".join([f"{result.model} {conversion}", *(name for name, given in options if given)])
     versions = dict(result.environment.versions)
     table = Table(

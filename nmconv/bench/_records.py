@@ -34,6 +34,7 @@ class Settings:
         seconds: Least duration of a sample.
         device: As torch names it.
         weights: Path of the weights, or "" where they are random.
+        channels_last: Whether networks and images are, in memory.
     """
 
     ratio: str
@@ -49,6 +50,7 @@ class Settings:
     seconds: float
     device: str
     weights: str
+    channels_last: bool
 
 
 @dataclass(frozen=True)

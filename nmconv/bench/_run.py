@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ def run(
     seconds: float = 0.2,
     device: str = "cpu",
     weights: str = "",
+    channels_last: bool = False,
     progress: Callable[[str], None] = lambda doing: None,
 ) -> Result:
     """Time a network as it is, converted, and merged: interleaved, norms folded wherever they can be in all three.
@@ -61,6 +63,7 @@ def run(
         seconds: Least duration of a sample.
         device: As torch names it.
         weights: Path of a state dict for a network built by name.
+        channels_last: Lay networks and images out so in memory (``memory_format=torch.channels_last``), all alike.
         progress: Is told in words what is being done.
 
     Returns:
@@ -86,6 +89,7 @@ def run(
         seconds=seconds,
         device=device,
         weights=weights,
+        channels_last=channels_last,
     )
     for backend in backends or ():
         require(backend)
@@ -151,7 +155,12 @@ def _checked(settings: Settings) -> torch.device:
 
 def _images(batch: int, settings: Settings, device: torch.device) -> Tensor:
     drawn = torch.Generator().manual_seed(batch)
-    return torch.randn(batch, 3, settings.size, settings.size, generator=drawn).to(device)
+    images = torch.randn(batch, 3, settings.size, settings.size, generator=drawn)
+    return images.to(device, memory_format=_format(settings))
+
+
+def _format(settings: Settings) -> torch.memory_format:
+    return torch.channels_last if settings.channels_last else torch.preserve_format
 
 
 def _prepared(model: str | nn.Module, settings: Settings, device: torch.device) -> nn.Module:
@@ -161,7 +170,9 @@ def _prepared(model: str | nn.Module, settings: Settings, device: torch.device) 
     elif settings.weights:
         raise OptionError("weights are for a network built by name: load them into the module instead")
     else:
-        module = model
+        module = copy.deepcopy(model) if settings.channels_last else model
+    if settings.channels_last:
+        module = module.to(memory_format=torch.channels_last)
     images = _images(_CALIBRATION, settings, device)
     try:
         if isinstance(model, str) and not settings.weights:

@@ -21,6 +21,8 @@ from nmconv.merging import (
     filled,
     install,
     interior_affine,
+    is_channels_last,
+    laid_out,
     nodes_of,
     norms_behind,
     record,
@@ -61,8 +63,11 @@ class Merged:
         size = getattr(first, "kernel_size", None)
         rank = len(size) if isinstance(size, tuple) else 2
         self._like: Tensor = first.weight
+        self._last = is_channels_last(model)
         like = torch.empty(0, dtype=torch.float64, device="cpu")
-        self._nodes = nodes_of(model, unit.elements, None, (256,) * rank, lambda name, geometry: geometry, {})
+        self._nodes = nodes_of(
+            model.get_submodule, unit.elements, None, (256,) * rank, lambda name, geometry: geometry, {}
+        )
         channels = getattr(first, "in_channels", 0)
         with torch.no_grad():
             affine = interior_affine(self._nodes, model.get_submodule, channels, rank, like).dense()
@@ -120,10 +125,11 @@ class Merged:
         """The convolution by itself, in the model's dtype."""
         geometry = shrunk(self.geometry, size)
         weight = line.weight.transpose(1, 2).reshape(geometry.out_channels, -1, *geometry.kernel)
-        return filled(Affine(geometry, weight, line.constant.flatten()), self._like, requires_grad)
+        made = filled(Affine(geometry, weight, line.constant.flatten()), self._like, requires_grad)
+        return laid_out(made, self._last)
 
     def _record(self, geometry: Geometry) -> Merge:
-        trainable = trains(self._model, (step.name for step in steps_of(self._unit.elements)))
+        trainable = trains(self._model.get_submodule, (step.name for step in steps_of(self._unit.elements)))
         return record(Segment(self._nodes, geometry), trainable, False)
 
 

@@ -7,7 +7,7 @@ from nmconv.graph._elements import Element, Join, LinearRun, Step, elements_from
 from nmconv.graph._fingerprint import fingerprint
 from nmconv.graph._geometry import BEFORE, PADS, Padding, averages, before_hoisting, check_hooks, geometry_of, norm_of
 from nmconv.graph._lower import is_inplace
-from nmconv.graph._method import MethodTrace, trace_method
+from nmconv.graph._method import Method, MethodTrace, trace_methods
 from nmconv.graph._modules import LEAF, THROUGH, act_kind, hooks_of, is_activation, is_sequential, leaf_op
 from nmconv.graph._ops import PLAIN_ACTS, Op
 from nmconv.graph._quiet import chance_restored, mode_hidden
@@ -32,6 +32,7 @@ __all__ = [
     "Hop",
     "Join",
     "LinearRun",
+    "Method",
     "MethodTrace",
     "Op",
     "Padding",
@@ -69,6 +70,6 @@ __all__ = [
     "shapes_of",
     "steps_of",
     "text_of",
-    "trace_method",
+    "trace_methods",
     "without_end",
 ]

@@ -68,9 +68,9 @@ class Callers:
     """
 
     def __init__(self, model: nn.Module, seen: Sequence[Seen], looked_at: Iterable[int], broken: Iterable[str]) -> None:
-        self._model = model
+        self._modules = dict(model.named_modules(remove_duplicate=False))
         self._holders = Holders(model)
-        opaque = [model.get_submodule(name) for name in broken]
+        opaque = [self._modules[name] for name in broken]
         self._opaque = bool(opaque)
         self._read = {name for trace in seen for name in trace.read}
         self._settings = {held for trace in seen for held in trace.settings}.union(looked_at)
@@ -79,12 +79,12 @@ class Callers:
         self._times: Counter[int] = Counter()
         for trace in seen:
             for name, times in trace.calls.items():
-                module = id(model.get_submodule(name))
+                module = id(self._modules[name])
                 self._times[module] = max(self._times[module], times)
 
     def why_not(self, name: str) -> str:
         """Why the module cannot be replaced, or ""."""
-        module = self._model.get_submodule(name)
+        module = self._modules[name]
         if self._times[id(module)] != 1:
             return "it is called several times"
         if name in self._read:

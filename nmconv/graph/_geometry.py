@@ -53,11 +53,11 @@ def averages(module: nn.Module) -> bool:
     return not any(per_axis(pool.padding, _AVERAGES[type(module)]))
 
 
-def before_hoisting(model: nn.Module) -> Callable[[str, Geometry], Geometry]:
+def before_hoisting(named: Callable[[str], nn.Module]) -> Callable[[str, Geometry], Geometry]:
     """From a module's name and geometry to the geometry it had before its padding was hoisted."""
 
     def before(name: str, geometry: Geometry) -> Geometry:
-        held = model.get_submodule(name).__dict__.get(BEFORE)
+        held = named(name).__dict__.get(BEFORE)
         if held is None:
             return geometry
         return replace(geometry, padding=held.padding, mode=held.mode, stages=held.stages)

@@ -87,7 +87,7 @@ class _Lowering:
             return
         if not sources or self._reads_shape(node):
             return  # numbers, shapes, tensors made from them
-        module = self.tracer.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        module = self.tracer.module(str(node.target)) if node.op == "call_module" else None
         op = self._op(node, module)
         out = node.kwargs.get("out")
         inplace = is_inplace(node, module) or out in self.now

@@ -1,7 +1,8 @@
-"""One method of one module as fx graphs, each child a single call: what rewriting starts from."""
+"""Methods of modules as fx graphs, each child a single call: what rewriting starts from."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,12 @@ from torch import nn
 from nmconv.errors import RewriteError
 from nmconv.graph._constants import frozen_attributes
 from nmconv.graph._frozen import check_returned
-from nmconv.graph._quiet import changed_attributes, drew_random_numbers, in_mode, left_as_found, snapshot
+from nmconv.graph._quiet import in_mode, left_as_found, mode_hidden
 from nmconv.graph._records import Arguments
 from nmconv.graph._takes import arguments_from
-from nmconv.graph._tracer import FlowTracer
+from nmconv.graph._tracer import FlowTracer, Patches
 
-__all__ = ["MethodTrace", "trace_method"]
+__all__ = ["Method", "MethodTrace", "trace_methods"]
 
 
 @dataclass(eq=False)
@@ -35,47 +36,74 @@ class MethodTrace:
     constants: dict[str, Any]
 
 
-def trace_method(module: nn.Module, path: str, method: str, takes: str) -> MethodTrace:
-    """Trace a method for rewriting.
+@dataclass(frozen=True)
+class Method:
+    """A method to trace.
 
-    Args:
+    Attributes:
         module: Its owner; read only.
         path: The owner's qualified name, for messages.
-        method: The method's name.
+        name: The method's name.
         takes: The structure of its arguments, see :func:`nmconv.graph._takes.takes_of`.
-
-    Raises:
-        RewriteError: If a rewritten method could behave otherwise than the method does: control flow on tensors or
-            shapes, attributes that the forward stores, random decisions, contexts that it enters, a mode that is not
-            its own.
     """
-    what = f"{path or 'the model'}.{method} ({type(module).__name__})"
+
+    module: nn.Module
+    path: str
+    name: str
+    takes: str
+
+
+def trace_methods(methods: Sequence[Method]) -> list[MethodTrace | RewriteError]:
+    """Trace methods for rewriting.
+
+    Returns:
+        For each its traces, or a RewriteError where a rewritten method could behave otherwise than the method does:
+        control flow on tensors or shapes, attributes that the forward stores, random decisions, contexts that it
+        enters, a mode that is not its own.
+    """
+    made: list[MethodTrace | RewriteError] = []
+    if not methods:
+        return made
+    patches = Patches()
+
+    def trace() -> None:
+        made.extend(_traced(method, patches) for method in methods)
+
+    with mode_hidden():
+        patches.keep(trace)
+    return made
+
+
+def _traced(method: Method, patches: Patches) -> MethodTrace | RewriteError:
+    module = method.module
     try:
-        if method in module.__dict__:
+        if method.name in module.__dict__:
             raise RewriteError("it is set on the object itself, not on its class")
-        arguments = arguments_from(takes)
-        constants = frozen_attributes(module, method)
+        arguments = arguments_from(method.takes)
+        constants = frozen_attributes(module, method.name)
         readers: set[int] = set()
-        first = _trace(module, method, takes, False, readers)
+        first = _trace(method, False, readers, patches)
         if not readers:
             return MethodTrace(first, first, arguments, constants)
         if readers != {id(module)}:
             raise RewriteError("it asks for the mode of another module")
-        return MethodTrace(first, _trace(module, method, takes, True, readers), arguments, constants)
+        return MethodTrace(first, _trace(method, True, readers, patches), arguments, constants)
     except Exception as error:
         text = str(error).strip().split("\n")[0]
-        raise RewriteError(f"{what} cannot be rewritten: {text}") from error
+        what = f"{method.path or 'the model'}.{method.name} ({type(module).__name__})"
+        made = RewriteError(f"{what} cannot be rewritten: {text}")
+        made.__cause__ = error
+        return made
 
 
-def _trace(module: nn.Module, method: str, takes: str, training: bool, readers: set[int]) -> FlowTracer:
-    tracer = FlowTracer(deep=False, method=method)
-    with left_as_found(module), drew_random_numbers(module) as random, in_mode(training, readers):
-        before = snapshot(module)
-        tracer.run(module, arguments_from(takes))
+def _trace(method: Method, training: bool, readers: set[int], patches: Patches) -> FlowTracer:
+    tracer = FlowTracer(deep=False, method=method.name)
+    with left_as_found(method.module) as found, in_mode(training, readers):
+        tracer.run_in(patches, method.module, arguments_from(method.takes), "")
         check_returned(tracer.returned)
-        changed = changed_attributes(before)
+        changed, drew = found.changed(), found.drew()
     if changed:
         raise RewriteError(f"it stores attributes ({', '.join(changed[:3])})")
-    if random[0]:
+    if drew:
         raise RewriteError("it draws random numbers that tracing would freeze")
     return tracer

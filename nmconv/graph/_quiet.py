@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
 __all__ = [
+    "AsFound",
     "chance_restored",
-    "changed_attributes",
-    "drew_random_numbers",
     "in_mode",
     "is_chance",
     "left_as_found",
     "mode_hidden",
-    "snapshot",
 ]
 
 _Snapshot = list[tuple[Any, Any, str]]  # a container, what it held, and where it is
@@ -74,7 +74,7 @@ _INTERNAL = frozenset(key for key in nn.Module().__dict__ if key not in ("_param
 _ATOMS = frozenset((bool, int, float, str, bytes, type(None), torch.Tensor, nn.Parameter, torch.dtype, torch.device))
 
 
-def snapshot(model: nn.Module) -> _Snapshot:
+def _snapshot(model: nn.Module) -> _Snapshot:
     """Everything that attributes of the model's modules hold: dicts, lists, sets, queues and plain objects in them."""
     found: _Snapshot = []
     seen: set[int] = set()
@@ -85,9 +85,14 @@ def snapshot(model: nn.Module) -> _Snapshot:
         for key, value in space.items():
             if key in ("_parameters", "_buffers", "_modules"):
                 found.append((value, dict(value), where))
-            elif key not in _INTERNAL and type(value) not in _ATOMS:
+            elif key not in _INTERNAL and not _holds_nothing(value):
                 _note(value, where, found, seen, 3)
     return found
+
+
+def _holds_nothing(value: Any) -> bool:
+    kind = type(value)
+    return kind in _ATOMS or (kind is tuple and all(type(part) in _ATOMS for part in value))
 
 
 def _note(value: Any, where: str, found: _Snapshot, seen: set[int], depth: int) -> None:
@@ -113,7 +118,7 @@ def _parts(value: Any) -> Iterator[Any]:
     return iter(base.__iter__(value))
 
 
-def changed_attributes(before: _Snapshot) -> list[str]:
+def _changed(before: _Snapshot) -> list[str]:
     """``Class.attribute`` for everything that does not hold the very objects it held."""
     changed = []
     for value, held, where in before:
@@ -130,6 +135,12 @@ def changed_attributes(before: _Snapshot) -> list[str]:
 def _same(now: Any, before: Any) -> bool:
     """Whether a container still holds the same objects (never compares the objects: they may be tensors)."""
     if isinstance(before, dict):
+        if (  # nearly always, and all of it in C
+            len(now) == len(before)
+            and all(map(operator.is_, dict.values(now), before.values()))
+            and all(map(operator.eq, dict.keys(now), before))
+        ):
+            return True
         items = dict.items(now)
         return len(items) == len(before) and all(key in before and before[key] is value for key, value in items)
     parts = list(_parts(now))
@@ -154,7 +165,12 @@ def _restore(before: _Snapshot) -> None:
 
 def is_chance(value: Any) -> bool:
     """Whether the object is a random generator of its own."""
-    return isinstance(value, (random.Random, torch.Generator)) or type(value).__module__.startswith("numpy.random")
+    return _is_chance(type(value))  # type: ignore[arg-type]
+
+
+@cache
+def _is_chance(kind: Any) -> bool:
+    return issubclass(kind, (random.Random, torch.Generator)) or kind.__module__.startswith("numpy.random")
 
 
 class _Chance:
@@ -165,7 +181,7 @@ class _Chance:
             value
             for module in model.modules()
             for key, value in module.__dict__.items()
-            if key not in _INTERNAL and type(value) not in _ATOMS and is_chance(value)
+            if _is_chance(type(value)) and key not in _INTERNAL  # type: ignore[arg-type]
         ]
         self._numpy = sys.modules.get("numpy")
         self._devices = [kind for kind in (torch.cuda, torch.xpu) if kind.is_initialized()]
@@ -236,21 +252,34 @@ def chance_restored(model: nn.Module) -> Iterator[None]:
         chance.put_back()
 
 
+class AsFound:
+    """What a model's attributes held and where its random generators stood."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._attributes = _snapshot(model)
+        self._chance = _Chance(model)
+
+    def changed(self) -> list[str]:
+        """``Class.attribute`` for everything that does not hold the very objects it held."""
+        return _changed(self._attributes)
+
+    def drew(self) -> bool:
+        """Whether anything was drawn from a random generator."""
+        return self._chance.moved()
+
+    def put_back(self) -> None:
+        """All of it as it was."""
+        try:
+            self._chance.put_back()
+        finally:
+            _restore(self._attributes)
+
+
 @contextmanager
-def left_as_found(model: nn.Module) -> Iterator[None]:
+def left_as_found(model: nn.Module) -> Iterator[AsFound]:
     """Put attributes (caches that tracing fills with proxies, counters) and random states back on the way out."""
-    before = snapshot(model)
+    found = AsFound(model)
     try:
-        with chance_restored(model):
-            yield
+        yield found
     finally:
-        _restore(before)
-
-
-@contextmanager
-def drew_random_numbers(model: nn.Module) -> Iterator[list[bool]]:
-    """A list that on the way out holds whether anything was drawn from a random generator."""
-    chance = _Chance(model)
-    answer: list[bool] = []
-    yield answer
-    answer.append(chance.moved())
+        found.put_back()

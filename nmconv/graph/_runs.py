@@ -93,7 +93,7 @@ class _Finder:
         if _adds_nothing(node):
             return "pass"
         if self.pools and node.op is Op.POOL and node.origin.op == "call_module":
-            return "pool" if averages(self.tracer.root.get_submodule(str(node.origin.target))) else None
+            return "pool" if averages(self.tracer.module(str(node.origin.target))) else None
         return _KINDS.get(node.op)
 
     def _single(self, index: int) -> bool:

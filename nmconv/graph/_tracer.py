@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from nmconv.graph._records import ActCall, Arguments, Frame, UnknownTensor, coll
 from nmconv.graph._sizes import Sizes
 from nmconv.graph._values import Unknown, Values
 
-__all__ = ["FlowTracer"]
+__all__ = ["FlowTracer", "Patches"]
 
 
 class FlowTracer(Tracer):
@@ -61,6 +61,8 @@ class FlowTracer(Tracer):
         self.odd: dict[str, str] = {}
         self.helped: dict[tuple[str, str], list[Arguments]] = {}
         self.values: Values
+        self._named: dict[str, nn.Module] = {}
+        self.proxies: dict[str, Proxy] = {}  # of parameters and buffers, in a method
         self.stack: list[Frame] = []
         self._attributes: dict[int, str] = {}
         self._arguments: Arguments | None = None
@@ -78,17 +80,42 @@ class FlowTracer(Tracer):
         Raises:
             Exception: Whatever the forward raises when it meets proxies.
         """
-        self.values = Values(root)
+        self._prepare(root, arguments, path)
+        looks = looks_noted(root, self.looked_at) if self.deep else nullcontext()
+        with looks, patched_isinstance(self.looked_at) as self._patch_isinstance:
+            self._patch_isinstance(type(root))
+            return self.trace(root)
+
+    def run_in(self, patches: Patches, root: nn.Module, arguments: Arguments, path: str) -> Graph:
+        """The same inside of :meth:`Patches.keep`, for one method of a module: what fx's own ``trace`` does."""
+        self._prepare(root, arguments, path)
+        patches.shadow(type(root))
+        function = getattr(type(root), self.traced_func_name)
+        if not isinstance(function, FunctionType):
+            raise TraceError(f"{self.traced_func_name} is a {type(function).__name__}, no function")
+        self.root = root
+        self.graph = Graph(tracer_cls=type(self))
+        self.submodule_paths = {module: name for name, module in root.named_modules()}
+        self.tensor_attrs = {
+            value: _join(name, key)
+            for name, module in root.named_modules()
+            for key, value in module.__dict__.items()
+            if isinstance(value, torch.Tensor)
+        }
+        call, _ = self.create_args_for_root(function, True)
+        made = patches.call(self, function, call)
+        self.create_node("output", "output", (self.create_arg(made),), {})
+        self.submodule_paths = None
+        return self.graph
+
+    def _prepare(self, root: nn.Module, arguments: Arguments, path: str) -> None:
+        self.values = Values(root, self.module)
         self._arguments = arguments
         tensors = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
         self._attributes = {id(value): name for name, value in reversed(tensors)}
         self._state = self._ambient()
         self.stack = [Frame(root, path)]
         self.prefix = f"{path}." if path else ""
-        looks = looks_noted(root, self.looked_at) if self.deep else nullcontext()
-        with looks, patched_isinstance(self.looked_at) as self._patch_isinstance:
-            self._patch_isinstance(type(root))
-            return self.trace(root)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -172,6 +199,10 @@ class FlowTracer(Tracer):
         return proxy
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
+        return self.attribute(attr_val, parameter_proxy_cache)
+
+    def attribute(self, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
+        """A module's attribute as a forward sees it."""
         if isinstance(attr_val, torch.Tensor):
             name = self._attributes.get(id(attr_val))
             if name is not None:
@@ -187,6 +218,7 @@ class FlowTracer(Tracer):
                 return m.forward(*args, **kwargs)
             raise TraceError(f"a {type(m).__name__} is called that is no submodule")
         frame = self.stack[-1]
+        self._named[name] = m
         op = leaf_op(m)
         if op is not None or not self.deep:
             proxy = self.create_proxy("call_module", name, args, kwargs)
@@ -233,6 +265,12 @@ class FlowTracer(Tracer):
     def known_device(self) -> torch.device | None:
         """The model's device, for analysis; a rewritten method must ask its input."""
         return self.values.device if self.deep else None
+
+    def module(self, name: str) -> nn.Module:
+        """The root's submodule of that name; torch finds it anew each time, step by step."""
+        if name not in self._named:
+            self._named[name] = self.root.get_submodule(name)
+        return self._named[name]
 
     def is_number(self, node: Node) -> bool:
         """Whether the node is a number computed from shapes."""
@@ -344,6 +382,48 @@ class FlowTracer(Tracer):
             _AUTOCAST("cpu"),
             _AUTOCAST("cuda"),
         )
+
+
+class Patches(Tracer):
+    """The patches that fx makes for one trace, kept for many: making them takes longer than tracing a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._do: Callable[[], None] = lambda: None
+        self._running: FlowTracer | None = None
+        self._call: Callable[[], Any] = lambda: None
+        self._outer = nn.Module()
+
+    def keep(self, do: Callable[[], None]) -> None:
+        """Call ``do``, which traces methods by :meth:`FlowTracer.run_in`."""
+        self._do = do
+        with patched_isinstance(set()) as self.shadow:
+            self.trace(self._outer)
+
+    def call(self, tracer: FlowTracer, function: FunctionType, call: Callable[[], Any]) -> Any:
+        """``call``, during which modules and attributes are the tracer's; ``function`` is what it runs."""
+        self._running, self._call = tracer, call
+        # Called as a module's forward, it has its globals searched for math's functions, as fx does.
+        self._outer.__dict__["forward"] = function
+        try:
+            return self._outer()
+        finally:
+            self._running = None
+
+    def create_args_for_root(self, *_: Any, **__: Any) -> tuple[Any, list[Any]]:
+        """What fx calls under its patches."""
+        return self._do, []
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
+        tracer = self._running
+        return attr_val if tracer is None else tracer.attribute(attr_val, tracer.proxies)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if m is self._outer:
+            return self._call()
+        if self._running is None:
+            return forward(*args, **kwargs)
+        return self._running.call_module(m, forward, args, kwargs)
 
 
 class _Undisturbed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,23 +14,10 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.fx.proxy import TraceError
 
-from nmconv.graph._geometry import per_axis
-from nmconv.graph._modules import leaf_op
-from nmconv.graph._ops import FUNCTIONS, METHODS, Op
 from nmconv.graph._quiet import in_mode
-from nmconv.graph._zoo import is_norm_act
+from nmconv.graph._rules import shape_of_function, shape_of_module
 
 __all__ = ["Unknown", "Values", "fake_input"]
-
-
-# What gives results shaped as its input; evaluating a norm's parts costs the most of all.
-_KEEP_SHAPE = (Op.NORM, Op.ACT, Op.DROP, Op.BOUNDED, Op.PASS)
-_SLIDING = (
-    (nn.Conv1d, nn.MaxPool1d, nn.AvgPool1d),
-    (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d),
-    (nn.Conv3d, nn.MaxPool3d, nn.AvgPool3d),
-)
-_RANKS: dict[type, int] = {kind: rank for rank, kinds in enumerate(_SLIDING, 1) for kind in kinds}
 
 
 class Unknown(TraceError):
@@ -50,10 +38,12 @@ class Values:
 
     Args:
         root: The module the graph belongs to. If its parameters are on the meta device, no fakes are needed.
+        named: From a name to the root's submodule, where somebody keeps them.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, named: Callable[[str], nn.Module] | None = None) -> None:
         self._root = root
+        self._named = named or root.get_submodule
         self._known: dict[Node, Any] = {}
         self._lost: set[Node] = set()
         first = next(iter(root.parameters()), None)
@@ -130,7 +120,7 @@ class Values:
             raise Unknown(f"the shape of input {node.target!r} is not known")
         if node.op == "get_attr":
             return self._attribute(str(node.target))
-        module = self._root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        module = self._named(str(node.target)) if node.op == "call_module" else None
         plain = self._shaped(node, module)
         if plain is not None:
             return plain
@@ -149,51 +139,31 @@ class Values:
 
     def _shaped(self, node: Node, module: nn.Module | None) -> Any:
         """The node's value where a rule tells its shape, or None."""
-        given: list[Any] = [self._known[part] if isinstance(part, Node) else part for part in node.args]
-        tensors = [part for part in given if isinstance(part, (torch.Tensor, _Shaped))]
+        given = [self._told(part) for part in node.args]
         first = given[0] if given else None
+        if isinstance(first, list) and first:
+            first = first[0]
         if not isinstance(first, (torch.Tensor, _Shaped)):
             return None
-        if module is not None:
-            if leaf_op(module) in _KEEP_SHAPE or is_norm_act(module):
-                return first
-            shape = _slid(module, first)
-            return None if shape is None else _Shaped(shape, first.dtype, first.device)
-        op = METHODS.get(str(node.target)) if node.op == "call_method" else FUNCTIONS.get(node.target)  # type: ignore[arg-type]
-        if op is Op.ADD and len(given) == len(tensors) == 2 and not node.kwargs:
-            return first if len({(tuple(part.shape), part.dtype, part.device) for part in tensors}) == 1 else None
-        return first if op is Op.ACT else None
+        if module is None:
+            shape = shape_of_function(node, given)
+        else:
+            shape = shape_of_module(module, first) if first is given[0] else None
+        if shape is None or shape == tuple(first.shape):
+            return None if shape is None else first
+        return _Shaped(shape, first.dtype, first.device)
+
+    def _told(self, value: Any) -> Any:
+        """What is known of an argument."""
+        if isinstance(value, Node):
+            return self._known[value]
+        return [self._told(part) for part in value] if isinstance(value, (list, tuple)) else value
 
     def _attribute(self, name: str) -> Any:
         value: Any = self._root
         for part in name.split("."):
             value = getattr(value, part)
         return self.like(value) if isinstance(value, torch.Tensor) else value
-
-
-def _slid(module: nn.Module, x: Any) -> tuple[int, ...] | None:
-    """The shape that one of torch's own convolutions or pools gives, a hundred times as fast as by a fake tensor."""
-    rank = _RANKS.get(type(module), 0)
-    usual = len(x.shape) == rank + 2 and all(type(size) is int for size in x.shape)
-    if not rank or not usual or "forward" in module.__dict__:
-        return None
-    slid: Any = module
-    if isinstance(slid, nn.modules.conv._ConvNd):
-        if x.shape[1] != slid.in_channels or x.dtype != slid.weight.dtype or isinstance(slid.padding, str):
-            return None
-    elif slid.ceil_mode or getattr(slid, "return_indices", False):
-        return None
-    given = (slid.kernel_size, slid.stride, slid.padding, getattr(slid, "dilation", 1))
-    kernel, stride, padding, dilation = (per_axis(value, rank) for value in given)
-    if not len(kernel) == len(stride) == len(padding) == len(dilation) == rank:
-        return None
-    if hasattr(slid, "ceil_mode") and any(2 * pad > taps for pad, taps in zip(padding, kernel, strict=True)):
-        return None
-    sizes = [
-        (x.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis] + 1
-        for axis in range(rank)
-    ]
-    return (x.shape[0], getattr(slid, "out_channels", x.shape[1]), *sizes) if min(sizes) > 0 else None
 
 
 def fake_input(root: nn.Module, values: Values, size: tuple[int, ...] | None) -> torch.Tensor | None:

@@ -14,7 +14,16 @@ from nmconv.graph import mode_hidden
 from nmconv.io._content import Content
 from nmconv.io._fit import check_merges, check_plan
 from nmconv.io._problems import Damaged, Foreign
-from nmconv.merging import Merge, conv_module, install, like_of, trains, write_methods
+from nmconv.merging import (
+    Merge,
+    conv_module,
+    install,
+    is_channels_last,
+    laid_out,
+    like_of,
+    trains,
+    write_methods,
+)
 from nmconv.surgery import apply_plan
 
 __all__ = ["Homes", "replay"]
@@ -51,13 +60,14 @@ def _merge(model: nn.Module, merges: Sequence[Merge], homes: Homes) -> None:
     for error in failed.values():
         raise error
     convs: dict[str, nn.Module] = {}
+    last = is_channels_last(model)
     for merge in merges:
         if merge.live:  # its factors stay where they are
             continue
         head: Any = model.get_submodule(merge.head)
         weight = like_of(head)
-        made = conv_module(merge.geometry, torch.empty(0, dtype=weight.dtype, device="meta"))
-        made.requires_grad_(trains(model, (merge.head, *merge.removed)))
+        made = laid_out(conv_module(merge.geometry, torch.empty(0, dtype=weight.dtype, device="meta")), last)
+        made.requires_grad_(trains(model.get_submodule, (merge.head, *merge.removed)))
         made.training = head.training
         homes[made] = homes.pop(head, weight.device)
         convs[merge.head] = made

@@ -6,7 +6,7 @@ from nmconv.merging._brackets import Node, Segment, nodes_of
 from nmconv.merging._install import install, norms_behind, record, trains, write_methods
 from nmconv.merging._interior import interior_affine, interior_geometry
 from nmconv.merging._merge import find_runs, fold_norms, merge
-from nmconv.merging._module import conv_module, filled, is_finite, like_of
+from nmconv.merging._module import conv_module, filled, is_channels_last, is_finite, laid_out, like_of
 from nmconv.merging._numbers import has_plain_parameter
 from nmconv.merging._records import Merge, Run
 
@@ -25,7 +25,9 @@ __all__ = [
     "install",
     "interior_affine",
     "interior_geometry",
+    "is_channels_last",
     "is_finite",
+    "laid_out",
     "like_of",
     "merge",
     "nodes_of",

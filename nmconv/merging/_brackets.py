@@ -103,7 +103,7 @@ class Bracketing:
 
 
 def nodes_of(
-    model: nn.Module,
+    named: Callable[[str], nn.Module],
     elements: Iterable[Element],
     channels: int | None,
     sizes: tuple[int, ...],
@@ -113,7 +113,7 @@ def nodes_of(
     """Elements with their numbers.
 
     Args:
-        model: Holds the modules.
+        named: From a name to the model's module.
         elements: Of a run.
         channels: That come in, where known.
         sizes: That come in.
@@ -122,13 +122,13 @@ def nodes_of(
     """
     elements = tuple(elements)
     if channels is None:
-        channels = _channels_in(model, elements)
+        channels = _channels_in(named, elements)
     found = []
     for element in elements:
         if isinstance(element, Step):
-            node = _step(model, element, channels or 0, sizes, padding)
+            node = _step(named, element, channels or 0, sizes, padding)
         else:
-            node = _join(model, element, channels or 0, sizes, padding, refused)
+            node = _join(named, element, channels or 0, sizes, padding, refused)
         found.append(node)
         sizes = node.result
         if isinstance(node.geometry, Geometry):
@@ -136,12 +136,12 @@ def nodes_of(
         else:
             convs = [step.name for step in steps_of([element]) if step.kind == "conv"]
             if convs:  # the last one's, in a sum the last one's of either branch
-                channels = getattr(model.get_submodule(convs[-1].partition(":")[0]), "out_channels", channels)
+                channels = getattr(named(convs[-1].partition(":")[0]), "out_channels", channels)
     return tuple(found)
 
 
 def _step(
-    model: nn.Module,
+    named: Callable[[str], nn.Module],
     step: Step,
     channels: int,
     sizes: tuple[int, ...],
@@ -150,14 +150,14 @@ def _step(
     rank = len(sizes)
     if step.quiet:
         try:
-            check_hooks(model.get_submodule(step.name), step.name)
+            check_hooks(named(step.name), step.name)
         except Refusal as refusal:
             return Node(step, refusal, sizes, sizes, 0)
         return Node(step, identity(channels, rank), sizes, sizes, 0)
     try:
         if ":" in step.name:
             raise Refusal(step.why)
-        module = model.get_submodule(step.name)
+        module = named(step.name)
         geometry: Geometry | Refusal = geometry_of(module, step.kind, channels, rank)
     except Refusal as refusal:
         return Node(step, Refusal(f"{step.name}: {refusal}"), sizes, sizes, 0)
@@ -179,14 +179,14 @@ def _step(
 
 
 def _join(
-    model: nn.Module,
+    named: Callable[[str], nn.Module],
     join: Join,
     channels: int,
     sizes: tuple[int, ...],
     padding: Callable[[str, Geometry], Geometry],
     refused: Mapping[str, str],
 ) -> Node:
-    branches = tuple(nodes_of(model, branch, channels, sizes, padding, refused) for branch in join.branches)
+    branches = tuple(nodes_of(named, branch, channels, sizes, padding, refused) for branch in join.branches)
     results = {branch[-1].result if branch else sizes for branch in branches}
     result = next(iter(results))
     width = channels
@@ -270,16 +270,16 @@ def _alone(node: Node, price: Price, fold: bool, fewest: bool) -> Bracketing:
     return kept
 
 
-def _channels_in(model: nn.Module, elements: Iterable[Element]) -> int | None:
+def _channels_in(named: Callable[[str], nn.Module], elements: Iterable[Element]) -> int | None:
     """What the first convolution or norm takes."""
     for element in elements:
         if isinstance(element, Join):
             for branch in element.branches:
-                found = _channels_in(model, branch)
+                found = _channels_in(named, branch)
                 if found is not None:
                     return found
         elif ":" not in element.name and element.kind in ("conv", "norm"):
-            module = model.get_submodule(element.name)
+            module = named(element.name)
             if isinstance(module, _ConvNd):
                 return module.in_channels
             mean = getattr(module, "running_mean", None)

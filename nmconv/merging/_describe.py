@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -14,8 +15,14 @@ from nmconv.planning import Geometry, Refusal
 __all__ = ["described", "parameters_of"]
 
 
-def described(model: nn.Module, nodes: tuple[Node, ...], price: Price) -> Run:
-    """A run of the model as plain data."""
+def described(named: Callable[[str], nn.Module], nodes: tuple[Node, ...], price: Price) -> Run:
+    """A run as plain data.
+
+    Args:
+        named: From a name to the model's module.
+        nodes: Of the run.
+        price: Of the gate.
+    """
     steps = list(steps_of(node.element for node in nodes))
     choice: Bracketing = bracket(nodes, price, fold=True, fewest=False)
     real = [segment for segment in choice.segments if not segment.is_fold]
@@ -27,7 +34,7 @@ def described(model: nn.Module, nodes: tuple[Node, ...], price: Price) -> Run:
     except Refusal as refusal:
         why, exact = str(refusal), False
     convs = tuple(step.name for step in steps if step.kind == "conv")
-    before = {name: sum(p.numel() for p in parameters_of(model, name)) for name in {step.name for step in steps}}
+    before = {name: sum(p.numel() for p in parameters_of(named, name)) for name in {step.name for step in steps}}
     taken = {step.name for part in choice.segments for step in steps_of(node.element for node in part.nodes)}
     after = sum(_numbers(part.geometry) for part in choice.segments)
     after += sum(count for name, count in before.items() if name not in taken)
@@ -45,9 +52,9 @@ def described(model: nn.Module, nodes: tuple[Node, ...], price: Price) -> Run:
     )
 
 
-def parameters_of(model: nn.Module, name: str) -> list[Tensor]:
+def parameters_of(named: Callable[[str], nn.Module], name: str) -> list[Tensor]:
     """Of a step's own module, none of its children's; a function has none."""
-    return [] if ":" in name else list(model.get_submodule(name).parameters(recurse=False))
+    return [] if ":" in name else list(named(name).parameters(recurse=False))
 
 
 def _numbers(geometry: Geometry) -> int:

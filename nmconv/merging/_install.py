@@ -15,7 +15,7 @@ from nmconv.merging._asking import get_merges
 from nmconv.merging._brackets import Node, Segment, geometry_of_nodes, nodes_of
 from nmconv.merging._folded import AfterNorm, FoldedDropout, FoldedNorm, Told, folded_kind, told_of
 from nmconv.merging._live import LIVE, go_live
-from nmconv.merging._module import filled, like_of
+from nmconv.merging._module import filled, is_channels_last, laid_out, like_of
 from nmconv.merging._numbers import affine_in_double
 from nmconv.merging._records import Merge
 from nmconv.planning import Refusal, Sum
@@ -44,9 +44,9 @@ def record(segment: Segment, trainable: bool, live: bool) -> Merge:
     )
 
 
-def trains(model: nn.Module, names: Iterable[str]) -> bool:
+def trains(named: Callable[[str], nn.Module], names: Iterable[str]) -> bool:
     """Whether any parameter of these modules requires gradients: whether those of what replaces them are to."""
-    parts = (model.get_submodule(name) for name in names)
+    parts = map(named, names)
     return any(value.requires_grad for part in parts for value in part.parameters(recurse=False))
 
 
@@ -105,18 +105,18 @@ def _sums_in(elements: Iterable[Element], owner: str) -> Iterator[Join]:
 
 def write_methods(model: nn.Module, merges: Sequence[Merge]) -> tuple[dict[str, Any], dict[str, RewriteError]]:
     """The forwards that the merges' additions are taken out of, by owner; and why others cannot be written."""
-    edits: dict[str, Edit] = {}
+    edits: dict[tuple[str, str], Edit] = {}
     for merge in merges:
         for addition in merge.sums:
-            edit = edits.setdefault(addition.owner, Edit(addition.takes))
+            edit = edits.setdefault((addition.owner, "forward"), Edit(addition.takes))
             edit.sums.append(addition)
     made: dict[str, Any] = {}
     failed: dict[str, RewriteError] = {}
-    for owner, edit in edits.items():
-        try:
-            made[owner] = rewrite(model, owner, "forward", edit, ())
-        except RewriteError as error:
-            failed[owner] = error
+    for (owner, _), written in rewrite(model, edits, ()).items():
+        if isinstance(written, RewriteError):
+            failed[owner] = written
+        else:
+            made[owner] = written
     return made, failed
 
 
@@ -155,11 +155,11 @@ def bake(model: nn.Module, undo: Undo) -> None:
     rounds = get_merges(model)
     if not any(merge.live for merges in rounds for merge in merges):
         return
-    slots = _slots(model)
+    slots, last = _slots(model), is_channels_last(model)
     told = told_of(model, undo)
     for merge in (merge for merges in rounds for merge in merges if merge.live):
         head: Any = model.get_submodule(merge.head)
-        conv = filled(head.__dict__[LIVE].affine(affine_in_double), like_of(head), merge.trainable)
+        conv = laid_out(filled(head.__dict__[LIVE].affine(affine_in_double), like_of(head), merge.trainable), last)
         _put(model, slots, {name: _left_of(model.get_submodule(name), told, False) for name in merge.removed}, undo)
         _put(model, slots, {merge.head: conv}, undo)
     undo.append(_restoring_mark(model))
@@ -192,7 +192,9 @@ def nodes_of_merge(model: nn.Module, merge: Merge) -> tuple[Node, ...]:
     """
     elements = elements_from(merge.factors)
     sizes = tuple(max(extent, 1) for extent in merge.geometry.extent)
-    nodes = nodes_of(model, elements, merge.geometry.in_channels, sizes, lambda name, geometry: geometry, {})
+    nodes = nodes_of(
+        model.get_submodule, elements, merge.geometry.in_channels, sizes, lambda name, geometry: geometry, {}
+    )
     try:
         found = geometry_of_nodes(nodes, merge.geometry.in_channels, merge.geometry.rank)
     except Refusal as refusal:

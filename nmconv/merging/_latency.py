@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from nmconv.graph import Join, Step, chance_restored
 from nmconv.merging._brackets import Node, Segment
 from nmconv.merging._called import called
-from nmconv.merging._module import conv_module
+from nmconv.merging._module import channels_last, conv_module, laid_out
 from nmconv.planning import Geometry, Refusal, composed
 from nmconv.surgery import copy_of
 from nmconv.timing import drawn, interleaved, noise, ratios, runner
@@ -35,11 +36,14 @@ class LatencyGate:
         backend: ``eager``, ``compile``, ``frozen`` or ``onnxruntime``.
         min_gain: What time before over time after must reach.
         before: From a module's name and geometry to the geometry before its padding was hoisted.
+        channels_last: Whether the model's weights, and what it is called with, are.
     """
 
-    def __init__(self, like: Tensor, batch: int, backend: str, min_gain: float, before: Any) -> None:
+    def __init__(
+        self, like: Tensor, batch: int, backend: str, min_gain: float, before: Any, channels_last: bool
+    ) -> None:
         self._like, self._batch, self._backend, self._min_gain = like, batch, backend, min_gain
-        self._before = before
+        self._before, self._last = before, channels_last
         self._known: dict[Any, tuple[float, float]] = {}
 
     def price(self, segment: Segment) -> float | None:
@@ -56,6 +60,10 @@ class LatencyGate:
         if key not in self._known:
             x = noise((self._batch, segment.geometry.in_channels, *sizes), self._like)
             sides = (_sequence(segment.nodes, self._like, self._before), _conv(segment.geometry, self._like))
+            if self._last:
+                x = channels_last(x)
+                for part in (module for side in sides for module in side.modules() if isinstance(module, _ConvNd)):
+                    laid_out(part, True)
             runners = [runner(side.eval(), (x,), self._backend) for side in sides]
             for rounds in _ROUNDS:
                 times = interleaved(runners, rounds=rounds, seconds=0.02)

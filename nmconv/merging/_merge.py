@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ from nmconv.merging._describe import described, parameters_of
 from nmconv.merging._install import bake, check_calls, install, record, trains, write_methods
 from nmconv.merging._latency import LatencyGate, is_slower
 from nmconv.merging._live import affine_of_nodes, why_not_live
-from nmconv.merging._module import conv_module, filled, like_of
+from nmconv.merging._module import conv_module, filled, is_channels_last, laid_out, like_of
 from nmconv.merging._numbers import affine_in_double
 from nmconv.merging._records import Merge, Run
 from nmconv.merging._verify import check_model_outputs, check_segment
@@ -155,7 +155,7 @@ def find_runs(model: nn.Module, *, min_gain: float = 1.05, example_inputs: Any =
         made = _Merging(model, example_inputs, False)
         made.settle(_flops(min_gain), fold=True, fewest=False)
         runs = [nodes for nodes in made.runs if sum(len(node.convs) for node in nodes) > 1 or nodes[-1].element.pools]
-        return tuple(described(model, nodes, _flops(min_gain)) for nodes in runs)
+        return tuple(described(model.get_submodule, nodes, _flops(min_gain)) for nodes in runs)
 
 
 def _refuse(nodes: Sequence[Node], reason: Refusal) -> None:
@@ -186,6 +186,7 @@ class _Merging:
 
     def __init__(self, model: nn.Module, example_inputs: Any, live: bool) -> None:
         self._model = model
+        self._named = dict(model.named_modules(remove_duplicate=False)).__getitem__
         self._examples = example_inputs
         self._live = live
         self.why_not_live = ""  # of the first module that cannot be a factor
@@ -196,12 +197,12 @@ class _Merging:
         self._merges: list[Merge] = []  # the same as plain data
 
     def _nodes(self, run: LinearRun) -> tuple[Node, ...]:
-        hooked = [name for name in run.crossed if hooks_of(self._model.get_submodule(name))]
+        hooked = [name for name in run.crossed if hooks_of(self._named(name))]
         source = run.source
-        rank = _rank(self._model, run)
+        rank = _rank(self._named, run)
         known = source is not None and len(source) in (rank, rank + 1) and all(isinstance(size, int) for size in source)
         sizes = source[-rank:] if source and known else (_SIZE,) * rank  # less one where there is no batch
-        nodes = nodes_of(self._model, run.elements, None, sizes, before_hoisting(self._model), self._refused)
+        nodes = nodes_of(self._named, run.elements, None, sizes, before_hoisting(self._named), self._refused)
         if hooked:
             reason = Refusal(f"{hooked[0]} has a hook, which would see other values: remove it first")
             _refuse(nodes, reason)
@@ -220,7 +221,7 @@ class _Merging:
             elif node.element.kind == "pool":
                 node.geometry = Refusal(f"{node.element.name} is an average pool, no factor of a live kernel")
             elif node.element.kind != "pass" and ":" not in node.element.name:
-                why = why_not_live(self._model.get_submodule(node.element.name))
+                why = why_not_live(self._named(node.element.name))
                 if why:
                     node.geometry = Refusal(f"{node.element.name}: {why}")
                     self.why_not_live = self.why_not_live or str(node.geometry)
@@ -232,7 +233,8 @@ class _Merging:
         like = next(iter(self._model.parameters()), torch.empty(0))
         tensors = [value for value in tree_leaves(example_inputs) if isinstance(value, Tensor)]
         batch = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
-        return LatencyGate(like, batch, backend, min_gain, before_hoisting(self._model)).price
+        last = is_channels_last(self._model)
+        return LatencyGate(like, batch, backend, min_gain, before_hoisting(self._named), last).price
 
     def choose(self, price: Price, *, fold: bool, fewest: bool) -> None:
         """Decide on segments, all in eval mode."""
@@ -245,7 +247,7 @@ class _Merging:
             chosen = [bracket(nodes, price, fold=fold, fewest=fewest) for nodes in self.runs]
             self.segments = [segment for choice in chosen for segment in choice.segments]
             self._merges = [
-                record(segment, trains(self._model, _names(segment)), self._live) for segment in self.segments
+                record(segment, trains(self._named, _names(segment)), self._live) for segment in self.segments
             ]
             self._methods, failed = write_methods(self._model, self._merges)
             if not failed:
@@ -260,7 +262,7 @@ class _Merging:
     def _check_parts(self) -> None:
         for segment in self.segments:
             for name in _names(segment):
-                if self._model.get_submodule(name).__dict__["training"]:
+                if self._named(name).__dict__["training"]:
                     raise MergeError(f"{name} is in train mode, though the model is not: call model.eval() first")
 
     # -- doing --------------------------------------------------------------------------------------------------------
@@ -274,18 +276,19 @@ class _Merging:
         if not self.segments:
             return self._model if inplace else copy_of(self._model)
         convs: dict[str, nn.Module] = {}
-        merges = self._merges
+        merges, last = self._merges, is_channels_last(self._model)
         for segment, merge in zip(self.segments, merges, strict=True):
-            like = like_of(self._model.get_submodule(merge.head))
+            like = like_of(self._named(merge.head))
             if like.is_meta:
-                convs[merge.head] = conv_module(merge.geometry, like).requires_grad_(merge.trainable).train(False)
+                made = laid_out(conv_module(merge.geometry, like), last)
+                convs[merge.head] = made.requires_grad_(merge.trainable).train(False)
                 continue
             affine = self._affine(segment)
             check_segment(self._model, segment, affine)
             if self._live:
                 continue
             try:
-                convs[merge.head] = filled(affine, like, merge.trainable)
+                convs[merge.head] = laid_out(filled(affine, like, merge.trainable), last)
             except ValueError as error:
                 raise MergeError(f"{segment.convs[0]} … {segment.convs[-1]}: {error}") from error
         model = self._model if inplace else copy_of(self._model, self._spare())
@@ -303,8 +306,8 @@ class _Merging:
         """What will not be in the merged model: whole modules, or where a part of one stays its parameters."""
         for merge in self._merges:
             for name in () if merge.live else (merge.head, *merge.removed):
-                module = self._model.get_submodule(name)
-                yield from parameters_of(self._model, name)
+                module = self._named(name)
+                yield from parameters_of(self._named, name)
                 if next(module.children(), None) is None:
                     yield module
 
@@ -312,9 +315,7 @@ class _Merging:
         """The segment as one convolution, in float64."""
         nodes = segment.nodes[:-1] if segment.geometry.pooled else segment.nodes
         like = torch.empty(0, dtype=torch.float64, device=self._device())
-        return replace(
-            affine_of_nodes(nodes, self._model.get_submodule, affine_in_double, like), geometry=segment.geometry
-        )
+        return replace(affine_of_nodes(nodes, self._named, affine_in_double, like), geometry=segment.geometry)
 
     def _device(self) -> str:
         first = next(iter(self._model.parameters()), None)
@@ -347,9 +348,9 @@ def _names(segment: Segment) -> list[str]:
     return [step.name for step in steps_of(node.element for node in segment.nodes)]
 
 
-def _rank(model: nn.Module, run: LinearRun) -> int:
+def _rank(named: Callable[[str], nn.Module], run: LinearRun) -> int:
     for step in steps_of(run.elements):
-        size = getattr(model.get_submodule(step.name.partition(":")[0]), "kernel_size", None)
+        size = getattr(named(step.name.partition(":")[0]), "kernel_size", None)
         if step.kind == "conv" and isinstance(size, tuple):
             return len(size)
     return 2

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from nmconv.merging._algebra import Affine, apply, response, sizes_of
 from nmconv.planning import Geometry
 
-__all__ = ["MergedConv", "conv_module", "filled", "is_finite", "is_plain", "like_of"]
+__all__ = [
+    "MergedConv",
+    "channels_last",
+    "conv_module",
+    "filled",
+    "is_channels_last",
+    "is_finite",
+    "is_plain",
+    "laid_out",
+    "like_of",
+]
 
 
 _BITS = 8  # times smaller than the least number that has all its digits: three bits fewer
@@ -155,6 +165,33 @@ def conv_module(geometry: Geometry, like: Tensor) -> nn.Module:
     )  # fmt: skip
     made.__class__ = _CLASSES[geometry.rank]
     return made
+
+
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by how many extents a weight has
+
+
+def channels_last(value: Tensor) -> Tensor:
+    """The value in memory channels last, where it has as many extents as that takes."""
+    return value.contiguous(memory_format=_LAST[value.dim()]) if value.dim() in _LAST else value
+
+
+def is_channels_last(model: nn.Module) -> bool:
+    """Whether the model's convolutions have their weights in memory channels last, all those that can tell."""
+    told = set()
+    for module in model.modules():
+        weight = module._parameters.get("weight") if isinstance(module, nn.modules.conv._ConvNd) else None
+        if weight is not None and weight.dim() in _LAST:
+            ways = weight.is_contiguous(), weight.is_contiguous(memory_format=_LAST[weight.dim()])
+            told |= {ways[1]} if ways[0] != ways[1] else set()  # a 1x1 is both
+    return told == {True}
+
+
+def laid_out(module: nn.Module, last: bool) -> nn.Module:
+    """The convolution itself, its weight in memory channels last if so: else some backends lay it out in each call."""
+    if last:
+        weight: Any = module.weight
+        weight.data = channels_last(weight.data)
+    return module
 
 
 def like_of(module: nn.Module) -> Tensor:

@@ -194,7 +194,9 @@ class Network:
 
     def _lines(self, elements: tuple[Element, ...], sizes: tuple[int, ...]) -> Iterator[list[Block]]:
         """The blocks of a run, and those of its branches."""
-        nodes = nodes_of(self.linear, elements, None, sizes or (256,) * 2, lambda name, geometry: geometry, {})
+        nodes = nodes_of(
+            self.linear.get_submodule, elements, None, sizes or (256,) * 2, lambda name, geometry: geometry, {}
+        )
         yield from self._of_nodes(nodes)
 
     def _of_nodes(self, nodes: tuple[Node, ...]) -> Iterator[list[Block]]:

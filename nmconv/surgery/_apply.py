@@ -84,18 +84,11 @@ class Surgery:
 
     def failures(self) -> dict[tuple[str, str], RewriteError]:
         """Write all new methods; for each that cannot be written, by owner and method, why."""
-        failed = {}
-        for (owner, method), edit in self._edits.items():
-            known = self._known.get((owner, method))
-            if known is None or known[0] != edit:
-                try:
-                    made: Method | RewriteError = rewrite(self._model, owner, method, edit, self._plan.sites)
-                except RewriteError as error:
-                    made = error
-                known = self._known[owner, method] = (edit, made)
-            if isinstance(known[1], RewriteError):
-                failed[owner, method] = known[1]
-        return failed
+        new = {where: edit for where, edit in self._edits.items() if self._known.get(where, (None,))[0] != edit}
+        for where, made in rewrite(self._model, new, self._plan.sites).items():
+            self._known[where] = (new[where], made)
+        written = {where: self._known[where][1] for where in self._edits}
+        return {where: made for where, made in written.items() if isinstance(made, RewriteError)}
 
     def commit(self, calls: Calls | None = None, example_inputs: Any = None) -> None:
         """Make the changes and check them; if anything fails, undo them all.

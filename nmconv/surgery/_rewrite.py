@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 from torch.fx import Node
 
+from nmconv import graph
 from nmconv.errors import RewriteError
-from nmconv.graph import FlowTracer, MethodTrace, Op, is_inplace, leaf_op, trace_method
+from nmconv.graph import FlowTracer, MethodTrace, Op, is_inplace, leaf_op, trace_methods
 from nmconv.planning import Place, Site, Sum
 from nmconv.surgery._classes import Method, rewritten
 from nmconv.surgery._source import method_source, return_changed_lists
@@ -35,22 +36,34 @@ class Edit:
     sums: list[Sum] = field(default_factory=list)
 
 
-def rewrite(model: nn.Module, path: str, method: str, edit: Edit, sites: Sequence[Site]) -> Method:
-    """The method of the module at ``path`` with the edit done.
+def rewrite(
+    model: nn.Module, edits: Mapping[tuple[str, str], Edit], sites: Sequence[Site]
+) -> dict[tuple[str, str], Method | RewriteError]:
+    """Methods with their edits done.
 
     Args:
         model: Read only.
-        path: Qualified name of the method's owner.
-        method: The method's name.
-        edit: What to do.
+        edits: What to do, by the qualified name of the method's owner and the method's name.
         sites: All sites of the plan.
 
-    Raises:
-        RewriteError: If the method cannot be traced faithfully, if a call the plan names is not in it, or if it is
-            called several times in one forward, so that one decision would change several calls.
+    Returns:
+        For each the method, or a RewriteError: if the method cannot be traced faithfully, if a call the plan names is
+        not in it, or if it is called several times in one forward, so that one decision would change several calls.
     """
+    asked = [
+        graph.Method(model.get_submodule(path), path, method, edit.takes) for (path, method), edit in edits.items()
+    ]
+    made: dict[tuple[str, str], Method | RewriteError] = {}
+    for (where, edit), trace in zip(edits.items(), trace_methods(asked), strict=True):
+        try:
+            made[where] = trace if isinstance(trace, RewriteError) else _edited(model, *where, edit, sites, trace)
+        except RewriteError as error:
+            made[where] = error
+    return made
+
+
+def _edited(model: nn.Module, path: str, method: str, edit: Edit, sites: Sequence[Site], trace: MethodTrace) -> Method:
     owner = model.get_submodule(path)
-    trace = trace_method(owner, path, method, edit.takes)
     mutated = return_changed_lists(owner, method, trace)
     for tracer, modes, training in _graphs(trace):
         _drop_sums(tracer, edit.sums, path)
@@ -134,7 +147,7 @@ def _drop_sums(tracer: FlowTracer, sums: Sequence[Sum], path: str) -> None:
         gone = [node]
         while gone:
             last = gone.pop()
-            module = tracer.root.get_submodule(str(last.target)) if last.op == "call_module" else None
+            module = tracer.module(str(last.target)) if last.op == "call_module" else None
             # Somebody may read what it wrote to.
             written = last is not node and is_inplace(last, module) and not _writes_to_its_own(tracer, last)
             if last.users or last.op == "placeholder" or written or last not in tracer.graph.nodes:
@@ -149,7 +162,7 @@ def _writes_to_its_own(tracer: FlowTracer, node: Node) -> bool:
     """Whether an in-place call overwrites memory that a convolution or norm has made for it alone."""
     source = node.args[0] if node.args else None
     while isinstance(source, Node) and source.op == "call_module" and len(source.users) == 1:
-        op = leaf_op(tracer.root.get_submodule(str(source.target)))
+        op = leaf_op(tracer.module(str(source.target)))
         if op not in (Op.PASS, Op.DROP):
             return op in (Op.CONV, Op.NORM)
         source = source.args[0] if source.args else None
