@@ -22,6 +22,7 @@ from nmconv.graph._ops import Op
 from nmconv.graph._records import ATOMS, Frame, collect
 from nmconv.graph._takes import takes_of
 from nmconv.graph._tracer import FlowTracer
+from nmconv.graph._twins import twins
 
 __all__ = ["linear_runs"]
 
@@ -41,17 +42,25 @@ def linear_runs(
     """
 
     def finder(tracer: FlowTracer) -> _Finder:
-        return _Finder(tracer, pools)
+        return _Finder(tracer, _stored(tracer), pools)
+
+    def known_or_finder(tracer: FlowTracer) -> _Finder:
+        stored = _stored(tracer)
+        for known in first.traced:
+            pairs = twins(known.tracer, tracer)
+            if pairs is not None and {pairs[node] for node in known.stored} == stored:
+                return known  # eval mode's, where all is the same
+        return _Finder(tracer, stored, pools)
 
     first = trace_parts(model, False, example_inputs, None, finder)
     analyses = [first]
     if first.mode_readers:
-        analyses.append(trace_parts(model, True, example_inputs, first, finder))
+        analyses.append(trace_parts(model, True, example_inputs, first, known_or_finder))
     seen = [finder.seen for analysis in analyses for finder in analysis.traced]
     looked = (held for analysis in analyses for tracer in analysis.tracers for held in tracer.looked_at)
     calls = Callers(model, seen, looked, first.broken)
     links = None
-    if first.mode_readers:
+    if analyses[-1].traced != first.traced:
         links = {link for finder in analyses[1].traced for link in finder.links(calls)}
     return tuple(run for finder in first.traced for run in finder.runs(calls, links, sizes))
 
@@ -73,12 +82,12 @@ class _Value:
 class _Finder:
     """Runs of one trace."""
 
-    def __init__(self, tracer: FlowTracer, pools: bool) -> None:
+    def __init__(self, tracer: FlowTracer, stored: set[Node], pools: bool) -> None:
         self.tracer = tracer
+        self.stored = stored
         self.pools = pools
         self.flow: Flow = lower(tracer, linear=False)
         self.seen = Seen.of(tracer)
-        self.stored = _stored(tracer)
         frames = {id(node.frame): node.frame for node in self.flow.nodes if node.frame is not None}
         self.forwards = Counter(id(frame.module) for frame in frames.values())
         self.flow.link()
