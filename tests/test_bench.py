@@ -132,6 +132,26 @@ def test_without_conversion():
     assert not [note for note in run(small(), ratio="3:1", **QUICK).notes if "nothing" in note]
 
 
+def test_channels_last_is_for_all_three_and_the_images_and_leaves_the_model_alone(monkeypatch):
+    seen = []
+
+    def runner(module, inputs, backend):
+        values = [value for value in (*inputs, *module.parameters()) if value.dim() == 4 and value.shape[1] > 1]
+        values = [value for value in values if value.shape[2:] != (1, 1)]
+        seen.append({value.is_contiguous(memory_format=torch.channels_last) for value in values})
+        return torch.no_grad()(lambda: module(*inputs))
+
+    monkeypatch.setattr(measuring, "runner", runner)
+    model = small()
+    model.last = model(torch.randn(1, 3, 12, 12))  # is no leaf: copy.deepcopy would refuse it
+    result = run(model, ratio="3:1", channels_last=True, **QUICK)
+    assert seen == [{True}] * 3 and result.settings.channels_last
+    assert result.cells[0].measured, result.cells[0].why
+    assert result.cells[0].measured.network != result.converted
+    run(model, ratio="3:1", **QUICK)
+    assert seen[3:] == [{False}] * 3
+
+
 def test_a_gate_by_latency_merges_anew_for_each_cell(monkeypatch):
     calls = []
 

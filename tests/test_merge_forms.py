@@ -263,6 +263,15 @@ def test_channels_last_is_kept_by_whatever_makes_a_convolution(rank, tmp_path):
     assert nmconv.merge(model, gate="always")[2].weight.is_contiguous()
 
 
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_channels_last_where_weights_are_computed(norm):
+    layers = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)
+    model = nn.Sequential(*(norm(layer) if isinstance(layer, nn.Conv2d) else layer for layer in layers))
+    model = model.eval().to(memory_format=torch.channels_last)
+    assert convs_are_last(merge(model)[0]) == {True}
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_the_latency_gate_times_what_will_run(last, monkeypatch):
     seen = []

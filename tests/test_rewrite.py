@@ -2524,3 +2524,78 @@ def test_many_blocks_are_traced_under_the_same_patches():
         for size in (3, 9):  # a number made from sizes is not frozen
             x = picture(2, 4, size, size)
             assert torch.equal(converted.scaled(x), F.relu(model.scaled.b(model.scaled.a(x) / size**0.5)))
+
+
+FIRST = """
+import torch, torch.nn.functional as F
+from math import sqrt
+from torch import nn
+
+def by_size(x):
+    return x / sqrt(x.shape[-1])
+
+def by_class(x):
+    return x if isinstance(x, torch.Tensor) else x * 0 + 1
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        return F.relu(self.b(F.relu(self.a(x))))
+"""
+SECOND = """
+import torch.nn.functional as F
+import ONE
+from torch import nn
+
+class Block(ONE.Block):
+    def forward(self, x):
+        return F.relu(self.b(ONE.HELPER(F.relu(self.a(x)))))
+"""
+
+
+@pytest.mark.parametrize("helper", ["by_size", "by_class"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_helper_of_another_package_is_understood_whatever_else_is_rewritten(helper, turned, monkeypatch):
+    names = [f"{which}_{helper}_{turned}" for which in ("one", "other")]
+    for name, source in zip(names, (FIRST, SECOND), strict=True):
+        module = types.ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
+        exec(source.replace("HELPER", helper).replace("ONE", names[0]), module.__dict__)
+    blocks = [sys.modules[name].Block() for name in names]
+    model = nn.Sequential(conv(), *(reversed(blocks) if turned else blocks))
+    x = picture(2, 4, 16, 16)
+    plan = planned(model, x)
+    assert not [site.locked for site in plan.sites if site.locked]
+    faithful(model, plan, x)
+    one = "2:" if turned else "1:"  # the package's own is left alone
+    faithful(model, plan.edit({site.id: "keep" for site in plan.sites if site.id.startswith(one)}), x)
+
+
+def test_an_attribute_that_tensors_are_keys_of():
+    model = net(lambda self, x: F.relu(self.b(F.relu(self.a(x)))), **convs("a", "b"))
+    model.optimizer = torch.optim.SGD([model.a.weight], lr=0.1, momentum=0.9)
+    model.a(picture()).sum().backward()
+    model.optimizer.step()
+    (held,) = model.optimizer.state.items()
+    plan = planned(model)
+    assert len(droppable(plan)) == 2
+    converted = faithful(model, plan, picture())
+    assert type(converted.a) is nn.Conv2d and nmconv.find_runs(converted)
+    (kept,) = model.optimizer.state.items()
+    assert kept[0] is held[0] and kept[1] is held[1]
+
+
+@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="packs no weights here")
+def test_an_attribute_of_torchscripts_that_is_no_tensor():
+    def forward(self, x):
+        x = F.relu(self.b(F.relu(self.a(x))))
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+    model = net(forward, **convs("a", "b"))
+    model.packed = torch.ops.quantized.linear_prepack_fp16(torch.randn(5, 6), torch.randn(5))
+    plan = planned(model)
+    assert len(droppable(plan)) == 2 and not [site.locked for site in plan.sites if site.locked]
+    faithful(model, plan, picture())

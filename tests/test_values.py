@@ -3,11 +3,14 @@
 import contextlib
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from nets import net
 from torch import nn
 
+import nmconv
 from nmconv.graph._rules import shape_of_function, shape_of_module
 from nmconv.graph._values import Unknown, Values
 
@@ -189,3 +192,65 @@ def test_rules_say_what_functions_give(call):
 @pytest.mark.parametrize("call", NONE)
 def test_rules_say_nothing_else(call):
     assert told(NONE[call])[0] is None
+
+
+def strided(self, y):
+    z = y[:, :, ::2] * 0.5
+    return self.act(y) if z.is_contiguous() else y
+
+
+def given_anew(self, y):
+    return self.act(y) if self.fc(y.permute(0, 2, 3, 1)).shape[-1] == 8 else y
+
+
+def cast(self, y):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return self.act(y) if self.fc(y.permute(0, 2, 3, 1)).dtype == torch.bfloat16 else y
+
+
+def viewed(self, y):
+    one, other = y.contiguous().chunk(2, 1)
+    return self.act(y) if (one * other).view(-1, *y.shape[2:]).shape[0] > 3 else y
+
+
+def permuted(self, y):
+    z = y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    z = torch.cat([z * torch.ones(8, 1, 1), z], 1).permute(0, 2, 3, 1)
+    return self.act(y) if z.view(-1, 16).shape[0] > 3 else y
+
+
+def scaled(self, y):
+    return self.act(y) if (y * np.sqrt(0.5)).shape[-1] > 4 else y
+
+
+FORKS = [strided, given_anew, cast, viewed, permuted, scaled]
+
+
+@pytest.mark.parametrize("forward", FORKS, ids=lambda forward: forward.__name__)
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_a_forward_that_goes_by_shapes_strides_and_dtypes_goes_as_it_does(forward, memory):
+    """The calls that the plan names are those that are really made; hooks judge."""
+    fc = nn.Linear(8, 5)
+    fc.weight, fc.bias = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.zeros(8))
+    fork = net(forward, act=nn.ReLU(), fc=fc)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), fork, nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+    model, x = model.eval().to(memory_format=memory), torch.randn(2, 3, 16, 16)
+    called = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ReLU):
+            module.register_forward_hook(lambda *_, name=name: called.append(name))
+    model(x)
+    for module in model.modules():
+        module._forward_hooks.clear()
+    plan = nmconv.make_plan(model, "2:1", example_inputs=x)
+    assert not plan.untraced
+    assert [site.name for site in plan.sites if site.step] == called
+
+
+def test_a_number_of_numpys_leaves_shapes_known():
+    def forward(self, x):
+        return self.c(self.b(F.relu(self.a(x)) * np.sqrt(0.5)))
+
+    model = net(forward, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 8, 3), c=nn.Conv2d(8, 8, 3)).eval()
+    (run,) = nmconv.find_runs(model, example_inputs=torch.randn(2, 3, 9, 9))
+    assert run.size == (7, 7)

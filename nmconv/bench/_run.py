@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from nmconv.bench._models import build, settle_norms
 from nmconv.bench._records import Cell, Result, Settings
 from nmconv.errors import NoEffectWarning, OptionError
 from nmconv.merging import fold_norms, merge
-from nmconv.surgery import convert
+from nmconv.surgery import convert, copy_of
 from nmconv.timing import BACKENDS, interleaved, require
 from nmconv.timing import threads as threads_set
 
@@ -170,7 +169,7 @@ def _prepared(model: str | nn.Module, settings: Settings, device: torch.device) 
     elif settings.weights:
         raise OptionError("weights are for a network built by name: load them into the module instead")
     else:
-        module = copy.deepcopy(model) if settings.channels_last else model
+        module = copy_of(model) if settings.channels_last else model
     if settings.channels_last:
         module = module.to(memory_format=torch.channels_last)
     images = _images(_CALIBRATION, settings, device)

@@ -6,10 +6,9 @@ from nmconv.graph._callable import callable_methods
 from nmconv.graph._elements import Element, Join, LinearRun, Step, elements_from, steps_of, text_of, without_end
 from nmconv.graph._fingerprint import fingerprint
 from nmconv.graph._geometry import BEFORE, PADS, Padding, averages, before_hoisting, check_hooks, geometry_of, norm_of
-from nmconv.graph._lower import is_inplace
 from nmconv.graph._method import Method, MethodTrace, trace_methods
 from nmconv.graph._modules import LEAF, THROUGH, act_kind, hooks_of, is_activation, is_sequential, leaf_op
-from nmconv.graph._ops import PLAIN_ACTS, Op
+from nmconv.graph._ops import PLAIN_ACTS, Op, is_inplace
 from nmconv.graph._quiet import chance_restored, mode_hidden
 from nmconv.graph._runs import linear_runs
 from nmconv.graph._shapes import Shapes, shapes_of

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -15,17 +14,17 @@ from nmconv.graph._modules import act_kind, is_conv, leaf_op
 from nmconv.graph._ops import (
     ACT_KINDS,
     FUNCTIONS,
-    INPLACE_ARG,
     METHODS,
     NEW_MEMORY,
     SHAPE_ATTRIBUTES,
     SHAPE_FUNCTIONS,
     SHAPE_METHODS,
     Op,
+    is_inplace,
 )
 from nmconv.graph._tracer import FlowTracer
 
-__all__ = ["is_inplace", "lower"]
+__all__ = ["lower"]
 
 _ATTRIBUTES = {"T": Op.LAYOUT, "mT": Op.LAYOUT, "H": Op.LAYOUT, "mH": Op.LAYOUT, "data": Op.PASS}
 _ALIASING = {Op.LAYOUT, Op.PASS, Op.DROP}
@@ -33,27 +32,6 @@ _ALIASING = {Op.LAYOUT, Op.PASS, Op.DROP}
 _ONE_INPUT = {Op.NORM, Op.LAYOUT, Op.PASS, Op.DROP, Op.PAD, Op.BOUNDED}
 # Between a tensor and numbers these still make the tensor's main path.
 _ARITHMETIC = {Op.ADD, Op.MUL}
-
-
-def is_inplace(node: Node, module: nn.Module | None) -> bool:
-    """Whether the call overwrites its first input."""
-    if node.op == "call_module":
-        return getattr(module, "inplace", False) is True
-    if node.kwargs.get("inplace") is True:
-        return True
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.startswith("__")
-    position = INPLACE_ARG.get(node.target)  # type: ignore[arg-type]
-    if position is not None and len(node.args) > position and node.args[position] is True:
-        return True
-    name = getattr(node.target, "__name__", "")
-    if getattr(node.target, "__module__", "") == "_operator":
-        return name == "setitem" or (name.startswith("i") and hasattr(operator, f"__{name}__") and name in _IOPS)
-    return name.endswith("_") and not name.startswith("_")
-
-
-_IOPS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"}
 
 
 class _Lowering:

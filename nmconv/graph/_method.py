@@ -53,8 +53,12 @@ class Method:
     takes: str
 
 
-def trace_methods(methods: Sequence[Method]) -> list[MethodTrace | RewriteError]:
+def trace_methods(model: nn.Module, methods: Sequence[Method]) -> list[MethodTrace | RewriteError]:
     """Trace methods for rewriting.
+
+    Args:
+        model: Whose modules' methods.
+        methods: Which.
 
     Returns:
         For each its traces, or a RewriteError where a rewritten method could behave otherwise than the method does:
@@ -64,7 +68,7 @@ def trace_methods(methods: Sequence[Method]) -> list[MethodTrace | RewriteError]
     made: list[MethodTrace | RewriteError] = []
     if not methods:
         return made
-    patches = Patches()
+    patches = Patches(type(module) for module in model.modules())
 
     def trace() -> None:
         made.extend(_traced(method, patches) for method in methods)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx import Node
 
 __all__ = [
     "ACT_FUNCTIONS",
@@ -27,6 +28,7 @@ __all__ = [
     "SHAPE_METHODS",
     "SUMS",
     "Op",
+    "is_inplace",
 ]
 
 SUMS = ("add", "iadd", "add_", "radd")  # what additions are called in a forward
@@ -203,3 +205,24 @@ SHAPE_ATTRIBUTES = frozenset(
 SHAPE_FUNCTIONS = frozenset(
     _functions("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "numel", "is_tensor")
 )
+
+
+def is_inplace(node: Node, module: nn.Module | None) -> bool:
+    """Whether the call overwrites its first input."""
+    if node.op == "call_module":
+        return getattr(module, "inplace", False) is True
+    if node.kwargs.get("inplace") is True:
+        return True
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.startswith("__")
+    position = INPLACE_ARG.get(node.target)  # type: ignore[arg-type]
+    if position is not None and len(node.args) > position and node.args[position] is True:
+        return True
+    name = getattr(node.target, "__name__", "")
+    if getattr(node.target, "__module__", "") == "_operator":
+        return name == "setitem" or (name.startswith("i") and hasattr(operator, f"__{name}__") and name in _IOPS)
+    return name.endswith("_") and not name.startswith("_")
+
+
+_IOPS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"}

@@ -138,7 +138,7 @@ def _same(now: Any, before: Any) -> bool:
         if (  # nearly always, and all of it in C
             len(now) == len(before)
             and all(map(operator.is_, dict.values(now), before.values()))
-            and all(map(operator.eq, dict.keys(now), before))
+            and all(map(operator.is_, dict.keys(now), before))
         ):
             return True
         items = dict.items(now)

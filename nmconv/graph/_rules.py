@@ -12,10 +12,10 @@ from torch.fx import Node
 
 from nmconv.graph._geometry import per_axis
 from nmconv.graph._modules import leaf_op
-from nmconv.graph._ops import FUNCTIONS, METHODS, Op
+from nmconv.graph._ops import FUNCTIONS, METHODS, Op, is_inplace
 from nmconv.graph._zoo import is_norm_act
 
-__all__ = ["Shape", "shape_of_function", "shape_of_module"]
+__all__ = ["Shape", "shape_of_function", "shape_of_module", "what_is_read"]
 
 Shape = tuple[int, ...]
 
@@ -28,6 +28,21 @@ _SLIDING = (
 )
 _RANKS: dict[type, int] = {kind: rank for rank, kinds in enumerate(_SLIDING, 1) for kind in kinds}
 _ADAPTIVE: dict[type, int] = {nn.AdaptiveAvgPool1d: 1, nn.AdaptiveAvgPool2d: 2, nn.AdaptiveAvgPool3d: 3}
+
+
+def what_is_read(node: Node, given: Sequence[Any]) -> Any:
+    """What a call reads off the shape or kind of its first argument, a tensor; None if it does anything else."""
+    x = given[0]
+    if node.kwargs:
+        return None
+    if node.target is getattr:
+        asked = {"shape": torch.Size(x.shape), "ndim": len(x.shape), "dtype": x.dtype, "device": x.device}
+        return asked.get(given[1])
+    if node.op == "call_method" and node.target == "size" and len(given) < 3:
+        axis = given[1] if len(given) > 1 else None
+        known = type(axis) is int and -len(x.shape) <= axis < len(x.shape)
+        return torch.Size(x.shape) if len(given) == 1 else x.shape[axis] if known else None
+    return len(x.shape) if node.op == "call_method" and node.target == "dim" and len(given) == 1 else None
 
 
 def shape_of_module(module: nn.Module, x: Any) -> Shape | None:
@@ -46,8 +61,9 @@ def shape_of_module(module: nn.Module, x: Any) -> Shape | None:
         return _slid(made, x, _RANKS[type(module)])
     if type(module) in _ADAPTIVE:
         return _adapted(made.output_size, x, _ADAPTIVE[type(module)])
-    if type(module) is nn.Linear and tuple(x.shape[-1:]) == (made.in_features,) and x.dtype == made.weight.dtype:
-        return (*x.shape[:-1], made.out_features)
+    if type(module) is nn.Linear and x.dtype == made.weight.dtype:
+        out, into = made.weight.shape  # not what attributes say: weights may be given anew
+        return (*x.shape[:-1], out) if tuple(x.shape[-1:]) == (into,) else None
     return None
 
 
@@ -64,7 +80,7 @@ def shape_of_function(node: Node, given: Sequence[Any]) -> Shape | None:
 
 
 def _kept(node: Node, given: Sequence[Any]) -> Shape | None:
-    return tuple(given[0].shape) if hasattr(given[0], "shape") else None
+    return tuple(given[0].shape)
 
 
 def _elementwise(node: Node, given: Sequence[Any]) -> Shape | None:
@@ -80,8 +96,7 @@ def _elementwise(node: Node, given: Sequence[Any]) -> Shape | None:
     if any(left != right and 1 not in (left, right) for left, right in pairs):
         return None
     made = tuple(right if left == 1 else left for left, right in reversed(pairs))
-    name = str(getattr(node.target, "__name__", node.target))
-    return None if made != tuple(one.shape) and (name.endswith("_") or name.startswith("i")) else made
+    return None if made != tuple(one.shape) and is_inplace(node, None) else made
 
 
 def _reduced(node: Node, given: Sequence[Any]) -> Shape | None:
@@ -115,7 +130,9 @@ def _joined(node: Node, given: Sequence[Any]) -> Shape | None:
 
 def _plain(values: Sequence[Any]) -> bool:
     """Whether all are tensors of real numbers, of one dtype and device, whose sizes are known numbers."""
-    if not values or not all(hasattr(value, "shape") and value.dtype.is_floating_point for value in values):
+    if not values or not all(isinstance(getattr(value, "dtype", None), torch.dtype) for value in values):
+        return False  # numpy's numbers have a shape, too
+    if not all(value.dtype.is_floating_point for value in values):
         return False
     one_kind = len({(value.dtype, value.device) for value in values}) == 1
     return one_kind and all(type(size) is int for value in values for size in value.shape)
@@ -133,10 +150,14 @@ def _slid(sliding: Any, x: Any, rank: int) -> Shape | None:
     if len(x.shape) != rank + 2:
         return None
     if isinstance(sliding, nn.modules.conv._ConvNd):
-        if x.shape[1] != sliding.in_channels or x.dtype != sliding.weight.dtype or isinstance(sliding.padding, str):
+        channels = sliding.weight.shape[1] * sliding.groups
+        if x.shape[1] != channels or x.dtype != sliding.weight.dtype or isinstance(sliding.padding, str):
             return None
+        out = sliding.weight.shape[0]
     elif sliding.ceil_mode or getattr(sliding, "return_indices", False):
         return None
+    else:
+        out = x.shape[1]
     given = (sliding.kernel_size, sliding.stride, sliding.padding, getattr(sliding, "dilation", 1))
     kernel, stride, padding, dilation = (per_axis(value, rank) for value in given)
     if not len(kernel) == len(stride) == len(padding) == len(dilation) == rank:
@@ -147,7 +168,7 @@ def _slid(sliding: Any, x: Any, rank: int) -> Shape | None:
         (x.shape[2 + axis] + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis] + 1
         for axis in range(rank)
     ]
-    return (x.shape[0], getattr(sliding, "out_channels", x.shape[1]), *sizes) if min(sizes) > 0 else None
+    return (x.shape[0], out, *sizes) if min(sizes) > 0 else None
 
 
 def _adapted(asked: Any, x: Any, rank: int) -> Shape | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from types import FrameType, FunctionType
 from typing import Any
@@ -87,9 +87,11 @@ class FlowTracer(Tracer):
             return self.trace(root)
 
     def run_in(self, patches: Patches, root: nn.Module, arguments: Arguments, path: str) -> Graph:
-        """The same inside of :meth:`Patches.keep`, for one method of a module: what fx's own ``trace`` does."""
+        """The same inside of :meth:`Patches.keep`, for one method of a module: what fx's own ``trace`` does.
+
+        Without what only it needs: annotations, where the code is from, modules compiled late.
+        """
         self._prepare(root, arguments, path)
-        patches.shadow(type(root))
         function = getattr(type(root), self.traced_func_name)
         if not isinstance(function, FunctionType):
             raise TraceError(f"{self.traced_func_name} is a {type(function).__name__}, no function")
@@ -100,7 +102,7 @@ class FlowTracer(Tracer):
             value: _join(name, key)
             for name, module in root.named_modules()
             for key, value in module.__dict__.items()
-            if isinstance(value, torch.Tensor)
+            if isinstance(value, (torch.Tensor, torch.ScriptObject))
         }
         call, _ = self.create_args_for_root(function, True)
         made = patches.call(self, function, call)
@@ -385,34 +387,55 @@ class FlowTracer(Tracer):
 
 
 class Patches(Tracer):
-    """The patches that fx makes for one trace, kept for many: making them takes longer than tracing a block."""
+    """The patches that fx makes for one trace, kept for many: making them takes longer than tracing a block.
 
-    def __init__(self) -> None:
+    They are a trace of an empty module during which methods are traced by :meth:`FlowTracer.run_in`. While one is, its
+    tracer is asked instead of this one. What fx patches besides ``nn.Module`` it finds in the globals of what is
+    called; so that no method depends on which others are traced, it is shown those of all classes to begin with.
+
+    Args:
+        classes: Of all the model's modules.
+    """
+
+    def __init__(self, classes: Iterable[type[nn.Module]]) -> None:
         super().__init__()
-        self._do: Callable[[], None] = lambda: None
-        self._running: FlowTracer | None = None
-        self._call: Callable[[], Any] = lambda: None
+        self._classes = list(dict.fromkeys(classes))
         self._outer = nn.Module()
+        self._running: FlowTracer | None = None
+        self._do: Callable[[], Any]
 
     def keep(self, do: Callable[[], None]) -> None:
-        """Call ``do``, which traces methods by :meth:`FlowTracer.run_in`."""
-        self._do = do
-        with patched_isinstance(set()) as self.shadow:
+        """Call ``do``, which traces methods."""
+        with patched_isinstance(set()) as shadow:
+            for cls in self._classes:
+                shadow(cls)
+            self._do = do
             self.trace(self._outer)
-
-    def call(self, tracer: FlowTracer, function: FunctionType, call: Callable[[], Any]) -> Any:
-        """``call``, during which modules and attributes are the tracer's; ``function`` is what it runs."""
-        self._running, self._call = tracer, call
-        # Called as a module's forward, it has its globals searched for math's functions, as fx does.
-        self._outer.__dict__["forward"] = function
-        try:
-            return self._outer()
-        finally:
-            self._running = None
 
     def create_args_for_root(self, *_: Any, **__: Any) -> tuple[Any, list[Any]]:
         """What fx calls under its patches."""
-        return self._do, []
+        do = self._do
+
+        def begin() -> None:
+            for function in _of_each_file(self._classes):
+                self._called(function, lambda: None)
+            do()
+
+        return begin, []
+
+    def call(self, tracer: FlowTracer, function: Callable[..., Any], do: Callable[[], Any]) -> Any:
+        """``do``, which runs ``function``, while modules and attributes are the tracer's."""
+        self._running = tracer
+        try:
+            return self._called(function, do)
+        finally:
+            self._running = None
+
+    def _called(self, function: Callable[..., Any], do: Callable[[], Any]) -> Any:
+        """``do`` as the forward of a module that fx sees called, whose globals are those of ``function``."""
+        self._outer.__dict__["forward"] = function
+        self._do = do
+        return self._outer()
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
         tracer = self._running
@@ -420,10 +443,17 @@ class Patches(Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if m is self._outer:
-            return self._call()
+            return self._do()
         if self._running is None:
             return forward(*args, **kwargs)
         return self._running.call_module(m, forward, args, kwargs)
+
+
+def _of_each_file(classes: Iterable[type]) -> Iterable[FunctionType]:
+    """One method for every file that the classes' methods are from."""
+    bases = dict.fromkeys(base for cls in classes for base in cls.__mro__)
+    methods = (value for base in bases for value in vars(base).values() if isinstance(value, FunctionType))
+    return {id(method.__globals__): method for method in methods}.values()
 
 
 class _Undisturbed:

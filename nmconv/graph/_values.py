@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 from torch.fx.proxy import TraceError
 
 from nmconv.graph._quiet import in_mode
-from nmconv.graph._rules import shape_of_function, shape_of_module
+from nmconv.graph._rules import shape_of_function, shape_of_module, what_is_read
 
 __all__ = ["Unknown", "Values", "fake_input"]
 
@@ -26,11 +26,15 @@ class Unknown(TraceError):
 
 @dataclass(frozen=True)
 class _Shaped:
-    """A tensor of which only this is known so far: making a fake one takes a hundred times as long."""
+    """A tensor of which only this is known so far: making a fake one takes a hundred times as long.
+
+    It is ``plain`` if its elements lie in memory in order: then there is nothing else to know of it.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    plain: bool
 
 
 class Values:
@@ -77,9 +81,12 @@ class Values:
         Raises:
             Unknown: If it depends on an input of unknown shape, on data, or cannot be computed.
         """
-        self._settle(node)
-        value = self._tensor(self._known[node])
-        self._known[node] = value
+        self._settle(node, True)
+        value = self._known[node]
+        if isinstance(value, _Shaped):
+            with self._mode or nullcontext():
+                value = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+            self._known[node] = value
         return value
 
     def shape(self, node: Node) -> tuple[int, ...]:
@@ -88,30 +95,32 @@ class Values:
         Raises:
             Unknown: As :meth:`get` does, or if it is no tensor.
         """
-        self._settle(node)
+        self._settle(node, False)
         value = self._known[node]
         if not isinstance(value, (torch.Tensor, _Shaped)):
             raise Unknown(f"{node} is no tensor")
         return tuple(value.shape)
 
-    def _settle(self, node: Node) -> None:
-        todo = [node]
-        while todo:
-            last = todo[-1]
-            missing = [other for other in last.all_input_nodes if other not in self._known]
-            if last in self._known:
-                todo.pop()
-            elif missing:
-                todo += missing
-            else:
-                self._known[last] = self._compute(last)
-                todo.pop()
+    def _has(self, node: Node, whole: bool) -> bool:
+        value = self._known.get(node, self)
+        return value is not self and not (whole and isinstance(value, _Shaped) and not value.plain)
 
-    def _tensor(self, value: Any) -> Any:
-        if not isinstance(value, _Shaped):
-            return value
-        with self._mode or nullcontext():
-            return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    def _settle(self, node: Node, whole: bool) -> None:
+        """See to it that the value is known, or, if not ``whole``, its shape."""
+        todo = [(node, whole)]
+        while todo:
+            last, whole = todo.pop()
+            if self._has(last, whole):
+                continue
+            missing = [(other, whole) for other in last.all_input_nodes if not self._has(other, whole)]
+            made = None if missing else self._ruled(last)
+            if made is None or (whole and isinstance(made, _Shaped) and not made.plain):
+                missing = missing or [(other, True) for other in last.all_input_nodes if not self._has(other, True)]
+                if missing:
+                    todo += [(last, whole), *missing]
+                    continue
+                made = self._compute(last)
+            self._known[last] = made
 
     def _compute(self, node: Node) -> Any:
         if node in self._lost:
@@ -121,9 +130,6 @@ class Values:
         if node.op == "get_attr":
             return self._attribute(str(node.target))
         module = self._named(str(node.target)) if node.op == "call_module" else None
-        plain = self._shaped(node, module)
-        if plain is not None:
-            return plain
         args: Any = map_arg(node.args, self.get)
         kwargs = map_arg(node.kwargs, self.get)
         try:
@@ -137,21 +143,27 @@ class Values:
         except Exception as error:
             raise Unknown(f"the value of {node} cannot be known: {type(error).__name__}: {error}") from error
 
-    def _shaped(self, node: Node, module: nn.Module | None) -> Any:
-        """The node's value where a rule tells its shape, or None."""
+    def _ruled(self, node: Node) -> Any:
+        """What a rule tells of the node's value, or None."""
         given = [self._told(part) for part in node.args]
-        first = given[0] if given else None
-        if isinstance(first, list) and first:
-            first = first[0]
-        if not isinstance(first, (torch.Tensor, _Shaped)):
+        first = given[0][0] if given and isinstance(given[0], list) and given[0] else given[0] if given else None
+        if node in self._lost or not isinstance(first, (torch.Tensor, _Shaped)):
             return None
-        if module is None:
-            shape = shape_of_function(node, given)
+        about = what_is_read(node, given)
+        if about is not None:
+            return about
+        if any(map(_AUTOCAST, ("cpu", "cuda"))):  # dtypes are others then
+            return None
+        plain, read = True, list(_tensors(given))
+        if node.op == "call_module":
+            module = self._named(str(node.target))
+            shape = shape_of_module(module, first)
+            read += [value for value in module._parameters.values() if value is not None]
+            plain = type(module).__module__.startswith("torch.") or isinstance(module, nn.modules.batchnorm._BatchNorm)
         else:
-            shape = shape_of_module(module, first) if first is given[0] else None
-        if shape is None or shape == tuple(first.shape):
-            return None if shape is None else first
-        return _Shaped(shape, first.dtype, first.device)
+            shape = shape_of_function(node, given)
+        plain = plain and all(map(_is_plain, read))  # timm's layer norms permute
+        return None if shape is None else _Shaped(shape, first.dtype, first.device, plain)
 
     def _told(self, value: Any) -> Any:
         """What is known of an argument."""
@@ -164,6 +176,28 @@ class Values:
         for part in name.split("."):
             value = getattr(value, part)
         return self.like(value) if isinstance(value, torch.Tensor) else value
+
+
+_AUTOCAST = torch.is_autocast_enabled  # as it is before anybody replaces it
+
+
+def _tensors(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (torch.Tensor, _Shaped)):
+            yield value
+        elif isinstance(value, list):
+            yield from _tensors(value)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether strides are those of a new tensor, of extents of one, too: operations go by them."""
+    if isinstance(value, _Shaped):
+        return value.plain
+    expected, strides = 1, []
+    for size in reversed(value.shape):
+        strides.append(expected)
+        expected *= max(size, 1)
+    return tuple(value.stride()) == tuple(reversed(strides))
 
 
 def fake_input(root: nn.Module, values: Values, size: tuple[int, ...] | None) -> torch.Tensor | None:

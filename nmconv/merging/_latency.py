@@ -36,14 +36,12 @@ class LatencyGate:
         backend: ``eager``, ``compile``, ``frozen`` or ``onnxruntime``.
         min_gain: What time before over time after must reach.
         before: From a module's name and geometry to the geometry before its padding was hoisted.
-        channels_last: Whether the model's weights, and what it is called with, are.
+        last: Whether the model's weights, and what it is called with, are ``channels_last`` in memory.
     """
 
-    def __init__(
-        self, like: Tensor, batch: int, backend: str, min_gain: float, before: Any, channels_last: bool
-    ) -> None:
+    def __init__(self, like: Tensor, batch: int, backend: str, min_gain: float, before: Any, last: bool) -> None:
         self._like, self._batch, self._backend, self._min_gain = like, batch, backend, min_gain
-        self._before, self._last = before, channels_last
+        self._before, self._last = before, last
         self._known: dict[Any, tuple[float, float]] = {}
 
     def price(self, segment: Segment) -> float | None:

@@ -177,12 +177,11 @@ def channels_last(value: Tensor) -> Tensor:
 
 def is_channels_last(model: nn.Module) -> bool:
     """Whether the model's convolutions have their weights in memory channels last, all those that can tell."""
+    convs = (module for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd))
     told = set()
-    for module in model.modules():
-        weight = module._parameters.get("weight") if isinstance(module, nn.modules.conv._ConvNd) else None
-        if weight is not None and weight.dim() in _LAST:
-            ways = weight.is_contiguous(), weight.is_contiguous(memory_format=_LAST[weight.dim()])
-            told |= {ways[1]} if ways[0] != ways[1] else set()  # a 1x1 is both
+    for weight in (value for conv in convs for value in conv.parameters() if value.dim() in _LAST):
+        ways = weight.is_contiguous(), weight.is_contiguous(memory_format=_LAST[weight.dim()])
+        told |= {ways[1]} if ways[0] != ways[1] else set()  # a 1x1 is both
     return told == {True}
 
 

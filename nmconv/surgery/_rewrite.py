@@ -54,7 +54,7 @@ def rewrite(
         graph.Method(model.get_submodule(path), path, method, edit.takes) for (path, method), edit in edits.items()
     ]
     made: dict[tuple[str, str], Method | RewriteError] = {}
-    for (where, edit), trace in zip(edits.items(), trace_methods(asked), strict=True):
+    for (where, edit), trace in zip(edits.items(), trace_methods(model, asked), strict=True):
         try:
             made[where] = trace if isinstance(trace, RewriteError) else _edited(model, *where, edit, sites, trace)
         except RewriteError as error:
