@@ -11,10 +11,11 @@ from torch import nn
 from nmconv.errors import RewriteError
 from nmconv.graph._constants import frozen_attributes
 from nmconv.graph._frozen import check_returned
+from nmconv.graph._patches import Patches
 from nmconv.graph._quiet import in_mode, left_as_found, mode_hidden
 from nmconv.graph._records import Arguments
 from nmconv.graph._takes import arguments_from
-from nmconv.graph._tracer import FlowTracer, Patches
+from nmconv.graph._tracer import FlowTracer
 
 __all__ = ["Method", "MethodTrace", "trace_methods"]
 
@@ -103,7 +104,7 @@ def _traced(method: Method, patches: Patches) -> MethodTrace | RewriteError:
 def _trace(method: Method, training: bool, readers: set[int], patches: Patches) -> FlowTracer:
     tracer = FlowTracer(deep=False, method=method.name)
     with left_as_found(method.module) as found, in_mode(training, readers):
-        tracer.run_in(patches, method.module, arguments_from(method.takes), "")
+        tracer.run_in(patches.call, method.module, arguments_from(method.takes))
         check_returned(tracer.returned)
         changed, drew = found.changed(), found.drew()
     if changed:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from types import FrameType, FunctionType
 from typing import Any
 
@@ -24,7 +23,7 @@ from nmconv.graph._records import ActCall, Arguments, Frame, UnknownTensor, coll
 from nmconv.graph._sizes import Sizes
 from nmconv.graph._values import Unknown, Values
 
-__all__ = ["FlowTracer", "Patches"]
+__all__ = ["FlowTracer"]
 
 
 class FlowTracer(Tracer):
@@ -81,17 +80,17 @@ class FlowTracer(Tracer):
             Exception: Whatever the forward raises when it meets proxies.
         """
         self._prepare(root, arguments, path)
-        looks = looks_noted(root, self.looked_at) if self.deep else nullcontext()
-        with looks, patched_isinstance(self.looked_at) as self._patch_isinstance:
+        with looks_noted(root, self.looked_at), patched_isinstance(self.looked_at) as self._patch_isinstance:
             self._patch_isinstance(type(root))
             return self.trace(root)
 
-    def run_in(self, patches: Patches, root: nn.Module, arguments: Arguments, path: str) -> Graph:
-        """The same inside of :meth:`Patches.keep`, for one method of a module: what fx's own ``trace`` does.
+    def run_in(self, call_in: Callable[..., Any], root: nn.Module, arguments: Arguments) -> Graph:
+        """The same for one method, where fx's patches are in place: what its own ``trace`` does.
 
-        Without what only it needs: annotations, where the code is from, modules compiled late.
+        Without what only it needs: annotations, where the code is from, modules compiled late. ``call_in`` is
+        :meth:`nmconv.graph._patches.Patches.call`.
         """
-        self._prepare(root, arguments, path)
+        self._prepare(root, arguments, "")
         function = getattr(type(root), self.traced_func_name)
         if not isinstance(function, FunctionType):
             raise TraceError(f"{self.traced_func_name} is a {type(function).__name__}, no function")
@@ -105,7 +104,7 @@ class FlowTracer(Tracer):
             if isinstance(value, (torch.Tensor, torch.ScriptObject))
         }
         call, _ = self.create_args_for_root(function, True)
-        made = patches.call(self, function, call)
+        made = call_in(self, function, call)
         self.create_node("output", "output", (self.create_arg(made),), {})
         self.submodule_paths = None
         return self.graph
@@ -201,10 +200,6 @@ class FlowTracer(Tracer):
         return proxy
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
-        return self.attribute(attr_val, parameter_proxy_cache)
-
-    def attribute(self, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
-        """A module's attribute as a forward sees it."""
         if isinstance(attr_val, torch.Tensor):
             name = self._attributes.get(id(attr_val))
             if name is not None:
@@ -384,76 +379,6 @@ class FlowTracer(Tracer):
             _AUTOCAST("cpu"),
             _AUTOCAST("cuda"),
         )
-
-
-class Patches(Tracer):
-    """The patches that fx makes for one trace, kept for many: making them takes longer than tracing a block.
-
-    They are a trace of an empty module during which methods are traced by :meth:`FlowTracer.run_in`. While one is, its
-    tracer is asked instead of this one. What fx patches besides ``nn.Module`` it finds in the globals of what is
-    called; so that no method depends on which others are traced, it is shown those of all classes to begin with.
-
-    Args:
-        classes: Of all the model's modules.
-    """
-
-    def __init__(self, classes: Iterable[type[nn.Module]]) -> None:
-        super().__init__()
-        self._classes = list(dict.fromkeys(classes))
-        self._outer = nn.Module()
-        self._running: FlowTracer | None = None
-        self._do: Callable[[], Any]
-
-    def keep(self, do: Callable[[], None]) -> None:
-        """Call ``do``, which traces methods."""
-        with patched_isinstance(set()) as shadow:
-            for cls in self._classes:
-                shadow(cls)
-            self._do = do
-            self.trace(self._outer)
-
-    def create_args_for_root(self, *_: Any, **__: Any) -> tuple[Any, list[Any]]:
-        """What fx calls under its patches."""
-        do = self._do
-
-        def begin() -> None:
-            for function in _of_each_file(self._classes):
-                self._called(function, lambda: None)
-            do()
-
-        return begin, []
-
-    def call(self, tracer: FlowTracer, function: Callable[..., Any], do: Callable[[], Any]) -> Any:
-        """``do``, which runs ``function``, while modules and attributes are the tracer's."""
-        self._running = tracer
-        try:
-            return self._called(function, do)
-        finally:
-            self._running = None
-
-    def _called(self, function: Callable[..., Any], do: Callable[[], Any]) -> Any:
-        """``do`` as the forward of a module that fx sees called, whose globals are those of ``function``."""
-        self._outer.__dict__["forward"] = function
-        self._do = do
-        return self._outer()
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
-        tracer = self._running
-        return attr_val if tracer is None else tracer.attribute(attr_val, tracer.proxies)
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if m is self._outer:
-            return self._do()
-        if self._running is None:
-            return forward(*args, **kwargs)
-        return self._running.call_module(m, forward, args, kwargs)
-
-
-def _of_each_file(classes: Iterable[type]) -> Iterable[FunctionType]:
-    """One method for every file that the classes' methods are from."""
-    bases = dict.fromkeys(base for cls in classes for base in cls.__mro__)
-    methods = (value for base in bases for value in vars(base).values() if isinstance(value, FunctionType))
-    return {id(method.__globals__): method for method in methods}.values()
 
 
 class _Undisturbed:
