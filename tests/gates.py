@@ -2,6 +2,7 @@
 
     python tests/gates.py --backend eager                   one model of every timm file, smallest first (hours)
     python tests/gates.py --backend onnxruntime --limit 10  the ten smallest of them
+    python tests/gates.py --backend compile vgg11 resnet18  these
     python tests/gates.py --again 3 --rounds 31             once more, three times, what came out below 0.98
 
 One line a model and ratio, appended to ``--out`` and not measured again: original over merged, norms folded in both,
@@ -78,6 +79,7 @@ def weights(name: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="timm's names; none for one model of every file")
     parser.add_argument("--backend", default="eager")
     parser.add_argument("--limit", type=int, default=0, help="most models, 0 for all")
     parser.add_argument("--rounds", type=int, default=11)
@@ -108,7 +110,8 @@ def main() -> None:
                 add(name, [ratio], again=options.rounds)
         else:
             done = {(row["name"], row["ratio"]) for row in rows}
-            names = [name.removeprefix("timm/") for name in zoo.quick_names() if name.startswith("timm/")]
+            quick = [name.removeprefix("timm/") for name in zoo.quick_names() if name.startswith("timm/")]
+            names = options.names or quick
             for name in sorted(names, key=weights)[: options.limit or None]:
                 asked = [ratio for ratio in RATIOS if (name, ratio) not in done]
                 if asked:
