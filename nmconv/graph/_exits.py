@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Lines", "lines_of", "may_turn_off"]
+__all__ = ["Lines", "lines_of", "may_turn_off", "parsed"]
 
 Lines = tuple[tuple[CodeType, int], ...]  # methods of one module that call one another, and where; outermost first
 _FLAGS = (bool, int, float, str)
@@ -139,16 +139,26 @@ def _forks(code: CodeType) -> _Forks:
         return _Forks()
 
 
+def parsed(code: CodeType) -> ast.FunctionDef:
+    """A function's syntax, with the line numbers of its file.
+
+    Raises:
+        Exception: If there is no source, or another one by now.
+    """
+    lines, start = inspect.getsourcelines(code)
+    nested = lines[0][:1].isspace()  # not dedented: lines of a text may begin further left
+    tree: Any = ast.parse("".join(["if True:\n" if nested else "", *lines]))
+    ast.increment_lineno(tree, start - 1 - nested)
+    function = tree.body[0].body[0] if nested else tree.body[0]
+    assert isinstance(function, ast.FunctionDef)
+    return function
+
+
 class _Reader:
     """Reads one function."""
 
     def __init__(self, code: CodeType) -> None:
-        lines, start = inspect.getsourcelines(code)
-        nested = lines[0][:1].isspace()  # not dedented: lines of a text may begin further left
-        tree: Any = ast.parse("".join(["if True:\n" if nested else "", *lines]))
-        ast.increment_lineno(tree, start - 1 - nested)
-        self.function = tree.body[0].body[0] if nested else tree.body[0]
-        assert isinstance(self.function, ast.FunctionDef)
+        self.function = parsed(code)
         given = self.function.args
         positional = [*given.posonlyargs, *given.args]
         self.own = positional[0].arg

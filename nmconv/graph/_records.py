@@ -36,7 +36,7 @@ class Frame:
         number: Which call of that label in the parent it is, from 1.
         start: How many nodes the graph had when the call began.
         result: The node it returned, where it returned just one.
-        asks: Whether its own code has asked for a number or a truth that depends on sizes.
+        asks: Whether its own code has asked for a number or a truth that depends on sizes, or may have been given one.
         lines: Of the parent's methods, where the call is made.
     """
 

@@ -20,6 +20,7 @@ from nmconv.graph._holders import OWN
 from nmconv.graph._lower import lower
 from nmconv.graph._ops import Op
 from nmconv.graph._records import ATOMS, Frame, collect
+from nmconv.graph._straight import goes_straight
 from nmconv.graph._takes import takes_of
 from nmconv.graph._tracer import FlowTracer
 from nmconv.graph._twins import twins
@@ -87,6 +88,7 @@ class _Finder:
         self.stored = stored
         self.pools = pools
         self.flow: Flow = lower(tracer, linear=False)
+        self.order = {node: at for at, node in enumerate(tracer.graph.nodes)}
         self.seen = Seen.of(tracer)
         frames = {id(node.frame): node.frame for node in self.flow.nodes if node.frame is not None}
         self.forwards = Counter(id(frame.module) for frame in frames.values())
@@ -175,19 +177,27 @@ class _Finder:
 
     def _turns_between(self, index: int, node: FlowNode) -> bool:
         """Whether a forward may do something else between the value and the node, at other sizes or asked otherwise."""
+        if self._asked_between(self.flow.nodes[index], node):
+            return True
         ways = [[*_ancestors(frame)] for frame in (self.flow.nodes[index].frame, node.frame)]
         shared = {id(frame) for frame in ways[0]} & {id(frame) for frame in ways[1]}
         lines = [self.tracer.lines.get(self.flow.nodes[index].origin, ()), self.tracer.lines.get(node.origin, ())]
         for side, way in enumerate(ways):
             for frame in way:
-                if frame.asks:
-                    return True
                 if id(frame) in shared:  # the innermost that both are called from
                     if side:
-                        return may_turn_off(frame.module, *lines)
+                        straight = not frame.asks or goes_straight(frame.module, *lines)
+                        return not straight or may_turn_off(frame.module, *lines)
                     break
+                if frame.asks:
+                    return True
                 lines[side] = frame.lines
         return False
+
+    def _asked_between(self, value: FlowNode, node: FlowNode) -> bool:
+        """Whether anything has asked for sizes after the value was made, and may go by that with it."""
+        first, last = self.order[value.origin], self.order[node.origin]
+        return any(first < question <= last for question in self.tracer.questions)
 
     def _only(self, index: int, inside: set[int]) -> bool:
         """Whether nobody else uses the value, not even its shape."""

@@ -51,6 +51,7 @@ class FlowTracer(Tracer):
         self.dead: set[Node] = set()
         self.finished = False
         self.sizes = Sizes()
+        self.questions: list[int] = []  # about sizes: how many nodes there were when each was asked
         self.opaque: set[Node] = set()
         self.broken: dict[str, BaseException] = {}
         self.constants: dict[str, torch.Tensor] = {}
@@ -236,8 +237,13 @@ class FlowTracer(Tracer):
             Unknown: See :meth:`Values.get`; always where a method is traced for rewriting, which must hold for every
                 shape.
         """
-        self.stack[-1].asks = self.stack[-1].asks or self.sizes.is_sized(node)
+        if self.sizes.is_sized(node):
+            self._asked(self.stack[-1])
         return self._known(node)
+
+    def _asked(self, frame: Frame) -> None:
+        frame.asks = True
+        self.questions.append(self._size)
 
     def _known(self, node: Node) -> Any:
         if not self.deep:
@@ -285,6 +291,8 @@ class FlowTracer(Tracer):
         given = Arguments(map_proxies(args, _same), map_proxies(kwargs, _same))  # the forward may change its lists
         frame = Frame(m, self.prefix + name, parent, label, parent.labels[label], self._size)
         frame.lines = lines_of(parent.module)
+        if any(above.asks for above in self.stack) and _tells((args, kwargs)):
+            self._asked(frame)
         self.stack.append(frame)
         before = len(self.graph.nodes)
         try:
@@ -400,6 +408,13 @@ _CALL, _GETATTR = nn.Module.__call__, nn.Module.__getattr__
 
 def _same(value: Any) -> Any:
     return value
+
+
+def _tells(value: Any) -> bool:
+    """Whether there is a number or a truth in arguments: what a caller has found out about sizes, perhaps."""
+    if isinstance(value, (tuple, list)):
+        return any(map(_tells, value))
+    return any(map(_tells, value.values())) if isinstance(value, dict) else isinstance(value, (bool, int, float))
 
 
 def _join(path: str, name: str) -> str:

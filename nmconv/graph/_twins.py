@@ -20,7 +20,9 @@ def twins(one: FlowTracer, other: FlowTracer) -> dict[Node, Node] | None:
     the mode may differ.
     """
     left, right = one.graph.nodes, other.graph.nodes
-    if one.prefix != other.prefix or len(left) != len(right) or one.constants or other.constants:
+    if one.prefix != other.prefix or len(left) != len(right) or one.questions != other.questions:
+        return None
+    if one.constants or other.constants:
         return None
     pairs: dict[Node, Node] = {}
     frames: dict[int, Frame] = {}
