@@ -48,6 +48,19 @@ def model():
     return original()
 
 
+@pytest.mark.parametrize(("batch", "merges"), [(None, 1), (1, 0), (9, 0), (10, 1), (32, 1)])
+def test_what_a_kernel_takes_to_make_is_shared_by_the_batch(batch, merges):
+    """2 x 16 x 64 an image before, 16 x 16 after, and 16 x 64 x 16 in each forward: it pays from ten images on."""
+    net = settle(nn.Sequential(nn.Conv2d(16, 64, 1), nn.BatchNorm2d(64), nn.Conv2d(64, 16, 1)))
+    inputs = None if batch is None else torch.randn(batch, 16, 1, 1, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", nmconv.NoEffectWarning)
+        live = nmconv.merge(net, live=True, min_gain=1.05, example_inputs=inputs)
+        assert len(nmconv.get_merges(live)) == merges
+    baked = nmconv.merge(net, example_inputs=inputs)
+    assert [len(merge.convs) for merge in nmconv.get_merges(baked)[0]] == [2], "made once"
+
+
 def test_keys_values_and_outputs(model):
     live = merge(model, live=True)
     assert list(live.state_dict()) == list(model.state_dict())

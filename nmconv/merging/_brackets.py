@@ -71,6 +71,11 @@ class Segment:
         return (self.geometry.weights + (self.geometry.out_channels if self.geometry.bounded else 0)) * positions
 
     @property
+    def composing(self) -> int:
+        """Multiply-adds of making the one kernel from its factors, whatever the input's size; norms aside."""
+        return _composing(self.nodes)
+
+    @property
     def is_fold(self) -> bool:
         """Whether it is a single convolution that only takes in norms and padding."""
         return len(self.convs) == 1 and not any(
@@ -214,6 +219,18 @@ def geometry_of_nodes(nodes: Sequence[Node], channels: int, rank: int) -> Geomet
             raise node.geometry
         parts.append(node.geometry)
     return reduce(composed, parts) if parts else identity(channels, rank)
+
+
+def _composing(nodes: Sequence[Node]) -> int:
+    """Each weight of a kernel meets the weights of the next one that read its channel."""
+    cost, held = 0, None
+    for node in nodes:
+        assert isinstance(node.geometry, Geometry)
+        cost += sum(_composing(branch) for branch in node.branches)
+        if held is not None and node.convs:
+            cost += held.weights * node.geometry.weights // node.geometry.in_channels
+        held = node.geometry if held is None else composed(held, node.geometry)
+    return cost
 
 
 def _of_segment(nodes: Sequence[Node]) -> Geometry:

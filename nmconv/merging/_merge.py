@@ -72,7 +72,8 @@ def merge(
         backend: What the latency gate times on: ``"eager"``, ``"compile"``, ``"frozen"`` or ``"onnxruntime"``
             (:func:`nmconv.timing.runner` tells what these are).
         live: Keep the factors as parameters, under their old keys, and compute merged kernels from them on the fly,
-            for fine-tuning with frozen norms.
+            for fine-tuning with frozen norms. The multiply-adds gate counts what that takes, shared by the batch, where
+            ``example_inputs`` tell how large that is; the latency gate does not.
         example_inputs: What the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
             Where given, the whole model is run on them before and after.
         inplace: Change ``model`` itself instead of a copy.
@@ -100,7 +101,7 @@ def merge(
         if gate == "latency":
             price = made.latency(min_gain, backend, example_inputs)
         elif gate == "flops":
-            price = _flops(min_gain)
+            price = _flops(min_gain, _batch(example_inputs) if live else None)
         else:
             price = _any
         made.choose(price, fold=not live, fewest=gate == "always")
@@ -166,11 +167,20 @@ def _refuse(nodes: Sequence[Node], reason: Refusal) -> None:
             _refuse(branch, reason)
 
 
-def _flops(min_gain: float) -> Price:
+def _flops(min_gain: float, batch: int | None = None) -> Price:
+    """The price by multiply-adds of an image; those of making a live kernel are shared by the batch, where known."""
+
     def price(segment: Segment) -> float | None:
-        return segment.merged_cost if segment.cost >= min_gain * segment.merged_cost else None
+        merged = segment.merged_cost + (segment.composing / batch if batch else 0)
+        return merged if segment.cost >= min_gain * merged else None
 
     return price
+
+
+def _batch(example_inputs: Any) -> int | None:
+    """Images in it, where anything is given."""
+    tensors = [value for value in tree_leaves(example_inputs) if isinstance(value, Tensor)]
+    return int(tensors[0].shape[0]) if tensors and tensors[0].dim() else None
 
 
 def _any(segment: Segment) -> float | None:
@@ -231,10 +241,10 @@ class _Merging:
     def latency(self, min_gain: float, backend: str, example_inputs: Any) -> Price:
         """The price by measured time."""
         like = next(iter(self._model.parameters()), torch.empty(0))
-        tensors = [value for value in tree_leaves(example_inputs) if isinstance(value, Tensor)]
-        batch = tensors[0].shape[0] if tensors and tensors[0].dim() else 1
         last = is_channels_last(self._model)
-        return LatencyGate(like, batch, backend, min_gain, before_hoisting(self._named), last).price
+        return LatencyGate(
+            like, _batch(example_inputs) or 1, backend, min_gain, before_hoisting(self._named), last
+        ).price
 
     def choose(self, price: Price, *, fold: bool, fewest: bool) -> None:
         """Decide on segments, all in eval mode."""
