@@ -14,7 +14,7 @@ from nmconv.merging._called import called
 from nmconv.merging._module import channels_last, conv_module, laid_out
 from nmconv.planning import Geometry, Refusal, composed
 from nmconv.surgery import copy_of
-from nmconv.timing import drawn, interleaved, noise, ratios, runner
+from nmconv.timing import Summed, drawn, interleaved, noise, ratios, runner
 
 __all__ = ["LatencyGate", "is_slower"]
 
@@ -137,15 +137,6 @@ def _was(node: Node, before: Any) -> Geometry:
     return before(node.element.name, node.geometry)
 
 
-class _Sum(nn.Module):
-    def __init__(self, one: nn.Module, two: nn.Module) -> None:
-        super().__init__()
-        self.one, self.two = one, two
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.one(x) + self.two(x)
-
-
 def _sequence(nodes: Sequence[Node], like: Tensor, before: Any) -> nn.Sequential:
     """Modules that take as long as the nodes do with their norms and padding folded in."""
     found: list[nn.Module] = []
@@ -160,7 +151,7 @@ def _sequence(nodes: Sequence[Node], like: Tensor, before: Any) -> nn.Sequential
     for node in nodes:
         if isinstance(node.element, Join):
             flush()
-            found.append(_Sum(*(_sequence(branch, like, before) for branch in node.branches)))
+            found.append(Summed(*(_sequence(branch, like, before) for branch in node.branches)))
         elif node.element.kind == "conv":
             if held is not None and held.weights > held.in_channels:
                 flush()

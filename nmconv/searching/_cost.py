@@ -15,7 +15,7 @@ from nmconv.graph import Join
 from nmconv.merging import Node, conv_module, fold_norms
 from nmconv.planning import Geometry
 from nmconv.searching._candidates import Network, Segment
-from nmconv.timing import Timing, drawn, interleaved, noise, ratios, runner
+from nmconv.timing import Summed, Timing, drawn, interleaved, noise, ratios, runner
 
 __all__ = ["Stopwatch", "multiply_adds_of"]
 
@@ -89,7 +89,7 @@ class Stopwatch:
         found: list[nn.Module] = []
         for number, node in enumerate(nodes):
             if isinstance(node.element, Join):
-                found.append(_Sum(*(self._modules(branch) for branch in node.branches)))
+                found.append(Summed(*(self._modules(branch) for branch in node.branches)))
             elif node.element.kind == "conv" and isinstance(node.geometry, Geometry):
                 found.append(conv_module(node.geometry, self._image))
             quiet = node.element.quiet  # where an activation was, too
@@ -97,15 +97,3 @@ class Stopwatch:
             if act is not None:
                 found.append(copy.deepcopy(act))
         return nn.Sequential(*found)
-
-
-class _Sum(nn.Module):
-    """Two branches of one value."""
-
-    def __init__(self, one: nn.Module, two: nn.Module) -> None:
-        super().__init__()
-        self.one, self.two = one, two
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape that both take."""
-        return self.one(x) + self.two(x)
