@@ -1,5 +1,7 @@
 """Forwards that go by sizes: what runs alike at every size is merged, and nothing else."""
 
+import functools
+
 import pytest
 import torch
 from merge_nets import picture, settle
@@ -79,7 +81,82 @@ class Alike(nn.Module):
         return self.two(x)
 
 
-STRAIGHT = [Prepares, PreparesOne, InABranch, InAHelper, AsksAfterwards, Alike]
+class WithinLargerExpressions(Net):
+    """What is outside of the two calls does not matter, nor what is done with the value before and after."""
+
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        x = self.relu(x) if x.shape[-1] < 8 else x
+        return functional.relu(self.b(self.bn(self.a(self.relu(x) * 2)))) + 1
+
+
+class Plain(nn.Module):
+    """A part that has conditions, but on what it has only."""
+
+    def __init__(self):
+        super().__init__()
+        self.act = None
+
+    def forward(self, x):
+        if self.act is not None and not self.training:
+            x = self.act(x)
+        return x
+
+
+class WithAPart(Net):
+    def __init__(self):
+        super().__init__()
+        self.part = Plain()
+
+    @staticmethod
+    def halved(x):
+        return x / 2
+
+    def init_weights(self):
+        for part in self.modules():
+            part.done = True
+
+    def forward(self, x, /):
+        if x.shape[-1] < 8:
+            x = self.halved(x)
+        x = self.part(self.bn(self.a(x)))
+        x = self.b(x)
+        self.seen = True
+        return x
+
+
+class AsksAtTheTop(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block, self.grid = PlainBlock(), 3
+
+    def forward(self, x):
+        if x.shape[-1] < self.block.limit:
+            x = functional.relu(x)
+        return self.block(x)
+
+
+class PlainBlock(Net):
+    limit = 8
+
+    def forward(self, x):
+        return self.b(self.bn(self.a(x)))
+
+
+STRAIGHT = [
+    Prepares,
+    PreparesOne,
+    InABranch,
+    InAHelper,
+    AsksAfterwards,
+    Alike,
+    WithinLargerExpressions,
+    WithAPart,
+    AsksAtTheTop,
+]
 
 
 class MaybeRelu(nn.Module):
@@ -353,7 +430,286 @@ class First(Net):
         return functional.relu(x) if small else x
 
 
+class Mixin:
+    """No nn.Module."""
+
+    def small(self, x):
+        return self.a(x)
+
+
+class CallsItInAMixin(Mixin, Net):
+    def forward(self, x):
+        if x.shape[-1] < 8:
+            return self.small(x)
+        x = self.a(x)
+        return self.b(x)
+
+
+class HasAFunction(Net):
+    def __init__(self):
+        super().__init__()
+        self.short = lambda x: self.a(x)
+
+    def forward(self, x):
+        if x.shape[-1] < 8:
+            return self.short(x)
+        x = self.a(x)
+        return self.b(x)
+
+
+class CachedProperty(Net):
+    @functools.cached_property
+    def short(self):
+        return self.a
+
+    def forward(self, x):
+        if x.shape[-1] < 8:
+            return self.short(x)
+        x = self.a(x)
+        return self.b(x)
+
+
+class Tries(Net):
+    def forward(self, x):
+        x = x + 1 if x.shape[-1] < 12 else x
+        try:
+            x = self.a(x)
+            if self.part is None:
+                x = self.b(x)
+        except RuntimeError:
+            pass
+        return x
+
+
+class SharesADict(Net):
+    def __init__(self):
+        super().__init__()
+        self.state = {"small": False}
+        self.part = ReadsADict(self.state)
+
+    def forward(self, x):
+        self.state["small"] = bool(x.shape[-1] < 8)
+        x = self.a(x)
+        x = self.part(x)
+        return self.b(x)
+
+
+class ReadsADict(nn.Module):
+    def __init__(self, state):
+        super().__init__()
+        self.state = state
+
+    def forward(self, x):
+        return functional.relu(x) if self.state["small"] else x
+
+
+class SharesAGlobal(SharesADict):
+    def __init__(self):
+        super().__init__()
+        self.part = ReadsAGlobal()
+
+    def forward(self, x):
+        SHARED["small"] = bool(x.shape[-1] < 8)
+        x = self.a(x)
+        x = self.part(x)
+        return self.b(x)
+
+
+class ReadsAGlobal(nn.Module):
+    def forward(self, x):
+        return functional.relu(x) if SHARED["small"] else x
+
+
+SHARED = {}
+
+
+class Block(Net):
+    def forward(self, x):
+        if x.shape[-1] < 12:
+            x = x + 1
+        x = self.a(x)
+        return self.b(x)
+
+
+class ReachesIn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x):
+        if x.shape[-1] < 8:
+            return self.block.a(x)
+        return self.block(x)
+
+
+class ReachesIntoAList(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([PlainBlock()])
+
+    def forward(self, x):
+        if x.shape[-1] < 8:
+            return self.blocks[0].a(x)
+        return self.blocks[0](x)
+
+
+class ReachesIntoASequence(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 3, 3))
+
+    def forward(self, x):
+        if x.shape[-1] < 8:
+            return self.block[0](x)
+        return self.block(x)
+
+
+class CallsAnotherMethod(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = HasAnotherMethod()
+
+    def forward(self, x):
+        if x.shape[-1] < 8:
+            return self.block.features(x)
+        return self.block(x)
+
+
+class HasAnotherMethod(PlainBlock):
+    def features(self, x):
+        return self.a(x)
+
+
+class HasItToo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = PlainBlock()
+        self.also = self.block.a
+
+    def forward(self, x):
+        if x.shape[-1] < 8:
+            return self.also(x)
+        return self.block(x)
+
+
+class IsSmall(nn.Module):
+    def forward(self, x):
+        return bool(x.shape[-1] < 8)
+
+
+class IsAnswered(Net):
+    def __init__(self):
+        super().__init__()
+        self.ask = IsSmall()
+
+    def forward(self, x):
+        small = self.ask(x)
+        x = self.a(x)
+        x = functional.relu(x) if small else x
+        return self.b(x)
+
+
+class TellsAText(TellsABlock):
+    def __init__(self):
+        super().__init__()
+        self.block = BlockThatIsToldAText()
+
+    def forward(self, x):
+        return self.block(x, "small" if x.shape[-1] < 8 else "large")
+
+
+class BlockThatIsToldAText(Net):
+    def forward(self, x, kind):
+        x = self.a(x)
+        x = functional.relu(x) if kind == "small" else x
+        return self.b(x)
+
+
+class TellsByNothing(TellsABlock):
+    def __init__(self):
+        super().__init__()
+        self.block = BlockThatIsToldNothing()
+
+    def forward(self, x):
+        return self.block(x, x.sum() if x.shape[-1] < 8 else None)
+
+
+class BlockThatIsToldNothing(Net):
+    def forward(self, x, mask):
+        x = self.a(x)
+        x = x if mask is None else x * mask
+        return self.b(x)
+
+
+class TellsAPartAText(Told):
+    def __init__(self):
+        super().__init__()
+        self.part = MaybeReluByText()
+
+    def forward(self, x):
+        kind = "small" if x.shape[-1] < 8 else "large"
+        x = self.a(x)
+        x = self.part(x, kind)
+        return self.b(x)
+
+
+class MaybeReluByText(MaybeRelu):
+    def forward(self, x, kind):
+        return functional.relu(x) if kind == "small" else x
+
+
+class CountsRows(Net):
+    def forward(self, x):
+        small = len(x[0, 0]) < 8
+        x = self.a(x)
+        x = functional.relu(x) if small else x
+        return self.b(x)
+
+
+class CountsPictures(Net):
+    def forward(self, x):
+        one = len(x) == 1
+        x = self.a(x)
+        x = functional.relu(x) if one else x
+        return self.b(x)
+
+
+class CountsTokens(Net):
+    def forward(self, x):
+        tokens = x.flatten(2).transpose(1, 2).shape[1]
+        x = self.a(x)
+        x = functional.relu(x) if tokens < 64 else x
+        return self.b(x)
+
+
+class CountsInASlice(Net):
+    def forward(self, x):
+        size = x.shape[-2:]
+        x = self.a(x)
+        x = functional.relu(x) if size[1] < 8 else x
+        return self.b(x)
+
+
 TURNING = [
+    CallsItInAMixin,
+    HasAFunction,
+    CachedProperty,
+    Tries,
+    SharesADict,
+    SharesAGlobal,
+    ReachesIn,
+    ReachesIntoAList,
+    ReachesIntoASequence,
+    CallsAnotherMethod,
+    HasItToo,
+    IsAnswered,
+    TellsAText,
+    TellsByNothing,
+    TellsAPartAText,
+    CountsRows,
+    CountsPictures,
+    CountsTokens,
+    CountsInASlice,
     Between,
     BetweenBySeveralLines,
     Told,
@@ -382,26 +738,74 @@ TURNING = [
 ]
 
 
-def merges_of(net):
-    merged = nmconv.merge(net, gate="always")
-    for size in (16, 8, 7, 5):
-        x = picture(3, size, size)
-        with torch.no_grad():
-            found, wanted = merged(x), net(x)
-        assert found.shape == wanted.shape and float((found - wanted).abs().max()) < 1e-10
-    return [merge.convs for merges in nmconv.get_merges(merged) for merge in merges if len(merge.convs) == 2]
+class Stem(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        small = x.shape[-1] < 8
+        y = self.c(x)
+        return functional.relu(y) if small else y
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.p, self.q = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.p(x) + self.q(x)
+
+
+class BranchesBehindAStem(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block = Stem(), Branches()
+
+    def forward(self, x):
+        return self.block(self.stem(x))
+
+
+class BranchesBehindAQuestion(BranchesBehindAStem):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 1))
+
+    def forward(self, x):
+        small = x.shape[-1] < 8
+        x = self.stem(x)
+        x = functional.relu(x) if small else x
+        return self.block(x)
+
+
+def merges_of(net, **options):
+    """Of how many convolutions each is made, with the outputs compared at sizes that it was not traced with, too."""
+    merged = nmconv.merge(net, gate="always", **options)
+    for size in (16, 9, 8, 7, 5, 3):
+        for batch in (1, 3):
+            x = picture(3, size, size, batch=batch)
+            with torch.no_grad():
+                found, wanted = merged(x), net(x)
+            assert found.shape == wanted.shape and float((found - wanted).abs().max()) < 1e-10
+    return [merge.convs for merges in nmconv.get_merges(merged) for merge in merges if len(merge.convs) > 1]
+
+
+@pytest.mark.parametrize("cls", [BranchesBehindAStem, BranchesBehindAQuestion])
+def test_sums_do_not_reach_back_past_a_question(cls):
+    assert merges_of(settle(cls())) == [("block.p", "block.q")]
 
 
 @pytest.mark.parametrize("cls", STRAIGHT)
 def test_what_runs_alike_at_every_size_is_merged(cls):
-    assert len(merges_of(settle(cls()))) == 1
+    net = settle(cls())
+    assert len(merges_of(net)) == len(merges_of(net, live=True)) == 1
 
 
 @pytest.mark.parametrize("cls", TURNING)
 def test_what_may_run_otherwise_is_not(cls):
     net = settle(cls())
-    net = net.eval()
-    assert merges_of(net) == []
+    assert merges_of(net) == merges_of(net, live=True) == []
     assert all(run.merges == () for run in nmconv.find_runs(net))
 
 

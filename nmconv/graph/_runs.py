@@ -20,7 +20,7 @@ from nmconv.graph._holders import OWN
 from nmconv.graph._lower import lower
 from nmconv.graph._ops import Op
 from nmconv.graph._records import ATOMS, Frame, collect
-from nmconv.graph._straight import goes_straight
+from nmconv.graph._straight import goes_straight, reaches_into
 from nmconv.graph._takes import takes_of
 from nmconv.graph._tracer import FlowTracer
 from nmconv.graph._twins import twins
@@ -88,6 +88,7 @@ class _Finder:
         self.stored = stored
         self.pools = pools
         self.flow: Flow = lower(tracer, linear=False)
+        self.places = Counter(id(part) for _, part in tracer.root.named_modules(remove_duplicate=False))
         self.order = {node: at for at, node in enumerate(tracer.graph.nodes)}
         self.seen = Seen.of(tracer)
         frames = {id(node.frame): node.frame for node in self.flow.nodes if node.frame is not None}
@@ -171,28 +172,52 @@ class _Finder:
         nodes = [index for part in parts if part is not None for index in part.nodes] + [node.index]
         inside = set(nodes)
         value = _going(values, source)
-        if value and all(reader in inside for reader in self.readers[source]) and self._only(source, inside):
+        readers = self.readers[source]
+        if (
+            value
+            and inside.issuperset(readers)
+            and self._only(source, inside)
+            and not any(self._turns_between(source, self.flow.nodes[reader]) for reader in readers)
+        ):
             return _Value(value.source, [*value.elements, join], [*value.nodes, *nodes])
         return _Value(source, [join], nodes)
 
     def _turns_between(self, index: int, node: FlowNode) -> bool:
         """Whether a forward may do something else between the value and the node, at other sizes or asked otherwise."""
-        if self._asked_between(self.flow.nodes[index], node):
+        value = self.flow.nodes[index]
+        if self._asked_between(value, node):
             return True
-        ways = [[*_ancestors(frame)] for frame in (self.flow.nodes[index].frame, node.frame)]
+        ways = [[*_ancestors(frame)] for frame in (value.frame, node.frame)]
         shared = {id(frame) for frame in ways[0]} & {id(frame) for frame in ways[1]}
-        lines = [self.tracer.lines.get(self.flow.nodes[index].origin, ()), self.tracer.lines.get(node.origin, ())]
+        lines = [self.tracer.lines.get(value.origin, ()), self.tracer.lines.get(node.origin, ())]
+        labels = [value.label, node.label]
         for side, way in enumerate(ways):
             for frame in way:
                 if id(frame) in shared:  # the innermost that both are called from
                     if side:
-                        straight = not frame.asks or goes_straight(frame.module, *lines)
-                        return not straight or may_turn_off(frame.module, *lines)
+                        turns = self._goes_by_sizes(frame, (value, node), *labels)
+                        return turns or may_turn_off(frame.module, *lines)
                     break
                 if frame.asks:
                     return True
-                lines[side] = frame.lines
+                lines[side], labels[side] = frame.lines, frame.label
         return False
+
+    def _goes_by_sizes(self, frame: Frame, made: Iterable[FlowNode], first: str, then: str) -> bool:
+        """Whether a forward, or one that it is called from, may use one of two parts otherwise at other sizes."""
+        if frame.asks and not goes_straight(frame.module, first, then, self.places):
+            return True
+        inner = frame
+        for outer in _ancestors(frame.parent):
+            if outer.asks and (reaches_into(outer.module, inner.label) or any(map(self._shared, made))):
+                return True
+            inner = outer
+        return False
+
+    def _shared(self, node: FlowNode) -> bool:
+        """Whether the module that makes the value is registered in several places."""
+        origin = node.origin
+        return origin.op == "call_module" and self.places[id(self.tracer.module(str(origin.target)))] > 1
 
     def _asked_between(self, value: FlowNode, node: FlowNode) -> bool:
         """Whether anything has asked for sizes after the value was made, and may go by that with it."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from torch.fx import Node
+
+from nmconv.graph._ops import FUNCTIONS, METHODS, Op
 
 __all__ = ["Sizes"]
 
@@ -36,6 +39,10 @@ class Sizes:
         ):
             self._numbers.add(node)
 
+    def is_shape(self, node: Node) -> bool:
+        """Whether the node is a tensor's shape, or a part of one."""
+        return node in self._shapes
+
     def is_number(self, node: Node) -> bool:
         """Whether the node is a number computed from shapes."""
         return node in self._numbers
@@ -47,7 +54,7 @@ class Sizes:
             at = todo.pop()
             axis = at.args[1] if len(at.args) > 1 else None
             if (at.target is operator.getitem and at.all_input_nodes[0] in self._shapes) or at.target == "size":
-                if axis != 1:
+                if axis != 1 or _is_laid_out_anew(at.all_input_nodes[0]):
                     return True
             elif not (at.target == "dim" or (at.target is getattr and axis == "ndim")):
                 if at in self._shapes or not at.all_input_nodes:
@@ -55,3 +62,13 @@ class Sizes:
                 todo += [source for source in at.all_input_nodes if source not in seen]
                 seen.update(at.all_input_nodes)
         return False
+
+
+def _is_laid_out_anew(node: Node | None) -> bool:
+    """Whether what is in axis 1 of a tensor, or of one whose shape this is, may have been in another."""
+    while node is not None and node.op in ("call_function", "call_method"):
+        table: Any = FUNCTIONS if node.op == "call_function" else METHODS
+        if table.get(node.target) is Op.LAYOUT or node.target is operator.getitem:
+            return True
+        node = next(iter(node.all_input_nodes), None)
+    return False

@@ -3,126 +3,159 @@
 from __future__ import annotations
 
 import ast
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
-from types import CodeType
+import inspect
+from collections.abc import Mapping
+from types import FunctionType
+from typing import Any
 
 from torch import nn
 
-from nmconv.graph._exits import Lines, parsed
+from nmconv.graph._forwards import ForwardMethod, ForwardSource, source_of
+from nmconv.graph._modules import leaf_op
 
-__all__ = ["goes_straight"]
+__all__ = ["goes_straight", "reaches_into"]
+
+_LISTS = (nn.ModuleList, nn.ModuleDict)
+_SIMPLE = (ast.Assign, ast.Return)
+_HARMLESS = frozenset(("torch", "nn", "F", "isinstance", "hasattr", "len", "range", "enumerate", "zip", "reversed"))
 
 
-def goes_straight(module: nn.Module, first: Lines, then: Lines) -> bool:
-    """Whether a value made on one line is used on another, and nowhere else, whatever the sizes are.
+def goes_straight(module: nn.Module, first: str, then: str, places: Mapping[int, int]) -> bool:
+    """Whether what one submodule makes goes to another, and to nobody else, whatever the sizes are.
 
-    So it is where the lines are, or belong to, consecutive statements ``x = self.layer(x)`` of one block, with
-    submodules that no method mentions a second time: each overwrites what the one before has made.
+    So it is where the forward has ``self.then(self.first(...))``, or one after the other ``x = self.first(...)`` and
+    ``x = self.then(x)``, each overwriting what was there; with others of the kind between, and names that are nowhere
+    else in what the forward may come to. A part that goes by anything but parts of its own may have been told of sizes.
 
     Args:
-        module: Whose methods these are.
-        first: Where the value is made.
-        then: Where it is used.
+        module: Whose forward this is.
+        first: Name of the submodule that makes the value.
+        then: Of the one that takes it.
+        places: From ids of modules to how often they are registered in the whole model.
     """
-    if not (first and then) or first[:-1] != then[:-1] or first[-1][0] is not then[-1][0]:
+    source = source_of(module)
+    if source is None or any(source.names[name] != 1 for name in (first, then)):
         return False
-    code, start, end = *first[-1], then[-1][1]
-    try:
-        called = _chain(code, start, end)
-        mentioned: Counter[str] = Counter()
-        for method in _methods(type(module)):
-            mentioned += _mentions(method)
-    except Exception:  # no source, or one that has changed since
+    if any(callable(module.__dict__.get(name)) for name in source.names):  # a function of its own may use any part
         return False
-    places = Counter(id(part) for _, part in module.named_modules(remove_duplicate=False))
-    held = [module._modules.get(name) for name in called]
-    alone = all(part is not None and all(places[id(inner)] == 1 for inner in part.modules()) for part in held)
-    return bool(called) and alone and all(mentioned[name] == 1 for name in called)
+    held = [module._modules.get(name) for name in _way(source, first, then)]
+    inside = [inner for part in held if part is not None for inner in part.modules()]
+    return bool(held) and None not in held and all(places[id(part)] == 1 and _goes_by_parts(part) for part in inside)
 
 
-@lru_cache(maxsize=256)
-def _chain(code: CodeType, start: int, end: int) -> tuple[str, ...]:
-    """The submodules called by the statements from one line to another; none where these do anything else."""
-    function = parsed(code)
-    for block in _blocks(function):
-        at = [number for number, part in enumerate(block) if part.lineno <= start <= (part.end_lineno or 0)]
-        to = [number for number, part in enumerate(block) if part.lineno <= end <= (part.end_lineno or 0)]
-        if len(at) == len(to) == 1 and all(isinstance(block[number], _SIMPLE) for number in (*at, *to)):
-            return _calls(block[at[0] : to[0] + 1], function.args.args[0].arg)
-    return ()
+def reaches_into(module: nn.Module, label: str) -> bool:
+    """Whether a forward may use what is inside a submodule other than by calling that.
 
-
-_SIMPLE = (ast.Assign, ast.Return)
-
-
-def _blocks(function: ast.FunctionDef) -> Iterator[list[ast.stmt]]:
-    for node in ast.walk(function):
-        for name in ("body", "orelse", "finalbody"):
-            block = getattr(node, name, None)
-            if isinstance(block, list):
-                yield block
-
-
-def _calls(statements: Iterable[ast.stmt], own: str) -> tuple[str, ...]:
-    found: list[str] = []
-    variable = ""  # holds what the statement before has made
-    for statement in statements:
-        if variable == "return":
-            return ()
-        if isinstance(statement, ast.Return) and statement.value is not None:
-            value, target = statement.value, "return"
-        elif isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-            value, target = statement.value, statement.targets[0].id
-            if len(statement.targets) > 1 or (variable and target != variable):
-                return ()
-        else:
-            return ()
-        called = []
-        while isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
-            if not _is_name(value.func.value, own) or len(value.args) != 1 or value.keywords:
-                return ()
-            called.append(value.func.attr)
-            value = value.args[0]
-        if not called or not isinstance(value, ast.Name) or (variable and value.id != variable):
-            return ()
-        found += called
-        variable = target
-    return tuple(found)
-
-
-def _methods(cls: type) -> Iterator[CodeType]:
-    """Of a class and its bases, but for what builds them, and nn.Module's own."""
-    for base in cls.__mro__:
-        for name, method in base.__dict__.items() if issubclass(base, nn.Module) and base is not nn.Module else ():
-            method = getattr(method, "fget", None) or getattr(method, "__func__", method)
-            while method is not None:
-                code = getattr(method, "__code__", None)
-                if isinstance(code, CodeType) and name != "__init__":
-                    yield code
-                method = getattr(method, "__wrapped__", None)
-
-
-@lru_cache(maxsize=1024)
-def _mentions(code: CodeType) -> Counter[str]:
-    """How often a method names each attribute of its module; one that it hands on itself may use any of them.
-
-    Raises:
-        ValueError: If it hands on its module, or sets any of its attributes.
+    Args:
+        module: Whose forward this is.
+        label: Of the submodule, relative to it.
     """
-    function = parsed(code)
-    given = [*function.args.posonlyargs, *function.args.args]
-    own = given[0].arg if given else ""
-    parts = [part for part in ast.walk(function) if isinstance(part, ast.Attribute) and _is_name(part.value, own)]
-    alone = sum(_is_name(part, own) for part in ast.walk(function)) - len(parts)
-    if alone or any(part.attr in _ALL or not isinstance(part.ctx, ast.Load) for part in parts):
-        raise ValueError(f"{code.co_qualname} may use any module")
-    return Counter(part.attr for part in parts)
+    source = source_of(module)
+    slot = label.partition(".")[0]
+    return source is None or any(_reaches(method, module, slot) for method in source.methods)
 
 
-_ALL = ("children", "modules", "named_children", "named_modules", "get_submodule", "_modules", "__dict__")
+def _reaches(method: ForwardMethod, module: nn.Module, slot: str) -> bool:
+    for part in method.parts:
+        inner, held = getattr(part, "value", None), module._modules.get(slot)
+        if isinstance(inner, ast.Subscript) and isinstance(held, _LISTS):
+            inner, held = inner.value, next(iter(held.children()), None)
+        if not method.is_own(inner, slot) or isinstance(held, _LISTS):
+            continue
+        if isinstance(part, ast.Subscript):
+            return True
+        if isinstance(part, ast.Attribute):
+            inside = held is None or part.attr in held._modules
+            if inside or callable(inspect.getattr_static(type(held), part.attr, None)):
+                return True
+    return False
 
 
-def _is_name(part: ast.AST, name: str) -> bool:
-    return isinstance(part, ast.Name) and part.id == name
+def _way(source: ForwardSource, first: str, then: str) -> list[str]:
+    """What is called from one submodule's only call to another's, both included; nothing where more may happen."""
+    for method in source.methods:
+        calls = [part for part in method.parts if isinstance(part, ast.Call)]
+        one, two = (next((call for call in calls if method.is_own(call.func, name)), None) for name in (first, then))
+        for block in method.blocks() if one and two else ():
+            at, to = _places(block, one), _places(block, two)
+            if at and to:
+                return _nest(method, two, one) if at == to else _steps(method, block[at[0] : to[0] + 1], one, two)
+    return []
+
+
+def _places(block: list[ast.stmt], call: Any) -> list[int]:
+    """Where in a block it is, in a statement that holds no others."""
+    return [at for at, part in enumerate(block) if isinstance(part, _SIMPLE) and call in set(ast.walk(part))]
+
+
+def _nest(method: ForwardMethod, value: Any, inmost: ast.AST | str | None) -> list[str]:
+    """Names in ``self.c(self.b(self.a(x)))``, down to a call or a variable; none if it is anything else."""
+    names = []
+    while not (isinstance(value, ast.Name) and value.id == inmost):
+        if not isinstance(value, ast.Call) or not method.is_own(value.func) or len(value.args) != 1 or value.keywords:
+            return []
+        assert isinstance(value.func, ast.Attribute)
+        names.append(value.func.attr)
+        if value is inmost:
+            break
+        value = value.args[0]
+    return names
+
+
+def _steps(method: ForwardMethod, block: list[ast.stmt], one: Any, two: Any) -> list[str]:
+    """Names in statements that all write to one variable; after the first, each reads only that, and once."""
+    names: list[str] = []
+    variable = ""
+    for part in block:
+        last = part is block[-1]
+        found = _nest(method, two if last else getattr(part, "value", None), variable or one)
+        target = _target(part)
+        ends = last and isinstance(part, ast.Return)
+        if not found or not (ends or target) or target not in (variable or target, None):
+            return []
+        if variable and _reads(part, variable) != 1:
+            return []
+        names += found
+        variable = variable or str(target)
+    return names
+
+
+def _target(part: ast.stmt) -> str | None:
+    """The one variable that a statement writes to."""
+    targets = part.targets if isinstance(part, ast.Assign) else []
+    return targets[0].id if len(targets) == 1 and isinstance(targets[0], ast.Name) else None
+
+
+def _reads(part: ast.AST, variable: str) -> int:
+    found = [inner for inner in ast.walk(part) if isinstance(inner, ast.Name) and inner.id == variable]
+    return sum(isinstance(inner.ctx, ast.Load) for inner in found)
+
+
+def _goes_by_parts(module: nn.Module) -> bool:
+    """Whether a module's forward has no conditions but on what it is given and what parts it has."""
+    if leaf_op(module) is not None or type(module).__module__.startswith("torch.nn."):
+        return True
+    source = source_of(module)
+    return source is not None and all(_is_structural(module, method) for method in source.methods)
+
+
+def _is_structural(module: nn.Module, method: ForwardMethod) -> bool:
+    given = method.function.args
+    known = {part.arg for part in (*given.posonlyargs, *given.args, *given.kwonlyargs)} | _HARMLESS
+    asked: list[Any] = []
+    for part in method.parts:
+        asked += [getattr(part, name) for name in ("test", "subject", "iter") if hasattr(part, name)]
+        asked += getattr(part, "ifs", []) + (part.values if isinstance(part, ast.BoolOp) else [])
+        if isinstance(part, (ast.For, ast.comprehension)):
+            known |= {inner.id for inner in ast.walk(part.target) if isinstance(inner, ast.Name)}
+    inside: list[Any] = [part for whole in asked for part in ast.walk(whole)]
+    names = {part.id for part in inside if isinstance(part, ast.Name)}
+    return names <= known and all(_is_part(module, part.attr) for part in inside if method.is_own(part))
+
+
+def _is_part(module: nn.Module, name: str) -> bool:
+    """Whether it is a submodule, nothing or a method, and not what somebody may have written there."""
+    if name == "training" or name in module._modules:
+        return True
+    held = module.__dict__.get(name, inspect.getattr_static(type(module), name, None))
+    return held is None or isinstance(held, FunctionType)

@@ -280,8 +280,8 @@ class FlowTracer(Tracer):
         return self.sizes.is_number(node)
 
     def length_of(self, obj: Proxy) -> int:
-        """What ``len`` gives for a proxy."""
-        return len(self._known(obj.node))
+        """What ``len`` gives for a proxy; a shape's is no matter of sizes."""
+        return len(self._known(obj.node) if self.sizes.is_shape(obj.node) else self.value_of(obj.node))
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -291,6 +291,7 @@ class FlowTracer(Tracer):
         given = Arguments(map_proxies(args, _same), map_proxies(kwargs, _same))  # the forward may change its lists
         frame = Frame(m, self.prefix + name, parent, label, parent.labels[label], self._size)
         frame.lines = lines_of(parent.module)
+        questions = len(self.questions)
         if any(above.asks for above in self.stack) and _tells((args, kwargs)):
             self._asked(frame)
         self.stack.append(frame)
@@ -313,6 +314,8 @@ class FlowTracer(Tracer):
         if frame.path in self.broken:
             return self._opaque_call(name, label, args, kwargs)
         self.completed.setdefault(frame.path, []).append(given)
+        if len(self.questions) > questions and _tells(result):
+            self._asked(parent)
         if not isinstance(result, Proxy):
             self.odd.setdefault(parent.path, label)
         frame.result = result.node if type(result) is TensorProxy else None
@@ -411,10 +414,10 @@ def _same(value: Any) -> Any:
 
 
 def _tells(value: Any) -> bool:
-    """Whether there is a number or a truth in arguments: what a caller has found out about sizes, perhaps."""
+    """Whether there is more than tensors in what is handed on: it may say what has been found out about sizes."""
     if isinstance(value, (tuple, list)):
         return any(map(_tells, value))
-    return any(map(_tells, value.values())) if isinstance(value, dict) else isinstance(value, (bool, int, float))
+    return any(map(_tells, value.values())) if isinstance(value, dict) else not isinstance(value, Proxy)
 
 
 def _join(path: str, name: str) -> str:

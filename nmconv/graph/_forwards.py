@@ -1,0 +1,127 @@
+"""What a module's forward may come to, by its source: its methods, and the submodules that they name."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+
+from nmconv.graph._exits import parsed
+
+__all__ = ["ForwardMethod", "ForwardSource", "source_of"]
+
+_ALL = frozenset(("_modules", "__dict__", "__getattr__", "__getattribute__", *vars(nn.Module))) - {
+    "forward",
+    "training",
+}
+_PLAIN = (staticmethod, classmethod, bool, int, float, str, tuple, type)  # of a class: they know of no module of it
+
+
+@dataclass(frozen=True)
+class ForwardMethod:
+    """One method; ``own`` is what it calls its module."""
+
+    function: ast.FunctionDef
+    own: str
+
+    @property
+    def parts(self) -> list[Any]:
+        """All of its syntax."""
+        return list(ast.walk(self.function))
+
+    def is_own(self, part: Any, *names: str) -> bool:
+        """Whether it is ``self.name``; of any name where none is given."""
+        own = isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == self.own
+        return own and (not names or part.attr in names)
+
+    def attributes(self) -> tuple[list[str], list[str]]:
+        """Names it has ``self.name`` of, and ``super().name``.
+
+        Raises:
+            ValueError: If it hands its module on as a whole.
+        """
+        own = [part.attr for part in self.parts if self.is_own(part)]
+        inherited = [part for part in self.parts if isinstance(part, ast.Attribute) and _is_super(part.value)]
+        asking = {id(inner) for part in inherited for inner in ast.walk(part.value)}
+        named = [part for part in self.parts if isinstance(part, ast.Name) and part.id == self.own]
+        if sum(id(part) not in asking for part in named) != len(own):
+            raise ValueError(f"{self.function.name} hands its module on")
+        return own, [part.attr for part in inherited]
+
+    def blocks(self) -> Iterator[list[ast.stmt]]:
+        """Lists of statements of which all run once the first does: not those of ``try`` and ``with``."""
+        todo = [self.function.body]
+        while todo:
+            block = todo.pop()
+            yield block
+            for part in block:
+                if isinstance(part, (ast.If, ast.For, ast.While)):
+                    todo += [part.body, part.orelse]
+
+
+@dataclass(frozen=True)
+class ForwardSource:
+    """All methods that a forward may come to, and how often they name each attribute of their module."""
+
+    methods: tuple[ForwardMethod, ...]
+    names: Counter[str]
+
+
+def source_of(module: nn.Module) -> ForwardSource | None:
+    """Of a module's class; None without source, or where a method may use any attribute or hands its module on."""
+    cls: Any = type(module)
+    return _source_of(cls)
+
+
+@lru_cache(maxsize=1024)
+def _source_of(cls: Any) -> ForwardSource | None:
+    try:
+        return _read(cls) if cls.__getattr__ is nn.Module.__getattr__ else None
+    except Exception:
+        return None
+
+
+def _read(cls: type[nn.Module]) -> ForwardSource:
+    names: Counter[str] = Counter()
+    methods: list[ForwardMethod] = []
+    todo, seen = ["forward"], set()
+    while todo:
+        name = todo.pop()
+        bases = [base for base in cls.__mro__ if base not in (object, nn.Module) and name not in seen]
+        seen.add(name)
+        for held in (base.__dict__.get(name) for base in bases):
+            for code in () if held is None or isinstance(held, _PLAIN) else _codes(held):
+                function = parsed(code)
+                given = [*function.args.posonlyargs, *function.args.args]
+                method = ForwardMethod(function, given[0].arg if given else "")
+                found, inherited = method.attributes()
+                if not _ALL.isdisjoint(found):
+                    raise ValueError(f"{name} may use any attribute")
+                names.update(found)
+                todo += [*found, *inherited]
+                methods.append(method)
+    return ForwardSource(tuple(methods), names)
+
+
+def _codes(held: Any) -> Iterator[CodeType]:
+    """Of a method or a property, and of what is inside its decorators.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    held = held.fget if isinstance(held, property) else held
+    while held is not None:
+        if not isinstance(held, FunctionType):
+            raise TypeError(f"a {type(held).__name__} is no function")
+        yield held.__code__
+        held = getattr(held, "__wrapped__", None)
+
+
+def _is_super(part: ast.AST) -> bool:
+    return isinstance(part, ast.Call) and isinstance(part.func, ast.Name) and part.func.id == "super"
