@@ -14,7 +14,9 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Lines", "lines_of", "may_turn_off", "parsed"]
+from nmconv.graph._syntax import conditions, parsed, unwrapped
+
+__all__ = ["Lines", "lines_of", "may_turn_off"]
 
 Lines = tuple[tuple[CodeType, int], ...]  # methods of one module that call one another, and where; outermost first
 _FLAGS = (bool, int, float, str)
@@ -41,12 +43,8 @@ def _codes(cls: type, name: str) -> tuple[CodeType, ...]:
     """Of all methods of that name, those of its bases and those inside decorators."""
     found = []
     for base in cls.__mro__[:-1]:
-        method = base.__dict__.get(name)
-        while method is not None:
-            code = getattr(method, "__code__", None)
-            if isinstance(code, CodeType):
-                found.append(code)
-            method = getattr(method, "__wrapped__", None)
+        codes = (getattr(method, "__code__", None) for method in unwrapped(base.__dict__.get(name)))
+        found += [code for code in codes if isinstance(code, CodeType)]
     return tuple(found)
 
 
@@ -139,21 +137,6 @@ def _forks(code: CodeType) -> _Forks:
         return _Forks()
 
 
-def parsed(code: CodeType) -> ast.FunctionDef:
-    """A function's syntax, with the line numbers of its file.
-
-    Raises:
-        Exception: If there is no source, or another one by now.
-    """
-    lines, start = inspect.getsourcelines(code)
-    nested = lines[0][:1].isspace()  # not dedented: lines of a text may begin further left
-    tree: Any = ast.parse("".join(["if True:\n" if nested else "", *lines]))
-    ast.increment_lineno(tree, start - 1 - nested)
-    function = tree.body[0].body[0] if nested else tree.body[0]
-    assert isinstance(function, ast.FunctionDef)
-    return function
-
-
 class _Reader:
     """Reads one function."""
 
@@ -172,22 +155,16 @@ class _Reader:
             if isinstance(node, ast.Assign) and self._asks(node.value) and not self._computes(node.value):
                 self.optional.update(part.id for part in node.targets if isinstance(part, ast.Name))
         forks, loops = [], []
-        for node in ast.walk(self.function):
+        for node, test in conditions(self.function):
+            ends = not isinstance(node, ast.For) and any(map(self._ends, ast.walk(node)))
+            forks.append(self._fork(node, test, ends))
             if isinstance(node, (ast.For, ast.While)):
                 loops.append((node.lineno, node.end_lineno or node.lineno))
-            if isinstance(node, (ast.If, ast.While)):
-                forks.append(self._fork(node, node.test, any(map(self._ends, ast.walk(node)))))
-            elif isinstance(node, ast.For):
-                forks.append(self._fork(node, node.iter, False))
-            elif isinstance(node, ast.Match):
-                forks.append(self._fork(node, node.subject, any(map(self._ends, ast.walk(node)))))
-            elif isinstance(node, ast.IfExp):
-                forks.append(self._fork(node, node.test, False))
-            elif isinstance(node, ast.Return) and node.value is not None:
-                for part in ast.walk(node.value):
-                    if isinstance(part, ast.IfExp):
-                        ends = not (self._computes(part.body) and self._computes(part.orelse))
-                        forks.append(self._fork(part, part.test, ends))
+        for node in ast.walk(self.function):
+            for part in ast.walk(node.value) if isinstance(node, ast.Return) and node.value is not None else ():
+                if isinstance(part, ast.IfExp):
+                    ends = not (self._computes(part.body) and self._computes(part.orelse))
+                    forks.append(self._fork(part, part.test, ends))
         return _Forks(tuple(forks), tuple(loops))
 
     def _fork(self, node: Any, test: ast.expr, ends: bool) -> _Fork:

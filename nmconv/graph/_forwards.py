@@ -12,14 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from nmconv.graph._exits import parsed
+from nmconv.graph._syntax import parsed, unwrapped
 
 __all__ = ["ForwardMethod", "ForwardSource", "source_of"]
 
-_ALL = frozenset(("_modules", "__dict__", "__getattr__", "__getattribute__", *vars(nn.Module))) - {
-    "forward",
-    "training",
-}
+_ALL = frozenset(("_modules", "__getattribute__", *vars(nn.Module))) - {"forward"}  # what may reach any part
 _PLAIN = (staticmethod, classmethod, bool, int, float, str, tuple, type)  # of a class: they know of no module of it
 
 
@@ -115,12 +112,10 @@ def _codes(held: Any) -> Iterator[CodeType]:
     Raises:
         TypeError: If it is something else.
     """
-    held = held.fget if isinstance(held, property) else held
-    while held is not None:
-        if not isinstance(held, FunctionType):
-            raise TypeError(f"a {type(held).__name__} is no function")
-        yield held.__code__
-        held = getattr(held, "__wrapped__", None)
+    for method in unwrapped(held.fget if isinstance(held, property) else held):
+        if not isinstance(method, FunctionType):
+            raise TypeError(f"a {type(method).__name__} is no function")
+        yield method.__code__
 
 
 def _is_super(part: ast.AST) -> bool:

@@ -14,7 +14,17 @@ from torch.fx import Node, Proxy
 
 from nmconv.graph._exits import Lines
 
-__all__ = ["ATOMS", "ActCall", "Arguments", "Frame", "UnknownTensor", "collect", "containers", "map_proxies"]
+__all__ = [
+    "ATOMS",
+    "ActCall",
+    "Arguments",
+    "Frame",
+    "UnknownTensor",
+    "ancestors",
+    "collect",
+    "containers",
+    "map_proxies",
+]
 
 # What holds nothing that could matter.
 ATOMS = frozenset((bool, int, float, str, bytes, type(None), torch.Tensor, torch.dtype, torch.device, torch.Size))
@@ -51,6 +61,13 @@ class Frame:
     lines: Lines = ()
     labels: Counter[str] = field(default_factory=Counter)
     acts: Counter[Any] = field(default_factory=Counter)
+
+
+def ancestors(frame: Frame | None) -> Iterator[Frame]:
+    """The frame, and those that it was called from, innermost first."""
+    while frame is not None:
+        yield frame
+        frame = frame.parent
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,15 @@ from torch.fx import Node, Proxy
 from nmconv.graph._analysis import trace_parts
 from nmconv.graph._callers import Callers, Seen
 from nmconv.graph._elements import Element, Join, LinearRun, Step, steps_of
-from nmconv.graph._exits import may_turn_off
 from nmconv.graph._flow import Flow, FlowNode
 from nmconv.graph._geometry import averages
 from nmconv.graph._holders import OWN
 from nmconv.graph._lower import lower
 from nmconv.graph._ops import Op
-from nmconv.graph._records import ATOMS, Frame, collect
-from nmconv.graph._straight import goes_straight, reaches_into
+from nmconv.graph._records import ATOMS, Frame, ancestors, collect
 from nmconv.graph._takes import takes_of
 from nmconv.graph._tracer import FlowTracer
+from nmconv.graph._turns import Turns
 from nmconv.graph._twins import twins
 
 __all__ = ["linear_runs"]
@@ -88,8 +87,7 @@ class _Finder:
         self.stored = stored
         self.pools = pools
         self.flow: Flow = lower(tracer, linear=False)
-        self.places = Counter(id(part) for _, part in tracer.root.named_modules(remove_duplicate=False))
-        self.order = {node: at for at, node in enumerate(tracer.graph.nodes)}
+        self.turns = Turns(tracer, self.flow)
         self.seen = Seen.of(tracer)
         frames = {id(node.frame): node.frame for node in self.flow.nodes if node.frame is not None}
         self.forwards = Counter(id(frame.module) for frame in frames.values())
@@ -143,7 +141,7 @@ class _Finder:
             return None
         before = node.inputs[0]
         value = _going(values, before)
-        if value is not None and self._single(before) and not self._turns_between(before, node):
+        if value is not None and self._single(before) and not self.turns.between(before, node):
             return _Value(value.source, [*value.elements, *elements], [*value.nodes, node.index])
         return _Value(before, elements, [node.index])
 
@@ -157,7 +155,7 @@ class _Finder:
             return None
         if not (self.flow.main[node.index] or self.flow.gating[node.index]):  # rewriting drops what nobody uses
             return None
-        if any(index in values and self._turns_between(index, node) for index in node.inputs):
+        if any(index in values and self.turns.between(index, node) for index in node.inputs):
             return None
         parts = [_going(values, index) if self._single(index) else None for index in node.inputs]
         sources = {part.source for part in parts if part is not None}
@@ -177,52 +175,10 @@ class _Finder:
             value
             and inside.issuperset(readers)
             and self._only(source, inside)
-            and not any(self._turns_between(source, self.flow.nodes[reader]) for reader in readers)
+            and not any(self.turns.between(source, self.flow.nodes[reader]) for reader in readers)
         ):
             return _Value(value.source, [*value.elements, join], [*value.nodes, *nodes])
         return _Value(source, [join], nodes)
-
-    def _turns_between(self, index: int, node: FlowNode) -> bool:
-        """Whether a forward may do something else between the value and the node, at other sizes or asked otherwise."""
-        value = self.flow.nodes[index]
-        if self._asked_between(value, node):
-            return True
-        ways = [[*_ancestors(frame)] for frame in (value.frame, node.frame)]
-        shared = {id(frame) for frame in ways[0]} & {id(frame) for frame in ways[1]}
-        lines = [self.tracer.lines.get(value.origin, ()), self.tracer.lines.get(node.origin, ())]
-        labels = [value.label, node.label]
-        for side, way in enumerate(ways):
-            for frame in way:
-                if id(frame) in shared:  # the innermost that both are called from
-                    if side:
-                        turns = self._goes_by_sizes(frame, (value, node), *labels)
-                        return turns or may_turn_off(frame.module, *lines)
-                    break
-                if frame.asks:
-                    return True
-                lines[side], labels[side] = frame.lines, frame.label
-        return False
-
-    def _goes_by_sizes(self, frame: Frame, made: Iterable[FlowNode], first: str, then: str) -> bool:
-        """Whether a forward, or one that it is called from, may use one of two parts otherwise at other sizes."""
-        if frame.asks and not goes_straight(frame.module, first, then, self.places):
-            return True
-        inner = frame
-        for outer in _ancestors(frame.parent):
-            if outer.asks and (reaches_into(outer.module, inner.label) or any(map(self._shared, made))):
-                return True
-            inner = outer
-        return False
-
-    def _shared(self, node: FlowNode) -> bool:
-        """Whether the module that makes the value is registered in several places."""
-        origin = node.origin
-        return origin.op == "call_module" and self.places[id(self.tracer.module(str(origin.target)))] > 1
-
-    def _asked_between(self, value: FlowNode, node: FlowNode) -> bool:
-        """Whether anything has asked for sizes after the value was made, and may go by that with it."""
-        first, last = self.order[value.origin], self.order[node.origin]
-        return any(first < question <= last for question in self.tracer.questions)
 
     def _only(self, index: int, inside: set[int]) -> bool:
         """Whether nobody else uses the value, not even its shape."""
@@ -310,7 +266,7 @@ class _Finder:
         """Modules that the run goes into or out of."""
         paths = []
         for index in value.nodes:
-            paths.append([frame.path for frame in _ancestors(self.flow.nodes[index].frame)])
+            paths.append([frame.path for frame in ancestors(self.flow.nodes[index].frame)])
         common = set(paths[0]).intersection(*paths[1:])
         return tuple(dict.fromkeys(path for above in paths for path in above if path not in common))
 
@@ -330,13 +286,6 @@ def _going(values: dict[int, _Value], index: int) -> _Value | None:
     """What may be continued there."""
     value = values.get(index)
     return None if value is None or value.ended else value
-
-
-def _ancestors(frame: Frame | None) -> Iterator[Frame]:
-    """The frame, and those that it was called from, innermost first."""
-    while frame is not None:
-        yield frame
-        frame = frame.parent
 
 
 def _stored(tracer: FlowTracer) -> set[Node]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from nmconv.graph._forwards import ForwardMethod, ForwardSource, source_of
 from nmconv.graph._modules import leaf_op
+from nmconv.graph._syntax import conditions
 
 __all__ = ["goes_straight", "reaches_into"]
 
@@ -31,7 +32,7 @@ def goes_straight(module: nn.Module, first: str, then: str, places: Mapping[int,
         module: Whose forward this is.
         first: Name of the submodule that makes the value.
         then: Of the one that takes it.
-        places: From ids of modules to how often they are registered in the whole model.
+        places: From ids of modules to how often they are registered in what was traced.
     """
     source = source_of(module)
     if source is None or any(source.names[name] != 1 for name in (first, then)):
@@ -142,10 +143,12 @@ def _goes_by_parts(module: nn.Module) -> bool:
 def _is_structural(module: nn.Module, method: ForwardMethod) -> bool:
     given = method.function.args
     known = {part.arg for part in (*given.posonlyargs, *given.args, *given.kwonlyargs)} | _HARMLESS
-    asked: list[Any] = []
+    asked: list[Any] = [test for _, test in conditions(method.function)]
     for part in method.parts:
-        asked += [getattr(part, name) for name in ("test", "subject", "iter") if hasattr(part, name)]
-        asked += getattr(part, "ifs", []) + (part.values if isinstance(part, ast.BoolOp) else [])
+        if isinstance(part, ast.comprehension):
+            asked += [part.iter, *part.ifs]
+        elif isinstance(part, (ast.BoolOp, ast.Assert)):
+            asked += part.values if isinstance(part, ast.BoolOp) else [part.test]
         if isinstance(part, (ast.For, ast.comprehension)):
             known |= {inner.id for inner in ast.walk(part.target) if isinstance(inner, ast.Name)}
     inside: list[Any] = [part for whole in asked for part in ast.walk(whole)]

@@ -241,10 +241,8 @@ class _Merging:
     def latency(self, min_gain: float, backend: str, example_inputs: Any) -> Price:
         """The price by measured time."""
         like = next(iter(self._model.parameters()), torch.empty(0))
-        last = is_channels_last(self._model)
-        return LatencyGate(
-            like, _batch(example_inputs) or 1, backend, min_gain, before_hoisting(self._named), last
-        ).price
+        batch, last = _batch(example_inputs) or 1, is_channels_last(self._model)
+        return LatencyGate(like, batch, backend, min_gain, before_hoisting(self._named), last).price
 
     def choose(self, price: Price, *, fold: bool, fewest: bool) -> None:
         """Decide on segments, all in eval mode."""
