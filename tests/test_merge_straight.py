@@ -535,6 +535,18 @@ class ReachesIntoAList(nn.Module):
         return self.blocks[0](x)
 
 
+class ReachesIntoALaterOne(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.ReLU(), PlainBlock()])
+
+    def forward(self, x):
+        x = self.blocks[0](x)
+        if x.shape[-1] < 8:
+            return self.blocks[1].a(x)
+        return self.blocks[1](x)
+
+
 class ReachesIntoASequence(nn.Module):
     def __init__(self):
         super().__init__()
@@ -681,6 +693,7 @@ TURNING = [
     SharesAGlobal,
     ReachesIn,
     ReachesIntoAList,
+    ReachesIntoALaterOne,
     ReachesIntoASequence,
     CallsAnotherMethod,
     HasItToo,

@@ -57,19 +57,24 @@ def reaches_into(module: nn.Module, label: str) -> bool:
 
 
 def _reaches(method: ForwardMethod, module: nn.Module, slot: str) -> bool:
+    child = module._modules.get(slot)
     for part in method.parts:
-        inner, held = getattr(part, "value", None), module._modules.get(slot)
-        if isinstance(inner, ast.Subscript) and isinstance(held, _LISTS):
-            inner, held = inner.value, next(iter(held.children()), None)
-        if not method.is_own(inner, slot) or isinstance(held, _LISTS):
+        inner, held = getattr(part, "value", None), [child]
+        if isinstance(inner, ast.Subscript) and isinstance(child, _LISTS):
+            inner, held = inner.value, list(child.children())
+        if not method.is_own(inner, slot):
             continue
-        if isinstance(part, ast.Subscript):
-            return True
-        if isinstance(part, ast.Attribute):
-            inside = held is None or part.attr in held._modules
-            if inside or callable(inspect.getattr_static(type(held), part.attr, None)):
+        for one in (one for one in held if not isinstance(one, _LISTS)):
+            if isinstance(part, ast.Subscript) or (isinstance(part, ast.Attribute) and _is_inside(one, part.attr)):
                 return True
     return False
+
+
+def _is_inside(module: nn.Module | None, name: str) -> bool:
+    """Whether it is a part of a module, or a method, which may use any."""
+    if module is None or name in module._modules:
+        return True
+    return callable(inspect.getattr_static(type(module), name, None))
 
 
 def _way(source: ForwardSource, first: str, then: str) -> list[str]:
