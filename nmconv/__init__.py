@@ -5,6 +5,7 @@ from nmconv.errors import (
     FileError,
     FitError,
     FoldedNormWarning,
+    InternalError,
     MergeError,
     ModelTypeError,
     NmconvError,
@@ -15,6 +16,7 @@ from nmconv.errors import (
     PlanError,
     RatioError,
     RewriteError,
+    WitnessError,
 )
 from nmconv.fitting import Fit, UnitFit, fit, get_fit, recalibrate_norms
 from nmconv.io import load, save
@@ -33,6 +35,7 @@ __all__ = [
     "Fit",
     "FitError",
     "FoldedNormWarning",
+    "InternalError",
     "Kernel",
     "Merge",
     "MergeError",
@@ -53,6 +56,7 @@ __all__ = [
     "Unit",
     "UnitFit",
     "Untraced",
+    "WitnessError",
     "apply_plan",
     "convert",
     "find_runs",

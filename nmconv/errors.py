@@ -5,6 +5,7 @@ __all__ = [
     "FileError",
     "FitError",
     "FoldedNormWarning",
+    "InternalError",
     "MergeError",
     "ModelTypeError",
     "NmconvError",
@@ -15,6 +16,7 @@ __all__ = [
     "PlanError",
     "RatioError",
     "RewriteError",
+    "WitnessError",
 ]
 
 
@@ -64,6 +66,30 @@ class FitError(NmconvError, RuntimeError):
 
 class FileError(NmconvError, ValueError):
     """A file that :func:`nmconv.load` cannot read (damaged, foreign, another model's), or `nmconv.save` not write."""
+
+
+class WitnessError(NmconvError, RuntimeError):
+    """A result that does something else than the plan or the merges say; the model is as it was.
+
+    Args:
+        text: What differs.
+        module: Qualified name of the module whose forward made the first difference.
+        first: The first step of the original that has no counterpart, or "".
+        second: The first step of the result that has none, or "".
+    """
+
+    def __init__(self, text: str, module: str = "", first: str = "", second: str = "") -> None:
+        super().__init__(text)
+        self.module = module
+        self.first = first
+        self.second = second
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.module, self.first, self.second)
+
+
+class InternalError(NmconvError, RuntimeError):
+    """A bug in nmconv itself: please report it."""
 
 
 class NoEffectWarning(UserWarning):

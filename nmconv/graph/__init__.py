@@ -1,5 +1,6 @@
 """Reading models: from an ``nn.Module`` to chains of convolutions and their activations. Changes nothing."""
 
+from nmconv.graph._agree import disagreement
 from nmconv.graph._analysis import Called, act_calls, calls_by_kind
 from nmconv.graph._branches import Residual, residuals
 from nmconv.graph._callable import callable_methods
@@ -10,6 +11,7 @@ from nmconv.graph._method import Method, MethodTrace, trace_methods
 from nmconv.graph._modules import LEAF, THROUGH, act_kind, hooks_of, is_activation, is_sequential, leaf_op
 from nmconv.graph._ops import PLAIN_ACTS, Op, is_inplace
 from nmconv.graph._quiet import chance_restored, mode_hidden
+from nmconv.graph._recordings import inputs_of, is_leaf, recordings_of
 from nmconv.graph._runs import linear_runs
 from nmconv.graph._shapes import Shapes, shapes_of
 from nmconv.graph._structure import Reading, read
@@ -49,6 +51,7 @@ __all__ = [
     "calls_by_kind",
     "chance_restored",
     "check_hooks",
+    "disagreement",
     "elements_from",
     "fingerprint",
     "geometry_of",
@@ -56,7 +59,9 @@ __all__ = [
     "hooks_of",
     "is_activation",
     "is_frozen_norm",
+    "inputs_of",
     "is_inplace",
+    "is_leaf",
     "is_norm_act",
     "is_sequential",
     "leaf_op",
@@ -65,6 +70,7 @@ __all__ = [
     "norm_of",
     "pads_same",
     "read",
+    "recordings_of",
     "residuals",
     "shapes_of",
     "steps_of",

@@ -10,9 +10,11 @@ from typing import Any
 from torch import nn
 
 from nmconv.graph import _zoo
+from nmconv.graph._agree import disagreement
 from nmconv.graph._analysis import Analysis, Called, Traced, analyse, counted
 from nmconv.graph._flow import Flow, FlowNode
 from nmconv.graph._holders import Holders
+from nmconv.graph._lower import lower
 from nmconv.graph._modules import act_kind, is_activation, is_sequential, leaf_op
 from nmconv.graph._ops import PLAIN_ACTS, Op
 from nmconv.graph._places import Ends
@@ -21,6 +23,7 @@ from nmconv.graph._same import local_hashes
 from nmconv.graph._takes import takes_of
 from nmconv.graph._values import Unknown
 from nmconv.planning import Activation, Chain, Item, Place, Structure, Untraced
+from nmconv.recording import Recording
 
 __all__ = ["Reading", "read"]
 
@@ -75,7 +78,8 @@ class _Builder:
                 )
             self.chains = [(items, pre, "both") for items, pre, _ in self.chains]
         calls = {bool(training): counted(analysis) for training, analysis in enumerate(analyses)}
-        return Reading(self._finish(analyses, example_inputs is not None), calls)
+        traces = {bool(training): analysis for training, analysis in enumerate(analyses) if not analysis.broken}
+        return Reading(self._finish(analyses, example_inputs is not None), calls, self.model, traces)
 
     # -- one mode -----------------------------------------------------------------------------------------------------
 
@@ -368,10 +372,25 @@ class Reading:
         structure: Its chains and activations, as plain data.
         calls: In eval mode (False), and where it differs in train mode (True): how often each activation is called
             by whom.
+        model: What was read.
+        traces: By mode, as ``calls``; without those of modes in which a part could not be traced.
     """
 
     structure: Structure
     calls: dict[bool, Counter[Called]]
+    model: nn.Module
+    traces: dict[bool, Analysis]
+
+    def disagreement(self, recording: Recording) -> str:
+        """Where the model, called in earnest, goes another way than the trace did, in words; "" where nowhere."""
+        training = recording.call.training and len(self.calls) > 1
+        if training not in self.traces:
+            return ""
+        flows = [lower(traced.tracer, linear=False) for traced in self.traces[training].traced]
+        named = list(self.model.named_modules())
+        norm_acts = frozenset(name for name, part in named if _zoo.is_norm_act(part))
+        quiet = frozenset(name for name, part in named if leaf_op(part) in (Op.PASS, Op.DROP))
+        return disagreement(flows, recording, norm_acts, quiet)
 
 
 def read(model: nn.Module, *, linear: bool = False, example_inputs: Any = None) -> Reading:

@@ -35,9 +35,10 @@ from nmconv.merging._live import affine_of_nodes, why_not_live
 from nmconv.merging._module import conv_module, filled, is_channels_last, laid_out, like_of
 from nmconv.merging._numbers import affine_in_double
 from nmconv.merging._records import Merge, Run
+from nmconv.merging._seen import SeenRuns, groups_of
 from nmconv.merging._verify import check_model_outputs, check_segment
 from nmconv.planning import Refusal
-from nmconv.surgery import Undo, check_examples, copy_of, undone_on_failure
+from nmconv.surgery import Undo, Witness, check_examples, copy_of, undone_on_failure
 
 __all__ = ["find_runs", "fold_norms", "merge"]
 
@@ -53,6 +54,7 @@ def merge(
     live: bool = False,
     example_inputs: Any = None,
     inplace: bool = False,
+    witness: bool = True,
 ) -> nn.Module:
     """Turn linear runs into single convolutions where that pays, with the outputs unchanged up to the border.
 
@@ -77,27 +79,31 @@ def merge(
         example_inputs: What the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
             Where given, the whole model is run on them before and after.
         inplace: Change ``model`` itself instead of a copy.
+        witness: Record the model's own run before and after, as :func:`nmconv.convert` does: what is no linear run in
+            every recording is left out, and the result is held against the original. False skips that.
 
     Returns:
         The merged model: the same class. :func:`nmconv.get_merges` tells what was done.
 
     Raises:
         OptionError: For a gate, gain or backend that is none, or a latency gate without ``example_inputs``,
-            or if these are none.
+            or if these are none, or if the model cannot be called with them or, where there are none, with a guess.
         ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted, or has lazy modules that never ran.
         MergeError: If it, or a part of a run, is in train mode; or if a merged run differs from its original.
+        WitnessError: If the merged model would do anything else than the original; the model is as it was.
 
     Warns:
         NoEffectWarning: If no run pays; norms may have been folded all the same.
     """
     check_options(gate, min_gain, backend, example_inputs)
     check_mode(model, "merge")
+    seen = Witness(model, example_inputs) if witness else None
     with mode_hidden(), undone_on_failure() as undo:
         baking = any(merge.live for merges in get_merges(model) for merge in merges)
         if baking:
             model, inplace = model if inplace else copy_of(model), True
             bake(model, undo)
-        made = _Merging(model, example_inputs, live)
+        made = _Merging(model, example_inputs, live, seen)
         if gate == "latency":
             price = made.latency(min_gain, backend, example_inputs)
         elif gate == "flops":
@@ -108,7 +114,7 @@ def merge(
         why = made.why_not_live or f"no linear run of it gains {min_gain}"
         if gate == "latency" and not live and made.merges_any():
             merged = made.carry_out(False, [])
-            if is_slower(fold_norms(model), merged, example_inputs, backend):
+            if is_slower(_folded(model, seen), merged, example_inputs, backend):
                 why = f"together, the runs that gain {min_gain} each make it slower on {backend}"
                 made.choose(_nothing, fold=True, fewest=False)
             elif not inplace:
@@ -122,38 +128,54 @@ def merge(
         return made.carry_out(inplace, undo)
 
 
-def fold_norms(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+def fold_norms(
+    model: nn.Module, *, example_inputs: Any = None, inplace: bool = False, witness: bool = True
+) -> nn.Module:
     """Fold norms into the convolutions next to them, and do nothing else: what a fair baseline for merging is.
 
     Args:
         model: In eval mode.
+        example_inputs: What the model is called with; only structure and shapes are used.
         inplace: Change ``model`` itself instead of a copy.
+        witness: As for :func:`merge`.
 
     Raises: as :func:`merge` does.
     """
     check_mode(model, "fold norms")
+    check_examples(example_inputs)
+    seen = Witness(model, example_inputs) if witness else None
+    return _folded(model, seen, inplace, example_inputs)
+
+
+def _folded(
+    model: nn.Module, witness: Witness | None, inplace: bool = False, example_inputs: Any = None
+) -> nn.Module:
     with mode_hidden(), undone_on_failure() as undo:
-        made = _Merging(model, None, False)
+        made = _Merging(model, example_inputs, False, witness, runs=False)
         made.choose(_nothing, fold=True, fewest=False)
         return made.carry_out(inplace, undo)
 
 
-def find_runs(model: nn.Module, *, min_gain: float = 1.05, example_inputs: Any = None) -> tuple[Run, ...]:
+def find_runs(
+    model: nn.Module, *, min_gain: float = 1.05, example_inputs: Any = None, witness: bool = True
+) -> tuple[Run, ...]:
     """What could merge: the linear runs of two convolutions or more, in order of execution. Touches nothing.
 
     Args:
         model: In any mode; read as if it were in eval mode.
         min_gain: Of the multiply-adds gate that ``Run.merges`` and ``Run.merged_multiply_adds`` go by.
         example_inputs: What the model is called with; only their structure and shapes are used.
+        witness: Record the model, and divide runs where it does something else than tracing shows.
 
     Raises:
-        OptionError: If ``example_inputs`` are none.
+        OptionError: If ``example_inputs`` are none, or if the model cannot be called with them.
         ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted.
     """
     check_made(model, "look at")
     check_examples(example_inputs)
+    seen = Witness(model, example_inputs) if witness else None
     with mode_hidden():
-        made = _Merging(model, example_inputs, False)
+        made = _Merging(model, example_inputs, False, seen)
         made.settle(_flops(min_gain), fold=True, fewest=False)
         runs = [nodes for nodes in made.runs if sum(len(node.convs) for node in nodes) > 1 or nodes[-1].element.pools]
         return tuple(described(model.get_submodule, nodes, _flops(min_gain)) for nodes in runs)
@@ -194,14 +216,21 @@ def _nothing(segment: Segment) -> float | None:
 class _Merging:
     """One merge of one model: runs found, segments chosen, convolutions made, all put in place."""
 
-    def __init__(self, model: nn.Module, example_inputs: Any, live: bool) -> None:
+    def __init__(
+        self, model: nn.Module, example_inputs: Any, live: bool, witness: Witness | None, *, runs: bool = True
+    ) -> None:
         self._model = model
+        self._witness = witness
+        self._baked = groups_of(merge for merges in get_merges(model) for merge in merges)
+        self._runs = runs  # whether example inputs run through the whole before and after
         self._named = dict(model.named_modules(remove_duplicate=False)).__getitem__
         self._examples = example_inputs
         self._live = live
         self.why_not_live = ""  # of the first module that cannot be a factor
         self._refused: dict[str, str] = {}  # owners of sums whose forward cannot be rewritten
         self._found = linear_runs(model, example_inputs=example_inputs, pools=True)
+        self._seen = SeenRuns(witness)
+        self._seen.look_at([self._nodes(run) for run in self._found])
         self.runs = [self._nodes(run) for run in self._found]
         self.segments: list[Segment] = []
         self._merges: list[Merge] = []  # the same as plain data
@@ -218,7 +247,7 @@ class _Merging:
             _refuse(nodes, reason)
         if self._live:
             self._refuse_factors(nodes)
-        return nodes
+        return self._seen.divided(nodes)
 
     def _refuse_factors(self, nodes: Sequence[Node]) -> None:
         """Refuse what cannot be a factor of a live kernel."""
@@ -305,6 +334,8 @@ class _Merging:
         calls = calls_by_kind(self._model, training=False, example_inputs=self._examples)
         install(model, merges, convs, self._methods, undo)
         check_calls(calls, calls_by_kind(model, training=False, example_inputs=self._examples), merges, self.segments)
+        if self._witness is not None:
+            self._witness.check(model, None, [*self._baked, *groups_of(merges)])
         if before is not None:
             exact = partial(_outputs_in_double, original, self._examples)
             check_model_outputs(before, outputs(model, self._examples), exact, [merge.head for merge in merges])
@@ -330,7 +361,7 @@ class _Merging:
         return "meta" if first is not None and first.is_meta else "cpu"
 
     def _outputs(self) -> Any:
-        if self._examples is None or self._device() == "meta":
+        if self._examples is None or not self._runs or self._device() == "meta":
             return None
         try:
             return outputs(self._model, self._examples)

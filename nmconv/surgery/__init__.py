@@ -15,12 +15,14 @@ from nmconv.surgery._undo import (
     undone,
     undone_on_failure,
 )
+from nmconv.surgery._witness import Witness
 
 __all__ = [
     "MERGED",
     "Edit",
     "Method",
     "Undo",
+    "Witness",
     "apply_plan",
     "check_examples",
     "check_model",

@@ -13,6 +13,7 @@ from torch import nn
 from nmconv.errors import PlanError, RewriteError
 from nmconv.graph import PLAIN_ACTS, Called, is_activation, is_sequential
 from nmconv.planning import Plan, Site
+from nmconv.recording import shared_on_copy
 from nmconv.surgery._classes import Method, rewritten
 from nmconv.surgery._guard import MARK
 from nmconv.surgery._hoist import hoist_padding
@@ -20,6 +21,7 @@ from nmconv.surgery._identity import identity_for
 from nmconv.surgery._rewrite import Edit, rewrite
 from nmconv.surgery._undo import restoring_children, restoring_class, set_children, undone_on_failure
 from nmconv.surgery._verify import Calls, calls_of, check_calls
+from nmconv.surgery._witness import Witness
 
 __all__ = ["Known", "Surgery", "copy_of", "outline_of"]
 
@@ -30,9 +32,11 @@ Known = dict[tuple[str, str], tuple[Edit, Method | RewriteError]]
 def copy_of(model: nn.Module, spare: Iterable[torch.Tensor | nn.Module] = ()) -> nn.Module:
     """A deep copy, also where modules hold tensors that are no leaves of autograd (old-style weight norm).
 
+    What cannot be copied (locks, open files) is shared.
+
     What is in ``spare`` is not copied: the copy will not keep it.
     """
-    memo: dict[int, Any] = {id(value): value for value in spare}
+    memo: dict[int, Any] = {id(value): value for value in (*spare, *shared_on_copy(model))}
     for module in model.modules():
         for value in module.__dict__.values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
@@ -43,7 +47,8 @@ def copy_of(model: nn.Module, spare: Iterable[torch.Tensor | nn.Module] = ()) ->
 def outline_of(model: nn.Module) -> nn.Module:
     """A copy of the modules alone: parameters and buffers are the model's own, for looking and not for running."""
     tensors = (value for module in model.modules() for value in (*vars(module).values(), *_held(module)))
-    return copy.deepcopy(model, {id(value): value for value in tensors if isinstance(value, torch.Tensor)})
+    kept = (*(value for value in tensors if isinstance(value, torch.Tensor)), *shared_on_copy(model))
+    return copy.deepcopy(model, {id(value): value for value in kept})
 
 
 def _held(module: nn.Module) -> Iterator[Any]:
@@ -90,15 +95,19 @@ class Surgery:
         written = {where: self._known[where][1] for where in self._edits}
         return {where: made for where, made in written.items() if isinstance(made, RewriteError)}
 
-    def commit(self, calls: Calls | None = None, example_inputs: Any = None) -> None:
+    def commit(
+        self, calls: Calls | None = None, example_inputs: Any = None, witness: Witness | None = None
+    ) -> None:
         """Make the changes and check them; if anything fails, undo them all.
 
         Args:
             calls: The calls that the model makes before; traced if not given.
             example_inputs: What the model is called with, or None.
+            witness: What the model did before, if that is to be checked.
 
         Raises:
             RewriteError: If a method cannot be written, or the result does not make the calls it should.
+            WitnessError: If the result does anything else than the plan says.
         """
         if not (self._plan.changes or self._plan.hoists or self._plan.branches):
             self._model.__dict__[MARK] = self._plan
@@ -127,6 +136,8 @@ class Surgery:
             check_calls(before, after, self._plan, self._moved)
             for hoist in self._plan.hoists:
                 hoist_padding(self._model, hoist, undo)
+            if witness is not None:
+                witness.check(self._model, self._plan)
         self._model.__dict__[MARK] = self._plan
 
     def _take_out(self, site: Site) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 from torch import nn
 
 from nmconv.errors import ModelTypeError, NoEffectWarning, NoSitesError, PlanError
-from nmconv.graph import callable_methods, fingerprint, mode_hidden, read
+from nmconv.graph import Reading, callable_methods, fingerprint, mode_hidden, read
 from nmconv.planning import Keep, Options, Plan, Site, draw_up, listed
 from nmconv.surgery._apply import Known, Surgery, copy_of, outline_of
 from nmconv.surgery._guard import check_examples, check_model, plan_of
 from nmconv.surgery._hoist import find_hoists
 from nmconv.surgery._verify import Calls
+from nmconv.surgery._witness import Witness
 
 __all__ = ["apply_plan", "convert", "get_plan", "make_plan"]
 
@@ -47,23 +48,30 @@ def make_plan(
         return _planned(model, options, example_inputs)[0]
 
 
-def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
+def apply_plan(
+    model: nn.Module, plan: Plan, *, example_inputs: Any = None, inplace: bool = False, witness: bool = True
+) -> nn.Module:
     """Convert a model as a plan says.
 
     Args:
         model: The model the plan was made for, or one of the same structure.
         plan: From :func:`make_plan`, ``Plan.edit`` or ``Plan.from_json``.
+        example_inputs: As for :func:`convert`.
         inplace: Change ``model`` itself instead of a copy.
+        witness: As for :func:`convert`.
 
     Returns:
         The converted model, of the same class, with the same ``state_dict`` keys.
 
     Raises:
         PlanError: If the plan is for another model, or names methods that no forward calls.
+        OptionError: If the model cannot be called with ``example_inputs``.
         ModelTypeError: If ``model`` is no plain module.
         AlreadyConvertedError: If it was converted before.
+        WitnessError: If the result would do anything else than the plan says; the model is as it was.
     """
     check_model(model)
+    check_examples(example_inputs)
     if not isinstance(plan, Plan):
         raise PlanError(f"{type(plan).__name__} is no Plan; make one with nmconv.make_plan or Plan.from_json")
     found = fingerprint(model)
@@ -74,7 +82,9 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
         )
     _check_methods(model, plan)
     with mode_hidden():
-        return _applied(model, plan, {}, inplace, _same_flow(model, plan), None)
+        reading = _same_flow(model, plan)
+        seen = _seen(model, example_inputs, reading) if witness else None
+        return _applied(model, plan, {}, inplace, reading.calls if reading else None, example_inputs, seen)
 
 
 def convert(
@@ -89,6 +99,7 @@ def convert(
     hoist_padding: bool = False,
     example_inputs: Any = None,
     inplace: bool = False,
+    witness: bool = True,
 ) -> nn.Module:
     """Turn a model's convolutions into N:M proportional units (arXiv 1709.06247): N convolutions, M activations.
 
@@ -111,15 +122,21 @@ def convert(
         example_inputs: What the model is called with: a tensor, a tuple of arguments, or a dict of keyword arguments.
             Only their structure, shapes and dtypes are used.
         inplace: Convert ``model`` itself instead of a copy.
+        witness: Record the model's own run before and after, on a copy on the meta device, in both modes and at two
+            sizes, and raise if the second does anything else than the first less what the plan says. False skips that,
+            for whoever knows better.
 
     Returns:
         The converted model: the same class, methods and ``state_dict`` keys. :func:`get_plan` tells what was done.
 
     Raises:
-        RatioError, PatternError, OptionError: For an argument that is none; nothing has been touched then.
+        RatioError, PatternError, OptionError: For an argument that is none, or if the model cannot be called with
+            ``example_inputs`` or, where there are none, with one image batch; nothing has been touched then.
         NoSitesError: If no activation of the model belongs to a convolution.
         ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted.
         AlreadyConvertedError: If it was converted before.
+        WitnessError: If the result would do anything else than the plan says: a forward that asks for an activation's
+            class, for instance. The model is as it was then.
 
     Warns:
         NoEffectWarning: If nothing changes.
@@ -127,8 +144,17 @@ def convert(
     options = _options(ratio, keep, relocate, include, exclude, linear, hoist_padding, example_inputs)
     check_model(model)
     with mode_hidden():  # once, not for every trace
-        plan, known, calls = _planned(model, options, example_inputs)
-        return _applied(model, plan, known, inplace, calls, example_inputs)
+        plan, known, reading = _planned(model, options, example_inputs)
+        seen = _seen(model, example_inputs, reading) if witness else None
+        return _applied(model, plan, known, inplace, reading.calls, example_inputs, seen)
+
+
+def _seen(model: nn.Module, example_inputs: Any, reading: Reading | None) -> Witness:
+    """What the model does now; what was read of it is held against that."""
+    witness = Witness(model, example_inputs)
+    if reading is not None:
+        witness.check_reading(reading)
+    return witness
 
 
 def _options(
@@ -168,8 +194,8 @@ def _check_methods(model: nn.Module, plan: Plan) -> None:
             raise PlanError(f"it would rewrite a method {method!r} for {site.id}, which no forward of this model calls")
 
 
-def _same_flow(model: nn.Module, plan: Plan) -> Calls | None:
-    """The model's calls, if its data flow can be compared with the plan's and is the same.
+def _same_flow(model: nn.Module, plan: Plan) -> Reading | None:
+    """What can be read of the model, if its data flow can be compared with the plan's and is the same.
 
     Raises:
         PlanError: If it is another.
@@ -183,7 +209,7 @@ def _same_flow(model: nn.Module, plan: Plan) -> Calls | None:
             f"this plan is for a {plan.model} of the same layers as this {type(model).__name__}, but their forwards "
             "differ: make a plan for this model with nmconv.make_plan"
         )
-    return reading.calls
+    return reading
 
 
 def get_plan(model: nn.Module) -> Plan | None:
@@ -197,18 +223,18 @@ def get_plan(model: nn.Module) -> Plan | None:
     return plan_of(model)
 
 
-def _planned(model: nn.Module, options: Options, example_inputs: Any) -> tuple[Plan, Known, Calls]:
-    """The plan, hoists included; the methods written for it; the calls seen."""
-    plan, known, calls = _drawn_up(model, options, example_inputs)
+def _planned(model: nn.Module, options: Options, example_inputs: Any) -> tuple[Plan, Known, Reading]:
+    """The plan, hoists included; the methods written for it; what was read."""
+    plan, known, reading = _drawn_up(model, options, example_inputs)
     if options.hoist:
         trial = outline_of(model)
-        Surgery(trial, plan, known).commit(calls, example_inputs)
+        Surgery(trial, plan, known).commit(reading.calls, example_inputs)
         plan = replace(plan, hoists=find_hoists(trial, example_inputs))
-    return plan, known, calls
+    return plan, known, reading
 
 
-def _drawn_up(model: nn.Module, options: Options, example_inputs: Any) -> tuple[Plan, Known, Calls]:
-    """The plan, with what cannot be rewritten locked; the methods written to find that out; the calls seen."""
+def _drawn_up(model: nn.Module, options: Options, example_inputs: Any) -> tuple[Plan, Known, Reading]:
+    """The plan, with what cannot be rewritten locked; the methods written to find that out; what was read."""
     options.check()
     reading = read(model, linear=options.linear, example_inputs=example_inputs)
     structure = reading.structure
@@ -221,13 +247,13 @@ def _drawn_up(model: nn.Module, options: Options, example_inputs: Any) -> tuple[
         plan = draw_up(structure, options, identity, locked)
         failures = Surgery(model, plan, known).failures()
         if not failures and _all_dropped(plan) is None:
-            return plan, known, reading.calls
+            return plan, known, reading
         if not failures:  # so that a plan says of every site whether it can be dropped, for those who edit it
             failures = Surgery(model, _all_dropped(plan) or plan, {}).failures()
             for index, site in enumerate(plan.sites):
                 if site.action == "keep" and (site.owner, site.method) in failures and site.how == "rewrite":
                     locked[index] = str(failures[site.owner, site.method])
-            return draw_up(structure, options, identity, locked), known, reading.calls
+            return draw_up(structure, options, identity, locked), known, reading
         for index, site in enumerate(plan.sites):
             places = [(site.owner, site.method)] if site.how == "rewrite" and site.action != "keep" else []
             places += [(site.place.owner, site.place.method)] if site.place is not None else []
@@ -256,7 +282,13 @@ def _no_sites(model: nn.Module, untraced: Any, linear: bool) -> str:
 
 
 def _applied(
-    model: nn.Module, plan: Plan, known: Known, inplace: bool, calls: Calls | None, example_inputs: Any
+    model: nn.Module,
+    plan: Plan,
+    known: Known,
+    inplace: bool,
+    calls: Calls | None,
+    example_inputs: Any,
+    witness: Witness | None,
 ) -> nn.Module:
     if not (plan.changes or plan.hoists or plan.branches):
         warnings.warn(
@@ -266,5 +298,5 @@ def _applied(
         )
     if not inplace:
         model = copy_of(model)
-    Surgery(model, plan, known).commit(calls, example_inputs)
+    Surgery(model, plan, known).commit(calls, example_inputs, witness)
     return model

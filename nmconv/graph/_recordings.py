@@ -1,0 +1,48 @@
+"""A model recorded with nmconv's own idea of what a leaf is, and of what it is called with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from nmconv.errors import OptionError
+from nmconv.graph._modules import leaf_op
+from nmconv.graph._zoo import default_input_size
+from nmconv.recording import Inputs, Recordings, given_inputs, guessed_inputs, record
+
+__all__ = ["inputs_of", "is_leaf", "recordings_of"]
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is one node of a recording."""
+    return leaf_op(module) is not None
+
+
+def inputs_of(model: nn.Module, example_inputs: Any) -> Inputs:
+    """What the model is called with: what the user gave, or a guess.
+
+    Raises:
+        OptionError: If nothing tells what that could be.
+    """
+    if example_inputs is not None:
+        return given_inputs(example_inputs)
+    guess = guessed_inputs(model, default_input_size(model))
+    if guess is None:
+        raise OptionError(
+            f"nothing tells what this {type(model).__name__} is called with: pass example_inputs, or witness=False to go "
+            "without any check of the result"
+        )
+    return guess
+
+
+def recordings_of(model: nn.Module, example_inputs: Any = None) -> Recordings:
+    """Record a model in eval and train mode, at two sizes, and in each context that its code asks for.
+
+    Args:
+        model: Read only.
+        example_inputs: What it is called with, or None for a guess.
+
+    Raises: as :func:`nmconv.recording.record` does.
+    """
+    return record(model, inputs_of(model, example_inputs), is_leaf)

@@ -1,0 +1,33 @@
+"""A model's own run, recorded: on meta tensors, on a copy, with every function that it called."""
+
+from nmconv.recording._answers import ModelRaised, NeedsData
+from nmconv.recording._copy import real_copy, shared_on_copy
+from nmconv.recording._inputs import Inputs, given_inputs, guessed_inputs
+from nmconv.recording._record import Failure, Recordings, record, record_again, record_call
+from nmconv.recording._recorder import TENSOR, hook_sees, is_recording, unknown
+from nmconv.recording._records import Call, Fact, Frame, Read, Recording, Spec
+
+__all__ = [
+    "TENSOR",
+    "Call",
+    "Fact",
+    "Failure",
+    "Frame",
+    "Inputs",
+    "ModelRaised",
+    "NeedsData",
+    "Read",
+    "Recording",
+    "Recordings",
+    "Spec",
+    "given_inputs",
+    "guessed_inputs",
+    "hook_sees",
+    "is_recording",
+    "real_copy",
+    "record",
+    "record_again",
+    "record_call",
+    "shared_on_copy",
+    "unknown",
+]

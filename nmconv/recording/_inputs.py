@@ -1,0 +1,91 @@
+"""What a model is called with when it is recorded: what the user gave, or a guess; and the same at another size."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nmconv.recording._records import Spec, map_tensors
+
+__all__ = ["Inputs", "given_inputs", "guessed_inputs", "other_sizes"]
+
+_MORE = 32  # elements along each spatial axis of the other size: what most patches and strides divide
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of a call.
+
+    Attributes:
+        args: Positional ones, with a :class:`Spec` for each tensor.
+        kwargs: By name.
+        real: The same with the user's own tensors, or None if it is a guess.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    real: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+
+def given_inputs(example_inputs: Any) -> Inputs:
+    """What the user gave: a tensor, a tuple of arguments or a dict of keyword arguments."""
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example_inputs, dict):
+        kwargs = example_inputs
+    else:
+        args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    return Inputs(map_tensors(args, _spec), map_tensors(kwargs, _spec), (args, kwargs))
+
+
+def guessed_inputs(model: nn.Module, size: tuple[int, ...] | None) -> Inputs | None:
+    """One image batch for every required argument of the forward, or for the first one; None where nothing tells.
+
+    Args:
+        model: Its first convolution says how many channels there are, if ``size`` does not.
+        size: Of an image, as the model's family states it: ``(channels, *extents)``.
+    """
+    shape = size or _size_by_first_conv(model)
+    if shape is None:
+        return None
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    image = Spec((2, *shape), dtype)
+    try:
+        parameters = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):
+        return Inputs((image,), {})
+    positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    required = [each for each in positional if each.default is each.empty]
+    named = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY and each.default is each.empty]
+    return Inputs((image,) * max(len(required), 0 if named else 1), dict.fromkeys(named, image))
+
+
+def _size_by_first_conv(model: nn.Module) -> tuple[int, ...] | None:
+    for module in model.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            return (module.in_channels, *{1: (1024,), 2: (224, 224), 3: (16, 112, 112)}[len(module.kernel_size)])
+    return None
+
+
+def other_sizes(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
+    """The arguments at another size and batch; if that is not to be had, at one of both."""
+    for name, size, batch in (("other size", True, True), ("other size", True, False), ("other batch", False, True)):
+        yield name, Inputs(*(map_tensors(part, lambda spec: _other(spec, size, batch)) for part in (inputs.args, inputs.kwargs)))
+
+
+def _other(spec: Spec, size: bool, batch: bool) -> Spec:
+    shape = list(spec.shape)
+    if spec.dtype.is_floating_point and len(shape) > 2 and size:
+        shape[2:] = [extent + _MORE for extent in shape[2:]]
+    if shape and batch:
+        shape[0] += 1
+    return Spec(tuple(shape), spec.dtype)
+
+
+def _spec(value: Tensor | Spec) -> Spec:
+    return Spec(tuple(value.shape), value.dtype)

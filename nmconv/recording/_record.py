@@ -1,0 +1,244 @@
+"""Recording a model in all the ways that matter: both modes, two sizes, and each context that its code asks for."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from nmconv.errors import OptionError
+from nmconv.recording._answers import Answers, ModelRaised, NeedsData
+from nmconv.recording._asking import asks_for
+from nmconv.recording._copy import meta_copy
+from nmconv.recording._inputs import Inputs, other_sizes
+from nmconv.recording._outcomes import Outcomes
+from nmconv.recording._real import real_run
+from nmconv.recording._recorder import Recorder
+from nmconv.recording._records import Call, Frame, Recording, Spec
+
+__all__ = ["Failure", "Recordings", "record", "record_again", "record_call"]
+
+IsLeaf = Callable[[nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A part of a model that does not run in one mode.
+
+    Attributes:
+        path: Qualified name of the part; "" is the model itself.
+        mode: ``eval`` or ``train``.
+        reason: What it raised.
+    """
+
+    path: str
+    mode: str
+    reason: str
+
+
+@dataclass(eq=False)
+class Recordings:
+    """All recordings of one model.
+
+    Attributes:
+        runs: In the order they were made.
+        failures: Parts that do not run in one of the modes, and neither do their own parts in its place.
+        outcomes: What leaves gave on inputs of each kind, to record faster.
+    """
+
+    runs: list[Recording] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    outcomes: Outcomes = field(default_factory=dict)
+
+
+def record(model: nn.Module, inputs: Inputs, is_leaf: IsLeaf) -> Recordings:
+    """Record a model in eval and train mode, at two sizes, and in each context that its code asks for.
+
+    The model is not entered: a copy on the meta device runs. Where data decide what happens, a real copy runs once to
+    tell. Other threads see nothing of it.
+
+    Args:
+        model: Read only.
+        inputs: What it is called with.
+        is_leaf: Whether a module is one node.
+
+    Raises:
+        OptionError: If it cannot be called with ``inputs`` in either mode.
+        ModelTypeError: If it cannot be copied, or its copy reaches the model itself.
+        InternalError: If the recorder fails.
+    """
+    found = Recordings()
+    errors: dict[bool, Exception] = {}
+    for training in (False, True):
+        call = Call("train" if training else "eval", training, inputs.args, inputs.kwargs)
+        if not _try_to_add(found, model, call, inputs, is_leaf, errors):
+            without = replace(call, name=f"{call.name}, no_grad", grad=False)
+            if _try_to_add(found, model, without, inputs, is_leaf):
+                del errors[training]
+    if len(errors) == 2:
+        raise _cannot_be_called(model, inputs, errors[False]) from errors[False]
+    whole = {run.call.training: run for run in found.runs}
+    for training, error in errors.items():
+        _record_parts(found, model, whole[not training], "", training, error, is_leaf)
+    for training, run in whole.items():
+        if not run.asked:
+            _record_other_size(found, model, run.call, inputs, is_leaf)
+    for training, run in whole.items():
+        for call in _contexts(run, model):
+            _try_to_add(found, model, call, inputs, is_leaf)
+    return found
+
+
+def record_again(model: nn.Module, run: Recording, found: Recordings, is_leaf: IsLeaf) -> Recording:
+    """Record a model in the way that one run of another was recorded.
+
+    Args:
+        model: Read only.
+        run: Of the other one.
+        found: That ``run`` is in.
+        is_leaf: Whether a module is one node.
+
+    Raises:
+        NeedsData: If it asks for other numbers than the other model did, whose answers it gets.
+        ModelRaised: If the model's code raises.
+    """
+    return record_call(model, run.call, run.path, is_leaf, run.answers, found.outcomes)
+
+
+def record_call(
+    model: nn.Module, call: Call, path: str, is_leaf: IsLeaf, answers: Answers, outcomes: Outcomes
+) -> Recording:
+    """Record one call of a model, or of a part of it.
+
+    Raises:
+        NeedsData: If it asks for numbers that ``answers`` does not have.
+        ModelRaised: If the model's code raises.
+    """
+    try:
+        return _recorded(model, call, path, is_leaf, answers, outcomes)
+    except ModelRaised:
+        if not outcomes:
+            raise
+        return _recorded(model, call, path, is_leaf, answers, {})  # it may have asked for autograd's graph
+
+
+def _recorded(
+    model: nn.Module, call: Call, path: str, is_leaf: IsLeaf, answers: Answers, outcomes: Outcomes
+) -> Recording:
+    device = next((value.device for value in model.parameters()), torch.device("cpu"))
+    told = torch.device("cpu") if device.type == "meta" else device
+    copy = meta_copy(model)
+    copy.model.train(call.training)
+    recorder = Recorder(copy, call, path, is_leaf, told, answers, outcomes)
+    autocast = torch.autocast(call.autocast) if call.autocast else nullcontext()
+    with _chance(), torch.inference_mode(False), autocast:
+        return recorder.run()
+
+
+def _add(found: Recordings, model: nn.Module, call: Call, inputs: Inputs, is_leaf: IsLeaf, path: str = "") -> Recording:
+    try:
+        made = record_call(model, call, path, is_leaf, Answers(), found.outcomes)
+    except NeedsData as asked:
+        if any(value.is_meta for value in model.parameters()):
+            text = f"{asked} decides what it does, and a model on the meta device has no data"
+            raise ModelRaised(RuntimeError(text)) from None
+        with _chance():
+            answers = real_run(model, call, path, inputs.real, is_leaf)
+        try:
+            made = record_call(model, call, path, is_leaf, answers, found.outcomes)
+        except NeedsData as still:
+            raise ModelRaised(RuntimeError(f"{still} asks for data otherwise each time it is called")) from None
+    found.runs.append(made)
+    return made
+
+
+def _try_to_add(
+    found: Recordings,
+    model: nn.Module,
+    call: Call,
+    inputs: Inputs,
+    is_leaf: IsLeaf,
+    errors: dict[bool, Exception] | None = None,
+) -> bool:
+    """Whether the model takes the call; what its own code raises otherwise goes to ``errors``."""
+    try:
+        _add(found, model, call, inputs, is_leaf)
+    except ModelRaised as raised:
+        if errors is not None:
+            errors[call.training] = raised.error
+        return False
+    return True
+
+
+def _record_other_size(found: Recordings, model: nn.Module, like: Call, inputs: Inputs, is_leaf: IsLeaf) -> None:
+    for name, other in other_sizes(inputs):
+        call = replace(like, name=f"{like.name}, {name}", args=other.args, kwargs=other.kwargs)
+        if _try_to_add(found, model, call, replace(inputs, real=None), is_leaf):
+            return
+
+
+def _record_parts(
+    found: Recordings, model: nn.Module, other: Recording, path: str, training: bool, error: Exception, is_leaf: IsLeaf
+) -> None:
+    """Record the parts that a module calls, on inputs like those that they were given in the other mode."""
+    mode = "train" if training else "eval"
+    parts: dict[str, Frame] = {}
+    for frame in other.frames:
+        above = frame.parent
+        if above is not None and above.path == path != frame.path and frame.path not in parts:
+            parts[frame.path] = frame
+    if not parts:
+        text = str(error).strip().split("\n")[0][:200]
+        found.failures.append(Failure(path, mode, f"{type(error).__name__}: {text}"))
+    for name, frame in parts.items():
+        call = Call(f"{mode}, {name} alone", training, frame.args, frame.kwargs)
+        try:
+            _add(found, model, call, Inputs(frame.args, frame.kwargs), is_leaf, name)
+        except ModelRaised as raised:
+            _record_parts(found, model, other, name, training, raised.error, is_leaf)
+
+
+def _contexts(run: Recording, model: nn.Module) -> Iterator[Call]:
+    """The same call without gradients and under autocast, where its code asks for them."""
+    asked = asks_for(run.codes, model)
+    device = next((value.device.type for value in model.parameters()), "cpu")
+    if "grad" in asked and run.call.grad:
+        yield replace(run.call, name=f"{run.call.name}, no_grad", grad=False)
+    if "autocast" in asked:
+        yield replace(run.call, name=f"{run.call.name}, autocast", autocast="cpu" if device == "meta" else device)
+
+
+def _cannot_be_called(model: nn.Module, inputs: Inputs, error: Exception) -> OptionError:
+    shapes = [
+        tuple(leaf.shape) if isinstance(leaf, Spec) else leaf
+        for leaf in (*inputs.args, *inputs.kwargs.values())
+    ]
+    text = str(error).strip().split("\n")[0][:300]
+    given = f"example_inputs of {shapes!r:.80}" if inputs.real is not None else f"a guessed input of {shapes!r:.80}"
+    way = "give others" if inputs.real is not None else "pass example_inputs that it can be called with"
+    return OptionError(
+        f"this {type(model).__name__} cannot be called with {given} ({type(error).__name__}: {text}): {way}, or "
+        "witness=False to go without any check of the result"
+    )
+
+
+@contextmanager
+def _chance() -> Iterator[None]:
+    """Seed Python's and numpy's generators, and put them back; on the meta device nothing draws from torch's."""
+    numpy = sys.modules.get("numpy")
+    before = random.getstate(), None if numpy is None else numpy.random.get_state()
+    random.seed(0)
+    if numpy is not None:
+        numpy.random.seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        if numpy is not None:
+            numpy.random.set_state(before[1])

@@ -1,0 +1,94 @@
+"""The second witness: a model recorded before it is changed, and what becomes of it held against that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from nmconv.errors import WitnessError
+from nmconv.graph import Reading, is_leaf, recordings_of
+from nmconv.planning import Plan
+from nmconv.recording import ModelRaised, NeedsData, Recording, record_again
+from nmconv.witness import Difference, Group, broken_groups, changes_of, compare
+
+__all__ = ["Witness"]
+
+
+class Witness:
+    """What a model did before it was changed.
+
+    Args:
+        model: Recorded now, in both modes and at two sizes; read only.
+        example_inputs: What it is called with, or None for a guess.
+
+    Raises:
+        OptionError: If it cannot be called with them.
+        ModelTypeError: If it cannot be copied.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any = None) -> None:
+        self.recordings = recordings_of(model, example_inputs)
+        self._model = model
+
+    def check_reading(self, reading: Reading) -> None:
+        """Hold what a trace shows against the recordings.
+
+        Raises:
+            WitnessError: If the model, called in earnest, goes another way than the trace did.
+        """
+        for run in self.recordings.runs:
+            if run.path == "" and run.call.name in ("eval", "train"):
+                said = reading.disagreement(run)
+                if said:
+                    raise WitnessError(
+                        f"{_named(self._model)} cannot be read: {said}; rewrite what it asks there so that it does not "
+                        "depend on the kind of tensor it is given, or give the part that can be read"
+                    )
+
+    def check(self, result: nn.Module, plan: Plan | None, groups: Iterable[Group] = ()) -> None:
+        """Hold a changed model against the original, the plan and the merges.
+
+        Raises:
+            WitnessError: If it does anything else; the text shows the first difference.
+        """
+        changes = changes_of(plan, groups)
+        for before in self.recordings.runs:
+            try:
+                after = record_again(result, before, self.recordings, is_leaf)
+            except ModelRaised as raised:
+                error = raised.error
+                raise self._error(before, Difference(f"it raises {type(error).__name__}: {error}")) from error
+            except NeedsData as asked:
+                raise self._error(before, Difference(f"it asks for other numbers: {asked}")) from asked
+            found = compare(before, after, changes)
+            if found is not None:
+                raise self._error(before, found)
+
+    def broken(self, groups: Sequence[Group], plan: Plan | None = None) -> dict[str, str]:
+        """From the heads of groups that are not one convolution in every recording to why."""
+        changes = changes_of(plan, groups)
+        found: dict[str, str] = {}
+        for run in self.recordings.runs:
+            for head, why in broken_groups(run, changes).items():
+                found.setdefault(head, f"{why} ({run.call.name})")
+        return found
+
+    def _error(self, before: Recording, found: Difference) -> WitnessError:
+        again = record_again(self._model, before, self.recordings, is_leaf)
+        if compare(before, again, changes_of(None)) is not None:
+            text = "the model itself runs otherwise each time it is called, so that nothing can be checked"
+        else:
+            text = f"the result would not be what was asked for ({before.call.name}): {found.text}"
+        where = f"exclude {found.module!r}, or " if found.module else ""
+        return WitnessError(
+            f"{_named(self._model)}: {text}; it is as it was: {where}pass witness=False if you know better",
+            found.module,
+            found.first,
+            found.second,
+        )
+
+
+def _named(model: nn.Module) -> str:
+    return f"this {type(model).__name__}"

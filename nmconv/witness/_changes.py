@@ -1,0 +1,139 @@
+"""What a result may differ in: what a plan and merges say, as marks on a recording of the original."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch.fx import Node
+
+from nmconv.planning import Hoist, Plan, Site, Sum
+from nmconv.recording import Fact, Recording
+
+__all__ = ["Changes", "Group", "activations", "changes_of", "gone_sums", "settings_of", "sums_of"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules and sums that have become one convolution.
+
+    Attributes:
+        head: Qualified name of the convolution whose place it takes; what names the group.
+        members: Of all modules in it, the head and a norm that stays behind it included.
+        sums: The additions in it.
+    """
+
+    head: str
+    members: frozenset[str]
+    sums: tuple[Sum, ...] = ()
+
+
+@dataclass(frozen=True)
+class Changes:
+    """All that was to be done.
+
+    Attributes:
+        sites: Activations that are dropped, moved, or gone with a branch.
+        sums: Additions of which one operand is left.
+        hoists: Runs whose padding has moved.
+        groups: What was merged.
+        rewritten: Qualified names of modules whose methods were written anew.
+    """
+
+    sites: tuple[Site, ...] = ()
+    sums: tuple[Sum, ...] = ()
+    hoists: tuple[Hoist, ...] = ()
+    groups: tuple[Group, ...] = ()
+    rewritten: frozenset[str] = field(default_factory=frozenset)
+
+
+def changes_of(plan: Plan | None, groups: Iterable[Group] = ()) -> Changes:
+    """What a plan and merges say."""
+    groups = tuple(groups)
+    rewritten = {addition.owner for group in groups for addition in group.sums}
+    if plan is None:
+        return Changes(groups=groups, rewritten=frozenset(rewritten))
+    rewritten |= {site.owner for site in plan.changes if site.how == "rewrite" or site.function}
+    rewritten |= {site.place.owner for site in plan.changes if site.place is not None and site.place.how == "rewrite"}
+    rewritten |= {branch.sum.owner for branch in plan.branches}
+    return Changes(
+        sites=tuple(site for site in plan.sites if site.action in ("drop", "move")),
+        sums=tuple(branch.sum for branch in plan.branches),
+        hoists=tuple(hoist for hoist in plan.hoists if not hoist.why),
+        groups=groups,
+        rewritten=frozenset(rewritten),
+    )
+
+
+def activations(recording: Recording, sites: Sequence[Site]) -> Iterator[tuple[Node, Site]]:
+    """The calls in a recording that are those of sites, each with its site."""
+    training = recording.call.training
+    wanted: dict[tuple[str, str, str | None, int], Site] = {}
+    for site in sites:
+        if site.modes in ("both", "train" if training else "eval"):
+            number = site.train_call if training and site.train_call is not None else site.call
+            wanted[site.owner, site.name, site.function, number] = site
+    asked = {(owner, function) for owner, _, function, _ in wanted if function}
+    names = {(owner, name) for owner, name, function, _ in wanted if not function}
+    times: Counter[tuple[int, str]] = Counter()
+    for node, fact in recording.facts.items():
+        path = fact.frame.path
+        if node.op == "call_module":
+            key, kind = (path, fact.label), None
+            if key not in names:
+                continue
+            name = fact.label
+        elif node.op == "call_function" and (path, fact.label.rstrip("_")) in asked:
+            kind = fact.label.rstrip("_")
+            name = path
+        else:
+            continue
+        times[id(fact.frame), kind or name] += 1
+        site_found = wanted.get((path, name, kind, times[id(fact.frame), kind or name]))
+        if site_found is not None:
+            yield node, site_found
+
+
+# What operators are called in a forward, and in a recording of it.
+_RECORDED = {"iadd": "add_", "radd": "add"}
+
+
+def sums_of(recording: Recording, sums: Iterable[Sum]) -> dict[Node, Sum]:
+    """The additions in a recording that are these."""
+    wanted = {(each.owner, _RECORDED.get(each.label, each.label), each.number): each for each in sums}
+    if not wanted:
+        return {}
+    found: dict[Node, Sum] = {}
+    for node, fact in recording.facts.items():
+        each = wanted.get((fact.frame.path, fact.label, fact.number))
+        if each is not None and node.op == "call_function" and len(fact.reads) == 2:
+            found[node] = each
+    return found
+
+
+def gone_sums(recording: Recording, sums: Sequence[Sum]) -> list[Sum]:
+    """Additions that are nowhere in a recording of a model whose owners it holds."""
+    found = {id(each) for each in sums_of(recording, sums).values()}
+    ran = {frame.path for frame in recording.frames}
+    return [each for each in sums if id(each) not in found and each.owner in ran]
+
+
+_PADDING = re.compile(r", padding(_mode)?=(\([^)]*\)|'?\w+'?)")
+
+
+def settings_of(fact: Fact, hoisted: frozenset[str]) -> tuple[str, ...]:
+    """A module's class and settings; of a convolution whose padding moves, without that."""
+    if fact.label not in hoisted:
+        return fact.settings
+    *cls, shown = fact.settings
+    return (*cls, _PADDING.sub("", shown))
+
+
+def by_member(groups: Iterable[Group]) -> dict[str, Group]:
+    """From each module's name to the group that it is in."""
+    found: dict[str, Group] = defaultdict()
+    for group in groups:
+        found.update(dict.fromkeys(group.members, group))
+    return found

@@ -1,0 +1,293 @@
+"""Recordings as numbered values: two values have the same number if the same was done to make them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+from nmconv.planning import Sum
+from nmconv.recording import TENSOR, Fact, Read, Recording, hook_sees, unknown
+from nmconv.witness._changes import Changes, Group, activations, by_member, settings_of, sums_of
+
+__all__ = ["Content", "Table", "Values", "values_of"]
+
+Table = dict[Any, int]  # from what makes a value to its number; shared by the recordings that are compared
+Content = tuple[int, "int | None"]  # what a tensor holds: the value it was made as, and what wrote to it since
+
+_COPIES = ("clone", "contiguous")
+_ADDS_NOTHING = tuple(("tuple", ("tuple", *pair), ("dict",)) for pair in ((TENSOR, 0), (0, TENSOR)))
+_CHANCE = ("drop", "rand", "bernoulli", "normal", "uniform", "multinomial", "exponential")
+
+
+@dataclass(eq=False)
+class Values:
+    """What a recording comes to.
+
+    Attributes:
+        numbers: Of each node that stays.
+        live: The nodes that anything returned, stored, written or shown to a hook depends on, in order.
+        results: What is compared in the end, by kind and name.
+        broken: From the head of a group that is not one convolution in this recording to why.
+        moved: From contents that a moved activation is given to the number of what it gives.
+    """
+
+    numbers: dict[Node, int]
+    live: list[Node]
+    results: dict[tuple[str, str], Any]
+    broken: dict[str, str] = field(default_factory=dict)
+    moved: dict[Content, int] = field(default_factory=dict)
+
+
+def values_of(recording: Recording, changes: Changes, table: Table, added: Mapping[str, frozenset[str]]) -> Values:
+    """The values of a result.
+
+    Args:
+        recording: Of the result.
+        changes: What was done.
+        table: Shared with what it is compared with.
+        added: From the names of modules that call moved activations to the classes of these.
+    """
+    return _Numbering(recording, changes, table, set(), {}, {}, added, {}).values()
+
+
+def expected_values(recording: Recording, changes: Changes, table: Table, moved: Mapping[Content, int]) -> Values:
+    """The values of the original with the changes made.
+
+    Args:
+        recording: Of the original.
+        changes: What was to be done.
+        table: Shared with the result's.
+        moved: From the result's values: what activations were put behind.
+    """
+    dropped = {node for node, _ in activations(recording, changes.sites)}
+    inner = {id(each): group for group in changes.groups for each in group.sums}
+    found = sums_of(recording, [each for group in changes.groups for each in group.sums])
+    grouped = {node: inner[id(each)] for node, each in found.items()}
+    sums = sums_of(recording, changes.sums)
+    return _Numbering(recording, changes, table, dropped, sums, grouped, {}, moved).values()
+
+
+class _Numbering:
+    """Numbers the values of one recording, in the order of execution."""
+
+    def __init__(
+        self,
+        recording: Recording,
+        changes: Changes,
+        table: Table,
+        dropped: set[Node],
+        sums: Mapping[Node, Sum],
+        grouped: Mapping[Node, Group],
+        added: Mapping[str, frozenset[str]],
+        moved: Mapping[Content, int],
+    ) -> None:
+        self._recording = recording
+        self._facts = recording.facts
+        self._changes = changes
+        self._table = table
+        self._dropped = dropped
+        self._sums = sums
+        self._added = added
+        self._moved = moved
+        self._hoisted = frozenset(name for hoist in changes.hoists for name in hoist.convs)
+        self._fixed = _fixed_nodes(recording)
+        self._groups = by_member(changes.groups)
+        self._group: dict[Node, Group] = {}
+        self._members: dict[str, list[Node]] = {}
+        self._entries: dict[str, dict[Content, Node]] = {}
+        self._inside: dict[int, Group] = {}  # numbers of values inside of groups
+        self._contents: dict[Node, Content] = {}
+        self._through: set[Node] = set()  # what gives what it was given
+        self._made = Values({}, [], {})
+        for node, fact in self._facts.items():
+            group = grouped.get(node) or self._group_of(node, fact)
+            if group is not None:
+                self._group[node] = group
+                self._members.setdefault(group.head, []).append(node)
+
+    def values(self) -> Values:
+        """All of them."""
+        for node, fact in self._facts.items():
+            self._number(node, fact)
+        self._note_results()
+        self._find_live()
+        self._check_groups()
+        return self._made
+
+    def _group_of(self, node: Node, fact: Fact) -> Group | None:
+        """The group that a call of a module is in, or a call that is made in the forward of one (a norm's)."""
+        if node in self._fixed or fact.passes or node.target is hook_sees:
+            return None
+        return self._groups.get(fact.label if node.op == "call_module" else fact.frame.path)
+
+    # -- values -------------------------------------------------------------------------------------------------------
+
+    def _number(self, node: Node, fact: Fact) -> None:
+        if node in self._dropped or self._hands_on(node, fact):
+            self._through.add(node)
+            self._contents[node] = self._content(fact.reads[0])
+        elif node in self._sums:
+            self._contents[node] = self._content(fact.reads[self._sums[node].keep])
+        else:
+            number = self._new_number(node, fact)
+            self._made.numbers[node] = number
+            self._contents[node] = (number, None)
+
+    def _new_number(self, node: Node, fact: Fact) -> int:
+        group = self._group.get(node)
+        if group is not None:
+            return self._group_number(node, fact, group)
+        contents = tuple(map(self._content, fact.reads))
+        if self._is_added(node, fact):
+            number = self._numbered(("moved", fact.settings[:2], contents[0]))
+            self._made.moved[contents[0]] = number
+            return number
+        path = fact.frame.path
+        method = "" if path in self._changes.rewritten else fact.method
+        given: Any = frozenset(contents) if node.target is unknown else contents
+        settings = settings_of(fact, self._hoisted)
+        key = (node.op, fact.label, path, method, settings, fact.form, given, fact.context)
+        if any(part in fact.label.lower() for part in _CHANCE) or any(part in str(settings).lower() for part in _CHANCE):
+            key = (*key, fact.number)  # two draws are two values
+        return self._numbered(key)
+
+    def _group_number(self, node: Node, fact: Fact, group: Group) -> int:
+        """That of the last node of a group is the group's."""
+        entries = self._entries.setdefault(group.head, {})
+        for read in fact.reads:
+            content = self._content(read)
+            if read[0] not in self._fixed and self._inside.get(content[0]) is not group:
+                entries[content] = node
+        if node is self._members[group.head][-1]:
+            return self._numbered(("merged", group.head, *sorted(entries, key=str)))
+        number = self._numbered(("inside", group.head, id(self), len(self._made.numbers)))
+        self._inside[number] = group
+        return number
+
+    def _numbered(self, key: Any) -> int:
+        return self._table.setdefault(key, len(self._table))
+
+    def _content(self, read: Read) -> Content:
+        """What a tensor holds when it is read."""
+        node, writer = read
+        number, written = self._contents[node]
+        last = self._last_write(writer)
+        written = written if last is None else last
+        content = (number, None if written == number else written)
+        return (self._moved[content], None) if content in self._moved else content
+
+    def _last_write(self, node: Node | None) -> int | None:
+        """The number of the last write that is still made."""
+        while node is not None and (node in self._through or node in self._sums):
+            before = self._facts[node].before
+            node = before[0] if before else None
+        return None if node is None else self._made.numbers.get(node)
+
+    def _is_added(self, node: Node, fact: Fact) -> bool:
+        classes = self._added.get(fact.label) if node.op == "call_module" else None
+        return classes is not None and fact.settings[1] in classes
+
+    def _hands_on(self, node: Node, fact: Fact) -> bool:
+        """Whether a call gives what it was given, or a copy of it, or adds nothing to it."""
+        if len(fact.reads) < 1 or node in self._group or node.target is hook_sees or self._is_added(node, fact):
+            return False
+        if fact.passes:
+            return True
+        if node.op != "call_function" or len(fact.reads) != 1:
+            return False
+        return fact.label in _COPIES or (fact.label in ("add", "add_") and fact.form in _ADDS_NOTHING)
+
+    # -- what comes of them -------------------------------------------------------------------------------------------
+
+    def _note_results(self) -> None:
+        recording, results = self._recording, self._made.results
+        form, reads = recording.output
+        results["returned", ""] = (form, tuple(map(self._content, reads)))
+        unused = self._cut_off()
+        for name, read in recording.written.items():
+            writer = read[1] or read[0]
+            if name.rpartition(".")[0] not in self._groups and writer not in unused and self._writes(writer):
+                results["written", name] = self._content(read)
+        for name, read in recording.stored.items():
+            results["stored", name] = self._content(read)
+        for at, node in enumerate(recording.seen):
+            results["seen", f"{self._facts[node].label} ({at})"] = self._made.numbers[node]
+
+    def _writes(self, node: Node | None) -> bool:
+        return self._last_write(node) is not None
+
+    def _cut_off(self) -> set[Node]:
+        """What only removed branches were made of."""
+        if not self._sums:
+            return set()
+        gone = self._behind([self._facts[node].reads[1 - each.keep] for node, each in self._sums.items()])
+        return gone - self._behind(self._recording.output[1])
+
+    def _behind(self, reads: Iterable[Read]) -> set[Node]:
+        """All nodes that these depend on, the changes made."""
+        found: set[Node] = set()
+        todo = [node for read in reads for node in read if node is not None]
+        while todo:
+            node = todo.pop()
+            if node in found:
+                continue
+            found.add(node)
+            fact = self._facts[node]
+            if node in self._sums:
+                left: tuple[Read, ...] = (fact.reads[self._sums[node].keep],)
+            else:
+                left = fact.reads
+            todo += [part for read in left for part in read if part is not None]
+            todo += [part for part in fact.before if part is not None]
+        return found
+
+    def _find_live(self) -> None:
+        recording = self._recording
+        kept = [read for name, read in recording.written.items() if ("written", name) in self._made.results]
+        seen: list[Read] = [(node, None) for node in recording.seen]
+        live = self._behind([*recording.output[1], *kept, *recording.stored.values(), *seen])
+        self._made.live = [node for node in self._facts if node in live and node in self._made.numbers]
+
+    def _check_groups(self) -> None:
+        """Note groups that are called otherwise than one convolution: several times, from the middle, into the middle."""
+        broken = self._made.broken
+        for head, nodes in self._members.items():
+            labels = [self._facts[node].label for node in nodes if node.op == "call_module"]
+            twice = next((label for label in labels if labels.count(label) > 1), None)
+            if twice is not None:
+                broken[head] = f"{twice} is called {labels.count(twice)} times"
+            elif len(self._entries[head]) != 1:
+                at = list(self._entries[head].values())[-1]
+                broken[head] = f"{self._facts[at].label} is given something else than what comes before it gives"
+        for node in self._made.live:
+            if node not in self._group:
+                self._check_reads(self._facts[node].reads, self._where(node))
+        for (kind, name), _ in self._made.results.items():
+            reads = {"returned": self._recording.output[1]}.get(kind) or (
+                (self._recording.stored[name],) if kind == "stored" else ()
+            )
+            self._check_reads(reads, f"what is {kind}")
+
+    def _where(self, node: Node) -> str:
+        fact = self._facts[node]
+        return f"{fact.label} in {fact.frame.path or 'the model'}"
+
+    def _check_reads(self, reads: Iterable[Read], where: str) -> None:
+        for read in reads:
+            for number in self._content(read):
+                group = None if number is None else self._inside.get(number)
+                if group is not None:
+                    self._made.broken.setdefault(group.head, f"{where} depends on a value inside of it")
+
+
+def _fixed_nodes(recording: Recording) -> set[Node]:
+    """Parameters, buffers and constants, and what is made of them alone."""
+    found: set[Node] = set()
+    for node, fact in recording.facts.items():
+        parts = [part for read in fact.reads for part in read if part is not None]
+        if node.op == "get_attr" or (parts and node.target is not unknown and found.issuperset(parts)):
+            found.add(node)
+    return found
