@@ -10,6 +10,7 @@ import pytest
 from . import (  # noqa: F401  each declares its own
     nets_detectors,
     nets_generative,
+    nets_leaves,
     nets_questions,
     nets_recognition,
     nets_segmentation,

@@ -75,6 +75,9 @@ def result_of(model: nn.Module, call: Call) -> Result:
         "no_grad": torch.no_grad,
         "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     }[call.context]
+    before = {name: getattr(model, name) for name in call.settings}
+    for name, value in call.settings.items():
+        setattr(model, name, value)
     seed(3)
     model.zero_grad()
     inputs = [value for value in leaves_of((args, kwargs)).values() if isinstance(value, Tensor)]
@@ -83,7 +86,7 @@ def result_of(model: nn.Module, call: Call) -> Result:
         with quiet(), context():
             if call.gradients:
                 args, kwargs = _entered(args), _entered(kwargs)
-            output = leaves_of(model(*args, **kwargs))
+            output = leaves_of(getattr(model, call.method or "__call__")(*args, **kwargs))
             found.leaves = {
                 path: value.clone() if isinstance(value, Tensor) else value for path, value in output.items()
             }
@@ -97,6 +100,8 @@ def result_of(model: nn.Module, call: Call) -> Result:
                 found.gradients[name] = None if value.grad is None else value.grad.clone()
     except Exception as error:
         found.error = error
+    for name, value in before.items():
+        setattr(model, name, value)
     found.buffers = {name: value.clone() for name, value in model.named_buffers()}
     return found
 
@@ -169,14 +174,11 @@ def assert_equal(ours: Any, theirs: Any, where: str, tolerance: float) -> None:
 # The verdicts ---------------------------------------------------------------------------------------------------------
 
 
-def assert_converted(net: Network, original: nn.Module, made: nn.Module, plan: Any, brief: bool = False) -> None:
-    """Called in every way, in eval mode, in train mode and in eval mode again, both do the same to the bit.
-
-    Or, in brief, called as it was read in eval mode and in train mode.
-    """
+def assert_converted(net: Network, original: nn.Module, made: nn.Module, plan: Any) -> None:
+    """Called in every way, in eval mode, in train mode and in eval mode again, both do the same to the bit."""
     dropping = Dropping(original, [site for site in plan.sites if site.action == "drop"])
-    every = calls(net)[: 1 if brief else None]
-    for training in (False, True, False)[: (2 if brief else 3) if net.trains else 1]:
+    every = [call for call in calls(net) if not call.method]
+    for training in (False, True, False) if net.trains else (False,):
         original.train(training)
         made.train(training)
         for call in every if not training else [every[0], *(call for call in every if call.kwargs)]:
@@ -201,7 +203,7 @@ def _compare(net: Network, found: Result, wanted: Result, call: Call, label: str
         assert call.label != "as read", f"{label}: the original raises {wanted.error!r}"
         return
     if isinstance(found.error, nmconv.NmconvError):
-        assert call.label != "as read" and (net.picky or call.kwargs), f"{label}: refused: {found.error}"
+        assert call.label != "as read" and (net.picky or call.other), f"{label}: refused: {found.error}"
         return
     assert found.error is None, f"{label}: {type(found.error).__name__}: {str(found.error)[:300]}"
     assert_same(found, wanted, label, tolerance)

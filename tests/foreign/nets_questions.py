@@ -246,7 +246,7 @@ class TypeOfASize(Two):
 class RangeOfASize(Two):
     def forward(self, x):
         y = self.r(self.a(x))
-        for _ in range(int(x.shape[3] / 8)):
+        for _ in range(int(x.shape[3] / 4)):
             y = y + 0.5
         return self.q(self.b(y))
 
@@ -335,15 +335,19 @@ class GoesByData(Two):
         return self.q(self.b(y * y.max().item()))
 
 
-@network(converts=False, options=({"e": torch.ones(1)},))
+def with_extra(batch, size):
+    return torch.randn(batch, 3, size, size), torch.randn(batch, 4, size, size)
+
+
+@network(with_extra, given=True, converts=False, options=({"stop": True},))
 class ClassOfATensor(Two):
     """Fault B in other words."""
 
-    def forward(self, x, e=None):
+    def forward(self, x, e, stop=False):
         y = self.a(x)
         if e.__class__ is Tensor:
             y = y + e
-        if type(y) is not Tensor:
+        if stop or type(y) is not Tensor:
             return y
         return self.r(self.b(y))
 

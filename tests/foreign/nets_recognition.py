@@ -161,7 +161,7 @@ HF_OPTIONS = (
 )
 
 
-@network(given=True, options=HF_OPTIONS, counts=(4, 2), merges=True)
+@network(given=True, options=HF_OPTIONS, counts=(4, 2))
 def hugging_face():
     return Hf()
 

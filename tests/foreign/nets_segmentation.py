@@ -85,7 +85,7 @@ class HrNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem, self.down = nn.Sequential(unit(3), unit()), unit(stride=2)
-        self.stages, self.head = nn.ModuleList([Exchange(), Exchange()]), conv(4, 2, 1)
+        self.stages, self.head = nn.ModuleList([Exchange()]), conv(4, 2, 1)
 
     def forward(self, x):
         x = self.stem(x)
@@ -141,7 +141,7 @@ class Tree(nn.Module):
 
 @network(even, sizes=(16, 12))
 def dla():
-    return nn.Sequential(unit(3), unit(), Tree(2), Tree(1, stride=2), conv(4, 2, 1))
+    return nn.Sequential(unit(3), Tree(2, stride=2), conv(4, 2, 1))
 
 
 class Octave(nn.Module):
@@ -174,13 +174,14 @@ class UpCat(nn.Module):
 
     def __init__(self, skips):
         super().__init__()
-        self.up, self.convs = nn.ConvTranspose2d(4, 4, 2, 2), nn.Sequential(unit(8 if skips else 4, 4), unit())
+        self.up, self.c1, self.c2 = nn.ConvTranspose2d(4, 4, 2, 2), conv(8 if skips else 4, 4), conv()
+        self.act = nn.LeakyReLU(0.1)
 
     def forward(self, x, extra):
         y = self.up(x)
         if extra is not None and torch.jit.isinstance(extra, torch.Tensor):
             y = torch.cat([extra, y], 1)
-        return self.convs(y)
+        return self.act(self.c2(self.act(self.c1(y))))
 
 
 @network(even, sizes=(16, 12), counts=(8, 4), merges=True)
@@ -195,7 +196,11 @@ class BasicUnet(nn.Module):
         return self.two(self.one(self.down(x), x), None)
 
 
-@network(options=({"e": torch.randn(2, 4, 16, 17)},))
+def with_extra(batch, size):
+    return torch.randn(batch, 3, size, size), torch.randn(batch, 4, size, size)
+
+
+@network(with_extra, given=True, options=({"scale": 2.0},))
 class AskedOfTorchScript(nn.Module):
     """Fault B at its shortest."""
 
@@ -203,11 +208,16 @@ class AskedOfTorchScript(nn.Module):
         super().__init__()
         self.first, self.a, self.b = nn.Sequential(unit(3), unit()), conv(), conv(4, 4, 1)
 
-    def forward(self, x, e=None):
+    def forward(self, x, e, scale=1.0):
         y = self.a(self.first(x))
         if torch.jit.isinstance(e, torch.Tensor):
             y = y + e
-        return self.b(y)
+        return self.b(y) * scale
+
+
+@network(with_extra, converts=False)
+def asked_of_torchscript_without_examples():
+    return AskedOfTorchScript()
 
 
 @network(counts=(6, 3), merges=True)

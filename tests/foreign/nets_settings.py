@@ -101,7 +101,7 @@ class PlainSettings(nn.Module):
         return x * len(self.widths) * self.args.k
 
 
-@network(counts=(4, 2), merges=True)
+@network(counts=(4, 2), merges=True, settings=({"drop_rate": 0.2}, {"drop_rate": 0.0}))
 class DropRate(nn.Module):
     """Fault T's shape."""
 

@@ -26,6 +26,8 @@ class Network:
         make: Makes it; its weights are drawn anew.
         inputs: Makes the arguments of a call, of a batch and a size.
         options: Keyword arguments that it may be called with besides.
+        settings: Attributes that it may be given after it was made.
+        methods: Other methods of it that a merged one may be asked for.
         counts: Activations on convolutions before and after converting at 2:1, by hand; then it must convert.
         converts: Whether it must convert; if not, an error of nmconv's own will do.
         merges: Whether merging must leave fewer convolutions after converting at 2:1 with hoisted padding.
@@ -43,6 +45,8 @@ class Network:
     make: Callable[[], nn.Module]
     inputs: Inputs
     options: tuple[dict[str, Any], ...] = ()
+    settings: tuple[dict[str, Any], ...] = ()
+    methods: tuple[str, ...] = ()
     counts: tuple[int, int] | None = None
     converts: bool = True
     merges: bool = False
@@ -149,6 +153,13 @@ class Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
     context: str = ""  # no_grad or autocast
     gradients: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+    method: str = ""
+
+    @property
+    def other(self) -> bool:
+        """Whether this is another way to call it than it was made for."""
+        return bool(self.kwargs or self.settings or self.method)
 
 
 def calls(net: Network, dtype: torch.dtype = torch.float32) -> list[Call]:
@@ -161,6 +172,8 @@ def calls(net: Network, dtype: torch.dtype = torch.float32) -> list[Call]:
         Call("another size", cast(net.inputs(2, other), dtype)),
         Call("another batch", cast(net.inputs(3, first), dtype)),
         *(Call(f"with {options}", x, dict(cast(options, dtype))) for options in net.options),
+        *(Call(f"with {settings} set", x, settings=settings) for settings in net.settings),
+        *(Call(f"by {method}", x, method=method) for method in net.methods),
         Call("without gradients", x, context="no_grad"),
         Call("under autocast", x, context="autocast"),
     ]
