@@ -11,6 +11,7 @@ from . import (  # noqa: F401  each declares its own
     nets_detectors,
     nets_generative,
     nets_leaves,
+    nets_memory,
     nets_questions,
     nets_recognition,
     nets_segmentation,
