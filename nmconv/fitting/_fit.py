@@ -21,9 +21,9 @@ from nmconv.fitting._solve import RIDGES, Answer, solved
 from nmconv.fitting._units import Unit, Units, left_out
 from nmconv.fitting._watch import Watch
 from nmconv.graph import fingerprint, mode_hidden
-from nmconv.merging import get_merges
+from nmconv.merging import get_merges, groups_of
 from nmconv.planning import Kernel, Refusal, shrunk
-from nmconv.surgery import Undo, check_plain, copy_of, get_plan, undone, undone_on_failure
+from nmconv.surgery import Undo, Witness, check_plain, copy_of, get_plan, undone, undone_on_failure
 
 __all__ = ["fit", "fit_units", "get_fit"]
 
@@ -49,6 +49,7 @@ def fit(
     loss: Loss | None = None,
     key: str | None = None,
     inplace: bool = False,
+    witness: bool = True,
 ) -> nn.Module:
     """Refit a converted model to the one it was made from, by least squares, on a few hundred unlabelled images.
 
@@ -81,6 +82,8 @@ def fit(
             error.
         key: Where batches are dicts: under which key the images are.
         inplace: Change ``model`` itself instead of a copy.
+        witness: Record the model's own run on the first images' shape before and after, as :func:`nmconv.convert` does,
+            and raise if the fitted model does anything else than the same with other weights and fewer convolutions.
 
     Returns:
         The fitted model. :func:`get_fit` tells what was done, and what was refused.
@@ -89,6 +92,7 @@ def fit(
         OptionError: For an option that is none, or data without images.
         FitError: If the model was not converted, or was merged; if the reference is another model's; or if values are
             not finite. The model is as it was then.
+        WitnessError: If the fitted model would do anything else; the model is as it was then.
         ModelTypeError: If one of the models is no module, or wrapped, compiled or scripted.
     """
     ridges = _ridges(ridge, holdout)
@@ -113,11 +117,14 @@ def fit(
         where, told = (" in ".join(map(str, home_of(each))) for each in (reference, model))
         raise FitError(f"the reference is on {where}, and the model on {told}: move one to the other with .to()")
     images = read_images(data, model, holdout=holdout, key=key)
+    seen = Witness(model, images.first()[:2]) if witness else None
     result = model if inplace else copy_of(model)
     with mode_hidden(), torch.no_grad(), undone_on_failure() as undo, eval_mode(result, reference):
         report = _Fitting(result, reference, images, ridges, loss, keep_norms, downstream, undo).run(
             default, recalibrate
         )
+        if seen is not None:
+            seen.check(result, None, groups_of(merge for merges in get_merges(result) for merge in merges))
     result.__dict__[_MARK] = report
     return result
 

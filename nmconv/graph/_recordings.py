@@ -30,8 +30,8 @@ def inputs_of(model: nn.Module, example_inputs: Any) -> Inputs:
     guess = guessed_inputs(model, default_input_size(model))
     if guess is None:
         raise OptionError(
-            f"nothing tells what this {type(model).__name__} is called with: pass example_inputs, or witness=False to go "
-            "without any check of the result"
+            f"nothing tells what this {type(model).__name__} is called with: pass example_inputs, or witness=False to "
+            "go without any check of the result"
         )
     return guess
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from typing import Any
 
 from torch import nn
 
@@ -15,41 +16,54 @@ from nmconv.io._problems import Damaged, Foreign, Unread
 from nmconv.io._replay import replay
 from nmconv.io._state import fill, sources_of, state_of
 from nmconv.io._undo import undone_if_failing
-from nmconv.surgery import check_model, copy_of
+from nmconv.merging import groups_of
+from nmconv.surgery import Witness, check_examples, check_model, copy_of
 
 __all__ = ["load"]
 
 _LONGEST = 600  # characters of an error's text that come from a file
 
 
-def load(model: nn.Module, path: str | os.PathLike[str], *, inplace: bool = False) -> nn.Module:
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    example_inputs: Any = None,
+    inplace: bool = False,
+    witness: bool = True,
+) -> nn.Module:
     """Make of a pristine model the one that was saved: converted and merged as the file says, with its weights.
 
-    Nothing is decided or checked for gain again, and no forward pass is run. The tensors take the dtype and device of
-    the model's own, as with ``load_state_dict``; merged convolutions take their heads'. Parameters on the meta device
+    Nothing is decided or checked for gain again, and no forward pass is run on data. The tensors take the dtype and
+    device of the model's own, as with ``load_state_dict``; merged convolutions take their heads'. Parameters on the meta device
     are made on the CPU. The model's mode, train or eval, stays.
 
     Args:
         model: As it was before it was converted and merged: built by the same code, with any weights.
         path: What :func:`nmconv.save` wrote.
+        example_inputs: What the model is called with, as for :func:`nmconv.convert`.
         inplace: Change ``model`` itself instead of a copy. A second copy of its weights is kept meanwhile, so that it
             is as it was if anything fails.
+        witness: Record the model's own run before and after, on the meta device, as :func:`nmconv.convert` does.
 
     Returns:
         The model, of the same class.
 
     Raises:
         FileError: If the file is damaged, of another format, or of another model.
+        OptionError: If the model cannot be called with ``example_inputs`` or, where there are none, with a guess.
+        WitnessError: If the result would do anything else than what the file says makes of the model.
         OSError: If it cannot be opened (FileNotFoundError, ...).
         AlreadyConvertedError: If the model is converted or merged already.
         ModelTypeError: If it is no module, or wrapped, compiled or scripted; or if it is on the meta device and has
             buffers that no state dict holds.
     """
     check_model(model)
+    check_examples(example_inputs)
     name = os.fspath(path)
     try:
         with opened(path) as file:
-            return _loaded(model, file, inplace)
+            return _loaded(model, file, inplace, example_inputs, witness)
     except Damaged as error:
         raise FileError(f"{name}: {_short(error)}; copy it anew, or save the model again") from error
     except Unread as error:
@@ -62,12 +76,16 @@ def load(model: nn.Module, path: str | os.PathLike[str], *, inplace: bool = Fals
         ) from error
 
 
-def _loaded(model: nn.Module, file: File, inplace: bool) -> nn.Module:
+def _loaded(model: nn.Module, file: File, inplace: bool, example_inputs: Any, witness: bool) -> nn.Module:
     content = from_text(file.text)
     check_content(content)
+    changes = content.plan is not None or bool(content.merges)
+    seen = Witness(model, example_inputs) if witness and changes else None
     result = model if inplace else copy_of(model)
     with undone_if_failing(result) if inplace else nullcontext():
         homes = replay(result, content)
+        if seen is not None:
+            seen.check(result, content.plan, groups_of(merge for merges in content.merges for merge in merges))
         sources = sources_of(state_of(result), file, content.aliases)
         fill(result, file, sources, homes)
     return result

@@ -8,10 +8,12 @@ from nmconv.merging._interior import interior_affine, interior_geometry
 from nmconv.merging._merge import find_runs, fold_norms, merge
 from nmconv.merging._module import conv_module, filled, is_channels_last, is_finite, laid_out, like_of
 from nmconv.merging._numbers import has_plain_parameter
-from nmconv.merging._records import Merge, Run
+from nmconv.merging._records import Guard, Merge, Run
+from nmconv.merging._seen import groups_of
 
 __all__ = [
     "Affine",
+    "Guard",
     "Merge",
     "Node",
     "Run",
@@ -21,6 +23,7 @@ __all__ = [
     "find_runs",
     "fold_norms",
     "get_merges",
+    "groups_of",
     "has_plain_parameter",
     "install",
     "interior_affine",

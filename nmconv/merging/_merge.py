@@ -147,9 +147,7 @@ def fold_norms(
     return _folded(model, seen, inplace, example_inputs)
 
 
-def _folded(
-    model: nn.Module, witness: Witness | None, inplace: bool = False, example_inputs: Any = None
-) -> nn.Module:
+def _folded(model: nn.Module, witness: Witness | None, inplace: bool = False, example_inputs: Any = None) -> nn.Module:
     with mode_hidden(), undone_on_failure() as undo:
         made = _Merging(model, example_inputs, False, witness, runs=False)
         made.choose(_nothing, fold=True, fewest=False)

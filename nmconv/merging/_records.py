@@ -6,7 +6,22 @@ from dataclasses import dataclass
 
 from nmconv.planning import Geometry, Sum
 
-__all__ = ["Merge", "Run"]
+__all__ = ["Guard", "Merge", "Run"]
+
+
+@dataclass(frozen=True)
+class Guard:
+    """An argument that a merged model must be called with as it was when it was merged.
+
+    Attributes:
+        owner: Qualified name of the module whose forward takes it.
+        argument: Its name.
+        value: What it must be, as JSON: None, text, a number or a truth value.
+    """
+
+    owner: str
+    argument: str
+    value: str
 
 
 @dataclass(frozen=True)
@@ -23,6 +38,8 @@ class Merge:
         live: Whether the factors stay parameters and the kernel is computed from them on the fly.
         factors: Where it is live, what the kernel is computed from, as JSON.
         norm: Qualified name of the norm of the run that stays behind it, or "".
+        guards: Arguments by which forwards choose what happens inside the run.
+        closed: Methods of the model that read values inside the run, and raise now.
     """
 
     head: str
@@ -34,6 +51,8 @@ class Merge:
     live: bool = False
     factors: str = ""
     norm: str = ""
+    guards: tuple[Guard, ...] = ()
+    closed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

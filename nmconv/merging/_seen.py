@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 
 from nmconv.graph import Element, Join, steps_of
 from nmconv.merging._brackets import Node
@@ -100,7 +101,7 @@ def _is_loud(node: Node) -> bool:
 
 
 def _neighbours(piece: Sequence[Node]) -> Iterator[tuple[Node, Node]]:
-    return zip(piece, piece[1:], strict=False)
+    return pairwise(piece)
 
 
 def _key(node: Node) -> _Key:

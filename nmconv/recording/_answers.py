@@ -11,9 +11,9 @@ __all__ = ["ASKS_DATA", "Answers", "ModelRaised", "NeedsData"]
 
 # Functions that only numbers can answer.
 ASKS_DATA = frozenset(
-    ("item", "__bool__", "__int__", "__float__", "__index__", "__complex__", "tolist", "numpy", "__array__", "is_nonzero",
-     "nonzero", "unique", "unique_consecutive", "equal", "allclose", "masked_select", "__contains__", "bincount",
-     "argwhere", "__format__", "nms")
+    ("item", "__bool__", "__int__", "__float__", "__index__", "__complex__", "tolist", "numpy", "__array__",
+     "is_nonzero", "nonzero", "unique", "unique_consecutive", "equal", "allclose", "masked_select", "__contains__",
+     "bincount", "argwhere", "__format__", "nms")
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from nmconv.errors import ModelTypeError
 
 __all__ = ["Copy", "attribute_names", "meta_copy", "real_copy", "shared_on_copy"]
 
+
 @dataclass(eq=False)
 class Copy:
     """A model's copy.
@@ -170,7 +171,8 @@ def _check(model: nn.Module, made: nn.Module, clones: _Clones) -> None:
     if len(before) != len(after) or lost is not None or names[0] != names[1]:
         raise ModelTypeError(
             f"a copy of this {type(model).__name__} has another structure than itself"
-            f"{f', beginning with {lost!r}' if lost else ''} (a __deepcopy__ of its own?): give a class whose copies are alike"
+            f"{f', beginning with {lost!r}' if lost else ''} (a __deepcopy__ of its own?): give a class whose copies "
+            "are alike"
         )
 
 
@@ -234,7 +236,8 @@ def _held_by(model: nn.Module) -> Iterator[Any]:
 def _cannot_be_copied(value: Any) -> bool:
     if isinstance(value, _CONTAINERS) or hasattr(type(value), "__deepcopy__"):
         return False
-    if type(value).__reduce_ex__ is object.__reduce_ex__ and isinstance(getattr(value, "__dict__", None), dict):
+    plain = "__reduce_ex__" not in {name for base in type(value).__mro__[:-1] for name in vars(base)}
+    if plain and isinstance(getattr(value, "__dict__", None), dict):
         return hasattr(value, "fileno")
     try:
         value.__reduce_ex__(4)
@@ -295,9 +298,7 @@ class _Rebinding:
         if not any(_is_full(cell) and _may_reach(cell.cell_contents) for cell in cells):
             return function
         closure = tuple(CellType() for _ in cells)
-        made = FunctionType(
-            function.__code__, function.__globals__, function.__name__, function.__defaults__, closure
-        )
+        made = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, closure)
         made.__kwdefaults__ = function.__kwdefaults__
         made.__dict__.update(vars(function))
         self._done[id(function)] = made

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,7 +76,8 @@ def _size_by_first_conv(model: nn.Module) -> tuple[int, ...] | None:
 def other_sizes(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
     """The arguments at another size and batch; if that is not to be had, at one of both."""
     for name, size, batch in (("other size", True, True), ("other size", True, False), ("other batch", False, True)):
-        yield name, Inputs(*(map_tensors(part, lambda spec: _other(spec, size, batch)) for part in (inputs.args, inputs.kwargs)))
+        other = partial(_other, size=size, batch=batch)
+        yield name, Inputs(map_tensors(inputs.args, other), map_tensors(inputs.kwargs, other))
 
 
 def _other(spec: Spec, size: bool, batch: bool) -> Spec:

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -86,10 +85,10 @@ def record(model: nn.Module, inputs: Inputs, is_leaf: IsLeaf) -> Recordings:
     whole = {run.call.training: run for run in found.runs}
     for training, error in errors.items():
         _record_parts(found, model, whole[not training], "", training, error, is_leaf)
-    for training, run in whole.items():
+    for run in whole.values():
         if not run.asked:
             _record_other_size(found, model, run.call, inputs, is_leaf)
-    for training, run in whole.items():
+    for run in whole.values():
         for call in _contexts(run, model):
             _try_to_add(found, model, call, inputs, is_leaf)
     return found
@@ -215,10 +214,7 @@ def _contexts(run: Recording, model: nn.Module) -> Iterator[Call]:
 
 
 def _cannot_be_called(model: nn.Module, inputs: Inputs, error: Exception) -> OptionError:
-    shapes = [
-        tuple(leaf.shape) if isinstance(leaf, Spec) else leaf
-        for leaf in (*inputs.args, *inputs.kwargs.values())
-    ]
+    shapes = [tuple(leaf.shape) if isinstance(leaf, Spec) else leaf for leaf in (*inputs.args, *inputs.kwargs.values())]
     text = str(error).strip().split("\n")[0][:300]
     given = f"example_inputs of {shapes!r:.80}" if inputs.real is not None else f"a guessed input of {shapes!r:.80}"
     way = "give others" if inputs.real is not None else "pass example_inputs that it can be called with"

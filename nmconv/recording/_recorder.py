@@ -49,7 +49,9 @@ _MAKERS = _device_constructors()
 _VALUE_MAKERS = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.scalar_tensor)
 _DEVICE, _IS_CPU, _IS_META, _IS_CUDA = (getattr(Tensor, name) for name in ("device", "is_cpu", "is_meta", "is_cuda"))
 _MOVES = ("cpu", "cuda", "xpu")
-_VIEWS = frozenset(getattr(Tensor, name) for name in ("T", "mT", "H", "mH", "data", "real", "imag") if hasattr(Tensor, name))
+_VIEWS = frozenset(
+    getattr(Tensor, name) for name in ("T", "mT", "H", "mH", "data", "real", "imag") if hasattr(Tensor, name)
+)
 _ABOUT = frozenset(
     ("size", "dim", "ndimension", "__len__", "numel", "nelement", "stride", "element_size", "is_contiguous",
      "is_floating_point", "is_complex", "is_signed", "get_device", "storage_offset", "requires_grad_", "is_tensor",
@@ -524,8 +526,8 @@ class _ReachesOutside(Exception):
 
     def __init__(self, name: str, path: str) -> None:
         super().__init__(
-            f"a copy of the model reaches {name!r} of the model itself, in the forward of {path or 'the model'} (a global, "
-            "or something that copying shares): hold it as a submodule or parameter; witness=False skips all checks"
+            f"a copy of the model reaches {name!r} of the model itself, in the forward of {path or 'the model'} (a "
+            "global, or something that copying shares): hold it as a submodule or parameter; witness=False skips all checks"
         )
 
 

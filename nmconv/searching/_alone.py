@@ -112,7 +112,7 @@ class Alone:
         Raises:
             Refusal: If it cannot be refitted, and why.
         """
-        model = apply_plan(self._network.model, self._network.plan_of([(segment, "")]))
+        model = apply_plan(self._network.model, self._network.plan_of([(segment, "")]), witness=False)
         units = fit_units(model, self._network.model, self._images)
         refused = [unit.why for unit in units if not unit.form]
         if refused:

@@ -126,7 +126,7 @@ class Network:
         }
         if not free:
             raise NoSitesError(f"no activation of this {type(model).__name__} can be dropped")
-        self.linear = apply_plan(outline_of(model), self.plan.edit(free), inplace=True)
+        self.linear = apply_plan(outline_of(model), self.plan.edit(free), inplace=True, witness=False)
         runs = linear_runs(self.linear, example_inputs=example_inputs)
         shapes = shapes_of(model, example_inputs)
         self.order = {name: at for at, name in enumerate(shapes.convs)}
@@ -307,7 +307,7 @@ class Network:
             *self._counts(convs, sites), 0,
         )  # fmt: skip
         try:
-            apply_plan(outline_of(self.model), self.plan_of([(found, "")]), inplace=True)
+            apply_plan(outline_of(self.model), self.plan_of([(found, "")]), inplace=True, witness=False)
         except RewriteError:
             return None
         return found

@@ -13,6 +13,7 @@ from torch import nn
 from nmconv.errors import FileError, OptionError
 from nmconv.fitting import Images, Loss, check_takes, eval_mode, fit, get_fit, read_images
 from nmconv.graph import mode_hidden
+from nmconv.merging import get_merges, groups_of
 from nmconv.planning import Plan
 from nmconv.searching._budget import Budget, budgets_of, several
 from nmconv.searching._candidates import Network, Segment
@@ -20,7 +21,7 @@ from nmconv.searching._choose import Option, choose, frontier
 from nmconv.searching._cost import Stopwatch, multiply_adds_of
 from nmconv.searching._records import COSTS, Candidate, Sensitivity
 from nmconv.searching._sensitivity import check_options, check_setting, measured, setting_of
-from nmconv.surgery import apply_plan, check_model
+from nmconv.surgery import Witness, apply_plan, check_model
 
 __all__ = ["search"]
 
@@ -153,6 +154,7 @@ class _Search:
         if math.isnan(self._total):
             raise OptionError(f"the sensitivity table has no {cost}: measure it with nmconv.sensitivity(backend=...)")
         self._known: dict[tuple[int, ...], _Whole] = {}
+        self._witness = Witness(network.model, images.first()[:2])
 
     def plans(self, budgets: Sequence[Budget]) -> tuple[Plan, ...]:
         """The best plan within each budget, of all that was measured for any of them.
@@ -235,7 +237,9 @@ class _Search:
         plan = self.plan_of(chosen)
         if not chosen:
             return _Whole(chosen, plan, self._floor, self._total)
-        model = fit(apply_plan(net, plan), self._images, reference=net, loss=self._loss, inplace=True)
+        applied = apply_plan(net, plan, witness=False)
+        model = fit(applied, self._images, reference=net, loss=self._loss, inplace=True, witness=False)
+        self._witness.check(model, plan, groups_of(merge for merges in get_merges(model) for merge in merges))
         report = get_fit(model)
         assert report is not None
         if self._watch is not None:

@@ -95,9 +95,7 @@ class Surgery:
         written = {where: self._known[where][1] for where in self._edits}
         return {where: made for where, made in written.items() if isinstance(made, RewriteError)}
 
-    def commit(
-        self, calls: Calls | None = None, example_inputs: Any = None, witness: Witness | None = None
-    ) -> None:
+    def commit(self, calls: Calls | None = None, example_inputs: Any = None, witness: Witness | None = None) -> None:
         """Make the changes and check them; if anything fails, undo them all.
 
         Args:

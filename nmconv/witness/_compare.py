@@ -92,7 +92,9 @@ def _first_difference(original: Recording, result: Recording, wanted: Values, fo
     texts = [_shown(fact) for fact in facts]
     where = next((fact.frame.path for fact in reversed(facts) if fact is not None), "")
     if first is None and second is None:
-        names = [key for key in {**wanted.results, **found.results} if wanted.results.get(key) != found.results.get(key)]
+        names = [
+            key for key in {**wanted.results, **found.results} if wanted.results.get(key) != found.results.get(key)
+        ]
         kind, name = names[0]
         return Difference(f"what is {kind}{f' ({name})' if name else ''} differs", "", "", "")
     place = f"in the forward of {where or 'the model'}"
@@ -140,7 +142,9 @@ def _other_shape(
         fact = original.facts[node]
         now = shapes.get(wanted.numbers[node], fact.shapes)
         if now != fact.shapes and node not in inside:
-            text = f"{fact.label} gives {now} instead of {fact.shapes}, though it is no part of a run whose padding moved"
+            text = (
+                f"{fact.label} gives {now} instead of {fact.shapes}, though it is no part of a run whose padding moved"
+            )
             return Difference(text, fact.frame.path, _shown(fact), _shown(fact))
     return None
 

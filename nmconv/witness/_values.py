@@ -149,8 +149,9 @@ class _Numbering:
         method = "" if path in self._changes.rewritten else fact.method
         given: Any = frozenset(contents) if node.target is unknown else contents
         settings = settings_of(fact, self._hoisted)
-        key = (node.op, fact.label, path, method, settings, fact.form, given, fact.context)
-        if any(part in fact.label.lower() for part in _CHANCE) or any(part in str(settings).lower() for part in _CHANCE):
+        key: tuple[Any, ...] = (node.op, fact.label, path, method, settings, fact.form, given, fact.context)
+        name = f"{fact.label} {settings}".lower()
+        if any(part in name for part in _CHANCE):
             key = (*key, fact.number)  # two draws are two values
         return self._numbered(key)
 
@@ -252,7 +253,7 @@ class _Numbering:
         self._made.live = [node for node in self._facts if node in live and node in self._made.numbers]
 
     def _check_groups(self) -> None:
-        """Note groups that are called otherwise than one convolution: several times, from the middle, into the middle."""
+        """Note groups that are called several times, given values in the middle, or read there."""
         broken = self._made.broken
         for head, nodes in self._members.items():
             labels = [self._facts[node].label for node in nodes if node.op == "call_module"]
