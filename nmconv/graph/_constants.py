@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Iterator
+from enum import Enum
 from functools import lru_cache
 from types import CodeType
 from typing import Any
@@ -123,7 +124,7 @@ def _held(holder: Any, name: str) -> Any:
 def _is_scalar(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_scalar, value))
-    return type(value) in _SCALARS
+    return type(value) in _SCALARS or isinstance(value, Enum)
 
 
 def _code(module: nn.Module, name: str) -> CodeType | None:

@@ -6,13 +6,12 @@ import ast
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
 
-from nmconv.graph._syntax import parsed, unwrapped
+from nmconv.graph._syntax import NoSource, kept_by_class, parsed, unwrapped
 
 __all__ = ["ForwardMethod", "ForwardSource", "source_of"]
 
@@ -41,14 +40,14 @@ class ForwardMethod:
         """Names it has ``self.name`` of, and ``super().name``.
 
         Raises:
-            ValueError: If it hands its module on as a whole.
+            NoSource: If it hands its module on as a whole.
         """
         own = [part.attr for part in self.parts if self.is_own(part)]
         inherited = [part for part in self.parts if isinstance(part, ast.Attribute) and _is_super(part.value)]
         asking = {id(inner) for part in inherited for inner in ast.walk(part.value)}
         named = [part for part in self.parts if isinstance(part, ast.Name) and part.id == self.own]
         if sum(id(part) not in asking for part in named) != len(own):
-            raise ValueError(f"{self.function.name} hands its module on")
+            raise NoSource(f"{self.function.name} hands its module on")
         return own, [part.attr for part in inherited]
 
     def blocks(self) -> Iterator[list[ast.stmt]]:
@@ -76,11 +75,11 @@ def source_of(module: nn.Module) -> ForwardSource | None:
     return _source_of(cls)
 
 
-@lru_cache(maxsize=1024)
+@kept_by_class
 def _source_of(cls: Any) -> ForwardSource | None:
     try:
         return _read(cls) if cls.__getattr__ is nn.Module.__getattr__ else None
-    except Exception:
+    except NoSource:
         return None
 
 
@@ -99,7 +98,7 @@ def _read(cls: type[nn.Module]) -> ForwardSource:
                 method = ForwardMethod(function, given[0].arg if given else "")
                 found, inherited = method.attributes()
                 if not _ALL.isdisjoint(found):
-                    raise ValueError(f"{name} may use any attribute")
+                    raise NoSource(f"{name} may use any attribute")
                 names.update(found)
                 todo += [*found, *inherited]
                 methods.append(method)
@@ -110,11 +109,11 @@ def _codes(held: Any) -> Iterator[CodeType]:
     """Of a method or a property, and of what is inside its decorators.
 
     Raises:
-        TypeError: If it is something else.
+        NoSource: If it is something else.
     """
     for method in unwrapped(held.fget if isinstance(held, property) else held):
         if not isinstance(method, FunctionType):
-            raise TypeError(f"a {type(method).__name__} is no function")
+            raise NoSource(f"a {type(method).__name__} is no function")
         yield method.__code__
 
 

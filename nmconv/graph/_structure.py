@@ -49,6 +49,7 @@ class _Builder:
     convs: set[tuple[str, ...]] = field(default_factory=set)
     mixed: set[_Key] = field(default_factory=set)
     owned: set[_Key] = field(default_factory=set)
+    constant: set[_Key] = field(default_factory=set)  # calls on parameters
     local: dict[_Key, tuple[int, int]] = field(default_factory=dict)
     callers: dict[int, set[tuple[str, int]]] = field(default_factory=lambda: defaultdict(set))
     arguments: dict[_Callee, list[Arguments]] = field(default_factory=dict)
@@ -86,11 +87,13 @@ class _Builder:
             far, near = local_hashes(traced.flow), local_hashes(traced.flow, near=True)
             repeated: set[_Key] = set()
             for node in traced.flow.nodes:
-                if node.op is Op.ACT and node.act is not None:
-                    key = self._key(node, mode, (far[node.index], near[node.index]))
+                if node.op in (Op.ACT, Op.PARAM) and node.act is not None:
+                    key = self._key(node, mode, (far.get(node.index, 0), near.get(node.index, 0)))
                     keys[node.index] = key
                     if self._see(key, node, traced, mode):
                         repeated.add(key)
+                    if node.op is Op.PARAM:
+                        self.constant.add(key)
             self._take_chains(traced, keys, mode, ends)
             if mode == "eval":
                 self._note_stages(traced.flow)
@@ -231,6 +234,9 @@ class _Builder:
         for key in modes:
             if key[:4] in unpaired and modes[key] != "both":
                 self.mixed.add(key)
+        self.mixed |= self.constant & self.owned
+        for key in self.constant:
+            self.seen[key].skip = self.seen[key].skip or "it activates a parameter, not what a convolution makes"
         for key in self.mixed:
             self.leading[key] = "its module is called in surroundings that differ, and one decision must serve all"
         stays = {key: reason for key, reason in self.leading.items() if key not in self.owned or key in self.mixed}

@@ -258,7 +258,7 @@ def _no_sites(model: nn.Module, untraced: Any, linear: bool) -> str:
 def _applied(
     model: nn.Module, plan: Plan, known: Known, inplace: bool, calls: Calls | None, example_inputs: Any
 ) -> nn.Module:
-    if not (plan.changes or plan.hoists or plan.branches):
+    if not plan.changes_any:
         warnings.warn(
             f"nothing to change in this {type(model).__name__} at {plan.ratio}: every unit has few enough activations",
             NoEffectWarning,
