@@ -254,3 +254,134 @@ def test_a_wrapper_that_takes_anything_may_turn_off():
             return self.b(self.a(x))
 
     assert never_wrong(Wrapped()) == 2
+
+
+# -- I: activations on parameters -----------------------------------------------------------------------------------------
+
+
+class Weighted(nn.Module):
+    """BiFPN's fast normalised fusion, with a module or a function on the weights."""
+
+    def __init__(self, act: object, weights_act: object) -> None:
+        super().__init__()
+        self.c1, self.c2, self.c3 = conv(), conv(), conv()
+        self.relu, self.weights_act = act, weights_act
+        self.w = nn.Parameter(torch.tensor([-1.0, 0.5]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weights_act(self.w)
+        return self.relu(self.c3(self.relu(self.c2(self.relu(self.c1(x))) * (w[1] + w[0]))))
+
+
+@pytest.mark.parametrize("kind", ["shared", "own", "function"])
+def test_an_activation_on_a_parameter_is_no_site(kind):
+    act = nn.ReLU()
+    model = Weighted(act, {"shared": act, "own": nn.ReLU(), "function": F.relu}[kind]).eval()
+    made = nmconv.convert(model, "3:1")
+    with torch.no_grad():  # the weight -1 stays cut off
+        expected = F.relu(model.c3(model.c2(model.c1(X)) * 0.5))
+    same(made, expected)
+    found = actions(made)
+    assert sorted(found.values()) == ["drop", "drop", "keep", "skip"]
+    name = next(name for name, action in found.items() if action == "skip")
+    assert "parameter" in skipped(nmconv.get_plan(made), name)
+
+
+def test_an_activation_on_a_tensor_made_from_sizes_is_no_site():
+    def forward(self, x):
+        return self.relu(self.c2(self.relu(self.c1(x)))) * self.relu(torch.ones(x.shape[1]) - 2).sum()
+
+    made = nmconv.convert(net(forward, c1=conv(), c2=conv(), relu=nn.ReLU()).eval(), "2:1")
+    same(made, torch.zeros_like(X))  # the third call is made all the same
+    assert sorted(actions(made).values()) == ["drop", "keep", "skip"]
+
+
+def test_convolutions_and_norms_of_parameters_do_not_lose_the_model():
+    def forward(self, x):
+        places = self.norm(self.position(self.table))
+        return self.r2(self.c2(self.r1(self.c1(x)))) + places
+
+    model = net(
+        forward,
+        table=torch.randn(1, 4, 12, 12),
+        **{name: conv() for name in ("position", "c1", "c2")},
+        norm=nn.BatchNorm2d(4),
+        r1=nn.ReLU(),
+        r2=nn.ReLU(),
+    ).eval()
+    made = nmconv.convert(model, "2:1")
+    with torch.no_grad():
+        expected = F.relu(model.c2(model.c1(X))) + model.norm(model.position(model.table))
+    assert actions(made) == {"r1#1": "drop", "r2#1": "keep"}
+    same(made, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", nmconv.NoEffectWarning)
+        same(nmconv.fold_norms(made), expected)
+
+
+# -- K: branches that end in anything -------------------------------------------------------------------------------------
+
+ENDS = {
+    "slice": lambda self, p: torch.cat([p, self.b(p)], 1)[:, :4],
+    "number": lambda self, p: self.b(p) / 2,
+    "number in front": lambda self, p: 2 - self.b(p),
+    "operator": lambda self, p: -self.b(p),
+    "sizes before": lambda self, p: torch.cat([p, self.b(p)], 1)[:, : p.shape[1]],
+}
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("kind", ENDS)
+def test_a_residual_branch_may_end_in_anything(kind, flipped):
+    end = ENDS[kind]
+
+    def forward(self, x):
+        y = end(self, self.act(self.a(x)))
+        x = y + x if flipped else x + y
+        return self.head(self.act(self.last(x)).mean((2, 3)))
+
+    parts = {"a": conv(), "b": conv(), "last": conv(), "act": nn.ReLU(), "head": nn.Linear(4, 5)}
+    model = net(forward, **parts).eval()
+    images = torch.randn(16, 4, 12, 12)
+    table = nmconv.sensitivity(model, images, quiet=True)
+    (branch,) = [one for one in table.candidates if one.size == "none"]
+    assert branch.convs == ("a", "b")
+    held = images[3::4]
+    with torch.no_grad():
+        wanted = model(held).double().log_softmax(1)
+        found = model.head(F.relu(model.last(held)).mean((2, 3))).double().log_softmax(1)
+        loss = (wanted.exp() * (wanted - found)).sum(1).mean()
+    assert branch.loss == pytest.approx(float(loss), rel=1e-3)
+    plan = nmconv.search(model, images, budget=0.5, cost="multiply_adds", sensitivity=table, quiet=True)
+    nmconv.fit(nmconv.apply_plan(model, plan), images, reference=model)
+
+
+# -- L: forwards that require nothing -------------------------------------------------------------------------------------
+
+
+class Optional(nn.Module):
+    """What models of Hugging Face look like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.c2, self.relu, self.other = conv(), conv(), nn.ReLU(), nn.ReLU()
+
+    def forward(self, pixel_values=None, labels=None, return_dict=True):
+        if pixel_values is None:
+            raise ValueError("You have to specify pixel_values")
+        y = self.other(self.c2(self.relu(self.c1(pixel_values))))
+        return {"logits": y} if return_dict else (y,)
+
+
+def test_a_forward_without_required_arguments_is_given_the_image():
+    model = Optional().eval()
+    assert actions(nmconv.convert(model, "2:1")) == {"relu#1": "drop", "other#1": "keep"}
+    assert len(nmconv.find_runs(nmconv.convert(model, "2:1"))) == 1
+    inner = nn.Sequential(conv(), nn.ReLU(), model)  # the argument is what it is called with
+    with torch.no_grad():
+        expected = F.relu(model.c2(model.c1(F.relu(inner[0](X)))))
+    assert actions(made := nmconv.convert(inner, {"2": "2:1", "*": None})) == {
+        "1#1": "keep", "2.relu#1": "drop", "2.other#1": "keep",
+    }  # fmt: skip
+    with torch.no_grad():
+        torch.testing.assert_close(made(X)["logits"], expected)
