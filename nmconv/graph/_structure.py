@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import linecache
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
+from torch.fx.proxy import TraceError
 
 from nmconv.graph import _zoo
 from nmconv.graph._analysis import Analysis, Called, Traced, analyse, counted
@@ -360,10 +363,29 @@ def _calls(analyses: Iterable[Analysis]) -> dict[_Callee, list[Arguments]]:
 
 def _untraced(name: str, error: BaseException, mode: str, examples: bool) -> Untraced:
     text = str(error).strip().split("\n")[0][:200]
-    hint = "What it does itself is left as it is; its children were analysed one by one"
+    hint = "What it does itself is left as it is"
     if isinstance(error, Unknown) and not examples:
-        hint = "Pass example_inputs to reach it; its children were analysed one by one"
-    return Untraced(name, f"{type(error).__name__}: {text}{mode}", hint)
+        hint = "Pass example_inputs to reach it"
+    elif not isinstance(error, (Unknown, TraceError)):
+        hint = (
+            "Forwards are read with stand-ins for tensors and sizes, which that line does not take: put the line into "
+            "a submodule of its own, which then counts as one step, or let methods of tensors do it (x.new_zeros)"
+        )
+    reason = f"{type(error).__name__}: {text}{_line_of(error)}{mode}"
+    return Untraced(name, reason, f"{hint}; its children were analysed one by one")
+
+
+def _line_of(error: BaseException) -> str:
+    """The innermost line of the model's own code that an error came from."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        home = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if home not in _NOT_THE_MODELS:
+            text = linecache.getline(frame.f_code.co_filename, line, frame.f_globals).strip()
+            return f", in {frame.f_code.co_name}, line {line}" + (f": {text[:120]}" if text else "")
+    return ""
+
+
+_NOT_THE_MODELS = ("torch", "numpy", __name__.partition(".")[0])
 
 
 @dataclass(frozen=True)
