@@ -42,7 +42,7 @@ def actions(model: nn.Module) -> dict[str, str]:
     return {site.id: site.action for site in plan.sites}
 
 
-# -- H: settings that are no plain numbers --------------------------------------------------------------------------------
+# -- H: settings that are no plain numbers -----------------------------------------------------------------------------
 
 Setting = namedtuple("Setting", "scale name")
 Other = namedtuple("Other", "scale name")
@@ -115,7 +115,7 @@ def test_settings_that_are_equal_and_of_other_types_are_told_apart():
         made(X)  # raises if it was written for another's
 
 
-# -- S: rewritten classes go ----------------------------------------------------------------------------------------------
+# -- S: rewritten classes go -------------------------------------------------------------------------------------------
 
 
 def test_rewritten_classes_and_their_sources_go_with_the_last_model():
@@ -142,7 +142,7 @@ def test_models_that_are_rewritten_alike_share_a_class():
     assert type(one) is type(two) is type(copy.deepcopy(one))
 
 
-# -- P: source is believed if it is that of the code ----------------------------------------------------------------------
+# -- P: source is believed if it is that of the code -------------------------------------------------------------------
 
 EARLY = """
 from torch import nn
@@ -257,7 +257,7 @@ def test_a_wrapper_that_takes_anything_may_turn_off():
     assert never_wrong(Wrapped()) == 2
 
 
-# -- I: activations on parameters -----------------------------------------------------------------------------------------
+# -- I: activations on parameters --------------------------------------------------------------------------------------
 
 
 class Weighted(nn.Module):
@@ -320,7 +320,7 @@ def test_convolutions_and_norms_of_parameters_do_not_lose_the_model():
         same(nmconv.fold_norms(made), expected)
 
 
-# -- K: branches that end in anything -------------------------------------------------------------------------------------
+# -- K: branches that end in anything ----------------------------------------------------------------------------------
 
 ENDS = {
     "slice": lambda self, p: torch.cat([p, self.b(p)], 1)[:, :4],
@@ -357,7 +357,7 @@ def test_a_residual_branch_may_end_in_anything(kind, flipped):
     nmconv.fit(nmconv.apply_plan(model, plan), images, reference=model)
 
 
-# -- L: forwards that require nothing -------------------------------------------------------------------------------------
+# -- L: forwards that require nothing ----------------------------------------------------------------------------------
 
 
 class Optional(nn.Module):
@@ -381,14 +381,13 @@ def test_a_forward_without_required_arguments_is_given_the_image():
     inner = nn.Sequential(conv(), nn.ReLU(), model)  # the argument is what it is called with
     with torch.no_grad():
         expected = F.relu(model.c2(model.c1(F.relu(inner[0](X)))))
-    assert actions(made := nmconv.convert(inner, {"2": "2:1", "*": None})) == {
-        "1#1": "keep", "2.relu#1": "drop", "2.other#1": "keep",
-    }  # fmt: skip
+    made = nmconv.convert(inner, {"2": "2:1", "*": None})
+    assert actions(made) == {"1#1": "keep", "2.relu#1": "drop", "2.other#1": "keep"}
     with torch.no_grad():
         torch.testing.assert_close(made(X)["logits"], expected)
 
 
-# -- M and J: what is not found, or cannot be read, is told ---------------------------------------------------------------
+# -- M and J: what is not found, or cannot be read, is told ------------------------------------------------------------
 
 
 def refused(model: nn.Module, **options: object) -> str:
@@ -467,7 +466,7 @@ def test_sizes_as_numbers_are_refused_in_words(kind):
         assert line in text, text
 
 
-# -- T and O: what comes with the recording -------------------------------------------------------------------------------
+# -- T and O: what comes with the recording ----------------------------------------------------------------------------
 
 
 class Dropping(Scaled):
@@ -522,7 +521,7 @@ def test_other_threads_see_the_modes_they_are_in():
     assert seen == [(False, False, True)] * len(seen)
 
 
-# -- N: lazy modules ------------------------------------------------------------------------------------------------------
+# -- N: lazy modules ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["LazyConv2d", "LazyBatchNorm2d"])
@@ -543,7 +542,7 @@ def test_lazy_modules_are_to_be_run_first(kind):
     same(made, expected)
 
 
-# -- Q and R: plans of branches and kernels -------------------------------------------------------------------------------
+# -- Q and R: plans of branches and kernels ----------------------------------------------------------------------------
 
 
 class Residual(nn.Module):
@@ -600,7 +599,9 @@ def test_kernels_alone_change_nothing(tmp_path):
 
 
 def test_editing_a_plan_drops_kernels_in_which_an_action_changes():
-    model = nn.Sequential(conv(), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), conv(), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval()
+    model = nn.Sequential(
+        conv(), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), conv(), nn.ReLU(), nn.Conv2d(4, 4, 3)
+    ).eval()
     plan = nmconv.make_plan(model, "1:1").edit({"1#1": "drop", "5#1": "drop"})
     plan = plan.with_kernels({"0,2": "exact", "4,6": "exact"})
     assert [kernel.convs for kernel in plan.edit({"3#1": "keep", "1#1": "drop"}).kernels] == [("0", "2"), ("4", "6")]
@@ -611,7 +612,7 @@ def test_editing_a_plan_drops_kernels_in_which_an_action_changes():
     assert sum(isinstance(part, nn.Conv2d) for part in fitted.modules()) == 3
 
 
-# -- S: kernels of nothing, and tables ------------------------------------------------------------------------------------
+# -- S: kernels of nothing, and tables ---------------------------------------------------------------------------------
 
 
 def test_kernels_that_name_absent_modules_are_refused():
@@ -641,7 +642,7 @@ def test_a_sensitivity_table_is_json(tmp_path):
         assert repr(found) == repr(table)  # nan is not equal to itself
 
 
-# -- U: torch's own log ---------------------------------------------------------------------------------------------------
+# -- U: torch's own log ------------------------------------------------------------------------------------------------
 
 LOUD = """
 import nmconv

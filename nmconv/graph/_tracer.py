@@ -296,13 +296,12 @@ class FlowTracer(Tracer):
             self._asked(frame)
         self.stack.append(frame)
         before = len(self.graph.nodes)
+        divided = _zoo.is_norm_act(m)
+        if not divided:
+            self._patch_isinstance(type(m))
         try:
-            if _zoo.is_norm_act(m):
-                result = self._norm_act(m, name, args, kwargs)
-            else:
-                self._patch_isinstance(type(m))
-                # not m(...): hooks are the user's, and are not to see proxies
-                result = m.forward(*args, **kwargs)
+            # not m(...): hooks are the user's, and are not to see proxies
+            result = self._norm_act(m, name, args, kwargs) if divided else m.forward(*args, **kwargs)
         except Exception as error:
             result = None
             for node in list(self.graph.nodes)[before:]:
@@ -325,7 +324,8 @@ class FlowTracer(Tracer):
         """One node for a call that could not be traced."""
         try:
             proxy = self.create_proxy("call_module", name, args, kwargs)
-        except Exception:  # arguments that fx has no words for: what flows in is all that can be said
+        except (NotImplementedError, RuntimeError, TypeError, ValueError):
+            # arguments that fx has no words for: what flows in is all that can be said
             found: list[Any] = []
             collect((args, kwargs), found, set())
             proxy = self.create_proxy("call_module", name, tuple(found), {})

@@ -211,7 +211,7 @@ class Plan:
 
     @property
     def changes_any(self) -> bool:
-        """Whether a model that it is applied to changes. Kernels alone change nothing: :func:`nmconv.fit` makes them."""
+        """Whether applying it changes a model. Kernels alone change nothing: :func:`nmconv.fit` makes them."""
         return bool(self.changes or self.hoists or self.branches)
 
     def __str__(self) -> str:

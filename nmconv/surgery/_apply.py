@@ -73,8 +73,9 @@ class Surgery:
         self._moved: Counter[Called] = Counter()
         for site in plan.changes:
             self._take_out(site)
-        for name in [conv for part in (*plan.kernels, *plan.hoists) for conv in part.convs]:
-            self._module(name)
+        for convs in [*(kernel.convs for kernel in plan.kernels), *(hoist.convs for hoist in plan.hoists)]:
+            for name in convs:
+                self._module(name)
         for branch in plan.branches:
             self._module(branch.sum.owner)
             edit = self._edit(branch.sum.owner, "forward", branch.sum.takes)
