@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from nmconv.graph._syntax import NoSource, conditions, goes_one_way, kept_by_class, parsed, unwrapped
+from nmconv.graph._syntax import NoSource, conditions, goes_one_way, parsed, unwrapped
 
 __all__ = ["Lines", "lines_of", "may_turn_off"]
 
@@ -23,31 +23,41 @@ _FLAGS = (bool, int, float, str)
 _ENDS = ("_descend", "call")  # of the tracer: what it runs a forward from
 
 
-def lines_of(module: nn.Module) -> Lines:
-    """The lines of the module's own methods that are running; none of what was called from elsewhere."""
+def lines_of(module: nn.Module, known: dict[type, frozenset[CodeType]]) -> Lines:
+    """The lines of the module's own methods that are running; none of what was called from elsewhere.
+
+    Args:
+        module: Whose methods.
+        known: What the methods of classes are, for as long as nobody gives these classes others.
+    """
     found: list[tuple[CodeType, int]] = []
     at: FrameType | None = sys._getframe(2)
-    cls: Any = type(module)
+    cls = type(module)
+    if cls not in known:
+        known[cls] = _codes(cls)
     while at is not None:
         code = at.f_code
         if code.co_name in _ENDS and at.f_globals.get("__name__", "").startswith(__package__):
             break
-        if code in _codes(cls):
+        if code in known[cls]:
             found.append((code, at.f_lineno))
         at = at.f_back
     return tuple(reversed(found))
 
 
-@kept_by_class
 def _codes(cls: type) -> frozenset[CodeType]:
     """Of all methods, those of its bases and those inside decorators, whatever these call them."""
-    held = [value for base in cls.__mro__[:-1] for value in vars(base).values()]
-    codes = (getattr(method, "__code__", None) for value in held for method in unwrapped(_function(value)))
+    bases = [base for base in cls.__mro__ if base not in (object, nn.Module)]
+    held = [_function(value) for base in bases for value in vars(base).values()]
+    methods = [method for value in held if callable(value) for method in unwrapped(value)]
+    codes = (getattr(method, "__code__", None) for method in methods if not isinstance(method, (type, nn.Module)))
     return frozenset(code for code in codes if isinstance(code, CodeType))
 
 
 def _function(value: Any) -> Any:
-    return value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+    if isinstance(value, property):
+        return value.fget
+    return value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
 
 
 def may_turn_off(module: nn.Module, first: Lines, then: Lines) -> bool:

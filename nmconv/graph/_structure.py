@@ -371,6 +371,7 @@ def _untraced(name: str, error: BaseException, mode: str, examples: bool) -> Unt
             "Forwards are read with stand-ins for tensors and sizes, which that line does not take: put the line into "
             "a submodule of its own, which then counts as one step, or let methods of tensors do it (x.new_zeros)"
         )
+        hint += "" if examples else "; or pass example_inputs, if the model is not called with one image"
     reason = f"{type(error).__name__}: {text}{_line_of(error)}{mode}"
     return Untraced(name, reason, f"{hint}; its children were analysed one by one")
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import ast
 import dis
 import inspect
-from collections.abc import Callable, Iterator
-from functools import lru_cache, wraps
+import warnings
+from collections.abc import Iterator
+from functools import lru_cache
 from types import CodeType
-from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any
 
-__all__ = ["NoSource", "conditions", "goes_one_way", "kept_by_class", "parsed", "unwrapped"]
-
-_Made = TypeVar("_Made")
+__all__ = ["NoSource", "conditions", "goes_one_way", "parsed", "unwrapped"]
 
 
 class NoSource(Exception):
@@ -44,8 +42,10 @@ def parsed(code: CodeType) -> ast.FunctionDef:
 def _functions(text: str, file: str) -> dict[tuple[str, int], list[tuple[ast.FunctionDef, CodeType]]]:
     """Every function in a file by its name and first line, and what it compiles to."""
     try:
-        tree = ast.parse(text, file)
-        todo = [compile(tree, file, "exec", dont_inherit=True)]
+        with warnings.catch_warnings():  # what there is to say of the file was said when it was imported
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text, file)
+            todo = [compile(tree, file, "exec", dont_inherit=True)]
     except (SyntaxError, ValueError, RecursionError):
         return {}
     codes: dict[tuple[str, int], list[CodeType]] = {}
@@ -71,20 +71,6 @@ def goes_one_way(code: CodeType) -> bool:
     forks = any(("JUMP" in name and "IF" in name) or name in ("FOR_ITER", "SETUP_FINALLY") for name in names)
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     return not forks and not getattr(code, "co_exceptiontable", b"") and all(map(goes_one_way, inner))
-
-
-def kept_by_class(make: Callable[..., _Made]) -> Callable[..., _Made]:
-    """Remember what a function says of a class, and of what else it is asked, for as long as the class is there."""
-    known: WeakKeyDictionary[type, dict[Any, _Made]] = WeakKeyDictionary()
-
-    @wraps(make)
-    def ask(cls: type, *rest: Any) -> _Made:
-        found = known.setdefault(cls, {})
-        if rest not in found:
-            found[rest] = make(cls, *rest)
-        return found[rest]
-
-    return ask
 
 
 def unwrapped(method: Any) -> Iterator[Any]:
