@@ -244,12 +244,36 @@ def test_classes_without_source_that_go_straight_on_are_merged():
     assert sum(isinstance(part, nn.Conv2d) for part in fast.modules()) == 1
 
 
-def test_a_wrapper_that_takes_anything_may_turn_off():
+def test_a_decorator_that_does_not_say_what_it_wraps_is_looked_into():
+    def plain(forward):
+        def wrapped(self, *args, **options):
+            return forward(self, *args, **options)
+
+        return wrapped
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = conv(), nn.Conv2d(4, 4, 3)
+
+        @plain
+        def forward(self, x, stop=False):
+            y = self.a(x)
+            if stop:
+                return y
+            return self.b(y)
+
+    assert never_wrong(Wrapped()) == 2
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_wrapper_that_takes_anything_may_turn_off(told):
     def skipping(forward):
         def wrapped(*args, **options):
             return args[0].a(args[1]) if options.get("stop") else forward(*args)
 
-        wrapped.__wrapped__ = forward
+        if told:
+            wrapped.__wrapped__ = forward
         return wrapped
 
     class Wrapped(nn.Module):

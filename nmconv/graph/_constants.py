@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Iterator
-from contextlib import suppress
 from enum import Enum
 from functools import lru_cache
 from types import CodeType
@@ -14,6 +13,7 @@ from torch import nn
 
 from nmconv.errors import RewriteError
 from nmconv.graph._quiet import is_chance
+from nmconv.graph._syntax import enclosed
 
 __all__ = ["frozen_attributes", "settings_read"]
 
@@ -63,7 +63,7 @@ def frozen_attributes(module: nn.Module, method: str) -> dict[str, Any]:
         function = getattr(type(module), method, None)
         space = getattr(function, "__globals__", {})
         outside = [space[name] for name in code.co_names if name in space]
-        outside += list(_enclosed(function))
+        outside += list(enclosed(function))
         if any(map(is_chance, outside)):
             raise RewriteError("it draws random numbers that tracing would freeze")
         todo += [getattr(value, "__code__", None) for value in outside]
@@ -81,13 +81,6 @@ def frozen_attributes(module: nn.Module, method: str) -> dict[str, Any]:
                 if isinstance(holder, (nn.ModuleList, nn.ModuleDict)):
                     found[f"len(self.{'.'.join(chain[: depth + 1])})"] = len(holder)
     return found
-
-
-def _enclosed(function: Any) -> Iterator[Any]:
-    """What the names of a function's closure stand for, as far as they stand for anything yet."""
-    for cell in getattr(function, "__closure__", None) or ():
-        with suppress(ValueError):  # an empty one
-            yield cell.cell_contents
 
 
 def settings_read(module: nn.Module) -> set[int]:

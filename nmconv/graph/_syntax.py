@@ -7,11 +7,12 @@ import dis
 import inspect
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
-__all__ = ["NoSource", "conditions", "goes_one_way", "parsed", "unwrapped"]
+__all__ = ["NoSource", "conditions", "enclosed", "goes_one_way", "parsed", "unwrapped"]
 
 
 class NoSource(Exception):
@@ -74,10 +75,23 @@ def goes_one_way(code: CodeType) -> bool:
 
 
 def unwrapped(method: Any) -> Iterator[Any]:
-    """A method, and what its decorators wrap, outermost first."""
-    while method is not None:
+    """A method, and what its decorators wrap, outermost first; those that do not say what are looked into."""
+    todo, seen = [method], set()
+    while todo:
+        method = todo.pop()
+        if method is None or id(method) in seen:
+            continue
+        seen.add(id(method))
         yield method
-        method = getattr(method, "__wrapped__", None)
+        inner = getattr(method, "__wrapped__", None)
+        todo += [inner] if inner is not None else [held for held in enclosed(method) if isinstance(held, FunctionType)]
+
+
+def enclosed(function: Any) -> Iterator[Any]:
+    """What the names of a function's closure stand for, as far as they stand for anything yet."""
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # an empty one
+            yield cell.cell_contents
 
 
 def conditions(function: ast.FunctionDef) -> Iterator[tuple[Any, ast.expr]]:
