@@ -76,6 +76,7 @@ class Moded(Scaled):
 
 SETTINGS = {
     "namedtuple": lambda: Scaled(Setting(2.5, "a")),
+    "list in it": lambda: Scaled(Setting(2.5, ["a"])),
     "nan in it": lambda: Scaled(Setting(2.5, float("nan"))),
     "dataclass": lambda: Scaled(Record(2.5)),
     "enum": lambda: Moded(Mode.TRIPLE),
@@ -101,6 +102,8 @@ def test_a_setting_that_changes_later_is_noticed():
     for made, other in (
         (nmconv.convert(Scaled(Setting(2.5, "a"))), Setting(3.0, "a")),
         (nmconv.convert(Scaled(Setting(2.5, "a"))), Other(2.5, "a")),
+        (nmconv.convert(Scaled(Setting(2.5, ["a"]))), Setting(3.0, ["a"])),
+        (nmconv.convert(Scaled(Record(2.5))), Record(3.0)),
         (nmconv.convert(Moded(Mode.TRIPLE)), Mode.DOUBLE),
     ):
         made.cfg = other

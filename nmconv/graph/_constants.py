@@ -114,11 +114,13 @@ def _chains_of(code: CodeType) -> tuple[tuple[str, ...], ...]:
 
 
 def _held(holder: Any, name: str) -> Any:
-    """The child, attribute, or missing parameter or buffer of that name; ``_chains`` if there is none."""
+    """The child, attribute, field, or missing parameter or buffer of that name; ``_chains`` if there is none."""
     for kept in ("_modules", "_parameters", "_buffers"):
         among = getattr(holder, kept, {})
         if name in among and (kept == "_modules" or among[name] is None):
             return among[name]
+    if isinstance(holder, tuple):
+        return getattr(holder, name) if name in getattr(holder, "_fields", ()) else _chains
     return getattr(holder, "__dict__", {}).get(name, _chains)
 
 

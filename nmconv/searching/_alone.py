@@ -103,7 +103,7 @@ class Alone:
         spot, keep = residual.spot, residual.branch.sum.keep
 
         def without(value: Tensor, seen: Mapping[Any, Tensor]) -> Tensor:
-            return seen[spot, keep].to(value.dtype).expand_as(value)
+            return seen[spot, keep].to(value.dtype).expand_as(value).contiguous()
 
         found = self._divergence([spot], [], {spot: without}, {spot: keep})
         return Measured((), math.nan, found)
