@@ -293,12 +293,20 @@ def test_kernels_by_hand_and_their_text() -> None:
             plan.with_kernels(wrong)
 
 
-@pytest.mark.parametrize("convs", [("c1", "c3"), ("c2", "c1"), ("c1", "nothing"), ("a1",), ("c3", "c4")])
+@pytest.mark.parametrize("convs", [("c1", "c3"), ("c2", "c1"), ("a1",)])
 def test_a_kernel_for_convs_that_are_no_run(convs: tuple[str, ...]) -> None:
     net = three_convs()
     model = nmconv.apply_plan(net, nmconv.make_plan(net, "3:1").with_kernels({convs: 3}))
     with pytest.raises(nmconv.FitError, match=convs[0]):
         nmconv.fit(model, X, reference=net)
+
+
+@pytest.mark.parametrize("convs", [("c1", "nothing"), ("c3", "c4")])
+def test_a_kernel_for_convs_that_are_not_there(convs: tuple[str, ...]) -> None:
+    net = three_convs()
+    plan = nmconv.make_plan(net, "3:1").with_kernels({convs: 3})
+    with pytest.raises(nmconv.PlanError, match=convs[1]):
+        nmconv.apply_plan(net, plan)
 
 
 def test_a_kernel_across_an_activation_that_is_kept() -> None:

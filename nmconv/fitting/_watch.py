@@ -36,6 +36,8 @@ class Watch:
         inputs: Qualified names of modules, each called once, whose input is asked for.
         whole: Whether to run to the end, and give the output as well.
         replace: What to make of the values at some of the spots, for the model to go on with.
+        operands: Sums with the position of an operand that is asked for too, as it is before the sum is made; it is
+            found under ``(spot, position)``.
     """
 
     def __init__(
@@ -46,17 +48,19 @@ class Watch:
         *,
         whole: bool = False,
         replace: Mapping[Spot, Replace] | None = None,
+        operands: Mapping[Spot, int] | None = None,
     ) -> None:
         self._model = model
         self._spots = tuple(dict.fromkeys(spots))
         self._inputs = tuple(dict.fromkeys(inputs))
         self._whole = whole
         self._replace = dict(replace or {})
+        self._operands = dict(operands or {})
         self._hooks = ExitStack()  # takes off every hook, whatever happens while it does
         self._runs = False
         self._stack: list[str] = []
         self._counts: dict[tuple[str, str], int] = {}
-        self._seen: dict[Spot | str, Tensor] = {}
+        self._seen: dict[Any, Tensor] = {}
         self._sums = {spot.owner for spot in self._spots if spot.label == SUM}
         self._calls = {(spot.owner, spot.label[:-2]) for spot in self._spots if spot.label.endswith("()")}
         self.output: Any = None
@@ -72,7 +76,7 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
 
-    def run(self, images: Tensor) -> dict[Spot | str, Tensor]:
+    def run(self, images: Tensor) -> dict[Any, Tensor]:
         """One forward without gradients, of a copy of the images: some models overwrite their input.
 
         Values are copies, too: later in-place operations do not change them.
@@ -175,6 +179,14 @@ class Watch:
 
     # -- functions ----------------------------------------------------------------------------------------------------
 
+    def calling(self, name: str, args: Any) -> None:
+        """A function of this name is called, in the forward that is running."""
+        owner = self._stack[-1] if self._stack and name in _SUMS else None
+        number = self._counts.get((owner or "", SUM), 0) + 1
+        for spot, position in self._operands.items():
+            if (spot.owner, spot.number) == (owner, number) and len(args) == 2:
+                self._seen[spot, position] = torch.as_tensor(args[position]).detach().clone()
+
     def called(self, name: str, result: Any) -> Any:
         """A function of this name gave this result, in the forward that is running; gives what to go on with."""
         if not self._stack:
@@ -198,7 +210,7 @@ class Watch:
         if not isinstance(value, Tensor):
             raise FitError(f"{key} is a {type(value).__name__}, no tensor")
         self._seen[key] = value.detach().clone()
-        if not self._whole and len(self._seen) == len(self._spots) + len(self._inputs):
+        if not self._whole and all(key in self._seen for key in (*self._spots, *self._inputs)):
             raise _Enough
 
 
@@ -210,5 +222,7 @@ class _Functions(TorchFunctionMode):
         self._watch = watch
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        self._watch.calling(name, args)
         result = function(*args, **(kwargs or {}))
-        return self._watch.called(getattr(function, "__name__", ""), result)
+        return self._watch.called(name, result)

@@ -23,7 +23,7 @@ from nmconv.graph._parallel import fold_parallel
 from nmconv.graph._quiet import in_mode, left_as_found
 from nmconv.graph._records import Arguments, UnknownTensor, map_proxies
 from nmconv.graph._tracer import FlowTracer
-from nmconv.graph._values import Values, fake_input
+from nmconv.graph._values import Unknown, Values, fake_input
 
 __all__ = ["Analysis", "Called", "Traced", "act_calls", "analyse", "calls_by_kind", "counted", "trace_parts"]
 
@@ -136,15 +136,17 @@ def trace_parts(
             found.tracers.append(tracer)
             broken = [path]
             if _has_forward(module):
+                given = arguments or _unknown_arguments(module)
                 try:
-                    tracer.run(module, arguments or _unknown_arguments(module), path)
+                    tracer.run(module, given, path)
+                except Exception as error:
+                    found.broken.setdefault(path, error)
+                else:
                     broken = list(tracer.broken)
                     understood = understand(tracer)
                     tracer.finished = True
                     if understood is not None:
                         found.traced.append(understood)
-                except Exception as error:
-                    found.broken.setdefault(path, error)
             for name, problem in tracer.broken.items():
                 found.broken.setdefault(name, problem)
             for name in broken:
@@ -183,7 +185,7 @@ def _root_arguments(model: nn.Module, example_inputs: Any) -> Arguments:
 
 
 def _unknown_arguments(module: nn.Module, size: tuple[int, ...] | None = None, first: bool = False) -> Arguments:
-    """One tensor for every required parameter of the forward; defaults for the others."""
+    """One tensor for every required parameter of the forward, or else for the first; defaults for the others."""
     try:
         parameters = list(inspect.signature(module.forward).parameters.values())
     except (TypeError, ValueError):
@@ -202,6 +204,9 @@ def _unknown_arguments(module: nn.Module, size: tuple[int, ...] | None = None, f
             kwargs[parameter.name] = UnknownTensor()
         else:
             args.append(UnknownTensor())
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if not args and any(parameter.kind in positional for parameter in parameters):
+        args.append(UnknownTensor())
     if first and args:
         known = fake_input(module, Values(module), size)
         args[0] = args[0] if known is None else known
@@ -218,7 +223,7 @@ def _detached(tracers: list[FlowTracer], path: str) -> Arguments | None:
     def value(proxy: Any) -> Any:
         try:
             known = tracer.values.get(proxy.node)
-        except Exception:
+        except Unknown:
             return UnknownTensor()
         return known if isinstance(known, torch.Tensor) else UnknownTensor()
 

@@ -27,14 +27,12 @@ class Residual:
         branch: As a plan names it.
         acts: Its activation calls: who calls, name and kind of function, and which call of it in one forward.
         spot: The sum.
-        end: What the branch gives to it.
         position: Of the sum in the order of execution.
     """
 
     branch: Branch
     acts: tuple[tuple[Called, int], ...]
     spot: Spot
-    end: Spot
     position: int
 
 
@@ -74,8 +72,7 @@ def _of_trace(tracer: FlowTracer) -> tuple[Residual, ...]:
                 if (act := nodes[at].act) is not None
             )
             summed = Sum(node.frame.path, takes, node.label, node.number, keep)
-            ends = [spot_of(tracer, at) for at in (node, nodes[node.inputs[1 - keep]])]
-            found.append(Residual(Branch(summed, convs), acts, ends[0], ends[1], node.index))
+            found.append(Residual(Branch(summed, convs), acts, spot_of(tracer, node), node.index))
             break
     kept = {part.position: nodes[part.position].inputs[part.branch.sum.keep] for part in found}
     copies = sums_must_copy(flow, kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Iterator
+from enum import Enum
 from functools import lru_cache
 from types import CodeType
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from nmconv.errors import RewriteError
 from nmconv.graph._quiet import is_chance
+from nmconv.graph._syntax import enclosed
 
 __all__ = ["frozen_attributes", "settings_read"]
 
@@ -61,7 +63,7 @@ def frozen_attributes(module: nn.Module, method: str) -> dict[str, Any]:
         function = getattr(type(module), method, None)
         space = getattr(function, "__globals__", {})
         outside = [space[name] for name in code.co_names if name in space]
-        outside += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if cell]
+        outside += list(enclosed(function))
         if any(map(is_chance, outside)):
             raise RewriteError("it draws random numbers that tracing would freeze")
         todo += [getattr(value, "__code__", None) for value in outside]
@@ -112,18 +114,20 @@ def _chains_of(code: CodeType) -> tuple[tuple[str, ...], ...]:
 
 
 def _held(holder: Any, name: str) -> Any:
-    """The child, attribute, or missing parameter or buffer of that name; ``_chains`` if there is none."""
+    """The child, attribute, field, or missing parameter or buffer of that name; ``_chains`` if there is none."""
     for kept in ("_modules", "_parameters", "_buffers"):
         among = getattr(holder, kept, {})
         if name in among and (kept == "_modules" or among[name] is None):
             return among[name]
+    if isinstance(holder, tuple):
+        return getattr(holder, name) if name in getattr(holder, "_fields", ()) else _chains
     return getattr(holder, "__dict__", {}).get(name, _chains)
 
 
 def _is_scalar(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_scalar, value))
-    return type(value) in _SCALARS
+    return type(value) in _SCALARS or isinstance(value, Enum)
 
 
 def _code(module: nn.Module, name: str) -> CodeType | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from nmconv.graph._syntax import conditions, parsed, unwrapped
+from nmconv.graph._syntax import NoSource, conditions, goes_one_way, parsed, unwrapped
 
 __all__ = ["Lines", "lines_of", "may_turn_off"]
 
@@ -23,29 +23,41 @@ _FLAGS = (bool, int, float, str)
 _ENDS = ("_descend", "call")  # of the tracer: what it runs a forward from
 
 
-def lines_of(module: nn.Module) -> Lines:
-    """The lines of the module's own methods that are running; none of what was called from elsewhere."""
+def lines_of(module: nn.Module, known: dict[type, frozenset[CodeType]]) -> Lines:
+    """The lines of the module's own methods that are running; none of what was called from elsewhere.
+
+    Args:
+        module: Whose methods.
+        known: What the methods of classes are, for as long as nobody gives these classes others.
+    """
     found: list[tuple[CodeType, int]] = []
     at: FrameType | None = sys._getframe(2)
-    cls: Any = type(module)
+    cls = type(module)
+    if cls not in known:
+        known[cls] = _codes(cls)
     while at is not None:
         code = at.f_code
         if code.co_name in _ENDS and at.f_globals.get("__name__", "").startswith(__package__):
             break
-        if code in _codes(cls, code.co_name):
+        if code in known[cls]:
             found.append((code, at.f_lineno))
         at = at.f_back
     return tuple(reversed(found))
 
 
-@lru_cache(maxsize=4096)
-def _codes(cls: type, name: str) -> tuple[CodeType, ...]:
-    """Of all methods of that name, those of its bases and those inside decorators."""
-    found = []
-    for base in cls.__mro__[:-1]:
-        codes = (getattr(method, "__code__", None) for method in unwrapped(base.__dict__.get(name)))
-        found += [code for code in codes if isinstance(code, CodeType)]
-    return tuple(found)
+def _codes(cls: type) -> frozenset[CodeType]:
+    """Of all methods, those of its bases and those inside decorators, whatever these call them."""
+    bases = [base for base in cls.__mro__ if base not in (object, nn.Module)]
+    held = [_function(value) for base in bases for value in vars(base).values()]
+    methods = [method for value in held if callable(value) for method in unwrapped(value)]
+    codes = (getattr(method, "__code__", None) for method in methods if not isinstance(method, (type, nn.Module)))
+    return frozenset(code for code in codes if isinstance(code, CodeType))
+
+
+def _function(value: Any) -> Any:
+    if isinstance(value, property):
+        return value.fget
+    return value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
 
 
 def may_turn_off(module: nn.Module, first: Lines, then: Lines) -> bool:
@@ -103,6 +115,10 @@ class _Forks:
     loops: tuple[tuple[int, int], ...] = ()
 
 
+# Of a function without source that may go several ways: it may turn off anywhere.
+_ANY = _Forks((_Fork(0, sys.maxsize, arguments=True, attributes=frozenset(), ends=True, anywhere=True),))
+
+
 def _between(found: _Forks, first: int, then: int) -> Iterator[_Fork]:
     """Those met on the way from one line to another, or with one of them inside: in a loop, on the way round."""
     for fork in found.forks:
@@ -132,19 +148,20 @@ def _held(module: nn.Module, name: str) -> Any:
 @lru_cache(maxsize=1024)
 def _forks(code: CodeType) -> _Forks:
     try:
-        return _Reader(code).read()
-    except Exception:  # no source, or one that has changed since: nothing is known
-        return _Forks()
+        function = parsed(code)
+    except NoSource:
+        return _Forks() if goes_one_way(code) else _ANY
+    return _Reader(function).read()
 
 
 class _Reader:
     """Reads one function."""
 
-    def __init__(self, code: CodeType) -> None:
-        self.function = parsed(code)
+    def __init__(self, function: ast.FunctionDef) -> None:
+        self.function = function
         given = self.function.args
         positional = [*given.posonlyargs, *given.args]
-        self.own = positional[0].arg
+        self.own = positional[0].arg if positional else ""
         self.optional = {part.arg for part in positional[len(positional) - len(given.defaults) :]}
         self.optional |= {part.arg for part, value in zip(given.kwonlyargs, given.kw_defaults, strict=True) if value}
         self.optional |= {part.arg for part in (given.vararg, given.kwarg) if part}
@@ -173,6 +190,7 @@ class _Reader:
         inside = [part for part in ast.walk(node) if self._is_own(part)]
         # What is called here and elsewhere too, or only picked here: where it runs is up to the condition.
         anywhere = any(self.mentioned[part.__dict__["attr"]] > 1 or id(part) not in called for part in inside)
+        anywhere |= not self.own  # a wrapper's, that takes its module among others: what it calls cannot be told
         attributes = frozenset(self._attributes([test])) - {"training"}
         return _Fork(node.lineno, node.end_lineno or node.lineno, asks, attributes, ends, asks and anywhere)
 

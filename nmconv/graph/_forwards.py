@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from nmconv.graph._syntax import parsed, unwrapped
+from nmconv.graph._syntax import NoSource, parsed, unwrapped
 
 __all__ = ["ForwardMethod", "ForwardSource", "source_of"]
 
@@ -41,14 +41,14 @@ class ForwardMethod:
         """Names it has ``self.name`` of, and ``super().name``.
 
         Raises:
-            ValueError: If it hands its module on as a whole.
+            NoSource: If it hands its module on as a whole.
         """
         own = [part.attr for part in self.parts if self.is_own(part)]
         inherited = [part for part in self.parts if isinstance(part, ast.Attribute) and _is_super(part.value)]
         asking = {id(inner) for part in inherited for inner in ast.walk(part.value)}
         named = [part for part in self.parts if isinstance(part, ast.Name) and part.id == self.own]
         if sum(id(part) not in asking for part in named) != len(own):
-            raise ValueError(f"{self.function.name} hands its module on")
+            raise NoSource(f"{self.function.name} hands its module on")
         return own, [part.attr for part in inherited]
 
     def blocks(self) -> Iterator[list[ast.stmt]]:
@@ -73,49 +73,58 @@ class ForwardSource:
 def source_of(module: nn.Module) -> ForwardSource | None:
     """Of a module's class; None without source, or where a method may use any attribute or hands its module on."""
     cls: Any = type(module)
-    return _source_of(cls)
+    return _source_of(_methods(cls)) if cls.__getattr__ is nn.Module.__getattr__ else None
+
+
+_Methods = tuple[tuple[str, "tuple[CodeType, ...] | None"], ...]  # None: something else than a function
+
+
+def _methods(cls: type[nn.Module]) -> _Methods:
+    """What a class and its bases have at this time, by name."""
+    bases = [base for base in cls.__mro__ if base not in (object, nn.Module)]
+    held = [(name, value) for base in bases for name, value in vars(base).items()]
+    return tuple((name, _codes(value)) for name, value in held if value is not None and not isinstance(value, _PLAIN))
 
 
 @lru_cache(maxsize=1024)
-def _source_of(cls: Any) -> ForwardSource | None:
+def _source_of(methods: _Methods) -> ForwardSource | None:
     try:
-        return _read(cls) if cls.__getattr__ is nn.Module.__getattr__ else None
-    except Exception:
+        return _read(methods)
+    except NoSource:
         return None
 
 
-def _read(cls: type[nn.Module]) -> ForwardSource:
+def _read(held: _Methods) -> ForwardSource:
     names: Counter[str] = Counter()
     methods: list[ForwardMethod] = []
     todo, seen = ["forward"], set()
     while todo:
         name = todo.pop()
-        bases = [base for base in cls.__mro__ if base not in (object, nn.Module) and name not in seen]
+        if name in seen:
+            continue
         seen.add(name)
-        for held in (base.__dict__.get(name) for base in bases):
-            for code in () if held is None or isinstance(held, _PLAIN) else _codes(held):
+        for codes in [codes for other, codes in held if other == name]:
+            if codes is None:
+                raise NoSource(f"{name} is no function")
+            for code in codes:
                 function = parsed(code)
                 given = [*function.args.posonlyargs, *function.args.args]
                 method = ForwardMethod(function, given[0].arg if given else "")
                 found, inherited = method.attributes()
                 if not _ALL.isdisjoint(found):
-                    raise ValueError(f"{name} may use any attribute")
+                    raise NoSource(f"{name} may use any attribute")
                 names.update(found)
                 todo += [*found, *inherited]
                 methods.append(method)
     return ForwardSource(tuple(methods), names)
 
 
-def _codes(held: Any) -> Iterator[CodeType]:
-    """Of a method or a property, and of what is inside its decorators.
-
-    Raises:
-        TypeError: If it is something else.
-    """
-    for method in unwrapped(held.fget if isinstance(held, property) else held):
-        if not isinstance(method, FunctionType):
-            raise TypeError(f"a {type(method).__name__} is no function")
-        yield method.__code__
+def _codes(held: Any) -> tuple[CodeType, ...] | None:
+    """Of a method or a property, and of what is inside its decorators; None if it is something else."""
+    methods = list(unwrapped(held.fget if isinstance(held, property) else held))
+    if not all(isinstance(method, FunctionType) for method in methods):
+        return None
+    return tuple(method.__code__ for method in methods)
 
 
 def _is_super(part: ast.AST) -> bool:

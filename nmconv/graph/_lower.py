@@ -23,6 +23,7 @@ from nmconv.graph._ops import (
     is_inplace,
 )
 from nmconv.graph._tracer import FlowTracer
+from nmconv.graph._values import Unknown
 
 __all__ = ["lower"]
 
@@ -63,7 +64,7 @@ class _Lowering:
         if node.op == "get_attr":
             self._add(FlowNode(0, Op.PARAM, [], node, name=str(node.target), learned=self._is_parameter(node)))
             return
-        if not sources or self._reads_shape(node):
+        if (not sources and node not in self.tracer.acts) or self._reads_shape(node):
             return  # numbers, shapes, tensors made from them
         module = self.tracer.module(str(node.target)) if node.op == "call_module" else None
         op = self._op(node, module)
@@ -76,9 +77,11 @@ class _Lowering:
             0, op, [self.now[source] for source in ordered], node, frame=frame, label=label, number=number,
             act=self.tracer.acts.get(node), inplace=inplace, name=self._name(node), opaque=node in self.tracer.opaque,
         )  # fmt: skip
-        if all(self.nodes[index].op is Op.PARAM for index in made.inputs) and node.op != "call_module":
-            made.op = Op.PARAM
+        if all(self.nodes[index].op is Op.PARAM for index in made.inputs) and not made.opaque:
+            made.op = Op.PARAM  # whatever is made of parameters alone, by modules too
             made.learned = any(self.nodes[index].learned for index in made.inputs)
+            made.learned |= module is not None and next(module.parameters(), None) is not None
+            made.kind = self._kind(made, module)
         else:
             self._refine(made, node, module)
         made.view = made.op in _ALIASING or made.inplace
@@ -98,7 +101,7 @@ class _Lowering:
         params = [index for index in made.inputs if self.nodes[index].op is Op.PARAM]
         data = [index for index in made.inputs if self.nodes[index].op is not Op.PARAM]
         if made.op is Op.ACT:
-            made.kind = act_kind(module) if module is not None else ACT_KINDS[made.act.function or ""]  # type: ignore[union-attr]
+            made.kind = self._kind(made, module)
             made.inputs = data[:1]
         elif made.op in (Op.CONV, Op.LINEAR):
             if module is None:
@@ -119,6 +122,13 @@ class _Lowering:
                 made.op = Op.OTHER
         elif made.op in _ONE_INPUT:
             made.inputs = data[:1]
+
+    @staticmethod
+    def _kind(made: FlowNode, module: nn.Module | None) -> str:
+        """The name of an activation's kind."""
+        if made.act is None:
+            return ""
+        return act_kind(module) if module is not None else ACT_KINDS[made.act.function or ""]
 
     def _functional_conv(self, made: FlowNode, node: Node, data: list[int]) -> None:
         weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
@@ -184,7 +194,7 @@ class _Lowering:
         """Whether a parameter has at most one extent that is not 1."""
         try:
             value = self.tracer.values.get(origin)
-        except Exception:
+        except Unknown:
             return False
         return not isinstance(value, torch.Tensor) or sum(extent != 1 for extent in value.shape) <= 1
 

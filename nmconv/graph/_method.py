@@ -93,8 +93,8 @@ def _traced(method: Method, patches: Patches) -> MethodTrace | RewriteError:
         if readers != {id(module)}:
             raise RewriteError("it asks for the mode of another module")
         return MethodTrace(first, _trace(method, True, readers, patches), arguments, constants)
-    except Exception as error:
-        text = str(error).strip().split("\n")[0]
+    except RewriteError as error:
+        text = str(error)
         what = f"{method.path or 'the model'}.{method.name} ({type(module).__name__})"
         made = RewriteError(f"{what} cannot be rewritten: {text}")
         made.__cause__ = error
@@ -104,7 +104,11 @@ def _traced(method: Method, patches: Patches) -> MethodTrace | RewriteError:
 def _trace(method: Method, training: bool, readers: set[int], patches: Patches) -> FlowTracer:
     tracer = FlowTracer(deep=False, method=method.name)
     with left_as_found(method.module) as found, in_mode(training, readers):
-        tracer.run_in(patches.call, method.module, arguments_from(method.takes))
+        arguments = arguments_from(method.takes)
+        try:
+            tracer.run_in(patches.call, method.module, arguments)
+        except Exception as error:  # whatever the method raises when it meets proxies
+            raise RewriteError(str(error).strip().split("\n")[0]) from error
         check_returned(tracer.returned)
         changed, drew = found.changed(), found.drew()
     if changed:

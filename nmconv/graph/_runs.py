@@ -23,6 +23,7 @@ from nmconv.graph._takes import takes_of
 from nmconv.graph._tracer import FlowTracer
 from nmconv.graph._turns import Turns
 from nmconv.graph._twins import twins
+from nmconv.graph._values import Unknown
 
 __all__ = ["linear_runs"]
 
@@ -273,7 +274,7 @@ class _Finder:
     def _shape(self, source: int) -> tuple[int, ...] | None:
         try:
             return self.tracer.values.shape(self.flow.nodes[source].origin)[1:]
-        except Exception:
+        except Unknown:
             return None
 
 

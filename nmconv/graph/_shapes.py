@@ -11,6 +11,7 @@ from nmconv.graph._analysis import Called, trace_parts
 from nmconv.graph._lower import lower
 from nmconv.graph._ops import Op
 from nmconv.graph._tracer import FlowTracer
+from nmconv.graph._values import Unknown
 
 __all__ = ["Shapes", "shapes_of"]
 
@@ -45,7 +46,7 @@ def shapes_of(model: nn.Module, example_inputs: Any) -> Shapes:
                 continue
             try:
                 shape = tuple(map(int, tracer.values.shape(node.origin)[1:]))
-            except Exception:
+            except Unknown:
                 shape = ()
             if node.op is Op.CONV:
                 found.convs.setdefault(node.name, shape)

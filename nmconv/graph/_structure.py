@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import linecache
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
+from torch.fx.proxy import TraceError
 
 from nmconv.graph import _zoo
 from nmconv.graph._agree import disagreement
@@ -52,6 +55,7 @@ class _Builder:
     convs: set[tuple[str, ...]] = field(default_factory=set)
     mixed: set[_Key] = field(default_factory=set)
     owned: set[_Key] = field(default_factory=set)
+    constant: set[_Key] = field(default_factory=set)  # calls on parameters
     local: dict[_Key, tuple[int, int]] = field(default_factory=dict)
     callers: dict[int, set[tuple[str, int]]] = field(default_factory=lambda: defaultdict(set))
     arguments: dict[_Callee, list[Arguments]] = field(default_factory=dict)
@@ -90,11 +94,13 @@ class _Builder:
             far, near = local_hashes(traced.flow), local_hashes(traced.flow, near=True)
             repeated: set[_Key] = set()
             for node in traced.flow.nodes:
-                if node.op is Op.ACT and node.act is not None:
-                    key = self._key(node, mode, (far[node.index], near[node.index]))
+                if node.op in (Op.ACT, Op.PARAM) and node.act is not None:
+                    key = self._key(node, mode, (far.get(node.index, 0), near.get(node.index, 0)))
                     keys[node.index] = key
                     if self._see(key, node, traced, mode):
                         repeated.add(key)
+                    if node.op is Op.PARAM:
+                        self.constant.add(key)
             self._take_chains(traced, keys, mode, ends)
             if mode == "eval":
                 self._note_stages(traced.flow)
@@ -235,6 +241,9 @@ class _Builder:
         for key in modes:
             if key[:4] in unpaired and modes[key] != "both":
                 self.mixed.add(key)
+        self.mixed |= self.constant & self.owned
+        for key in self.constant:
+            self.seen[key].skip = self.seen[key].skip or "it activates a parameter, not what a convolution makes"
         for key in self.mixed:
             self.leading[key] = "its module is called in surroundings that differ, and one decision must serve all"
         stays = {key: reason for key, reason in self.leading.items() if key not in self.owned or key in self.mixed}
@@ -358,10 +367,30 @@ def _calls(analyses: Iterable[Analysis]) -> dict[_Callee, list[Arguments]]:
 
 def _untraced(name: str, error: BaseException, mode: str, examples: bool) -> Untraced:
     text = str(error).strip().split("\n")[0][:200]
-    hint = "What it does itself is left as it is; its children were analysed one by one"
+    hint = "What it does itself is left as it is"
     if isinstance(error, Unknown) and not examples:
-        hint = "Pass example_inputs to reach it; its children were analysed one by one"
-    return Untraced(name, f"{type(error).__name__}: {text}{mode}", hint)
+        hint = "Pass example_inputs to reach it"
+    elif not isinstance(error, (Unknown, TraceError)):
+        hint = (
+            "Forwards are read with stand-ins for tensors and sizes, which that line does not take: put the line into "
+            "a submodule of its own, which then counts as one step, or let methods of tensors do it (x.new_zeros)"
+        )
+        hint += "" if examples else "; or pass example_inputs, if the model is not called with one image"
+    reason = f"{type(error).__name__}: {text}{_line_of(error)}{mode}"
+    return Untraced(name, reason, f"{hint}; its children were analysed one by one")
+
+
+def _line_of(error: BaseException) -> str:
+    """The innermost line of the model's own code that an error came from."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        home = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if home not in _NOT_THE_MODELS:
+            text = linecache.getline(frame.f_code.co_filename, line, frame.f_globals).strip()
+            return f", in {frame.f_code.co_name}, line {line}" + (f": {text[:120]}" if text else "")
+    return ""
+
+
+_NOT_THE_MODELS = ("torch", "numpy", __name__.partition(".")[0])
 
 
 @dataclass(frozen=True)

@@ -3,34 +3,95 @@
 from __future__ import annotations
 
 import ast
+import dis
 import inspect
+import warnings
 from collections.abc import Iterator
-from types import CodeType
+from contextlib import suppress
+from functools import lru_cache
+from types import CodeType, FunctionType
 from typing import Any
 
-__all__ = ["conditions", "parsed", "unwrapped"]
+__all__ = ["NoSource", "conditions", "enclosed", "goes_one_way", "parsed", "unwrapped"]
+
+
+class NoSource(Exception):
+    """There is no source of what is loaded (none at all, or another one by now), or it says what nobody can follow."""
 
 
 def parsed(code: CodeType) -> ast.FunctionDef:
     """A function's syntax, with the line numbers of its file.
 
+    The file may have changed since it was imported, or what was imported been written by something else: its text is
+    believed only if it compiles to this very code, at these lines.
+
     Raises:
-        Exception: If there is no source, or another one by now.
+        NoSource: If it does not, or the code is no function's.
     """
-    lines, start = inspect.getsourcelines(code)
-    nested = lines[0][:1].isspace()  # not dedented: lines of a text may begin further left
-    tree: Any = ast.parse("".join(["if True:\n" if nested else "", *lines]))
-    ast.increment_lineno(tree, start - 1 - nested)
-    function = tree.body[0].body[0] if nested else tree.body[0]
-    assert isinstance(function, ast.FunctionDef)
-    return function
+    try:
+        lines, _ = inspect.findsource(code)
+    except OSError as error:
+        raise NoSource(f"{code.co_name}: {error}") from error
+    found = _functions("".join(lines), code.co_filename).get((code.co_name, code.co_firstlineno), ())
+    for function, made in found:
+        if made == code and list(made.co_lines()) == list(code.co_lines()):
+            return function
+    raise NoSource(f"{code.co_name}: its file says something else than what is loaded")
+
+
+@lru_cache(maxsize=8)  # they are large, and what is made of them is kept by those who ask
+def _functions(text: str, file: str) -> dict[tuple[str, int], list[tuple[ast.FunctionDef, CodeType]]]:
+    """Every function in a file by its name and first line, and what it compiles to."""
+    try:
+        with warnings.catch_warnings():  # what there is to say of the file was said when it was imported
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text, file)
+            todo = [compile(tree, file, "exec", dont_inherit=True)]
+    except (SyntaxError, ValueError, RecursionError):
+        return {}
+    codes: dict[tuple[str, int], list[CodeType]] = {}
+    while todo:
+        code = todo.pop()
+        codes.setdefault((code.co_name, code.co_firstlineno), []).append(code)
+        todo += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    found: dict[tuple[str, int], list[tuple[ast.FunctionDef, CodeType]]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            made = codes.get((node.name, first), [])
+            if len(made) == 1 and (node.name, first) not in found:
+                found[node.name, first] = [(node, made[0])]
+            else:  # several on one line: nobody can tell which is which
+                found[node.name, first] = []
+    return found
+
+
+def goes_one_way(code: CodeType) -> bool:
+    """Whether there is nothing in the code that may go one way or another: for functions without source."""
+    names = [step.opname for step in dis.get_instructions(code)]
+    forks = any(("JUMP" in name and "IF" in name) or name in ("FOR_ITER", "SETUP_FINALLY") for name in names)
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return not forks and not getattr(code, "co_exceptiontable", b"") and all(map(goes_one_way, inner))
 
 
 def unwrapped(method: Any) -> Iterator[Any]:
-    """A method, and what its decorators wrap, outermost first."""
-    while method is not None:
+    """A method, and what its decorators wrap, outermost first; those that do not say what are looked into."""
+    todo, seen = [method], set()
+    while todo:
+        method = todo.pop()
+        if method is None or id(method) in seen:
+            continue
+        seen.add(id(method))
         yield method
-        method = getattr(method, "__wrapped__", None)
+        inner = getattr(method, "__wrapped__", None)
+        todo += [inner] if inner is not None else [held for held in enclosed(method) if isinstance(held, FunctionType)]
+
+
+def enclosed(function: Any) -> Iterator[Any]:
+    """What the names of a function's closure stand for, as far as they stand for anything yet."""
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # an empty one
+            yield cell.cell_contents
 
 
 def conditions(function: ast.FunctionDef) -> Iterator[tuple[Any, ast.expr]]:

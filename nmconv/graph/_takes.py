@@ -49,19 +49,21 @@ def arguments_from(text: str) -> Arguments:
     """The arguments that :func:`takes_of` put into words, with unknown tensors.
 
     Raises:
-        RewriteError: If the text says nothing.
+        RewriteError: If the text says nothing, or nothing that can be read.
     """
     if not text:
         raise RewriteError(
             "it is called with arguments that differ from call to call or are no tensors or numbers, or a child of it "
             "returns something else than one tensor"
         )
-    args, kwargs = json.loads(text)
-    if not all(
-        name.isidentifier() and not keyword.iskeyword(name) for name in kwargs
-    ):  # they become a part of Python source
+    try:
+        args, kwargs = json.loads(text)
+        found = Arguments(tuple(map(_decode, args)), {key: _decode(value) for key, value in kwargs.items()})
+    except (TypeError, ValueError, AttributeError, LookupError, RecursionError) as error:
+        raise RewriteError(f"what the plan says of its arguments cannot be read ({text[:80]})") from error
+    if not all(name.isidentifier() and not keyword.iskeyword(name) for name in kwargs):  # they become source
         raise RewriteError(f"it is called with keywords that are no names: {', '.join(map(repr, kwargs))}")
-    return Arguments(tuple(map(_decode, args)), {key: _decode(value) for key, value in kwargs.items()})
+    return found
 
 
 def _decode(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from types import FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ class FlowTracer(Tracer):
         self._named: dict[str, nn.Module] = {}
         self.proxies: dict[str, Proxy] = {}  # of parameters and buffers, in a method
         self.stack: list[Frame] = []
+        self._methods_of: dict[type, frozenset[CodeType]] = {}
         self._attributes: dict[int, str] = {}
         self._arguments: Arguments | None = None
         self._made: Any = None
@@ -290,19 +291,18 @@ class FlowTracer(Tracer):
         parent.labels[label] += 1
         given = Arguments(map_proxies(args, _same), map_proxies(kwargs, _same))  # the forward may change its lists
         frame = Frame(m, self.prefix + name, parent, label, parent.labels[label], self._size)
-        frame.lines = lines_of(parent.module)
+        frame.lines = lines_of(parent.module, self._methods_of)
         questions = len(self.questions)
         if any(above.asks for above in self.stack) and _tells((args, kwargs)):
             self._asked(frame)
         self.stack.append(frame)
         before = len(self.graph.nodes)
+        divided = _zoo.is_norm_act(m)
+        if not divided:
+            self._patch_isinstance(type(m))
         try:
-            if _zoo.is_norm_act(m):
-                result = self._norm_act(m, name, args, kwargs)
-            else:
-                self._patch_isinstance(type(m))
-                # not m(...): hooks are the user's, and are not to see proxies
-                result = m.forward(*args, **kwargs)
+            # not m(...): hooks are the user's, and are not to see proxies
+            result = self._norm_act(m, name, args, kwargs) if divided else m.forward(*args, **kwargs)
         except Exception as error:
             result = None
             for node in list(self.graph.nodes)[before:]:
@@ -325,7 +325,8 @@ class FlowTracer(Tracer):
         """One node for a call that could not be traced."""
         try:
             proxy = self.create_proxy("call_module", name, args, kwargs)
-        except Exception:  # arguments that fx has no words for: what flows in is all that can be said
+        except (NotImplementedError, RuntimeError, TypeError, ValueError):
+            # arguments that fx has no words for: what flows in is all that can be said
             found: list[Any] = []
             collect((args, kwargs), found, set())
             proxy = self.create_proxy("call_module", name, tuple(found), {})
@@ -350,7 +351,7 @@ class FlowTracer(Tracer):
             frame.labels[label] += 1
         self.where[node] = (frame, label, frame.labels[label])
         if self.deep:
-            self.lines[node] = lines_of(frame.module)
+            self.lines[node] = lines_of(frame.module, self._methods_of)
         if frame.parent is None and self.deep:
             self.methods[node] = self._method(frame)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.fx.node import map_arg
@@ -35,6 +38,18 @@ class _Shaped:
     dtype: torch.dtype
     device: torch.device
     plain: bool
+
+
+_LOOKING: ContextVar[bool] = ContextVar("looking", default=False)  # each thread has its own
+
+
+def _is_heard(_: logging.LogRecord) -> bool:
+    return not _LOOKING.get()
+
+
+# Torch logs a traceback for every fake call that fails. That a value cannot be known is an answer here, and no error:
+# what fails while this thread looks for one is kept from the log, all else is heard as before.
+logging.getLogger(fake_tensor.__name__).addFilter(_is_heard)
 
 
 class Values:
@@ -132,6 +147,7 @@ class Values:
         module = self._named(str(node.target)) if node.op == "call_module" else None
         args: Any = map_arg(node.args, self.get)
         kwargs = map_arg(node.kwargs, self.get)
+        looking = _LOOKING.set(True)
         try:
             # In eval mode: a norm in train mode counts batches in a real buffer, and shapes are the same.
             with self._mode or nullcontext(), torch.no_grad(), in_mode(False, set()):
@@ -142,6 +158,8 @@ class Values:
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         except Exception as error:
             raise Unknown(f"the value of {node} cannot be known: {type(error).__name__}: {error}") from error
+        finally:
+            _LOOKING.reset(looking)
 
     def _ruled(self, node: Node) -> Any:
         """What a rule tells of the node's value, or None."""

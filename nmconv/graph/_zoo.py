@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -69,15 +70,16 @@ _NORM_ACTS = frozenset(f"timm.layers.{name}" for name in _TIMM_NORM_ACTS.split()
 _ACTS = {f"timm.layers.{name}": kind for name, kind in _TIMM_ACTS.items()}
 
 
-_paths: dict[Any, str] = {}
+_paths: WeakKeyDictionary[type[nn.Module], str] = WeakKeyDictionary()
 
 
 def _path(cls: type[nn.Module]) -> str:
     """The class's full name; timm's layers by package, since their files move."""
-    if cls not in _paths:
+    found = _paths.get(cls)
+    if found is None:
         home = "timm.layers" if cls.__module__.startswith("timm.layers.") else cls.__module__
-        _paths[cls] = f"{home}.{cls.__qualname__}"
-    return _paths[cls]
+        found = _paths[cls] = f"{home}.{cls.__qualname__}"
+    return found
 
 
 def module_op(cls: type[nn.Module]) -> Op | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nmconv.errors import NoEffectWarning
+from nmconv.errors import NmconvError, NoEffectWarning
 from nmconv.graph import mode_hidden
 from nmconv.io._content import Content
 from nmconv.io._fit import check_merges, check_plan
@@ -24,6 +24,7 @@ from nmconv.merging import (
     trains,
     write_methods,
 )
+from nmconv.planning import Refusal
 from nmconv.surgery import apply_plan
 
 __all__ = ["Homes", "replay"]
@@ -50,7 +51,7 @@ def replay(model: nn.Module, content: Content) -> Homes:
                 _merge(model, merges, homes)
     except (Damaged, Foreign):
         raise
-    except Exception as error:  # whatever it is, it comes of doing this to a model that it was not made for
+    except (NmconvError, Refusal, ValueError) as error:  # this model is not the one that it was made for
         raise Foreign(f"what it says cannot be done to this {type(model).__name__}: {error}") from error
     return homes
 

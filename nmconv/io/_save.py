@@ -46,7 +46,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     check_plain(model, "save", compiled=True)
     for name, module in model.named_modules():
         plan = get_plan(module)
-        if name and (get_merges(module) or (plan is not None and (plan.changes or plan.hoists or plan.branches))):
+        if name and (get_merges(module) or (plan is not None and plan.changes_any)):
             raise ModelTypeError(
                 f"{name!r} in the model was converted or merged by itself: save it by itself, or convert and merge the "
                 "whole model"

@@ -6,10 +6,9 @@ import math
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from nmconv.errors import MergeError, ModelTypeError, OptionError
-from nmconv.surgery import check_examples, check_plain
+from nmconv.errors import MergeError, OptionError
+from nmconv.surgery import check_examples, check_has_run, check_plain
 from nmconv.timing import BACKENDS
 
 __all__ = ["check_made", "check_mode", "check_options"]
@@ -33,11 +32,7 @@ def check_options(gate: str, min_gain: float, backend: str, example_inputs: Any)
 def check_made(model: nn.Module, todo: str) -> None:
     """Refuse what is no plain model, or has lazy modules that never ran, with ModelTypeError."""
     check_plain(model, todo)
-    for name, module in model.named_modules():
-        if any(is_lazy(value) for value in (*module._parameters.values(), *module._buffers.values())):
-            raise ModelTypeError(
-                f"{name or 'the model'} is a {type(module).__name__} without weights yet: run the model once first"
-            )
+    check_has_run(model)
 
 
 def check_mode(model: nn.Module, todo: str) -> None:

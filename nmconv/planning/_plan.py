@@ -209,6 +209,11 @@ class Plan:
         """The sites that are dropped or moved."""
         return tuple(site for site in self.sites if site.action in ("drop", "move"))
 
+    @property
+    def changes_any(self) -> bool:
+        """Whether applying it changes a model. Kernels alone change nothing: :func:`nmconv.fit` makes them."""
+        return bool(self.changes or self.hoists or self.branches)
+
     def __str__(self) -> str:
         counts = self.counts
         head = (
@@ -249,7 +254,7 @@ class Plan:
 
         Returns:
             A new plan; a unit may then keep more than the ratio says, or none. Linear runs in which an action changes
-            are no longer hoisted.
+            are no longer hoisted, and become no kernels.
 
         Raises:
             PlanError: If a site is not in the plan, cannot be changed, or the action is another.
@@ -276,10 +281,13 @@ class Plan:
             replace(site, action=wanted[site.id], reason="edited by hand", place=None) if site.id in wanted else site
             for site in self.sites
         )
-        # A run in which an action changes is another run: its padding stays where it was.
-        touched = {conv for site in self.sites if site.id in wanted for conv in site.convs}
+        # A run in which an action changes is another run: its padding stays where it was, its convolutions apart.
+        touched = {
+            conv for site in self.sites if wanted.get(site.id, site.action) != site.action for conv in site.convs
+        }
         hoists = tuple(hoist for hoist in self.hoists if not touched.intersection(hoist.convs))
-        return replace(self, sites=sites, hoists=hoists)
+        kernels = tuple(kernel for kernel in self.kernels if not touched.intersection(kernel.convs))
+        return replace(self, sites=sites, hoists=hoists, kernels=kernels)
 
     def with_kernels(self, kernels: Mapping[tuple[str, ...] | str, str | int]) -> Plan:
         """The plan with kernels for some linear runs, in place of those that it has.

@@ -527,7 +527,7 @@ class _ReachesOutside(Exception):
     def __init__(self, name: str, path: str) -> None:
         super().__init__(
             f"a copy of the model reaches {name!r} of the model itself, in the forward of {path or 'the model'} (a "
-            "global, or something that copying shares): hold it as a submodule or parameter; witness=False skips all checks"
+            "global, or something that copying shares): hold it as a submodule or parameter, or pass witness=False"
         )
 
 

@@ -100,10 +100,12 @@ class Alone:
         residual = segment.residual
         assert residual is not None
 
-        def without(value: Tensor, seen: Mapping[Any, Tensor]) -> Tensor:
-            return value - seen[residual.end]
+        spot, keep = residual.spot, residual.branch.sum.keep
 
-        found = self._divergence([residual.end, residual.spot], [], {residual.spot: without})
+        def without(value: Tensor, seen: Mapping[Any, Tensor]) -> Tensor:
+            return seen[spot, keep].to(value.dtype).expand_as(value).contiguous()
+
+        found = self._divergence([spot], [], {spot: without}, {spot: keep})
         return Measured((), math.nan, found)
 
     def refitted(self, segment: Segment) -> Measured:
@@ -128,9 +130,12 @@ class Alone:
 
         return self._divergence([end], [head], {end: instead})
 
-    def _divergence(self, spots: list[Spot], inputs: list[str], replace: Any) -> Divergence:
+    def _divergence(
+        self, spots: list[Spot], inputs: list[str], replace: Any, operands: Mapping[Spot, int] | None = None
+    ) -> Divergence:
         outputs = []
-        with Watch(self._network.model, spots, inputs, whole=True, replace=replace) as watch, torch.no_grad():
+        watch = Watch(self._network.model, spots, inputs, whole=True, replace=replace, operands=operands)
+        with watch, torch.no_grad():
             for batch, _ in self._images.batches(self._held):
                 watch.run(batch)
                 outputs.append((len(batch), watch.output))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 from contextlib import suppress
@@ -91,12 +92,12 @@ class Sensitivity:
         return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all of it to one JSON file, as a whole or not at all."""
+        """Write all of it to one JSON file, as a whole or not at all; what is NaN is null there."""
         name = os.fspath(path)
         temporary = f"{name}.{secrets.token_hex(4)}.tmp"
         try:
             with open(temporary, "w", encoding="utf-8") as file:
-                json.dump({"nmconv_sensitivity": _VERSION, **asdict(self)}, file, indent=1)
+                json.dump({"nmconv_sensitivity": _VERSION, **_plain(asdict(self))}, file, indent=1, allow_nan=False)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, name)
@@ -119,7 +120,8 @@ class Sensitivity:
             if data.pop("nmconv_sensitivity") != _VERSION:
                 raise FileError(f"{name}: a table of another version: measure anew with nmconv.sensitivity")
             found = [_candidate(row) for row in data.pop("candidates")]
-            return cls(**data, candidates=found)
+            totals = {name: _number(value) for name, value in data.pop("totals").items()}
+            return cls(**data, totals=totals, candidates=found)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, FileError):
                 raise
@@ -142,5 +144,20 @@ class Sensitivity:
 
 
 def _candidate(row: dict[str, Any]) -> Candidate:
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    values: dict[str, Any] = {
+        key: tuple(map(_number, value)) if isinstance(value, list) else _number(value) for key, value in row.items()
+    }
     return Candidate(**values)
+
+
+def _number(value: Any) -> Any:
+    return math.nan if value is None else value
+
+
+def _plain(value: Any) -> Any:
+    """Nested lists and dicts without what JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -78,6 +78,9 @@ class Surgery:
         self._moved: Counter[Called] = Counter()
         for site in plan.changes:
             self._take_out(site)
+        for convs in [*(kernel.convs for kernel in plan.kernels), *(hoist.convs for hoist in plan.hoists)]:
+            for name in convs:
+                self._module(name)
         for branch in plan.branches:
             self._module(branch.sum.owner)
             edit = self._edit(branch.sum.owner, "forward", branch.sum.takes)
@@ -107,7 +110,7 @@ class Surgery:
             RewriteError: If a method cannot be written, or the result does not make the calls it should.
             WitnessError: If the result does anything else than the plan says.
         """
-        if not (self._plan.changes or self._plan.hoists or self._plan.branches):
+        if not self._plan.changes_any:
             self._model.__dict__[MARK] = self._plan
             return
         before = calls_of(self._model, self._plan, example_inputs) if calls is None else calls

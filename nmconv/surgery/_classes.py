@@ -5,11 +5,12 @@ from __future__ import annotations
 import builtins
 import importlib
 import inspect
+import itertools
 import linecache
-from collections.abc import Callable
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,9 @@ from torch import nn
 from nmconv.errors import RewriteError
 
 __all__ = ["Method", "is_rewritten", "rewritten"]
+
+
+_numbers = itertools.count()  # no two methods share a file: one's lines go while the other's are still needed
 
 
 @dataclass(frozen=True)
@@ -47,15 +51,17 @@ class Method:
                 names.append((key, path))
         return Method(name, source, tuple(names), tuple(values))
 
-    def compile(self) -> Callable[..., Any]:
-        """The method itself; its source shows in tracebacks."""
+    def compile(self) -> FunctionType:
+        """The method itself; its source shows in tracebacks for as long as it is there."""
         space: dict[str, Any] = {"__builtins__": builtins}
         space.update((key, _imported(path)) for key, path in self.names)
         space.update(self.values)
-        file = f"<nmconv {self.name} {hash(self.source) & 0xFFFFFFFF:08x}>"
-        linecache.cache[file] = (len(self.source), None, self.source.splitlines(keepends=True), file)
+        file = f"<nmconv {self.name} {next(_numbers)}>"
         exec(compile(self.source, file, "exec"), space)
-        return space[self.name]
+        function: FunctionType = space[self.name]
+        linecache.cache[file] = (len(self.source), None, self.source.splitlines(keepends=True), file)
+        weakref.finalize(function, linecache.cache.pop, file, None).atexit = False
+        return function
 
 
 def _import_path(value: Any) -> str | None:
@@ -105,22 +111,26 @@ def is_rewritten(module: nn.Module) -> bool:
 def rewritten(base: type[nn.Module], methods: tuple[Method, ...]) -> type[nn.Module]:
     """The subclass of ``base`` with these methods in place of its own; one class for all who ask for the same.
 
+    It goes when nobody has it any more.
+
     Raises:
         RewriteError: If instances of ``base`` copy or pickle in a way of their own, which would undo the rewriting.
     """
     for name in ("__deepcopy__", "__reduce__", "__reduce_ex__", "__copy__"):
         if getattr(base, name, None) is not getattr(nn.Module, name, None) and not issubclass(base, _Rewritten):
             raise RewriteError(f"{base.__name__} defines {name}: its copies would not be rewritten")
+    if issubclass(base, _Rewritten):
+        kept = tuple(method for method in base._nmconv_methods if method.name not in {new.name for new in methods})
+        base, methods = base._nmconv_base, (*kept, *methods)
+    key = (base, tuple((method, _kinds(method.values)) for method in methods))
     try:
-        return _cached(base, methods)  # type: ignore[arg-type]
+        known = _made.get(key)
     except TypeError:  # a global that cannot be hashed
         return _make(base, methods)
+    return _made.setdefault(key, _make(base, methods)) if known is None else known
 
 
 def _make(base: type[nn.Module], methods: tuple[Method, ...]) -> type[nn.Module]:
-    if issubclass(base, _Rewritten):
-        kept = tuple(method for method in base._nmconv_methods if method.name not in {new.name for new in methods})
-        return rewritten(base._nmconv_base, (*kept, *methods))
     space: dict[str, Any] = {method.name: method.compile() for method in methods}
     for name, function in space.items():
         original: Any = getattr(base, name, None)
@@ -143,4 +153,9 @@ def _make(base: type[nn.Module], methods: tuple[Method, ...]) -> type[nn.Module]
         raise RewriteError(f"no subclass of {base.__name__} can be made: {error}") from error
 
 
-_cached = lru_cache(maxsize=None)(_make)
+_made: weakref.WeakValueDictionary[Any, type[nn.Module]] = weakref.WeakValueDictionary()
+
+
+def _kinds(value: Any) -> Any:
+    """The types in a value: 1, 1.0 and True are equal, and so are named tuples of two classes."""
+    return (type(value), *map(_kinds, value)) if isinstance(value, tuple) else type(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from nmconv.errors import ModelTypeError, NoEffectWarning, NoSitesError, PlanError
 from nmconv.graph import Reading, callable_methods, fingerprint, mode_hidden, read
-from nmconv.planning import Keep, Options, Plan, Site, draw_up, listed
+from nmconv.planning import Keep, Options, Plan, Site, Structure, draw_up, listed
 from nmconv.surgery._apply import Known, Surgery, copy_of, outline_of
 from nmconv.surgery._guard import check_examples, check_model, plan_of
 from nmconv.surgery._hoist import find_hoists
@@ -239,7 +240,7 @@ def _drawn_up(model: nn.Module, options: Options, example_inputs: Any) -> tuple[
     reading = read(model, linear=options.linear, example_inputs=example_inputs)
     structure = reading.structure
     if not any(item.act is not None for chain in structure.chains for item in chain.items):
-        raise NoSitesError(_no_sites(model, structure.untraced, options.linear))
+        raise NoSitesError(_no_sites(structure, options.linear))
     identity = fingerprint(model)
     locked: dict[int, str] = {}
     known: Known = {}
@@ -273,12 +274,37 @@ def _all_dropped(plan: Plan) -> Plan | None:
     return plan.edit(left) if left else None
 
 
-def _no_sites(model: nn.Module, untraced: Any, linear: bool) -> str:
-    text = f"no activation of this {type(model).__name__} belongs to a convolution"
-    if untraced:
-        parts = "; ".join(f"{part.name or 'the model itself'}: {part.reason}" for part in untraced[:3])
-        return f"{text} that could be traced ({parts}): pass example_inputs"
-    return text if linear else f"{text}; linear=True counts linear layers as well"
+_SEEN = (  # how a reason begins, and the same of one activation and of several
+    ("gate", "is a gate", "are gates"),
+    ("it activates a linear layer", "follows a linear layer", "follow linear layers"),
+    ("the value before it", "follows a value with other readers", "follow values with other readers"),
+    ("it activates a parameter", "is of a parameter", "are of parameters"),
+    ("no convolution next to it", "has no convolution next to it", "have no convolution next to them"),
+    ("nothing that is returned", "reaches no output", "reach no output"),
+    ("stands before a chain", "stands before a chain", "stand before chains"),
+    ("the forward never calls it", "is never called", "are never called"),
+    ("a part of", "is a part of one indivisible layer", "are parts of indivisible layers"),
+)
+
+
+def _no_sites(structure: Structure, linear: bool) -> str:
+    text = f"no activation of this {structure.model} belongs to a convolution"
+    if structure.untraced:
+        parts = "; ".join(f"{part.name or 'the model itself'}: {part.reason}" for part in structure.untraced[:3])
+        hints = dict.fromkeys(part.hint for part in structure.untraced)
+        return f"{text} that could be traced ({parts}). {'. '.join(hints)}"
+    leading = dict(structure.leading)
+    reasons = [leading.get(at, act.skip) for at, act in enumerate(structure.activations)]
+    counts = Counter(next((words for words in _SEEN if reason.startswith(words[0])), reason) for reason in reasons)
+    seen = [
+        f"{count} stay{'s' * (count == 1)}: {words}" if isinstance(words, str) else f"{count} {words[1 + (count > 1)]}"
+        for words, count in counts.items()
+    ]
+    what = ", ".join(seen) or (
+        "it calls none that nmconv knows; one that a forward works out by hand, such as x * torch.sigmoid(x), is not "
+        "recognised: call nn.SiLU or F.silu"
+    )
+    return f"{text}: {what}" if linear else f"{text}: {what}; linear=True counts linear layers as well"
 
 
 def _applied(
@@ -290,7 +316,7 @@ def _applied(
     example_inputs: Any,
     witness: Witness | None,
 ) -> nn.Module:
-    if not (plan.changes or plan.hoists or plan.branches):
+    if not plan.changes_any:
         warnings.warn(
             f"nothing to change in this {type(model).__name__} at {plan.ratio}: every unit has few enough activations",
             NoEffectWarning,

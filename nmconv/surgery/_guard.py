@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from nmconv.errors import AlreadyConvertedError, ModelTypeError, OptionError
 from nmconv.planning import Plan
 
-__all__ = ["MARK", "MERGED", "check_examples", "check_model", "check_plain", "plan_of"]
+__all__ = ["MARK", "MERGED", "check_examples", "check_has_run", "check_model", "check_plain", "plan_of"]
 
 MARK = "_nmconv_plan"
 MERGED = "_nmconv_merges"  # what was merged, a tuple for each call of merge
@@ -56,6 +57,15 @@ def check_plain(model: Any, todo: str, *, compiled: bool = False) -> nn.Module:
     return model
 
 
+def check_has_run(model: nn.Module) -> None:
+    """Refuse lazy modules, which have no weights until they run, with ModelTypeError."""
+    for name, module in model.named_modules():
+        if any(is_lazy(value) for value in (*module._parameters.values(), *module._buffers.values())):
+            raise ModelTypeError(
+                f"{name or 'the model'} is a {type(module).__name__} without weights yet: run the model once first"
+            )
+
+
 def check_examples(example_inputs: Any) -> None:
     """Refuse what no model that convolves is called with: text, a shape.
 
@@ -74,13 +84,14 @@ def check_model(model: Any) -> nn.Module:
     """Return the model if it can be converted.
 
     Raises:
-        ModelTypeError: If it is no module, or wrapped, compiled or scripted.
+        ModelTypeError: If it is no module, or wrapped, compiled or scripted, or has lazy modules that never ran.
         AlreadyConvertedError: If it or a part of it was converted before.
     """
     check_plain(model, "convert")
+    check_has_run(model)
     for name, module in model.named_modules():
         plan = plan_of(module)
-        if plan is not None and (plan.changes or plan.hoists):
+        if plan is not None and plan.changes_any:
             raise AlreadyConvertedError(
                 f"{repr(name) + ' in the model' if name else 'the model'} was converted already (nmconv.get_plan gives "
                 f"its plan, at {plan.ratio}): a second conversion would count from what the first has left; make one "

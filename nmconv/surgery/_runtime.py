@@ -13,14 +13,22 @@ __all__ = ["check", "check_tensor", "iadd", "imul", "isub", "itruediv"]
 
 def check(value: Any, expected: Any, method: str, name: str) -> None:
     """Raise RewriteError unless a non-tensor argument is what the method was rewritten for."""
-    if value is expected:
-        return
-    nan = value != value and expected != expected if isinstance(value, float) and isinstance(expected, float) else False
-    if not nan and (isinstance(value, torch.Tensor) or type(value) is not type(expected) or value != expected):
+    if not _is_same(value, expected):
         raise RewriteError(
             f"{method} was rewritten by nmconv for {name}={expected!r} and finds {value!r}: convert the original model "
             "anew, with the attribute set or with example_inputs that call it like this"
         )
+
+
+def _is_same(value: Any, expected: Any) -> bool:
+    if value is expected:
+        return True
+    if type(value) is not type(expected) or isinstance(value, torch.Tensor):
+        return False
+    if isinstance(value, tuple):
+        return len(value) == len(expected) and all(map(_is_same, value, expected))
+    both_nan = isinstance(value, float) and value != value and expected != expected
+    return both_nan or bool(value == expected)
 
 
 def check_tensor(value: Any, method: str, name: str) -> None:

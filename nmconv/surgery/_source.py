@@ -86,12 +86,10 @@ def _arguments(
         names.append(parameter)
         shown.append(text)
     head = [f"def {method}(self{''.join(', ' + text for text in shown)}):"]
-    head += [
-        f"    _check({expression}, {value!r}, {method!r}, {expression!r})"
-        for expression, value in trace.constants.items()
-    ]
     given = signature.bind(None, *trace.arguments.args, **trace.arguments.kwargs)
     passing = _Passing(method, head, bound)
+    for expression, value in trace.constants.items():
+        passing.check(value, expression)
     for parameter in names:
         if parameter.name in given.arguments:
             value = given.arguments[parameter.name]
@@ -124,9 +122,13 @@ class _Passing:
             for key, part in value.items() if isinstance(value, dict) else enumerate(value):
                 self.add(part, f"{text}[{key!r}]")
         else:
-            name = f"_expected_{len(self.bound)}"
-            self.bound[name] = value
-            self.head.append(f"    _check({text}, {name}, {self.method!r}, {text!r})")
+            self.check(value, text)
+
+    def check(self, value: Any, text: str) -> None:
+        """That an expression is still what it was. What that is, is bound to a name: not every ``repr`` is source."""
+        name = f"_expected_{len(self.bound)}"
+        self.bound[name] = value
+        self.head.append(f"    _check({text}, {name}, {self.method!r}, {text!r})")
 
 
 def return_changed_lists(module: nn.Module, method: str, trace: MethodTrace) -> list[str]:
