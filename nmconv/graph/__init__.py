@@ -4,6 +4,7 @@ from nmconv.graph._agree import disagreement
 from nmconv.graph._analysis import Called, act_calls, calls_by_kind
 from nmconv.graph._branches import Residual, residuals
 from nmconv.graph._callable import callable_methods
+from nmconv.graph._choices import chosen_by
 from nmconv.graph._elements import Element, Join, LinearRun, Step, elements_from, steps_of, text_of, without_end
 from nmconv.graph._fingerprint import fingerprint
 from nmconv.graph._geometry import BEFORE, PADS, Padding, averages, before_hoisting, check_hooks, geometry_of, norm_of
@@ -51,6 +52,7 @@ __all__ = [
     "calls_by_kind",
     "chance_restored",
     "check_hooks",
+    "chosen_by",
     "disagreement",
     "elements_from",
     "fingerprint",

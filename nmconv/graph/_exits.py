@@ -63,8 +63,8 @@ def _function(value: Any) -> Any:
 def may_turn_off(module: nn.Module, first: Lines, then: Lines) -> bool:
     """Whether a method, called with other arguments or flags, may not come from one line to another of the module's.
 
-    Only optional arguments count, and flags (``self.name`` that is a number, a text or a truth value) where what there
-    is so far is returned: what a module does with submodules that it has or has not is no choice of its caller's.
+    Only optional arguments count, exceptions that are caught, and flags (``self.name`` that is a number, a text or a
+    truth value): what a module does with submodules that it has or has not is no choice of its caller's.
 
     Args:
         module: Whose methods these are.
@@ -98,6 +98,7 @@ class _Fork:
         arguments: Whether it asks for an optional argument.
         attributes: Of the module, that it asks for.
         ends: Whether what there is so far may be returned there.
+        same: Whether it calls the same, in the same order, either way.
         anywhere: Whether it also decides on what is called elsewhere.
     """
 
@@ -107,6 +108,7 @@ class _Fork:
     attributes: frozenset[str]
     ends: bool
     anywhere: bool
+    same: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ def _around(found: _Forks, first: int, then: int) -> Iterator[_Fork]:
 
 
 def _matters(fork: _Fork, module: nn.Module) -> bool:
-    return fork.arguments or (fork.ends and any(type(_held(module, name)) in _FLAGS for name in fork.attributes))
+    flags = any(type(_held(module, name)) in _FLAGS for name in fork.attributes)
+    return fork.arguments or (flags and (fork.ends or not fork.same))
 
 
 def _held(module: nn.Module, name: str) -> Any:
@@ -178,6 +181,10 @@ class _Reader:
             if isinstance(node, (ast.For, ast.While)):
                 loops.append((node.lineno, node.end_lineno or node.lineno))
         for node in ast.walk(self.function):
+            if isinstance(node, ast.Try) and node.handlers:  # what is caught there may be up to data
+                end = node.end_lineno or node.lineno
+                forks.append(_Fork(node.lineno, end, arguments=True, attributes=frozenset(), ends=True, anywhere=False))
+        for node in ast.walk(self.function):
             for part in ast.walk(node.value) if isinstance(node, ast.Return) and node.value is not None else ():
                 if isinstance(part, ast.IfExp):
                     ends = not (self._computes(part.body) and self._computes(part.orelse))
@@ -192,7 +199,16 @@ class _Reader:
         anywhere = any(self.mentioned[part.__dict__["attr"]] > 1 or id(part) not in called for part in inside)
         anywhere |= not self.own  # a wrapper's, that takes its module among others: what it calls cannot be told
         attributes = frozenset(self._attributes([test])) - {"training"}
-        return _Fork(node.lineno, node.end_lineno or node.lineno, asks, attributes, ends, asks and anywhere)
+        end, same = node.end_lineno or node.lineno, self._calls_the_same(node)
+        return _Fork(node.lineno, end, asks, attributes, ends, asks and anywhere, same)
+
+    def _calls_the_same(self, node: Any) -> bool:
+        """Whether both ways name the same of the module's attributes, and do no arithmetic: checkpointing, say."""
+        if not isinstance(node, ast.If):
+            return False
+        ways = [ast.Module(body, []) for body in (node.body, node.orelse)]
+        computes = any(isinstance(part, (ast.BinOp, ast.UnaryOp, ast.AugAssign)) for way in ways for part in ast.walk(way))
+        return not computes and self._attributes([ways[0]]) == self._attributes([ways[1]])
 
     def _asks(self, value: ast.AST) -> bool:
         return any(isinstance(part, ast.Name) and part.id in self.optional for part in ast.walk(value))

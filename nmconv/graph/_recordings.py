@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -36,13 +37,22 @@ def inputs_of(model: nn.Module, example_inputs: Any) -> Inputs:
     return guess
 
 
-def recordings_of(model: nn.Module, example_inputs: Any = None) -> Recordings:
+def recordings_of(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    choices: bool = False,
+    methods: Mapping[str, Any] | None = None,
+) -> Recordings:
     """Record a model in eval and train mode, at two sizes, and in each context that its code asks for.
 
     Args:
         model: Read only.
         example_inputs: What it is called with, or None for a guess.
+        choices: Whether with other truth values and enum members, and at its other entry points, too.
+        methods: Further methods, and example inputs of each.
 
     Raises: as :func:`nmconv.recording.record` does.
     """
-    return record(model, inputs_of(model, example_inputs), is_leaf)
+    given = {name: given_inputs(value) for name, value in (methods or {}).items()}
+    return record(model, inputs_of(model, example_inputs), is_leaf, choices=choices, methods=given)

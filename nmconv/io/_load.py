@@ -35,8 +35,8 @@ def load(
     """Make of a pristine model the one that was saved: converted and merged as the file says, with its weights.
 
     Nothing is decided or checked for gain again, and no forward pass is run on data. The tensors take the dtype and
-    device of the model's own, as with ``load_state_dict``; merged convolutions take their heads'. Parameters on the meta
-    device are made on the CPU. The model's mode, train or eval, stays.
+    device of the model's own, as with ``load_state_dict``; merged convolutions take their heads'. Parameters on the
+    meta device are made on the CPU. The model's mode, train or eval, stays.
 
     Args:
         model: As it was before it was converted and merged: built by the same code, with any weights.

@@ -14,6 +14,7 @@ from nmconv.graph import THROUGH, Element, Join, elements_from, is_norm_act, ste
 from nmconv.merging._asking import get_merges
 from nmconv.merging._brackets import Node, Segment, geometry_of_nodes, nodes_of
 from nmconv.merging._folded import AfterNorm, FoldedDropout, FoldedNorm, Told, folded_kind, told_of
+from nmconv.merging._guards import guard
 from nmconv.merging._live import LIVE, go_live
 from nmconv.merging._module import filled, is_channels_last, laid_out, like_of
 from nmconv.merging._numbers import affine_in_double
@@ -146,8 +147,10 @@ def install(
         cls = rewritten(type(module), (method,))
         undo.append(restoring_class(module))
         module.__class__ = cls
+    rounds = (*get_merges(model), tuple(merges))
+    guard(model, (merge for round in rounds for merge in round), methods, undo)
     undo.append(_restoring_mark(model))
-    model.__dict__[MERGED] = (*get_merges(model), tuple(merges))
+    model.__dict__[MERGED] = rounds
 
 
 def bake(model: nn.Module, undo: Undo) -> None:

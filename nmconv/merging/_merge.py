@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from nmconv.merging._brackets import Node, Price, Segment, bracket, nodes_of
 from nmconv.merging._called import outputs
 from nmconv.merging._checks import check_made, check_mode, check_options
 from nmconv.merging._describe import described, parameters_of
+from nmconv.merging._guards import guarded
 from nmconv.merging._install import bake, check_calls, install, record, trains, write_methods
 from nmconv.merging._latency import LatencyGate, is_slower
 from nmconv.merging._live import affine_of_nodes, why_not_live
@@ -53,6 +54,7 @@ def merge(
     backend: str = "eager",
     live: bool = False,
     example_inputs: Any = None,
+    methods: Mapping[str, Any] | None = None,
     inplace: bool = False,
     witness: bool = True,
 ) -> nn.Module:
@@ -78,6 +80,9 @@ def merge(
             ``example_inputs`` tell how large that is; the latency gate does not.
         example_inputs: What the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
             Where given, the whole model is run on them before and after.
+        methods: Further methods that the merged model will be called by, each with example inputs of its own, such as
+            ``{"forward_intermediates": images}``: what they read stays. Of methods not named here,
+            ``forward_intermediates`` raises where it would read inside of what was merged.
         inplace: Change ``model`` itself instead of a copy.
         witness: Record the model's own run before and after, as :func:`nmconv.convert` does: what is no linear run in
             every recording is left out, and the result is held against the original. False skips that.
@@ -97,7 +102,7 @@ def merge(
     """
     check_options(gate, min_gain, backend, example_inputs)
     check_mode(model, "merge")
-    seen = Witness(model, example_inputs) if witness else None
+    seen = Witness(model, example_inputs, choices=True, methods=methods) if witness else None
     with mode_hidden(), undone_on_failure() as undo:
         baking = any(merge.live for merges in get_merges(model) for merge in merges)
         if baking:
@@ -143,7 +148,7 @@ def fold_norms(
     """
     check_mode(model, "fold norms")
     check_examples(example_inputs)
-    seen = Witness(model, example_inputs) if witness else None
+    seen = Witness(model, example_inputs, choices=True) if witness else None
     return _folded(model, seen, inplace, example_inputs)
 
 
@@ -171,7 +176,7 @@ def find_runs(
     """
     check_made(model, "look at")
     check_examples(example_inputs)
-    seen = Witness(model, example_inputs) if witness else None
+    seen = Witness(model, example_inputs, choices=True) if witness else None
     with mode_hidden():
         made = _Merging(model, example_inputs, False, seen)
         made.settle(_flops(min_gain), fold=True, fewest=False)
@@ -311,6 +316,7 @@ class _Merging:
         if not self.segments:
             return self._model if inplace else copy_of(self._model)
         convs: dict[str, nn.Module] = {}
+        self._merges = guarded(self._model, self._witness, self._merges)
         merges, last = self._merges, is_channels_last(self._model)
         for segment, merge in zip(self.segments, merges, strict=True):
             like = like_of(self._named(merge.head))
@@ -333,7 +339,8 @@ class _Merging:
         install(model, merges, convs, self._methods, undo)
         check_calls(calls, calls_by_kind(model, training=False, example_inputs=self._examples), merges, self.segments)
         if self._witness is not None:
-            self._witness.check(model, None, [*self._baked, *groups_of(merges)])
+            closed = {name for merge in merges for name in merge.closed}
+            self._witness.check(model, None, [*self._baked, *groups_of(merges)], closed)
         if before is not None:
             exact = partial(_outputs_in_double, original, self._examples)
             check_model_outputs(before, outputs(model, self._examples), exact, [merge.head for merge in merges])

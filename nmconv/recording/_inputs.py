@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from nmconv.recording._records import Spec, map_tensors
 
-__all__ = ["Inputs", "given_inputs", "guessed_inputs", "other_sizes"]
+__all__ = ["Inputs", "given_inputs", "guessed_inputs", "other_choices", "other_sizes"]
 
 _MORE = 32  # elements along each spatial axis of the other size: what most patches and strides divide
 
@@ -78,6 +79,30 @@ def other_sizes(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
     for name, size, batch in (("other size", True, True), ("other size", True, False), ("other batch", False, True)):
         other = partial(_other, size=size, batch=batch)
         yield name, Inputs(map_tensors(inputs.args, other), map_tensors(inputs.kwargs, other))
+
+
+def other_choices(model: nn.Module, inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
+    """The arguments with each truth value the other way, and each enum's other members."""
+    try:
+        signature = inspect.signature(model.forward)
+        bound = signature.bind(*inputs.args, **inputs.kwargs)
+    except (TypeError, ValueError):
+        return
+    bound.apply_defaults()
+    for name, value in bound.arguments.items():
+        for other in _others(value, signature.parameters[name].annotation):
+            changed = signature.bind(*bound.args, **bound.kwargs)
+            changed.apply_defaults()
+            changed.arguments[name] = other
+            yield f"{name}={other!r}", Inputs(changed.args, changed.kwargs)
+
+
+def _others(value: Any, annotation: Any) -> tuple[Any, ...]:
+    if isinstance(value, bool):
+        return (not value,)
+    if isinstance(value, Enum):
+        return tuple(member for member in type(value) if member is not value)
+    return (True, False) if value is None and "bool" in str(annotation) else ()
 
 
 def _other(spec: Spec, size: bool, batch: bool) -> Spec:

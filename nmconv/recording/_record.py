@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -15,10 +15,10 @@ from nmconv.errors import OptionError
 from nmconv.recording._answers import Answers, ModelRaised, NeedsData
 from nmconv.recording._asking import asks_for
 from nmconv.recording._copy import meta_copy
-from nmconv.recording._inputs import Inputs, other_sizes
+from nmconv.recording._inputs import Inputs, other_choices, other_sizes
 from nmconv.recording._outcomes import Outcomes
 from nmconv.recording._real import real_run
-from nmconv.recording._recorder import Recorder
+from nmconv.recording._recorder import TENSOR, Recorder
 from nmconv.recording._records import Call, Frame, Recording, Spec
 
 __all__ = ["Failure", "Recordings", "record", "record_again", "record_call"]
@@ -56,7 +56,14 @@ class Recordings:
     outcomes: Outcomes = field(default_factory=dict)
 
 
-def record(model: nn.Module, inputs: Inputs, is_leaf: IsLeaf) -> Recordings:
+def record(
+    model: nn.Module,
+    inputs: Inputs,
+    is_leaf: IsLeaf,
+    *,
+    choices: bool = False,
+    methods: Mapping[str, Inputs] | None = None,
+) -> Recordings:
     """Record a model in eval and train mode, at two sizes, and in each context that its code asks for.
 
     The model is not entered: a copy on the meta device runs. Where data decide what happens, a real copy runs once to
@@ -66,9 +73,12 @@ def record(model: nn.Module, inputs: Inputs, is_leaf: IsLeaf) -> Recordings:
         model: Read only.
         inputs: What it is called with.
         is_leaf: Whether a module is one node.
+        choices: Whether to record it with each truth value among its arguments the other way, too, and with the other
+            members of enums; and its entry points besides forward that are known by name.
+        methods: Further methods, and what they are called with.
 
     Raises:
-        OptionError: If it cannot be called with ``inputs`` in either mode.
+        OptionError: If it cannot be called with ``inputs`` in either mode, or one of ``methods`` with what is given.
         ModelTypeError: If it cannot be copied, or its copy reaches the model itself.
         InternalError: If the recorder fails.
     """
@@ -91,7 +101,35 @@ def record(model: nn.Module, inputs: Inputs, is_leaf: IsLeaf) -> Recordings:
     for run in whole.values():
         for call in _contexts(run, model):
             _try_to_add(found, model, call, inputs, is_leaf)
+    for name, given in (methods or {}).items():
+        call = Call(f"eval, {name}", False, given.args, given.kwargs, name)
+        errors = {}
+        if not _try_to_add(found, model, call, given, is_leaf, errors):
+            raise _cannot_be_called(model, given, errors[False], name) from errors[False]
+    if choices and False in whole:
+        for call in _choices(found, whole[False], model, inputs, set(methods or ())):
+            _try_to_add(found, model, call, replace(inputs, real=None), is_leaf)
     return found
+
+
+def _choices(found: Recordings, run: Recording, model: nn.Module, inputs: Inputs, given: set[str]) -> Iterator[Call]:
+    """Further calls of a model: other choices among its arguments, and its other entry points."""
+    for name, other in other_choices(model, inputs):
+        yield replace(run.call, name=f"eval, {name}", args=other.args, kwargs=other.kwargs, optional=True)
+    for name in ("forward_features", "forward_head", "forward_intermediates"):
+        if name in given or not callable(getattr(model, name, None)):
+            continue
+        args, kwargs = inputs.args, inputs.kwargs
+        if name == "forward_head":
+            features = found.runs[-1]
+            if features.call.method != "forward_features" or features.output[0] != TENSOR:
+                continue
+            read = features.output[1][0][0]
+            args, kwargs = (Spec(features.facts[read].shapes[0], args[0].dtype),), {}
+        closable = name == "forward_intermediates"
+        yield replace(
+            run.call, name=f"eval, {name}", args=args, kwargs=kwargs, method=name, optional=True, closable=closable
+        )
 
 
 def record_again(model: nn.Module, run: Recording, found: Recordings, is_leaf: IsLeaf) -> Recording:
@@ -213,13 +251,14 @@ def _contexts(run: Recording, model: nn.Module) -> Iterator[Call]:
         yield replace(run.call, name=f"{run.call.name}, autocast", autocast="cpu" if device == "meta" else device)
 
 
-def _cannot_be_called(model: nn.Module, inputs: Inputs, error: Exception) -> OptionError:
+def _cannot_be_called(model: nn.Module, inputs: Inputs, error: Exception, method: str = "") -> OptionError:
     shapes = [tuple(leaf.shape) if isinstance(leaf, Spec) else leaf for leaf in (*inputs.args, *inputs.kwargs.values())]
     text = str(error).strip().split("\n")[0][:300]
     given = f"example_inputs of {shapes!r:.80}" if inputs.real is not None else f"a guessed input of {shapes!r:.80}"
     way = "give others" if inputs.real is not None else "pass example_inputs that it can be called with"
+    name = f"{method} of this {type(model).__name__}" if method else f"this {type(model).__name__}"
     return OptionError(
-        f"this {type(model).__name__} cannot be called with {given} ({type(error).__name__}: {text}): {way}, or "
+        f"{name} cannot be called with {given} ({type(error).__name__}: {text}): {way}, or "
         "witness=False to go without any check of the result"
     )
 

@@ -62,6 +62,8 @@ class Call:
         method: Which method.
         grad: Whether gradients are recorded.
         autocast: The type of device for which autocast is on, or "".
+        optional: Whether a result may refuse it with an error of the library's own.
+        closable: Whether what it reads inside of what is merged lets it be refused, and does not end the run.
     """
 
     name: str
@@ -71,6 +73,8 @@ class Call:
     method: str = "forward"
     grad: bool = True
     autocast: str = ""
+    optional: bool = False
+    closable: bool = False
 
 
 @dataclass(eq=False)

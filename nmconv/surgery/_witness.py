@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from nmconv.errors import WitnessError
+from nmconv.errors import NmconvError, WitnessError
 from nmconv.graph import Reading, is_leaf, recordings_of
 from nmconv.planning import Plan
 from nmconv.recording import ModelRaised, NeedsData, Recording, record_again
@@ -22,14 +22,23 @@ class Witness:
     Args:
         model: Recorded now, in both modes and at two sizes; read only.
         example_inputs: What it is called with, or None for a guess.
+        choices: Whether to record it with other truth values among its arguments and at other entry points, too.
+        methods: Further methods to record, and example inputs of each.
 
     Raises:
         OptionError: If it cannot be called with them.
         ModelTypeError: If it cannot be copied.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Any = None) -> None:
-        self.recordings = recordings_of(model, example_inputs)
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any = None,
+        *,
+        choices: bool = False,
+        methods: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.recordings = recordings_of(model, example_inputs, choices=choices, methods=methods)
         self._model = model
 
     def check_reading(self, reading: Reading) -> None:
@@ -47,18 +56,30 @@ class Witness:
                         "depend on the kind of tensor it is given, or give the part that can be read"
                     )
 
-    def check(self, result: nn.Module, plan: Plan | None, groups: Iterable[Group] = ()) -> None:
+    def check(
+        self, result: nn.Module, plan: Plan | None, groups: Iterable[Group] = (), closed: Container[str] = ()
+    ) -> None:
         """Hold a changed model against the original, the plan and the merges.
+
+        Args:
+            result: What became of the model.
+            plan: By which it was converted meanwhile, or None.
+            groups: What was merged meanwhile.
+            closed: Methods that raise now.
 
         Raises:
             WitnessError: If it does anything else; the text shows the first difference.
         """
         changes = changes_of(plan, groups)
         for before in self.recordings.runs:
+            if before.call.method in closed:
+                continue
             try:
                 after = record_again(result, before, self.recordings, is_leaf)
             except ModelRaised as raised:
                 error = raised.error
+                if before.call.optional and isinstance(error, NmconvError):
+                    continue  # it says so itself
                 raise self._error(before, Difference(f"it raises {type(error).__name__}: {error}")) from error
             except NeedsData as asked:
                 raise self._error(before, Difference(f"it asks for other numbers: {asked}")) from asked
@@ -71,9 +92,14 @@ class Witness:
         changes = changes_of(plan, groups)
         found: dict[str, str] = {}
         for run in self.recordings.runs:
-            for head, why in broken_groups(run, changes).items():
+            for head, why in ({} if run.call.closable else broken_groups(run, changes)).items():
                 found.setdefault(head, f"{why} ({run.call.name})")
         return found
+
+    @staticmethod
+    def broken_in(run: Recording, groups: Sequence[Group]) -> Mapping[str, str]:
+        """The same for one recording."""
+        return broken_groups(run, changes_of(None, groups))
 
     def _error(self, before: Recording, found: Difference) -> WitnessError:
         again = record_again(self._model, before, self.recordings, is_leaf)

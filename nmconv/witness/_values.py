@@ -50,7 +50,7 @@ def values_of(recording: Recording, changes: Changes, table: Table, added: Mappi
         table: Shared with what it is compared with.
         added: From the names of modules that call moved activations to the classes of these.
     """
-    return _Numbering(recording, changes, table, set(), {}, {}, added, {}).values()
+    return _Numbering(recording, changes, table, set(), {}, {}, added, {}, expected=False).values()
 
 
 def expected_values(recording: Recording, changes: Changes, table: Table, moved: Mapping[Content, int]) -> Values:
@@ -67,7 +67,7 @@ def expected_values(recording: Recording, changes: Changes, table: Table, moved:
     found = sums_of(recording, [each for group in changes.groups for each in group.sums])
     grouped = {node: inner[id(each)] for node, each in found.items()}
     sums = sums_of(recording, changes.sums)
-    return _Numbering(recording, changes, table, dropped, sums, grouped, {}, moved).values()
+    return _Numbering(recording, changes, table, dropped, sums, grouped, {}, moved, expected=True).values()
 
 
 class _Numbering:
@@ -83,7 +83,10 @@ class _Numbering:
         grouped: Mapping[Node, Group],
         added: Mapping[str, frozenset[str]],
         moved: Mapping[Content, int],
+        *,
+        expected: bool,
     ) -> None:
+        self._expected = expected
         self._recording = recording
         self._facts = recording.facts
         self._changes = changes
@@ -255,7 +258,13 @@ class _Numbering:
     def _check_groups(self) -> None:
         """Note groups that are called several times, given values in the middle, or read there."""
         broken = self._made.broken
+        called = {fact.label for node, fact in self._facts.items() if node.op == "call_module"}
+        called |= {frame.path for frame in self._recording.frames}
         for head, nodes in self._members.items():
+            missing = self._group[nodes[0]].members - called
+            if missing and self._expected:
+                broken[head] = f"{self._facts[nodes[0]].label} is called without {min(missing)}"
+                continue
             labels = [self._facts[node].label for node in nodes if node.op == "call_module"]
             twice = next((label for label in labels if labels.count(label) > 1), None)
             if twice is not None:

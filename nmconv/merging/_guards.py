@@ -1,0 +1,199 @@
+"""Calls of a merged model that it was not merged for: refused with a clear error, in its forward itself."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from enum import Enum
+from typing import Any
+
+from torch import nn
+
+from nmconv.errors import MergeError
+from nmconv.graph import chosen_by
+from nmconv.merging._records import Guard, Merge
+from nmconv.merging._seen import groups_of
+from nmconv.recording import Frame, Recording
+from nmconv.surgery import Method, Undo, Witness, restoring_class, rewritten
+
+__all__ = ["check_argument", "guard", "guarded", "refuse_method"]
+
+_PLAIN = (type(None), bool, int, float, str)
+
+
+def guarded(model: nn.Module, witness: Witness | None, merges: Sequence[Merge]) -> list[Merge]:
+    """The merges, each with what a caller must not change: arguments that forwards choose by, methods that read inside.
+
+    Args:
+        model: As it was recorded.
+        witness: What it did; None: nothing is known, and nothing guarded.
+        merges: To be made.
+    """
+    if witness is None:
+        return list(merges)
+    groups = groups_of(merges)
+    closed: dict[str, list[str]] = {}
+    for run in witness.recordings.runs:
+        if run.call.closable:
+            for head in witness.broken_in(run, groups):
+                closed.setdefault(head, []).append(run.call.method)
+    runs = witness.recordings.runs
+    found = []
+    for merge in merges:
+        members = {merge.head, *merge.removed}
+        guards = dict.fromkeys(each for frame in _frames(runs[0], members) for each in _guards_of(model, frame, runs))
+        found.append(replace(merge, guards=tuple(guards), closed=tuple(dict.fromkeys(closed.get(merge.head, ())))))
+    return found
+
+
+def _frames(run: Recording, members: set[str]) -> list[Frame]:
+    """The forwards that a run is in, from the innermost that all of it is in on."""
+    ways: list[list[Frame]] = []
+    for node, fact in run.facts.items():
+        if (node.op == "call_module" and fact.label in members) or fact.frame.path in members:
+            ways.append([*_ancestors(fact.frame)])
+    if not ways:
+        return []
+    shared = set.intersection(*({id(frame) for frame in way} for way in ways))
+    found: dict[int, Frame] = {}
+    for way in ways:
+        for frame in way:
+            found[id(frame)] = frame
+            if id(frame) in shared:
+                break
+    return [frame for frame in found.values() if frame.parent is not None]
+
+
+def _ancestors(frame: Frame | None) -> Iterator[Frame]:
+    while frame is not None:
+        yield frame
+        frame = frame.parent
+
+
+def _guards_of(model: nn.Module, frame: Frame, runs: Sequence[Recording]) -> Iterator[Guard]:
+    module = model.get_submodule(frame.path)
+    given = _given(module, frame)
+    plain = {name: value for name, value in given.items() if type(value) in _PLAIN and not isinstance(value, Enum)}
+    chosen = chosen_by(module) if plain else frozenset()
+    for name, value in plain.items():
+        if (chosen is None or name in chosen) and not _varied(module, frame.path, name, value, runs):
+            yield Guard(frame.path, name, json.dumps(value))
+
+
+def _given(module: nn.Module, frame: Frame) -> dict[str, Any]:
+    try:
+        bound = inspect.signature(module.forward).bind(*frame.args, **frame.kwargs)
+    except (TypeError, ValueError):
+        return {}
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def _varied(module: nn.Module, path: str, name: str, value: Any, runs: Sequence[Recording]) -> bool:
+    """Whether a truth value was recorded the other way, too."""
+    if type(value) is not bool:
+        return False
+    frames = (frame for run in runs for frame in run.frames if frame.path == path)
+    return any(_given(module, frame).get(name, value) != value for frame in frames)
+
+
+# -- in the model -----------------------------------------------------------------------------------------------------
+
+
+def check_argument(value: Any, expected: Any, owner: str, name: str) -> None:
+    """Raise MergeError unless an argument is what the model was merged for."""
+    if value is expected or (type(value) is type(expected) and isinstance(value, _PLAIN) and value == expected):
+        return
+    shown = repr(value) if isinstance(value, _PLAIN) else f"a {type(value).__name__}"
+    raise MergeError(
+        f"{owner or 'the model'} was merged by nmconv for {name}={expected!r} and is called with {shown}, by which it "
+        "does something else inside of what is one convolution now: call the model that was not merged, or merge it "
+        "with example_inputs that call it like this"
+    )
+
+
+def refuse_method(name: str) -> None:
+    """Raise MergeError for a method that reads values inside of what was merged."""
+    raise MergeError(
+        f"{name} reads values inside of what was merged into one convolution: call it on the model that was not "
+        f"merged, or merge with methods={{{name!r}: its inputs}}, which leaves what it reads"
+    )
+
+
+def guard(model: nn.Module, merges: Iterable[Merge], rewritten_owners: Iterable[str], undo: Undo) -> None:
+    """Let the forwards of a merged model check their arguments.
+
+    Args:
+        model: Changed.
+        merges: All that were made in it.
+        rewritten_owners: Qualified names of modules whose forward was rewritten: it checks all of its arguments.
+        undo: Appended to.
+
+    Raises:
+        MergeError: If a forward is set on an object, where no class can check.
+    """
+    done = set(rewritten_owners)
+    wanted: dict[str, dict[str, str]] = {}
+    closed: dict[str, None] = {}
+    for merge in merges:
+        closed.update(dict.fromkeys(merge.closed))
+        for each in merge.guards:
+            wanted.setdefault(each.owner, {})[each.argument] = each.value
+    methods: dict[str, list[Method]] = {}
+    for owner, arguments in wanted.items():
+        module = model.get_submodule(owner)
+        if owner in done or _checks_all(module):
+            continue
+        if "forward" in module.__dict__:
+            raise MergeError(
+                f"{owner or 'the model'} has a forward set on the object, which chooses by {', '.join(arguments)}: "
+                "give its class that forward"
+            )
+        methods.setdefault(owner, []).append(_checking(module, owner, arguments))
+    for name in closed:
+        source = f"def {name}(self, *args, **kwargs):\n    _refuse({name!r})\n"
+        methods.setdefault("", []).append(Method(name, source, (("_refuse", f"{__name__}:refuse_method"),)))
+    for owner, made in methods.items():
+        module = model.get_submodule(owner)
+        undo.append(restoring_class(module))
+        module.__class__ = rewritten(type(module), tuple(made))
+
+
+_MARK = "_argument("
+
+
+def _checks_all(module: nn.Module) -> bool:
+    """Whether its forward was rewritten by a conversion or for a sum, and not to check arguments."""
+    methods = getattr(type(module), "_nmconv_methods", ())
+    return any(method.name == "forward" and _MARK not in method.source for method in methods)
+
+
+def _checking(module: nn.Module, owner: str, arguments: dict[str, str]) -> Method:
+    """A forward that checks arguments and calls the class's own."""
+    base = getattr(type(module), "_nmconv_base", type(module))
+    parameters = list(inspect.signature(base.forward).parameters.values())
+    shown: list[str] = []
+    passed: list[str] = []
+    bound: dict[str, Any] = {"_argument": check_argument}
+    for at, parameter in enumerate(parameters):
+        kind = parameter.kind
+        stars = "*" if kind is parameter.VAR_POSITIONAL else "**" if kind is parameter.VAR_KEYWORD else ""
+        if kind is parameter.KEYWORD_ONLY and not any(text.startswith("*") for text in shown):
+            shown.append("*")
+        text = stars + parameter.name
+        if parameter.default is not parameter.empty:
+            bound[f"_default_{parameter.name}"] = parameter.default
+            text += f"=_default_{parameter.name}"
+        shown.append(text)
+        if at:
+            named = kind is parameter.KEYWORD_ONLY
+            passed.append(f"{parameter.name}={parameter.name}" if named else stars + parameter.name)
+    own = parameters[0].name
+    lines = [f"def forward({', '.join(shown)}):"]
+    for name, value in arguments.items():
+        bound[f"_expected_{name}"] = json.loads(value)
+        lines.append(f"    _argument({name}, _expected_{name}, {owner!r}, {name!r})")
+    lines.append(f"    return type({own})._nmconv_base.forward({', '.join([own, *passed])})")
+    return Method.with_globals("forward", "\n".join(lines) + "\n", bound)
