@@ -24,6 +24,7 @@ from nmconv.merging import Merge, Run, find_runs, fold_norms, get_merges, merge
 from nmconv.planning import Counts, Kernel, Plan, Ratio, Site, Unit, Untraced
 from nmconv.searching import Candidate, Sensitivity, search, sensitivity
 from nmconv.surgery import apply_plan, convert, get_plan, make_plan
+from nmconv.verifying import verify
 
 __version__ = "0.1.0"
 
@@ -72,4 +73,5 @@ __all__ = [
     "save",
     "search",
     "sensitivity",
+    "verify",
 ]

@@ -207,7 +207,9 @@ class _Reader:
         if not isinstance(node, ast.If):
             return False
         ways = [ast.Module(body, []) for body in (node.body, node.orelse)]
-        computes = any(isinstance(part, (ast.BinOp, ast.UnaryOp, ast.AugAssign)) for way in ways for part in ast.walk(way))
+        computes = any(
+            isinstance(part, (ast.BinOp, ast.UnaryOp, ast.AugAssign)) for way in ways for part in ast.walk(way)
+        )
         return not computes and self._attributes([ways[0]]) == self._attributes([ways[1]])
 
     def _asks(self, value: ast.AST) -> bool:

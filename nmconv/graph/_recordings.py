@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from nmconv.errors import OptionError
 from nmconv.graph._modules import leaf_op
-from nmconv.graph._zoo import default_input_size
-from nmconv.recording import Inputs, Recordings, given_inputs, guessed_inputs, record
+from nmconv.graph._zoo import default_input_size, takes_list_of_images
+from nmconv.recording import Inputs, Recordings, Spec, given_inputs, guessed_inputs, record
 
 __all__ = ["inputs_of", "is_leaf", "recordings_of"]
 
@@ -28,6 +29,8 @@ def inputs_of(model: nn.Module, example_inputs: Any) -> Inputs:
     """
     if example_inputs is not None:
         return given_inputs(example_inputs)
+    if takes_list_of_images(model):
+        return Inputs(([Spec((3, 224, 224), torch.float32)],), {})
     guess = guessed_inputs(model, default_input_size(model))
     if guess is None:
         raise OptionError(

@@ -24,6 +24,7 @@ __all__ = [
     "module_op",
     "pads_same",
     "stage_names",
+    "takes_list_of_images",
 ]
 
 THROUGH = "_nmconv_through"  # on a module that only hands on what it gets, whatever its class
@@ -139,8 +140,14 @@ def default_input_size(model: nn.Module) -> tuple[int, ...] | None:
     if _path(type(model)).startswith("torchvision.models.inception"):
         return (3, 299, 299)
     if _path(type(model)).startswith("torchvision.models.video") and "torchvision" in sys.modules:
-        return (3, 16, 112, 112)
+        return (3, 16, 224, 224) if _path(type(model)).startswith("torchvision.models.video.s3d") else (3, 16, 112, 112)
     return None
+
+
+def takes_list_of_images(model: nn.Module) -> bool:
+    """Whether the model is one of torchvision's detectors, which is given images in a list, without a batch."""
+    path = _path(type(model))
+    return path.startswith("torchvision.models.detection.") and hasattr(model, "transform")
 
 
 def pads_same(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nmconv.recording._records import Fact, memory_of
 
-__all__ = ["Outcome", "Outcomes", "key_of_function", "key_of_module", "outcome_of_norm"]
+__all__ = ["Outcome", "Outcomes", "key_of_function", "key_of_module", "outcome_of_norm", "remembered"]
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,30 @@ class Outcome:
 
 
 Outcomes = dict[Any, "Outcome | None"]
+_MOST = 20_000  # a key and an outcome take about a kilobyte
 
 
-def outcome_of_norm(value: Tensor, tensors: Sequence[Tensor]) -> Outcome:
-    """What ``F.batch_norm`` gives: torch takes milliseconds to find out that it is alike to its input."""
+def remembered() -> Outcomes:
+    """The outcomes of this process: what decides them is all in their keys."""
+    if len(_outcomes) > _MOST:
+        _outcomes.clear()
+    return _outcomes
+
+
+_outcomes: Outcomes = {}
+
+
+def outcome_of_norm(value: Tensor, tensors: Sequence[Tensor], counter: Tensor | None = None) -> Outcome:
+    """What a batch norm gives: torch takes milliseconds to find out that it is alike to its input.
+
+    Args:
+        value: The input.
+        tensors: Of the call, the input and the norm's own.
+        counter: What it adds one to, if anything.
+    """
     wants_grad = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
-    return Outcome(tuple(value.shape), value.stride(), value.dtype, wants_grad, ())
+    written = tuple(at for at, each in enumerate(tensors) if each is counter)
+    return Outcome(tuple(value.shape), value.stride(), value.dtype, wants_grad, written)
 
 
 def key_of_module(module: nn.Module, fact: Fact, tensors: Sequence[Tensor]) -> Any:
@@ -66,7 +84,7 @@ def key_of_module(module: nn.Module, fact: Fact, tensors: Sequence[Tensor]) -> A
     own_forward = not type(module).forward.__module__.startswith("torch.nn.modules.")
     if own_forward or module._modules or fact.form[1]:
         return None
-    own = tuple(value.dtype for value in module._parameters.values() if value is not None)
+    own = tuple((value.shape, value.dtype) for value in module._parameters.values() if value is not None)
     return type(module), fact.settings, module.training, fact.form, fact.context, tuple(map(_kind, tensors)), own
 
 

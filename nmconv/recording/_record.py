@@ -16,7 +16,7 @@ from nmconv.recording._answers import Answers, ModelRaised, NeedsData
 from nmconv.recording._asking import asks_for
 from nmconv.recording._copy import meta_copy
 from nmconv.recording._inputs import Inputs, other_choices, other_sizes
-from nmconv.recording._outcomes import Outcomes
+from nmconv.recording._outcomes import Outcomes, remembered
 from nmconv.recording._real import real_run
 from nmconv.recording._recorder import TENSOR, Recorder
 from nmconv.recording._records import Call, Frame, Recording, Spec
@@ -48,12 +48,10 @@ class Recordings:
     Attributes:
         runs: In the order they were made.
         failures: Parts that do not run in one of the modes, and neither do their own parts in its place.
-        outcomes: What leaves gave on inputs of each kind, to record faster.
     """
 
     runs: list[Recording] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
-    outcomes: Outcomes = field(default_factory=dict)
 
 
 def record(
@@ -132,25 +130,22 @@ def _choices(found: Recordings, run: Recording, model: nn.Module, inputs: Inputs
         )
 
 
-def record_again(model: nn.Module, run: Recording, found: Recordings, is_leaf: IsLeaf) -> Recording:
+def record_again(model: nn.Module, run: Recording, is_leaf: IsLeaf) -> Recording:
     """Record a model in the way that one run of another was recorded.
 
     Args:
         model: Read only.
         run: Of the other one.
-        found: That ``run`` is in.
         is_leaf: Whether a module is one node.
 
     Raises:
         NeedsData: If it asks for other numbers than the other model did, whose answers it gets.
         ModelRaised: If the model's code raises.
     """
-    return record_call(model, run.call, run.path, is_leaf, run.answers, found.outcomes)
+    return record_call(model, run.call, run.path, is_leaf, run.answers)
 
 
-def record_call(
-    model: nn.Module, call: Call, path: str, is_leaf: IsLeaf, answers: Answers, outcomes: Outcomes
-) -> Recording:
+def record_call(model: nn.Module, call: Call, path: str, is_leaf: IsLeaf, answers: Answers) -> Recording:
     """Record one call of a model, or of a part of it.
 
     Raises:
@@ -158,10 +153,8 @@ def record_call(
         ModelRaised: If the model's code raises.
     """
     try:
-        return _recorded(model, call, path, is_leaf, answers, outcomes)
+        return _recorded(model, call, path, is_leaf, answers, remembered())
     except ModelRaised:
-        if not outcomes:
-            raise
         return _recorded(model, call, path, is_leaf, answers, {})  # it may have asked for autograd's graph
 
 
@@ -180,7 +173,7 @@ def _recorded(
 
 def _add(found: Recordings, model: nn.Module, call: Call, inputs: Inputs, is_leaf: IsLeaf, path: str = "") -> Recording:
     try:
-        made = record_call(model, call, path, is_leaf, Answers(), found.outcomes)
+        made = record_call(model, call, path, is_leaf, Answers())
     except NeedsData as asked:
         if any(value.is_meta for value in model.parameters()):
             text = f"{asked} decides what it does, and a model on the meta device has no data"
@@ -188,7 +181,7 @@ def _add(found: Recordings, model: nn.Module, call: Call, inputs: Inputs, is_lea
         with _chance():
             answers = real_run(model, call, path, inputs.real, is_leaf)
         try:
-            made = record_call(model, call, path, is_leaf, answers, found.outcomes)
+            made = record_call(model, call, path, is_leaf, answers)
         except NeedsData as still:
             raise ModelRaised(RuntimeError(f"{still} asks for data otherwise each time it is called")) from None
     found.runs.append(made)

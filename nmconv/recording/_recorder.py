@@ -209,6 +209,9 @@ class Recorder(TorchFunctionMode):
         with self._ours():
             node, tensors = self._module_node(module, path, args, kwargs)
             key = key_of_module(module, self._facts[node], tensors)
+            if key is not None and isinstance(module, nn.modules.batchnorm._BatchNorm) and len(args) == 1:
+                counter = module.num_batches_tracked if module.training else None
+                self._outcomes.setdefault(key, outcome_of_norm(args[0], tensors, counter))
         return self._called(node, key, tensors, lambda: forward(*args, **kwargs))
 
     def _called(self, node: Node, key: Any, tensors: list[Tensor], do: Callable[[], Any]) -> Any:

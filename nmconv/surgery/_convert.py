@@ -147,6 +147,8 @@ def convert(
     with mode_hidden():  # once, not for every trace
         plan, known, reading = _planned(model, options, example_inputs)
         seen = _seen(model, example_inputs, reading) if witness else None
+        if seen is not None:
+            plan = replace(plan, untraced=(*plan.untraced, *seen.unseen(plan)))
         return _applied(model, plan, known, inplace, reading.calls, example_inputs, seen)
 
 

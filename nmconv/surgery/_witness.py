@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from nmconv.errors import NmconvError, WitnessError
 from nmconv.graph import Reading, is_leaf, recordings_of
-from nmconv.planning import Plan
+from nmconv.planning import Plan, Untraced
 from nmconv.recording import ModelRaised, NeedsData, Recording, record_again
 from nmconv.witness import Difference, Group, broken_groups, changes_of, compare
 
@@ -56,6 +56,17 @@ class Witness:
                         "depend on the kind of tensor it is given, or give the part that can be read"
                     )
 
+    def unseen(self, plan: Plan) -> Iterator[Untraced]:
+        """Parts with sites of the plan that run in one mode only, not even alone: they are seen in the other one."""
+        for failure in self.recordings.failures:
+            prefix = f"{failure.path}." if failure.path else ""
+            if any(site.owner == failure.path or site.owner.startswith(prefix) for site in plan.changes):
+                yield Untraced(
+                    failure.path,
+                    f"it does not run in {failure.mode} mode ({failure.reason}), where the result was not checked",
+                    f"Pass example_inputs that it can be called with in {failure.mode} mode, too",
+                )
+
     def check(
         self, result: nn.Module, plan: Plan | None, groups: Iterable[Group] = (), closed: Container[str] = ()
     ) -> None:
@@ -75,7 +86,7 @@ class Witness:
             if before.call.method in closed:
                 continue
             try:
-                after = record_again(result, before, self.recordings, is_leaf)
+                after = record_again(result, before, is_leaf)
             except ModelRaised as raised:
                 error = raised.error
                 if before.call.optional and isinstance(error, NmconvError):
@@ -102,7 +113,7 @@ class Witness:
         return broken_groups(run, changes_of(None, groups))
 
     def _error(self, before: Recording, found: Difference) -> WitnessError:
-        again = record_again(self._model, before, self.recordings, is_leaf)
+        again = record_again(self._model, before, is_leaf)
         if compare(before, again, changes_of(None)) is not None:
             text = "the model itself runs otherwise each time it is called, so that nothing can be checked"
         else:
