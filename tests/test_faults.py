@@ -344,14 +344,14 @@ def test_convolutions_and_norms_of_parameters_do_not_lose_the_model():
         r1=nn.ReLU(),
         r2=nn.ReLU(),
     ).eval()
-    made = nmconv.convert(model, "2:1")
+    made = nmconv.convert(model, "2:1", example_inputs=torch.zeros(2, 4, 12, 12))
     with torch.no_grad():
         expected = F.relu(model.c2(model.c1(X))) + model.norm(model.position(model.table))
     assert actions(made) == {"r1#1": "drop", "r2#1": "keep"}
     same(made, expected)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", nmconv.NoEffectWarning)
-        same(nmconv.fold_norms(made), expected)
+        same(nmconv.fold_norms(made, example_inputs=torch.zeros(2, 4, 12, 12)), expected)
 
 
 # -- K: branches that end in anything ----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch.fx import Node
 
 from nmconv.graph._flow import Flow, FlowNode
-from nmconv.graph._ops import ACT_KINDS
+from nmconv.graph._ops import ACT_KINDS, Op
 from nmconv.recording import Fact, Recording
 
 __all__ = ["disagreement"]
@@ -51,6 +51,8 @@ def _traced(flow: Flow, quiet: frozenset[str]) -> Iterator[tuple[_Step, frozense
 
 
 def _traced_step(node: FlowNode) -> _Step | None:
+    if node.op is Op.PARAM:
+        return None
     if node.act is not None:
         return node.act.frame.path, node.act.function or node.act.name
     if node.origin.op == "call_module" and node.frame is not None:
@@ -64,12 +66,17 @@ def _recorded(
     behind: dict[Node, frozenset[_Step]] = {}
     normed: set[int] = set()  # frames of norms with an activation inside that have begun
     order: dict[Node, int] = {}
+    fixed: set[Node] = set()
     for node, fact in recording.facts.items():
         order[node] = len(order)
         reads = fact.reads[:1] if fact.label in _LIKE else () if fact.label in _SHAPED_LIKE else fact.reads
         parts = [made for made, _ in reads]
         parts += [writer for made, writer in reads if writer is not None and order[writer] > order[made]]
         sources = frozenset[_Step]().union(*(behind[part] for part in parts))
+        if node.op != "placeholder" and fixed.issuperset(parts):  # parameters, numbers, and what is made of them alone
+            fixed.add(node)
+            behind[node] = frozenset()
+            continue
         step = _recorded_step(node, fact)
         if step is None and fact.frame.path in norm_acts and sources and id(fact.frame) not in normed:
             normed.add(id(fact.frame))

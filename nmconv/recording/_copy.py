@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
@@ -144,6 +144,7 @@ def _copied(model: nn.Module, clones: _Clones) -> Copy:
             clones.memo[id(value)] = value
     chance = torch.get_rng_state()
     with clones:
+        _copy_by_parts(model, clones.memo)
         made = copy.deepcopy(model, clones.memo)
     try:
         _check(model, made, clones)
@@ -153,6 +154,37 @@ def _copied(model: nn.Module, clones: _Clones) -> Copy:
     if any(type(value) is FunctionType and value.__closure__ for value in held):
         _rebind(made, clones)
     return Copy(made, clones.originals, attribute_names(model))
+
+
+_COPYING = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
+
+
+def _copy_by_parts(model: nn.Module, memo: dict[int, Any]) -> None:
+    """What a deep copy does for modules of classes that have no say in it, in a fifth of the time."""
+    plain = [module for module in model.modules() if _is_copied_plainly(type(module))]
+    for module in plain:
+        memo[id(module)] = type(module).__new__(type(module))
+    for module in plain:
+        space = vars(memo[id(module)])
+        for name, value in vars(module).items():
+            if type(value) in (bool, int, float, str, type(None)):
+                space[name] = value
+            elif name in _INTERNAL and type(value) in (dict, OrderedDict):  # of tensors, modules or hooks
+                space[name] = type(value)((key, copy.deepcopy(part, memo)) for key, part in value.items())
+            else:
+                space[name] = copy.deepcopy(value, memo)
+
+
+def _is_copied_plainly(cls: type[nn.Module]) -> bool:
+    """Whether the class is copied as nn.Module is; torch's own fill in what old files lack."""
+    methods = [(name, getattr(cls, name, None)) for name in _COPYING]
+    return all(
+        method is getattr(nn.Module, name, None) or getattr(method, "__module__", None) in _FILL_IN
+        for name, method in methods
+    )
+
+
+_FILL_IN = ("torch.nn.modules.conv", "torch.nn.modules.batchnorm")
 
 
 def _check(model: nn.Module, made: nn.Module, clones: _Clones) -> None:
