@@ -117,7 +117,7 @@ def fit(
         where, told = (" in ".join(map(str, home_of(each))) for each in (reference, model))
         raise FitError(f"the reference is on {where}, and the model on {told}: move one to the other with .to()")
     images = read_images(data, model, holdout=holdout, key=key)
-    seen = Witness(model, images.first()[:2]) if witness else None
+    seen = _seen(model, images) if witness else None
     result = model if inplace else copy_of(model)
     with mode_hidden(), torch.no_grad(), undone_on_failure() as undo, eval_mode(result, reference):
         report = _Fitting(result, reference, images, ridges, loss, keep_norms, downstream, undo).run(
@@ -127,6 +127,14 @@ def fit(
             seen.check(result, None, groups_of(merge for merges in get_merges(result) for merge in merges))
     result.__dict__[_MARK] = report
     return result
+
+
+def _seen(model: nn.Module, images: Images) -> Witness:
+    first = images.first()
+    try:
+        return Witness(model, torch.cat([first, first]))  # some norms take no single image in train mode
+    except OptionError as error:
+        raise FitError(f"{error}; data gives images of shape {tuple(first.shape)}: give batches of images") from error
 
 
 def fit_units(model: nn.Module, reference: nn.Module, images: Images) -> tuple[UnitFit, ...]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from nmconv.errors import FoldedNormWarning
 from nmconv.graph import Op, leaf_op
+from nmconv.recording import is_recording
 from nmconv.surgery import Undo
 
 __all__ = [
@@ -63,6 +64,8 @@ def mark(module: nn.Module, kind: str, told: Told) -> None:
 def tell(module: nn.Module, mode: bool) -> None:
     """Warn, once a model, about what folding has taken from training."""
     kind, told = module.__dict__.get(FOLDED, ("", {}))
+    if is_recording():
+        return
     if mode and not told.get(kind, True):
         missing = [said for said in _SAYS if not told.get(said, True)]
         told.update(dict.fromkeys(missing, True))

@@ -4,7 +4,7 @@ from nmconv.recording._answers import ModelRaised, NeedsData
 from nmconv.recording._copy import real_copy, shared_on_copy
 from nmconv.recording._inputs import Inputs, given_inputs, guessed_inputs
 from nmconv.recording._record import Failure, Recordings, record, record_again, record_call
-from nmconv.recording._recorder import TENSOR, hook_sees, is_recording, unknown
+from nmconv.recording._recorder import TENSOR, Recorder, hook_sees, is_recording, unknown
 from nmconv.recording._records import Call, Fact, Frame, Read, Recording, Spec
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "ModelRaised",
     "NeedsData",
     "Read",
+    "Recorder",
     "Recording",
     "Recordings",
     "Spec",

@@ -18,7 +18,7 @@ from nmconv.recording._copy import meta_copy
 from nmconv.recording._inputs import Inputs, other_choices, other_sizes
 from nmconv.recording._outcomes import Outcomes, remembered
 from nmconv.recording._real import real_run
-from nmconv.recording._recorder import TENSOR, Recorder
+from nmconv.recording._recorder import TENSOR, Recorder, noted
 from nmconv.recording._records import Call, Frame, Recording, Spec
 
 __all__ = ["Failure", "Recordings", "record", "record_again", "record_call"]
@@ -164,7 +164,8 @@ def _recorded(
     device = next((value.device for value in model.parameters()), torch.device("cpu"))
     told = torch.device("cpu") if device.type == "meta" else device
     copy = meta_copy(model)
-    copy.model.train(call.training)
+    with noted():
+        copy.model.train(call.training)
     recorder = Recorder(copy, call, path, is_leaf, told, answers, outcomes)
     autocast = torch.autocast(call.autocast) if call.autocast else nullcontext()
     with _chance(), torch.inference_mode(False), autocast:

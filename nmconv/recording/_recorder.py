@@ -26,7 +26,7 @@ from nmconv.recording._copy import Copy
 from nmconv.recording._outcomes import Outcome, Outcomes, key_of_function, key_of_module, outcome_of_norm
 from nmconv.recording._records import Call, Fact, Frame, Read, Recording, Spec, map_tensors, memory_of
 
-__all__ = ["TENSOR", "Recorder", "hook_sees", "is_recording", "label_of", "not_recorded", "unknown", "wrap"]
+__all__ = ["TENSOR", "Recorder", "hook_sees", "is_recording", "label_of", "not_recorded", "noted", "unknown", "wrap"]
 
 _state = threading.local()
 
@@ -56,7 +56,7 @@ _ABOUT = frozenset(
     ("size", "dim", "ndimension", "__len__", "numel", "nelement", "stride", "element_size", "is_contiguous",
      "is_floating_point", "is_complex", "is_signed", "get_device", "storage_offset", "requires_grad_", "is_tensor",
      "is_inference", "is_same_size", "__hash__", "untyped_storage", "register_hook", "retain_grad", "__dir__",
-     "__repr__", "type")
+     "__repr__", "type", "_set_grad_enabled")
 )  # fmt: skip
 _INSIDE = ("torch._refs", "torch._prims", "torch._meta_registrations", "torch._decomp", "torch._inductor")
 
@@ -128,7 +128,7 @@ class Recorder(TorchFunctionMode):
         args, kwargs = self._given(call.args), self._given(call.kwargs)
         function = getattr(model, call.method)
         try:
-            with _noted(), self, torch.set_grad_enabled(call.grad):
+            with noted(), torch.set_grad_enabled(call.grad), self:
                 returned = function(*args, **kwargs)
             with self._ours():
                 self._finish(returned)
@@ -589,7 +589,8 @@ def _wrapped(
 
 
 @contextmanager
-def _noted() -> Iterator[None]:
+def noted() -> Iterator[None]:
+    """While a copy is made ready and runs."""
     _state.depth = getattr(_state, "depth", 0) + 1
     try:
         yield

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from nmconv.errors import FileError, OptionError
@@ -154,7 +155,8 @@ class _Search:
         if math.isnan(self._total):
             raise OptionError(f"the sensitivity table has no {cost}: measure it with nmconv.sensitivity(backend=...)")
         self._known: dict[tuple[int, ...], _Whole] = {}
-        self._witness = Witness(network.model, images.first()[:2])
+        first = images.first()
+        self._witness = Witness(network.model, torch.cat([first, first]))
 
     def plans(self, budgets: Sequence[Budget]) -> tuple[Plan, ...]:
         """The best plan within each budget, of all that was measured for any of them.

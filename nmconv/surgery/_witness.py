@@ -91,12 +91,13 @@ class Witness:
                 error = raised.error
                 if before.call.optional and isinstance(error, NmconvError):
                     continue  # it says so itself
-                raise self._error(before, Difference(f"it raises {type(error).__name__}: {error}")) from error
+                found = Difference(f"it raises {type(error).__name__}: {error}")
+                raise self._error(before, result, found) from error
             except NeedsData as asked:
-                raise self._error(before, Difference(f"it asks for other numbers: {asked}")) from asked
-            found = compare(before, after, changes)
-            if found is not None:
-                raise self._error(before, found)
+                raise self._error(before, result, Difference(f"it asks for other numbers: {asked}")) from asked
+            difference = compare(before, after, changes)
+            if difference is not None:
+                raise self._error(before, result, difference)
 
     def broken(self, groups: Sequence[Group], plan: Plan | None = None) -> dict[str, str]:
         """From the heads of groups that are not one convolution in every recording to why."""
@@ -112,19 +113,25 @@ class Witness:
         """The same for one recording."""
         return broken_groups(run, changes_of(None, groups))
 
-    def _error(self, before: Recording, found: Difference) -> WitnessError:
-        again = record_again(self._model, before, is_leaf)
-        if compare(before, again, changes_of(None)) is not None:
+    def _error(self, before: Recording, result: nn.Module, found: Difference) -> WitnessError:
+        if self._runs_otherwise(before, result):
             text = "the model itself runs otherwise each time it is called, so that nothing can be checked"
         else:
             text = f"the result would not be what was asked for ({before.call.name}): {found.text}"
-        where = f"exclude {found.module!r}, or " if found.module else ""
+        where = f"exclude the activations that {found.module or 'the model'} asks for" if found.first else "report it"
         return WitnessError(
-            f"{_named(self._model)}: {text}; it is as it was: {where}pass witness=False if you know better",
+            f"{_named(self._model)}: {text}; it is as it was: {where}, or pass witness=False if you know better",
             found.module,
             found.first,
             found.second,
         )
+
+    def _runs_otherwise(self, before: Recording, result: nn.Module) -> bool:
+        """Whether the original itself does something else each time; not to be told once it is changed in place."""
+        if result is self._model:
+            return False
+        again = record_again(self._model, before, is_leaf)
+        return compare(before, again, changes_of(None)) is not None
 
 
 def _named(model: nn.Module) -> str:

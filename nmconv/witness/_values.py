@@ -253,7 +253,10 @@ class _Numbering:
         kept = [read for name, read in recording.written.items() if ("written", name) in self._made.results]
         seen: list[Read] = [(node, None) for node in recording.seen]
         live = self._behind([*recording.output[1], *kept, *recording.stored.values(), *seen])
-        self._made.live = [node for node in self._facts if node in live and node in self._made.numbers]
+        numbers = self._made.numbers
+        self._made.live = [
+            node for node in self._facts if node in live and node in numbers and numbers[node] not in self._inside
+        ]
 
     def _check_groups(self) -> None:
         """Note groups that are called several times, given values in the middle, or read there."""
