@@ -54,7 +54,7 @@ def _traced_step(node: FlowNode) -> _Step | None:
     if node.op is Op.PARAM:
         return None
     if node.act is not None:
-        return node.act.frame.path, node.act.function or node.act.name
+        return node.act.frame.path, node.act.function or node.name
     if node.origin.op == "call_module" and node.frame is not None:
         return node.frame.path, node.name
     return None

@@ -345,7 +345,9 @@ class _Merging:
             self._witness.check(model, None, [*self._baked, *groups_of(merges)], closed)
         if before is not None:
             exact = partial(_outputs_in_double, original, self._examples)
-            check_model_outputs(before, outputs(model, self._examples), exact, [merge.head for merge in merges])
+            check_model_outputs(
+                before, outputs(copy_of(model), self._examples), exact, [merge.head for merge in merges]
+            )
         return model
 
     def _spare(self) -> Iterator[Tensor | nn.Module]:
@@ -371,7 +373,7 @@ class _Merging:
         if self._examples is None or not self._runs or self._device() == "meta":
             return None
         try:
-            return outputs(self._model, self._examples)
+            return outputs(copy_of(self._model), self._examples)  # what it keeps for itself stays as it is
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             given = [
                 tuple(value.shape) if isinstance(value, Tensor) else value for value in tree_leaves(self._examples)

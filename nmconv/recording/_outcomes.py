@@ -85,7 +85,15 @@ def key_of_module(module: nn.Module, fact: Fact, tensors: Sequence[Tensor]) -> A
     if own_forward or module._modules or fact.form[1]:
         return None
     own = tuple((value.shape, value.dtype) for value in module._parameters.values() if value is not None)
-    return type(module).forward, fact.settings, module.training, fact.form, fact.context, tuple(map(_kind, tensors)), own
+    return (
+        type(module).forward,
+        fact.settings,
+        module.training,
+        fact.form,
+        fact.context,
+        tuple(map(_kind, tensors)),
+        own,
+    )
 
 
 def key_of_function(function: Any, fact: Fact, tensors: Sequence[Tensor]) -> Any:

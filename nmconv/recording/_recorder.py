@@ -92,6 +92,10 @@ class Recorder(TorchFunctionMode):
         self.graph = Graph()
         self.recording = Recording(call, path, self.graph, {}, answers=answers)
         self._facts = self.recording.facts
+        first: dict[int, str] = {}
+        for name, module in copy.model.named_modules(remove_duplicate=False):
+            if first.setdefault(id(module), name) != name:
+                self.recording.names[name] = first[id(module)]
         self._codes = self.recording.codes
         self._thread = threading.get_ident()
         self._depth = 0

@@ -149,6 +149,7 @@ class Recording:
         codes: Functions that were running while something was recorded, torch's own aside.
         asked: Where data decided: the function's name and the path of the module.
         answers: What the data said there.
+        names: From other names of modules that are registered several times to the first one.
     """
 
     call: Call
@@ -163,3 +164,4 @@ class Recording:
     codes: set[CodeType] = field(default_factory=set)
     asked: list[tuple[str, str]] = field(default_factory=list)
     answers: Answers = field(default_factory=Answers)
+    names: dict[str, str] = field(default_factory=dict)

@@ -52,8 +52,8 @@ class Witness:
                 said = reading.disagreement(run)
                 if said:
                     raise WitnessError(
-                        f"{_named(self._model)} cannot be read: {said}; rewrite what it asks there so that it does not "
-                        "depend on the kind of tensor it is given, or give the part that can be read"
+                        f"{_named(self._model)} cannot be read: {said} (its forward may ask what kind of tensor it is "
+                        "given, be set on the object, or go by what hooks do): convert the parts that do not one by one"
                     )
 
     def unseen(self, plan: Plan) -> Iterator[Untraced]:

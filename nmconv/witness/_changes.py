@@ -74,7 +74,8 @@ def activations(recording: Recording, sites: Sequence[Site]) -> Iterator[tuple[N
     for site in sites:
         if site.modes in ("both", "train" if training else "eval"):
             number = site.train_call if training and site.train_call is not None else site.call
-            wanted[site.owner, site.name, site.function, number] = site
+            owner, name = (recording.names.get(path, path) for path in (site.owner, site.name))
+            wanted[owner, name, site.function, number] = site
     asked = {(owner, function) for owner, _, function, _ in wanted if function}
     names = {(owner, name) for owner, name, function, _ in wanted if not function}
     times: Counter[tuple[int, str]] = Counter()

@@ -81,7 +81,7 @@ def _missing_sites(original: Recording, changes: Changes) -> str:
     ran = {frame.path for frame in original.frames}
     met = {site.id for _, site in activations(original, changes.sites)}
     for site in changes.sites:
-        if site.modes in ("both", mode) and site.owner in ran and site.id not in met:
+        if site.modes in ("both", mode) and original.names.get(site.owner, site.owner) in ran and site.id not in met:
             return site.id
     return ""
 

@@ -213,12 +213,18 @@ class _Numbering:
         unused = self._cut_off()
         for name, read in recording.written.items():
             writer = read[1] or read[0]
-            if name.rpartition(".")[0] not in self._groups and writer not in unused and self._writes(writer):
+            if not self._is_members(name) and writer not in unused and self._writes(writer):
                 results["written", name] = self._content(read)
         for name, read in recording.stored.items():
-            results["stored", name] = self._content(read)
+            if not self._is_members(name):
+                results["stored", name] = self._content(read)
         for at, node in enumerate(recording.seen):
             results["seen", f"{self._facts[node].label} ({at})"] = self._made.numbers[node]
+
+    def _is_members(self, name: str) -> bool:
+        """Whether a tensor is held by a module of a group, or by a part of one: a computed weight, statistics."""
+        parts = name.split(".")
+        return any(".".join(parts[:end]) in self._groups for end in range(1, len(parts)))
 
     def _writes(self, node: Node | None) -> bool:
         return self._last_write(node) is not None
@@ -279,9 +285,8 @@ class _Numbering:
             if node not in self._group:
                 self._check_reads(self._facts[node].reads, self._where(node))
         for (kind, name), _ in self._made.results.items():
-            reads = {"returned": self._recording.output[1]}.get(kind) or (
-                (self._recording.stored[name],) if kind == "stored" else ()
-            )
+            reads = self._recording.output[1] if kind == "returned" else ()
+            reads = (self._recording.stored[name],) if kind == "stored" else reads
             self._check_reads(reads, f"what is {kind}")
 
     def _where(self, node: Node) -> str:
