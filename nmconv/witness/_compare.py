@@ -40,7 +40,7 @@ def compare(original: Recording, result: Recording, changes: Changes) -> Differe
         None where they agree, or the first difference.
     """
     table: Table = {}
-    found = values_of(result, changes, table, _added(original, changes))
+    found = values_of(result, changes, table, _added(original, changes), original.names)
     wanted = expected_values(original, changes, table, found.moved)
     broken = {**found.broken, **wanted.broken}
     if broken:

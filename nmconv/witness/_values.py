@@ -41,7 +41,9 @@ class Values:
     moved: dict[Content, int] = field(default_factory=dict)
 
 
-def values_of(recording: Recording, changes: Changes, table: Table, added: Mapping[str, frozenset[str]]) -> Values:
+def values_of(
+    recording: Recording, changes: Changes, table: Table, added: Mapping[str, frozenset[str]], names: Mapping[str, str]
+) -> Values:
     """The values of a result.
 
     Args:
@@ -49,8 +51,9 @@ def values_of(recording: Recording, changes: Changes, table: Table, added: Mappi
         changes: What was done.
         table: Shared with what it is compared with.
         added: From the names of modules that call moved activations to the classes of these.
+        names: Of the original's recording: a module that was registered several times may have lost its first name.
     """
-    return _Numbering(recording, changes, table, set(), {}, {}, added, {}, expected=False).values()
+    return _Numbering(recording, changes, table, set(), {}, {}, added, {}, names=names).values()
 
 
 def expected_values(recording: Recording, changes: Changes, table: Table, moved: Mapping[Content, int]) -> Values:
@@ -67,7 +70,7 @@ def expected_values(recording: Recording, changes: Changes, table: Table, moved:
     found = sums_of(recording, [each for group in changes.groups for each in group.sums])
     grouped = {node: inner[id(each)] for node, each in found.items()}
     sums = sums_of(recording, changes.sums)
-    return _Numbering(recording, changes, table, dropped, sums, grouped, {}, moved, expected=True).values()
+    return _Numbering(recording, changes, table, dropped, sums, grouped, {}, moved).values()
 
 
 class _Numbering:
@@ -84,9 +87,10 @@ class _Numbering:
         added: Mapping[str, frozenset[str]],
         moved: Mapping[Content, int],
         *,
-        expected: bool,
+        names: Mapping[str, str] | None = None,
     ) -> None:
-        self._expected = expected
+        self._expected = names is None
+        self._names = names or {}
         self._recording = recording
         self._facts = recording.facts
         self._changes = changes
@@ -152,7 +156,14 @@ class _Numbering:
         method = "" if path in self._changes.rewritten else fact.method
         given: Any = frozenset(contents) if node.target is unknown else contents
         settings = settings_of(fact, self._hoisted)
-        key: tuple[Any, ...] = (node.op, fact.label, path, method, settings, fact.form, given, fact.context)
+        label, form = fact.label, fact.form
+        if node.op == "call_module":
+            label = self._names.get(label, label)
+        elif node.op == "get_attr" and self._names:
+            owner, _, name = label.rpartition(".")
+            label = f"{self._names.get(owner, owner)}.{name}" if owner else name
+            form = (form[0], label, *form[2:]) if form[0] == "attribute" else form
+        key: tuple[Any, ...] = (node.op, label, path, method, settings, form, given, fact.context)
         name = f"{fact.label} {settings}".lower()
         if any(part in name for part in _CHANCE):
             key = (*key, fact.number)  # two draws are two values
