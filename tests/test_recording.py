@@ -222,7 +222,7 @@ def test_a_fault_of_the_recorder_is_ours(monkeypatch):
 
     model = Net(lambda s, x: s.b(s.a(x)))
     monkeypatch.setattr(Recorder, "_bind", fails)
-    with pytest.raises(nmconv.InternalError, match="bug in nmconv, please report: .*IndexError: a slip"):
+    with pytest.raises(nmconv.InternalError, match=r"bug in nmconv, please report: .*IndexError: a slip"):
         recordings_of(model, X)
     model._forward = lambda s, x: quietly(s, x)
 
