@@ -16,9 +16,11 @@ from nmconv.errors import MergeError, NoEffectWarning, OptionError
 from nmconv.graph import (
     Join,
     LinearRun,
+    Op,
     before_hoisting,
     calls_by_kind,
     hooks_of,
+    leaf_op,
     linear_runs,
     mode_hidden,
     steps_of,
@@ -116,7 +118,7 @@ def merge(
         else:
             price = _any
         made.choose(price, fold=not live, fewest=gate == "always")
-        why = made.why_not_live or f"no linear run of it gains {min_gain}"
+        why = made.why_not_live or made.why_unread or f"no linear run of it gains {min_gain}"
         if gate == "latency" and not live and made.merges_any():
             merged = made.carry_out(False, [])
             if is_slower(_folded(model, seen), merged, example_inputs, backend):
@@ -173,6 +175,9 @@ def find_runs(
     Raises:
         OptionError: If ``example_inputs`` are none, or if the model cannot be called with them.
         ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted.
+
+    Warns:
+        NoEffectWarning: If none of the convolutions that the model calls could be followed.
     """
     check_made(model, "look at")
     check_examples(example_inputs)
@@ -180,6 +185,8 @@ def find_runs(
     with mode_hidden():
         made = _Merging(model, example_inputs, False, seen)
         made.settle(_flops(min_gain), fold=True, fewest=False)
+        if made.why_unread:
+            warnings.warn(f"no run of this {type(model).__name__}: {made.why_unread}", NoEffectWarning, stacklevel=2)
         runs = [nodes for nodes in made.runs if sum(len(node.convs) for node in nodes) > 1 or nodes[-1].element.pools]
         return tuple(described(model.get_submodule, nodes, _flops(min_gain)) for nodes in runs)
 
@@ -267,6 +274,21 @@ class _Merging:
                 if why:
                     node.geometry = Refusal(f"{node.element.name}: {why}")
                     self.why_not_live = self.why_not_live or str(node.geometry)
+
+    @property
+    def why_unread(self) -> str:
+        """Why no run was found where the model was seen to call convolutions, or ""."""
+        if self._witness is None or any(step.kind == "conv" for run in self._found for step in steps_of(run.elements)):
+            return ""
+        run = self._witness.recordings.runs[0]
+        called = {fact.label for node, fact in run.facts.items() if node.op == "call_module"}
+        convs = [name for name in called if leaf_op(self._named(name)) is Op.CONV]
+        if not convs:
+            return ""
+        return (
+            f"it calls {len(convs)} convolutions ({min(convs)}, …), and tracing could follow none: print "
+            "nmconv.make_plan(model) for the part that cannot be traced, and merge the parts that can"
+        )
 
     # -- choosing -----------------------------------------------------------------------------------------------------
 
