@@ -15,7 +15,7 @@ from nmconv.errors import MergeError
 from nmconv.graph import chosen_by
 from nmconv.merging._records import Guard, Merge
 from nmconv.merging._seen import groups_of
-from nmconv.recording import Frame, Recording
+from nmconv.recording import ENTRY_POINTS, Frame, Recording
 from nmconv.surgery import Method, Undo, Witness, restoring_class, rewritten
 
 __all__ = ["check_argument", "guard", "guarded", "refuse_method"]
@@ -40,6 +40,11 @@ def guarded(model: nn.Module, witness: Witness | None, merges: Sequence[Merge]) 
             for head in witness.broken_in(run, groups):
                 closed.setdefault(head, []).append(run.call.method)
     runs = witness.recordings.runs
+    recorded = {run.call.method for run in runs}
+    unknown = [name for name in ENTRY_POINTS if name not in recorded and callable(getattr(model, name, None))]
+    for merge in merges:
+        if len(merge.convs) > 1:  # folding a norm leaves what others read
+            closed.setdefault(merge.head, []).extend(unknown)
     found = []
     for merge in merges:
         members = {merge.head, *merge.removed}

@@ -3,11 +3,12 @@
 from nmconv.recording._answers import ModelRaised, NeedsData
 from nmconv.recording._copy import real_copy, shared_on_copy
 from nmconv.recording._inputs import Inputs, given_inputs, guessed_inputs
-from nmconv.recording._record import Failure, Recordings, record, record_again, record_call
+from nmconv.recording._record import ENTRY_POINTS, Failure, Recordings, record, record_again, record_call
 from nmconv.recording._recorder import TENSOR, Recorder, hook_sees, is_recording, unknown
 from nmconv.recording._records import Call, Fact, Frame, Read, Recording, Spec
 
 __all__ = [
+    "ENTRY_POINTS",
     "TENSOR",
     "Call",
     "Fact",

@@ -21,8 +21,10 @@ from nmconv.recording._real import real_run
 from nmconv.recording._recorder import TENSOR, Recorder, noted
 from nmconv.recording._records import Call, Frame, Recording, Spec
 
-__all__ = ["Failure", "Recordings", "record", "record_again", "record_call"]
+__all__ = ["ENTRY_POINTS", "Failure", "Recordings", "record", "record_again", "record_call"]
 
+# Methods besides forward by which timm's models are called.
+ENTRY_POINTS = ("forward_features", "forward_head", "forward_intermediates")
 IsLeaf = Callable[[nn.Module], bool]
 
 
@@ -114,7 +116,7 @@ def _choices(found: Recordings, run: Recording, model: nn.Module, inputs: Inputs
     """Further calls of a model: other choices among its arguments, and its other entry points."""
     for name, other in other_choices(model, inputs):
         yield replace(run.call, name=f"eval, {name}", args=other.args, kwargs=other.kwargs, optional=True)
-    for name in ("forward_features", "forward_head", "forward_intermediates"):
+    for name in ENTRY_POINTS:
         if name in given or not callable(getattr(model, name, None)):
             continue
         args, kwargs = inputs.args, inputs.kwargs

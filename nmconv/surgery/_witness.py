@@ -106,6 +106,11 @@ class Witness:
         for run in self.recordings.runs:
             for head, why in ({} if run.call.closable else broken_groups(run, changes)).items():
                 found.setdefault(head, f"{why} ({run.call.name})")
+        called = {frame.path for run in self.recordings.runs for frame in run.frames}
+        called |= {fact.label for run in self.recordings.runs for fact in run.facts.values()}
+        for group in groups:
+            if called.isdisjoint(group.members):
+                found[group.head] = "it was never seen called"
         return found
 
     @staticmethod
