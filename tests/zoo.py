@@ -138,7 +138,8 @@ def check(name: str, ratio: str = "2:1", **options: Any) -> nmconv.Plan:
     """Convert the model and hold it against the oracle: the original, its dropped calls skipped at run time.
 
     Both outputs and all buffers must be equal to the bit, in eval and in train mode with the same seed, and the keys
-    of the state_dict and the class must be the same.
+    of the state_dict and the class must be the same. The library's own witness must agree, too: the trace with the
+    recording, and the result with the plan.
     """
     torch.manual_seed(0)
     model = build(name)
@@ -155,7 +156,7 @@ def check(name: str, ratio: str = "2:1", **options: Any) -> nmconv.Plan:
     keys, kind, methods = list(model.state_dict()), type(model), dir(type(model))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", nmconv.NoEffectWarning)
-        converted = nmconv.apply_plan(model, plan, inplace=True)
+        converted = nmconv.apply_plan(model, plan, example_inputs=args, inplace=True)
     assert converted is model
     assert list(converted.state_dict()) == keys
     assert isinstance(converted, kind)

@@ -153,7 +153,7 @@ def assert_same(made: Result, wanted: Result, label: str, tolerance: float = 0.0
             assert_equal(ours[path], value, f"{label}: {what} {path}", tolerance)
     if tolerance:
         for path, value in wanted.gradients.items():
-            if path.startswith("input"):
+            if path.startswith("input "):
                 assert_equal(made.gradients[path], value, f"{label}: gradient of {path}", 10 * tolerance)
 
 
