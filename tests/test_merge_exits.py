@@ -392,7 +392,7 @@ class Structural(Net):
         y = self.bn(self.a(x))
         if self.down is not None:
             return y
-        w = self.b(y.contiguous() if self.flag else y)
+        w = self.b(y)
         return w.relu() if early else w * 2
 
 

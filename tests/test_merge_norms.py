@@ -98,7 +98,7 @@ def test_weight_standardized_convolutions_fold_by_their_effective_weight(name):
 
 def test_split_convolutions_of_timm_stay_right():
     model = settle(nn.Sequential(MixedConv2d(C, C, [1, 3], bias=True), nn.BatchNorm2d(C), conv(1)))
-    assert assert_agree(merge(model), model, *SHAPES)
+    assert assert_agree(merge(model, example_inputs=picture(C, 9, 9)), model, *SHAPES)
 
 
 # Norms ---------------------------------------------------------------------------------------------------------------

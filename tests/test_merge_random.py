@@ -33,11 +33,14 @@ def ran(model, size):
             return None
 
 
+X = picture(4, 6, 6)
+
+
 def check(source, ratio, hoist, gate, live):
     model = settle(build(source))
     if ratio is not None:
         try:
-            model = quiet(nmconv.convert, model, ratio, hoist_padding=hoist, example_inputs=picture(4, 6, 6))
+            model = quiet(nmconv.convert, model, ratio, hoist_padding=hoist, example_inputs=X)
         except (nmconv.NoSitesError, nmconv.RewriteError):
             event("not converted")
     model.eval()
@@ -45,12 +48,12 @@ def check(source, ratio, hoist, gate, live):
     if wanted[0] is None:
         return  # x.float() before a convolution in float64
     before = copy.deepcopy(model.state_dict())
-    merged = merge(model, gate=gate, live=live)
+    merged = merge(model, gate=gate, live=live, example_inputs=X)
     event("merged" if nmconv.get_merges(merged) else "nothing merged")
     kinds = [merged, pickle.loads(pickle.dumps(merged))]
     if live:
         assert list(merged.state_dict()) == list(before)
-        kinds.append(merge(merged))
+        kinds.append(merge(merged, example_inputs=X))
     for size, expected in zip(SIZES, wanted, strict=True):
         if expected is None:
             continue
@@ -62,9 +65,9 @@ def check(source, ratio, hoist, gate, live):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     one, other = counts(merged, picture(4, 6, 6, batch=BATCH)), counts(copy.deepcopy(model), picture(4, 6, 6))
     assert one.convs <= other.convs and one.norms <= other.norms
-    for run in nmconv.find_runs(model):
+    for run in nmconv.find_runs(model, example_inputs=X):
         assert run.exact or run.why
-    folded = nmconv.fold_norms(model)
+    folded = nmconv.fold_norms(model, example_inputs=X)
     for size, expected in zip(SIZES, wanted, strict=True):
         if expected is not None:
             assert_near(ran(folded, size), expected, 1e-9)

@@ -327,13 +327,16 @@ def test_a_frozen_model_stays_frozen_when_it_is_loaded(tmp_path):
     def net():
         return nn.Sequential(conv(4, 8, 1), conv(8, 4, 3, 1), nn.Flatten(), nn.Linear(64, 2)).eval()
 
-    nmconv.save(nmconv.merge(net(), gate="always"), tmp_path / "a.safetensors")
+    x = torch.zeros(1, 4, 4, 4)
+    nmconv.save(nmconv.merge(net(), gate="always", example_inputs=x), tmp_path / "a.safetensors")
     for trains in (False, True):
-        loaded = nmconv.load(net().requires_grad_(trains), tmp_path / "a.safetensors")
+        loaded = nmconv.load(net().requires_grad_(trains), tmp_path / "a.safetensors", example_inputs=x)
         assert {value.requires_grad for value in loaded.parameters()} == {trains}
     part = net()
     part[1].requires_grad_(False)
-    assert nmconv.load(part, tmp_path / "a.safetensors")[0].weight.requires_grad  # one of its factors trains
+    assert nmconv.load(part, tmp_path / "a.safetensors", example_inputs=x)[
+        0
+    ].weight.requires_grad  # one of its factors trains
 
 
 def test_a_live_model_on_the_meta_device():

@@ -776,7 +776,7 @@ class BranchesBehindAQuestion(BranchesBehindAStem):
 
 def merges_of(net, **options):
     """Of how many convolutions each is made, with the outputs compared at sizes that it was not traced with, too."""
-    merged = nmconv.merge(net, gate="always", **options)
+    merged = nmconv.merge(net, gate="always", example_inputs=picture(3, 16, 16), **options)
     for size in (16, 9, 8, 7, 5, 3):
         for batch in (1, 3):
             x = picture(3, size, size, batch=batch)
@@ -801,7 +801,7 @@ def test_what_runs_alike_at_every_size_is_merged(cls):
 def test_what_may_run_otherwise_is_not(cls):
     net = settle(cls())
     assert merges_of(net) == merges_of(net, live=True) == []
-    assert all(run.merges == () for run in nmconv.find_runs(net))
+    assert all(run.merges == () for run in nmconv.find_runs(net, example_inputs=picture(3, 16, 16)))
 
 
 def test_timms_classifier_of_two_convolutions():

@@ -219,7 +219,11 @@ def test_a_module_that_refuses_a_change(model, monkeypatch, name):
 
 
 def test_a_model_that_cannot_be_copied_is_left_alone(model):
-    model.lock = (number for number in range(3))
+    class Unique:
+        def __deepcopy__(self, memo):
+            raise TypeError("there is one of it")
+
+    model.part = Unique()
     before = snapshot(model)
     with pytest.raises((TypeError, nmconv.NmconvError)):
         nmconv.merge(model)
@@ -440,7 +444,7 @@ def test_bad_options(model, options):
 @pytest.mark.parametrize("examples", [torch.zeros(2, 7, 9, 9), (), torch.zeros(3), {"y": torch.zeros(1)}])
 def test_examples_that_do_not_fit(model, examples):
     before = snapshot(model)
-    with pytest.raises(nmconv.OptionError, match="cannot be called with them"):
+    with pytest.raises(nmconv.OptionError, match="cannot be called with"):
         nmconv.merge(model, gate="always", example_inputs=examples, inplace=True)
     assert snapshot(model) == before
 

@@ -16,10 +16,13 @@ from nmconv.graph._syntax import NoSource, conditions, goes_one_way, parsed, unw
 __all__ = ["chosen_by"]
 
 
-def chosen_by(module: nn.Module) -> frozenset[str] | None:
-    """Names of the arguments that are read by a condition, an index or a helper in the module's forward.
+def chosen_by(module: nn.Module, *, conditions: bool) -> frozenset[str] | None:
+    """Names of the arguments by which the module's forward chooses; None where its code cannot be read.
 
-    None where its code cannot be read and may choose by any.
+    Args:
+        module: Whose forward.
+        conditions: Whether conditions on optional arguments count, and not only indices, helpers, and arguments without
+            a default: a run does not go past the others.
     """
     own = module.__dict__.get("forward", getattr(type(module), "forward", None))
     found: frozenset[str] = frozenset()
@@ -27,7 +30,7 @@ def chosen_by(module: nn.Module) -> frozenset[str] | None:
         code = getattr(function, "__code__", None)
         if not isinstance(code, CodeType) or code.co_name != "forward":
             continue
-        names = _chosen(code)
+        names = _chosen(code, conditions)
         if names is None:
             return None
         found |= names
@@ -35,7 +38,7 @@ def chosen_by(module: nn.Module) -> frozenset[str] | None:
 
 
 @lru_cache(maxsize=1024)
-def _chosen(code: CodeType) -> frozenset[str] | None:
+def _chosen(code: CodeType, with_conditions: bool) -> frozenset[str] | None:
     try:
         function = parsed(code)
     except NoSource:
@@ -52,17 +55,23 @@ def _chosen(code: CodeType) -> frozenset[str] | None:
                 for part in ast.walk(target):
                     if isinstance(part, ast.Name) and behind:
                         meant.setdefault(part.id, set()).update(behind)
-    found: set[str] = set()
-    for part in _choices(function, own):
+    positional = [*given.posonlyargs, *given.args]
+    optional = {part.arg for part in positional[len(positional) - len(given.defaults) :]}
+    optional |= {part.arg for part, value in zip(given.kwonlyargs, given.kw_defaults, strict=True) if value is not None}
+    tests = [test for _, test in conditions(function)]
+    asked = set().union(*(_behind(test, meant) for test in tests))
+    found = asked if with_conditions else asked - optional
+    inside = {id(part) for test in tests for part in ast.walk(test)}
+    for part in _choices(function, own, inside):
         found |= _behind(part, meant)
     return frozenset(found - {own})
 
 
-def _choices(function: ast.FunctionDef, own: str) -> Iterator[ast.AST]:
-    """Whatever something is chosen by."""
-    for _, test in conditions(function):
-        yield test
+def _choices(function: ast.FunctionDef, own: str, inside: set[int]) -> Iterator[ast.AST]:
+    """Whatever something is chosen by besides conditions, whose parts are ``inside``."""
     for node in ast.walk(function):
+        if id(node) in inside:
+            continue
         if isinstance(node, (ast.BoolOp, ast.Compare)):
             yield node
         elif isinstance(node, ast.comprehension):

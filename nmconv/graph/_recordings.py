@@ -21,23 +21,13 @@ def is_leaf(module: nn.Module) -> bool:
     return leaf_op(module) is not None
 
 
-def inputs_of(model: nn.Module, example_inputs: Any) -> Inputs:
-    """What the model is called with: what the user gave, or a guess.
-
-    Raises:
-        OptionError: If nothing tells what that could be.
-    """
+def inputs_of(model: nn.Module, example_inputs: Any) -> list[Inputs]:
+    """What the model is called with: what the user gave, or guesses to try in turn; none without a convolution."""
     if example_inputs is not None:
-        return given_inputs(example_inputs)
+        return [given_inputs(example_inputs)]
     if takes_list_of_images(model):
-        return Inputs(([Spec((3, 224, 224), torch.float32)],), {})
-    guess = guessed_inputs(model, default_input_size(model))
-    if guess is None:
-        raise OptionError(
-            f"nothing tells what this {type(model).__name__} is called with: pass example_inputs, or witness=False to "
-            "go without any check of the result"
-        )
-    return guess
+        return [Inputs(([Spec((3, 224, 224), torch.float32)],), {})]
+    return guessed_inputs(model, default_input_size(model))
 
 
 def recordings_of(
@@ -50,7 +40,7 @@ def recordings_of(
     """Record a model in eval and train mode, at two sizes, and in each context that its code asks for.
 
     Args:
-        model: Read only.
+        model: Read only. Without a convolution nothing of it could change, and nothing is recorded.
         example_inputs: What it is called with, or None for a guess.
         choices: Whether with other truth values and enum members, and at its other entry points, too.
         methods: Further methods, and example inputs of each.
@@ -58,4 +48,12 @@ def recordings_of(
     Raises: as :func:`nmconv.recording.record` does.
     """
     given = {name: given_inputs(value) for name, value in (methods or {}).items()}
-    return record(model, inputs_of(model, example_inputs), is_leaf, choices=choices, methods=given)
+    first: OptionError | None = None
+    for inputs in inputs_of(model, example_inputs):
+        try:
+            return record(model, inputs, is_leaf, choices=choices, methods=given)
+        except OptionError as error:
+            first = first or error
+    if first is not None:
+        raise first
+    return Recordings()

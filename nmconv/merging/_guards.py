@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -18,7 +19,7 @@ from nmconv.merging._seen import groups_of
 from nmconv.recording import ENTRY_POINTS, Frame, Recording
 from nmconv.surgery import Method, Undo, Witness, restoring_class, rewritten
 
-__all__ = ["check_argument", "guard", "guarded", "refuse_method"]
+__all__ = ["Closed", "check_argument", "guard", "guarded"]
 
 _PLAIN = (type(None), bool, int, float, str)
 
@@ -48,13 +49,16 @@ def guarded(model: nn.Module, witness: Witness | None, merges: Sequence[Merge]) 
     found = []
     for merge in merges:
         members = {merge.head, *merge.removed}
-        guards = dict.fromkeys(each for frame in _frames(runs[0], members) for each in _guards_of(model, frame, runs))
+        frames = _frames(runs[0], members)
+        guards = dict.fromkeys(
+            each for frame, crossed in frames for each in _guards_of(model, frame, runs, crossed=crossed)
+        )
         found.append(replace(merge, guards=tuple(guards), closed=tuple(dict.fromkeys(closed.get(merge.head, ())))))
     return found
 
 
-def _frames(run: Recording, members: set[str]) -> list[Frame]:
-    """The forwards that a run is in, from the innermost that all of it is in on."""
+def _frames(run: Recording, members: set[str]) -> list[tuple[Frame, bool]]:
+    """The forwards that a run is in, from the innermost that holds all of it on, and whether each holds a part."""
     ways: list[list[Frame]] = []
     for node, fact in run.facts.items():
         if (node.op == "call_module" and fact.label in members) or fact.frame.path in members:
@@ -62,13 +66,13 @@ def _frames(run: Recording, members: set[str]) -> list[Frame]:
     if not ways:
         return []
     shared = set.intersection(*({id(frame) for frame in way} for way in ways))
-    found: dict[int, Frame] = {}
+    found: dict[int, tuple[Frame, bool]] = {}
     for way in ways:
         for frame in way:
-            found[id(frame)] = frame
+            found[id(frame)] = (frame, id(frame) not in shared)
             if id(frame) in shared:
                 break
-    return [frame for frame in found.values() if frame.parent is not None]
+    return [(frame, crossed) for frame, crossed in found.values() if frame.parent is not None]
 
 
 def _ancestors(frame: Frame | None) -> Iterator[Frame]:
@@ -77,11 +81,11 @@ def _ancestors(frame: Frame | None) -> Iterator[Frame]:
         frame = frame.parent
 
 
-def _guards_of(model: nn.Module, frame: Frame, runs: Sequence[Recording]) -> Iterator[Guard]:
+def _guards_of(model: nn.Module, frame: Frame, runs: Sequence[Recording], *, crossed: bool) -> Iterator[Guard]:
     module = model.get_submodule(frame.path)
     given = _given(module, frame)
     plain = {name: value for name, value in given.items() if type(value) in _PLAIN and not isinstance(value, Enum)}
-    chosen = chosen_by(module) if plain else frozenset()
+    chosen = chosen_by(module, conditions=crossed) if plain else frozenset()
     for name, value in plain.items():
         if (chosen is None or name in chosen) and not _varied(module, frame.path, name, value, runs):
             yield Guard(frame.path, name, json.dumps(value))
@@ -119,12 +123,26 @@ def check_argument(value: Any, expected: Any, owner: str, name: str) -> None:
     )
 
 
-def refuse_method(name: str) -> None:
-    """Raise MergeError for a method that reads values inside of what was merged."""
-    raise MergeError(
-        f"{name} reads values inside of what was merged into one convolution: call it on the model that was not "
-        f"merged, or merge with methods={{{name!r}: its inputs}}, which leaves what it reads"
-    )
+@dataclass(frozen=True)
+class Closed:
+    """What stands in a merged model for a method that reads values inside of what was merged, or may."""
+
+    name: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Raise MergeError."""
+        raise MergeError(
+            f"{self.name} reads values inside of what was merged into one convolution, or was not recorded: call it on "
+            f"the model that was not merged, or merge with methods={{{self.name!r}: its inputs}}, which leaves what it "
+            "reads"
+        )
+
+
+def _put_back(model: nn.Module, name: str, before: Any) -> None:
+    if before is None:
+        vars(model).pop(name, None)
+    else:
+        vars(model)[name] = before
 
 
 def guard(model: nn.Module, merges: Iterable[Merge], rewritten_owners: Iterable[str], undo: Undo) -> None:
@@ -158,8 +176,8 @@ def guard(model: nn.Module, merges: Iterable[Merge], rewritten_owners: Iterable[
             )
         methods.setdefault(owner, []).append(_checking(module, owner, arguments))
     for name in closed:
-        source = f"def {name}(self, *args, **kwargs):\n    _refuse({name!r})\n"
-        methods.setdefault("", []).append(Method(name, source, (("_refuse", f"{__name__}:refuse_method"),)))
+        undo.append(partial(_put_back, model, name, vars(model).get(name)))
+        vars(model)[name] = Closed(name)
     for owner, made in methods.items():
         module = model.get_submodule(owner)
         undo.append(restoring_class(module))

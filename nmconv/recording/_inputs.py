@@ -45,16 +45,20 @@ def given_inputs(example_inputs: Any) -> Inputs:
     return Inputs(map_tensors(args, _spec), map_tensors(kwargs, _spec), (args, kwargs))
 
 
-def guessed_inputs(model: nn.Module, size: tuple[int, ...] | None) -> Inputs | None:
-    """One image batch for every required argument of the forward, or for the first one; None where nothing tells.
+def guessed_inputs(model: nn.Module, size: tuple[int, ...] | None) -> list[Inputs]:
+    """One image batch for every required argument of the forward, or for the first one, in sizes to try in turn.
 
     Args:
         model: Its first convolution says how many channels there are, if ``size`` does not.
         size: Of an image, as the model's family states it: ``(channels, *extents)``.
+
+    Returns:
+        Nothing where there is no convolution to go by.
     """
-    shape = size or _size_by_first_conv(model)
-    if shape is None:
-        return None
+    return [_images(model, shape) for shape in ([size] if size else _sizes_by_first_conv(model))]
+
+
+def _images(model: nn.Module, shape: tuple[int, ...]) -> Inputs:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     image = Spec((2, *shape), dtype)
     try:
@@ -67,11 +71,19 @@ def guessed_inputs(model: nn.Module, size: tuple[int, ...] | None) -> Inputs | N
     return Inputs((image,) * max(len(required), 0 if named else 1), dict.fromkeys(named, image))
 
 
-def _size_by_first_conv(model: nn.Module) -> tuple[int, ...] | None:
+# Extents of what networks with a fixed input take: ImageNet's, CIFAR's, MNIST's, and others that are common.
+_EXTENTS = {
+    1: ((1024,), (16000,)),
+    2: tuple((extent, extent) for extent in (224, 32, 28, 64, 96, 128, 227, 256, 299)),
+    3: ((16, 112, 112), (32, 32, 32), (16, 224, 224)),
+}
+
+
+def _sizes_by_first_conv(model: nn.Module) -> list[tuple[int, ...]]:
     for module in model.modules():
         if isinstance(module, nn.modules.conv._ConvNd):
-            return (module.in_channels, *{1: (1024,), 2: (224, 224), 3: (16, 112, 112)}[len(module.kernel_size)])
-    return None
+            return [(module.in_channels, *extents) for extents in _EXTENTS[len(module.kernel_size)]]
+    return []
 
 
 def other_sizes(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:

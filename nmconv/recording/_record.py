@@ -90,7 +90,7 @@ def record(
             without = replace(call, name=f"{call.name}, no_grad", grad=False)
             if _try_to_add(found, model, without, inputs, is_leaf):
                 del errors[training]
-    if len(errors) == 2:
+    if len(errors) == 2 or not found.runs:
         raise _cannot_be_called(model, inputs, errors[False]) from errors[False]
     whole = {run.call.training: run for run in found.runs}
     for training, error in errors.items():

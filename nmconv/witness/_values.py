@@ -209,7 +209,7 @@ class _Numbering:
         """Whether a call gives what it was given, or a copy of it, or adds nothing to it."""
         if len(fact.reads) < 1 or node in self._group or node.target is hook_sees or self._is_added(node, fact):
             return False
-        if fact.passes:
+        if fact.passes or (self._groups and _drops_out(fact)):
             return True
         if node.op != "call_function" or len(fact.reads) != 1:
             return False
@@ -310,6 +310,11 @@ class _Numbering:
                 group = None if number is None else self._inside.get(number)
                 if group is not None:
                     self._made.broken.setdefault(group.head, f"{where} depends on a value inside of it")
+
+
+def _drops_out(fact: Fact) -> bool:
+    """Whether it is a module that drops values in train mode: what is merged drops none, as its warning says."""
+    return bool(fact.settings) and ("Drop" in fact.settings[1] or fact.settings[1] == "StochasticDepth")
 
 
 def _fixed_nodes(recording: Recording) -> set[Node]:
