@@ -101,6 +101,10 @@ def _broadcast(flow: Flow, node: FlowNode, values: Values) -> list[int]:
     if not all(isinstance(shape, torch.Tensor) for shape in shapes):
         return []
     sizes = [shape.numel() for shape in shapes]
-    result = torch.broadcast_shapes(*(shape.shape for shape in shapes)).numel()
+    try:
+        result = torch.broadcast_shapes(*(shape.shape for shape in shapes)).numel()
+    except RuntimeError as error:  # the model does not take what it is given: calling it says so
+        node.why = f"operands do not fit one another: {error}"
+        return []
     gates = [source for source, size in zip(node.inputs, sizes, strict=True) if size < result]
     return gates if len(gates) < len(node.inputs) else []

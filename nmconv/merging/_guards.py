@@ -32,7 +32,7 @@ def guarded(model: nn.Module, witness: Witness | None, merges: Sequence[Merge]) 
         witness: What it did; None: nothing is known, and nothing guarded.
         merges: To be made.
     """
-    if witness is None:
+    if witness is None or not witness.recordings.runs:
         return list(merges)
     groups = groups_of(merges)
     closed: dict[str, list[str]] = {}

@@ -278,10 +278,10 @@ class _Merging:
     @property
     def why_unread(self) -> str:
         """Why no run was found where the model was seen to call convolutions, or ""."""
-        if self._witness is None or any(step.kind == "conv" for run in self._found for step in steps_of(run.elements)):
+        runs = [] if self._witness is None else self._witness.recordings.runs
+        if not runs or any(step.kind == "conv" for run in self._found for step in steps_of(run.elements)):
             return ""
-        run = self._witness.recordings.runs[0]
-        called = {fact.label for node, fact in run.facts.items() if node.op == "call_module"}
+        called = {fact.label for node, fact in runs[0].facts.items() if node.op == "call_module"}
         convs = [name for name in called if leaf_op(self._named(name)) is Op.CONV]
         if not convs:
             return ""
