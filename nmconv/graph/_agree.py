@@ -16,8 +16,10 @@ __all__ = ["disagreement"]
 _Step = tuple[str, str]  # the module that calls, and what it calls
 
 
-def disagreement(flows: list[Flow], recording: Recording, norm_acts: frozenset[str], quiet: frozenset[str]) -> str:
-    """Where the model's traces show another step than a recording of the same mode, in words; "" where nowhere.
+def disagreement(
+    flows: list[Flow], recording: Recording, norm_acts: frozenset[str], quiet: frozenset[str]
+) -> tuple[str, str]:
+    """Where the model's traces show another step than a recording of the same mode: the module, and what, in words.
 
     Compared are the calls of leaves and activations, and for each the calls that its input comes from.
 
@@ -34,8 +36,9 @@ def disagreement(flows: list[Flow], recording: Recording, norm_acts: frozenset[s
             if others[step, sources] < times:
                 place = f"{step[0] or 'the model'}: {step[1]}"
                 behind = ", ".join(sorted({source[1] for source in sources})) or "an input"
-                return f"called in earnest, it {said} the call {place} behind {behind}, which tracing shows otherwise"
-    return ""
+                text = f"called in earnest, it {said} the call {place} behind {behind}, which tracing shows otherwise"
+                return step[0], text
+    return "", ""
 
 
 def _traced(flow: Flow, quiet: frozenset[str]) -> Iterator[tuple[_Step, frozenset[_Step]]]:
@@ -78,9 +81,12 @@ def _recorded(
             behind[node] = frozenset()
             continue
         step = _recorded_step(node, fact)
-        if step is None and fact.frame.path in norm_acts and sources and id(fact.frame) not in normed:
-            normed.add(id(fact.frame))
-            step = (fact.frame.path, fact.frame.path)
+        if step is None and fact.frame.path in norm_acts and sources:
+            behind[node] = frozenset([(fact.frame.path, fact.frame.path)])
+            if id(fact.frame) not in normed:  # whatever it computes is one step
+                normed.add(id(fact.frame))
+                yield (fact.frame.path, fact.frame.path), sources
+            continue
         if step is None or (node.op == "call_module" and fact.label in quiet):
             behind[node] = sources
             continue

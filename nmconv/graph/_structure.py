@@ -410,11 +410,11 @@ class Reading:
     model: nn.Module
     traces: dict[bool, Analysis]
 
-    def disagreement(self, recording: Recording) -> str:
-        """Where the model, called in earnest, goes another way than the trace did, in words; "" where nowhere."""
+    def disagreement(self, recording: Recording) -> tuple[str, str]:
+        """Where the model, called in earnest, goes another way than the trace did: the module, and what, in words."""
         training = recording.call.training and len(self.calls) > 1
         if training not in self.traces:
-            return ""
+            return "", ""
         flows = [lower(traced.tracer, linear=False) for traced in self.traces[training].traced]
         named = list(self.model.named_modules())
         norm_acts = frozenset(name for name, part in named if _zoo.is_norm_act(part))

@@ -118,7 +118,8 @@ def merge(
         else:
             price = _any
         made.choose(price, fold=not live, fewest=gate == "always")
-        why = made.why_not_live or made.why_unread or f"no linear run of it gains {min_gain}"
+        gains = "is one exact convolution" if gate == "always" else f"gains {min_gain}"
+        why = made.why_not_live or made.why_unread or f"no linear run of it {gains}"
         if gate == "latency" and not live and made.merges_any():
             merged = made.carry_out(False, [])
             if is_slower(_folded(model, seen), merged, example_inputs, backend):

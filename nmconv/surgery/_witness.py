@@ -49,11 +49,14 @@ class Witness:
         """
         for run in self.recordings.runs:
             if run.path == "" and run.call.name in ("eval", "train"):
-                said = reading.disagreement(run)
+                module, said = reading.disagreement(run)
                 if said:
                     raise WitnessError(
-                        f"{_named(self._model)} cannot be read: {said} (its forward may ask what kind of tensor it is "
-                        "given, be set on the object, or go by what hooks do): convert the parts that do not one by one"
+                        f"{_named(self._model)} cannot be read: {said}. The forward of {module or 'the model'}, or of one "
+                        "that calls it, may ask what kind of tensor it is given (isinstance in place of "
+                        "torch.jit.isinstance helps), be set on the object, or go by what hooks do; witness=False "
+                        "converts it by what tracing shows",
+                        module,
                     )
 
     def unseen(self, plan: Plan) -> Iterator[Untraced]:
