@@ -52,8 +52,8 @@ class Witness:
                 module, said = reading.disagreement(run)
                 if said:
                     raise WitnessError(
-                        f"{_named(self._model)} cannot be read: {said}. The forward of {module or 'the model'}, or of one "
-                        "that calls it, may ask what kind of tensor it is given (isinstance in place of "
+                        f"{_named(self._model)} cannot be read: {said}. The forward of {module or 'the model'}, or of "
+                        "one that calls it, may ask what kind of tensor it is given (isinstance in place of "
                         "torch.jit.isinstance helps), be set on the object, or go by what hooks do; witness=False "
                         "converts it by what tracing shows",
                         module,
