@@ -56,7 +56,8 @@ def real_run(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad(), listener:
         torch.manual_seed(0)
-        function = getattr(made.get_submodule(path), call.method)
+        part = made.get_submodule(path)
+        function = part if call.method == "forward" else getattr(part, call.method)
         try:
             function(*args, **kwargs)
         except Exception as error:

@@ -130,7 +130,7 @@ class Recorder(TorchFunctionMode):
         call = self.recording.call
         model = self._copy.model.get_submodule(self.recording.path)
         args, kwargs = self._given(call.args), self._given(call.kwargs)
-        function = getattr(model, call.method)
+        function = model if call.method == "forward" else getattr(model, call.method)
         try:
             with noted(), torch.set_grad_enabled(call.grad), self:
                 returned = function(*args, **kwargs)
@@ -572,9 +572,9 @@ def _is_inside(level: int = 2) -> bool:
 
 
 def wrap(model: nn.Module, is_leaf: Callable[[nn.Module], bool], forwarded: Callable[..., Any]) -> None:
-    """Let each module of a copy call ``forwarded(module, path, is a leaf, forward, args, kwargs)``.
+    """Let each module of a copy call ``forwarded(module, path, is a leaf, forward, args, kwargs)`` when it is called.
 
-    So does ``.forward()`` itself.
+    A forward that is called as ``module.forward(...)`` counts as code of the caller's, as it does in fx's traces.
     """
     for path, module in list(model.named_modules()):
         module._backward_hooks.clear()
@@ -587,6 +587,8 @@ def _wrapped(
     module: nn.Module, path: str, leaf: bool, forward: Any, forwarded: Callable[..., Any]
 ) -> Callable[..., Any]:
     def nmconv_forward(*args: Any, **kwargs: Any) -> Any:
+        if sys._getframe(1).f_globals.get("__name__") != "torch.nn.modules.module":
+            return forward(*args, **kwargs)
         return forwarded(module, path, leaf, forward, args, kwargs)
 
     return nmconv_forward
