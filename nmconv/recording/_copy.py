@@ -195,7 +195,7 @@ def _check(model: nn.Module, made: nn.Module, clones: _Clones) -> None:
                 f"a copy of this {type(model).__name__} shares {name or 'the whole'} with it (a __deepcopy__ of its "
                 "own?), so that it cannot be changed or checked on a copy: give a class whose copies share nothing"
             )
-    before, after = ([(name, type(module)) for name, module in each.named_modules()] for each in (model, made))
+    before, after = ([(name, _class_of(module)) for name, module in each.named_modules()] for each in (model, made))
     lost = next((one[0] for one, other in zip(before, after, strict=False) if one != other), None)
     names = [[name for name, _ in each.state_dict(keep_vars=True).items()] for each in (model, made)]
     if lost is None:
@@ -206,6 +206,11 @@ def _check(model: nn.Module, made: nn.Module, clones: _Clones) -> None:
             f"{f', beginning with {lost!r}' if lost else ''} (a __deepcopy__ of its own?): give a class whose copies "
             "are alike"
         )
+
+
+def _class_of(module: nn.Module) -> tuple[str, str]:
+    """The class by name: one that was rewritten may be made anew for a copy."""
+    return type(module).__module__, type(module).__qualname__
 
 
 # -- what a model holds -----------------------------------------------------------------------------------------------

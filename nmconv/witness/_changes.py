@@ -78,7 +78,7 @@ def activations(recording: Recording, sites: Sequence[Site]) -> Iterator[tuple[N
             wanted[owner, name, site.function, number] = site
     asked = {(owner, function) for owner, _, function, _ in wanted if function}
     names = {(owner, name) for owner, name, function, _ in wanted if not function}
-    times: Counter[tuple[int, str]] = Counter()
+    times: Counter[tuple[int, str, str | None]] = Counter()
     for node, fact in recording.facts.items():
         path = fact.frame.path
         if node.op == "call_module":
@@ -91,8 +91,9 @@ def activations(recording: Recording, sites: Sequence[Site]) -> Iterator[tuple[N
             name = path
         else:
             continue
-        times[id(fact.frame), kind or name] += 1
-        site_found = wanted.get((path, name, kind, times[id(fact.frame), kind or name]))
+        call = (id(fact.frame), name, kind)
+        times[call] += 1
+        site_found = wanted.get((path, name, kind, times[call]))
         if site_found is not None:
             yield node, site_found
 
