@@ -51,4 +51,4 @@ def verify(original: nn.Module, result: nn.Module, example_inputs: Any = None) -
     merges = [merge for merges in rounds for merge in merges]
     closed = {name for merge in merges for name in merge.closed}
     witness = Witness(original, example_inputs)
-    witness.check(result, plan if before is None else None, groups_of(merges), closed)
+    witness.check(result, plan if before is None else None, groups_of(*rounds), closed)

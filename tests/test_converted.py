@@ -1110,14 +1110,14 @@ def test_an_in_place_conversion_that_fails_leaves_the_model_as_it_was(name, relo
 
         return failing
 
-    target = {
-        "swap": "restoring_children",
-        "class": "restoring_class",
-        "check": "check_calls",
-        "end": "calls_of",
+    home, target = {
+        "swap": (_apply, "restoring_children"),
+        "class": (_apply, "restoring_class"),
+        "check": (_apply.Witness, "check"),
+        "end": (_apply.Witness, "check"),
     }[where]
     with monkeypatch.context() as patch:
-        patch.setattr(_apply, target, fail_late(getattr(_apply, target)))
+        patch.setattr(home, target, fail_late(getattr(home, target)))
         with pytest.raises(Failure):
             nmconv.apply_plan(model, plan, inplace=True)
     assert failed

@@ -320,7 +320,7 @@ def test_example_inputs_and_untraced_parts(path):
     x = torch.rand(2, 3, 8, 8)
     model = nmconv.merge(nmconv.convert(net, example_inputs=(x, 2)), gate="always", example_inputs=(x, 2))
     assert nmconv.get_merges(model)[0]
-    loaded = reloaded(model, Branching(), path).eval()
+    loaded = reloaded(model, Branching(), path, example_inputs=(x, 2)).eval()
     with torch.no_grad():
         assert torch.equal(loaded(x, 2), model(x, 2))
 

@@ -124,7 +124,7 @@ def fit(
             default, recalibrate
         )
         if seen is not None:
-            seen.check(result, None, groups_of(merge for merges in get_merges(result) for merge in merges))
+            seen.check(result, None, groups_of(*get_merges(result)))
     result.__dict__[_MARK] = report
     return result
 

@@ -84,9 +84,10 @@ def _loaded(model: nn.Module, file: File, inplace: bool, example_inputs: Any, wi
     result = model if inplace else copy_of(model)
     with undone_if_failing(result) if inplace else nullcontext():
         homes = replay(result, content)
-        if seen is not None:
-            seen.check(result, content.plan, groups_of(merge for merges in content.merges for merge in merges))
         sources = sources_of(state_of(result), file, content.aliases)
+        if seen is not None:
+            closed = {name for merges in content.merges for merge in merges for name in merge.closed}
+            seen.check(result, content.plan, groups_of(*content.merges), closed)
         fill(result, file, sources, homes)
     return result
 

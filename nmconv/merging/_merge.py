@@ -42,6 +42,7 @@ from nmconv.merging._seen import SeenRuns, groups_of
 from nmconv.merging._verify import check_model_outputs, check_segment
 from nmconv.planning import Refusal
 from nmconv.surgery import Undo, Witness, check_examples, copy_of, undone_on_failure
+from nmconv.witness import Group
 
 __all__ = ["find_runs", "fold_norms", "merge"]
 
@@ -106,11 +107,11 @@ def merge(
     check_mode(model, "merge")
     seen = Witness(model, example_inputs, choices=True, methods=methods) if witness else None
     with mode_hidden(), undone_on_failure() as undo:
-        baking = any(merge.live for merges in get_merges(model) for merge in merges)
+        baking = [merge.head for merges in get_merges(model) for merge in merges if merge.live]
         if baking:
             model, inplace = model if inplace else copy_of(model), True
             bake(model, undo)
-        made = _Merging(model, example_inputs, live, seen)
+        made = _Merging(model, example_inputs, live, seen, baked=baking)
         if gate == "latency":
             price = made.latency(min_gain, backend, example_inputs)
         elif gate == "flops":
@@ -228,11 +229,18 @@ class _Merging:
     """One merge of one model: runs found, segments chosen, convolutions made, all put in place."""
 
     def __init__(
-        self, model: nn.Module, example_inputs: Any, live: bool, witness: Witness | None, *, runs: bool = True
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        live: bool,
+        witness: Witness | None,
+        *,
+        runs: bool = True,
+        baked: Sequence[str] = (),
     ) -> None:
         self._model = model
         self._witness = witness
-        self._baked = groups_of(merge for merges in get_merges(model) for merge in merges)
+        self._baked = baked  # heads of merges that were live when the model was recorded
         self._runs = runs  # whether example inputs run through the whole before and after
         self._named = dict(model.named_modules(remove_duplicate=False)).__getitem__
         self._examples = example_inputs
@@ -365,7 +373,10 @@ class _Merging:
             check_calls(calls, count(model), merges, self.segments)
         if self._witness is not None:
             closed = {name for merge in merges for name in merge.closed}
-            self._witness.check(model, None, [*self._baked, *groups_of(merges)], closed)
+            groups = groups_of(merges)
+            taken = {name for group in groups for name in group.members}
+            groups += [Group(head, frozenset([head])) for head in self._baked if head not in taken]
+            self._witness.check(model, None, groups, closed)
         if before is not None:
             exact = partial(_outputs_in_double, original, self._examples)
             check_model_outputs(

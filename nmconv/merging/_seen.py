@@ -17,12 +17,18 @@ __all__ = ["SeenRuns", "groups_of"]
 _Key = tuple[str, ...]
 
 
-def groups_of(merges: Iterable[Merge]) -> list[Group]:
-    """What merges put together, as the witness takes it."""
-    return [
-        Group(merge.head, frozenset(filter(None, (merge.head, *merge.removed, merge.norm))), merge.sums)
-        for merge in merges
-    ]
+def groups_of(*rounds: Iterable[Merge]) -> list[Group]:
+    """What merges put together, as the witness takes it: each round of them is made of what the one before left."""
+    found: list[Group] = []
+    for number, merges in enumerate(rounds):
+        for merge in merges:
+            members = frozenset(filter(None, (merge.head, *merge.removed, merge.norm)))
+            inner = [group for group in found if not members.isdisjoint(group.members)]
+            found = [group for group in found if group not in inner]
+            members = members.union(*(group.members for group in inner))
+            sums = tuple(pair for group in inner for pair in group.sums)
+            found.append(Group(merge.head, members, (*sums, *((number, addition) for addition in merge.sums))))
+    return found
 
 
 class SeenRuns:
@@ -118,7 +124,7 @@ def _quiet(element: Element) -> Element:
 def _group(head: str, piece: Sequence[Node]) -> Group:
     elements = [node.element for node in piece]
     members = frozenset(step.name for step in steps_of(elements) if step.kind != "pass")
-    return Group(head, members, tuple(_sums(elements)))
+    return Group(head, members, tuple((0, addition) for addition in _sums(elements)))
 
 
 def _sums(elements: Iterable[Element]) -> Iterator[Sum]:

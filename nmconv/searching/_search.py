@@ -241,7 +241,7 @@ class _Search:
             return _Whole(chosen, plan, self._floor, self._total)
         applied = apply_plan(net, plan, witness=False)
         model = fit(applied, self._images, reference=net, loss=self._loss, inplace=True, witness=False)
-        self._witness.check(model, plan, groups_of(merge for merges in get_merges(model) for merge in merges))
+        self._witness.check(model, plan, groups_of(*get_merges(model)))
         report = get_fit(model)
         assert report is not None
         if self._watch is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch.fx import Node
@@ -12,7 +12,7 @@ from torch.fx import Node
 from nmconv.planning import Hoist, Plan, Site, Sum
 from nmconv.recording import Fact, Recording
 
-__all__ = ["Changes", "Group", "activations", "changes_of", "gone_sums", "settings_of", "sums_of"]
+__all__ = ["Changes", "Group", "activations", "by_member", "changes_of", "grouped_sums", "settings_of", "sums_of"]
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,13 @@ class Group:
     Attributes:
         head: Qualified name of the convolution whose place it takes; what names the group.
         members: Of all modules in it, the head and a norm that stays behind it included.
-        sums: The additions in it.
+        sums: The additions in it, each with the number of the round in which it goes: those that went in earlier rounds
+            are not counted in its own number.
     """
 
     head: str
     members: frozenset[str]
-    sums: tuple[Sum, ...] = ()
+    sums: tuple[tuple[int, Sum], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Changes:
 def changes_of(plan: Plan | None, groups: Iterable[Group] = ()) -> Changes:
     """What a plan and merges say."""
     groups = tuple(groups)
-    rewritten = {addition.owner for group in groups for addition in group.sums}
+    rewritten = {addition.owner for group in groups for _, addition in group.sums}
     if plan is None:
         return Changes(groups=groups, rewritten=frozenset(rewritten))
     rewritten |= {site.owner for site in plan.changes if site.how == "rewrite" or site.function}
@@ -102,24 +103,33 @@ def activations(recording: Recording, sites: Sequence[Site]) -> Iterator[tuple[N
 _RECORDED = {"iadd": "add_", "radd": "add"}
 
 
-def sums_of(recording: Recording, sums: Iterable[Sum]) -> dict[Node, Sum]:
-    """The additions in a recording that are these."""
+def sums_of(recording: Recording, sums: Iterable[Sum], gone: Container[Node] = ()) -> dict[Node, Sum]:
+    """The additions in a recording that are these; those that are ``gone`` are not counted."""
     wanted = {(each.owner, _RECORDED.get(each.label, each.label), each.number): each for each in sums}
-    if not wanted:
-        return {}
     found: dict[Node, Sum] = {}
-    for node, fact in recording.facts.items():
-        each = wanted.get((fact.frame.path, fact.label, fact.number))
-        if each is not None and node.op == "call_function" and len(fact.reads) == 2:
+    times: Counter[tuple[int, str]] = Counter()
+    owners = {(owner, label) for owner, label, _ in wanted}
+    for node, fact in recording.facts.items() if wanted else ():
+        if node.op != "call_function" or (fact.frame.path, fact.label) not in owners or node in gone:
+            continue
+        times[id(fact.frame), fact.label] += 1
+        each = wanted.get((fact.frame.path, fact.label, times[id(fact.frame), fact.label]))
+        if each is not None and len(fact.reads) == 2:
             found[node] = each
     return found
 
 
-def gone_sums(recording: Recording, sums: Sequence[Sum]) -> list[Sum]:
-    """Additions that are nowhere in a recording of a model whose owners it holds."""
-    found = {id(each) for each in sums_of(recording, sums).values()}
-    ran = {frame.path for frame in recording.frames}
-    return [each for each in sums if id(each) not in found and each.owner in ran]
+def grouped_sums(recording: Recording, groups: Iterable[Group], gone: Iterable[Node]) -> dict[Node, Group]:
+    """The additions in a recording that are in groups, round by round."""
+    inner = {id(each): (number, each, group) for group in groups for number, each in group.sums}
+    found: dict[Node, Group] = {}
+    before = set(gone)
+    for number in sorted({number for number, _, _ in inner.values()}):
+        sums = [each for at, each, _ in inner.values() if at == number]
+        met = sums_of(recording, sums, before)
+        found |= {node: inner[id(each)][2] for node, each in met.items()}
+        before |= met.keys()
+    return found
 
 
 _PADDING = re.compile(r", padding(_mode)?=(\([^)]*\)|'?\w+'?)")

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from nmconv.planning import Sum
 from nmconv.recording import TENSOR, Fact, Read, Recording, hook_sees, unknown
-from nmconv.witness._changes import Changes, Group, activations, by_member, settings_of, sums_of
+from nmconv.witness._changes import Changes, Group, activations, by_member, grouped_sums, settings_of, sums_of
 
 __all__ = ["Content", "Table", "Values", "values_of"]
 
@@ -66,10 +66,8 @@ def expected_values(recording: Recording, changes: Changes, table: Table, moved:
         moved: From the result's values: what activations were put behind.
     """
     dropped = {node for node, _ in activations(recording, changes.sites)}
-    inner = {id(each): group for group in changes.groups for each in group.sums}
-    found = sums_of(recording, [each for group in changes.groups for each in group.sums])
-    grouped = {node: inner[id(each)] for node, each in found.items()}
     sums = sums_of(recording, changes.sums)
+    grouped = grouped_sums(recording, changes.groups, sums)
     return _Numbering(recording, changes, table, dropped, sums, grouped, {}, moved).values()
 
 
