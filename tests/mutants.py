@@ -214,7 +214,7 @@ class Judge:
         started = time.monotonic()
         try:
             loaded = nmconv.load(model, self.path, inplace=inplace)
-        except nmconv.FileError as error:
+        except (nmconv.FileError, nmconv.WitnessError) as error:
             assert str(self.path) in str(error)
             assert len(str(error)) < 2000
             assert snapshot(model) == before

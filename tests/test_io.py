@@ -251,7 +251,7 @@ def test_metadata_is_readable_without_nmconv(path):
     nmconv.save(model, path)
     with safetensors.safe_open(path, "pt") as file:
         found = json.loads(file.metadata()["nmconv"])
-    assert (found["format"], found["nmconv"], found["model"]) == (3, nmconv.__version__, "Net")
+    assert (found["format"], found["nmconv"], found["model"]) == (4, nmconv.__version__, "Net")
     assert nmconv.Plan.from_json(json.dumps(found["plan"])) == nmconv.get_plan(model)
     assert [merge["head"] for merge in found["merges"][0]] == [merge.head for merge in nmconv.get_merges(model)[0]]
 
@@ -533,7 +533,7 @@ def test_files_of_others(good, path):
 
 def test_other_versions(good, path):
     text = refused(
-        edited(good, lambda it: it.update(format=4, nmconv="7.1")), path, "format 4, and this nmconv reads 3"
+        edited(good, lambda it: it.update(format=5, nmconv="7.1")), path, "format 5, and this nmconv reads 4"
     )
     assert "written by nmconv 7.1" in text
     assert "install the version" in text

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from nmconv.errors import FileError
+from nmconv.errors import FileError, WitnessError
 from nmconv.io._check import check_content
 from nmconv.io._content import from_text
 from nmconv.io._file import File, opened
@@ -64,6 +64,8 @@ def load(
     try:
         with opened(path) as file:
             return _loaded(model, file, inplace, example_inputs, witness)
+    except WitnessError as error:
+        raise WitnessError(f"{name}: {_short(error)}", error.module, error.first, error.second) from error
     except Damaged as error:
         raise FileError(f"{name}: {_short(error)}; copy it anew, or save the model again") from error
     except Unread as error:

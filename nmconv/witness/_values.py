@@ -242,8 +242,10 @@ class _Numbering:
         """What only removed branches were made of."""
         if not self._sums:
             return set()
-        gone = self._behind([self._facts[node].reads[1 - each.keep] for node, each in self._sums.items()])
-        return gone - self._behind(self._recording.output[1])
+        used = self._behind(self._recording.output[1])
+        gone = self._behind([self._facts[node].reads[1 - each.keep] for node, each in self._sums.items()]) - used
+        frames = {id(self._facts[node].frame) for node in gone} - {id(self._facts[node].frame) for node in used}
+        return gone | {node for node, fact in self._facts.items() if id(fact.frame) in frames}  # counters, too
 
     def _behind(self, reads: Iterable[Read]) -> set[Node]:
         """All nodes that these depend on, the changes made."""

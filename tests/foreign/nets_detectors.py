@@ -226,7 +226,7 @@ def own_frozen_norms():
     return nn.Sequential(block(3), block(4), block(4), block(4))
 
 
-@network(converts=True)
+@network(converts=True, given=True)
 class SpaceToDepth(nn.Module):
     def __init__(self):
         super().__init__()

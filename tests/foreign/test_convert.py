@@ -63,16 +63,16 @@ def test_a_model_that_cannot_be_guessed_is_not_said_to_have_nothing_to_give():
     net = next(net for net in NETS if net.name == "hugging_face_without_examples")
     with warnings.catch_warnings():
         warnings.simplefilter("error", nmconv.NoEffectWarning)
-        for make in (nmconv.convert, lambda model: nmconv.merge(nmconv.convert(model), gate="always")):
-            try:
-                make(net.build())
-            except nmconv.NmconvError as error:
-                assert "example_inputs" in str(error)
+        try:
+            nmconv.convert(net.build())
+        except nmconv.NmconvError as error:
+            assert "example_inputs" in str(error)
 
 
-def test_runs_are_listed_where_examples_are_given():
-    """Fault L again: whether they merge or not, there are runs, and a word about them."""
+def test_it_is_read_where_examples_are_given():
+    """Fault L again: whether runs merge or not, its convolutions are there to be counted."""
     net = next(net for net in NETS if net.name == "hugging_face")
     examples = calls(net)[0].args
-    made = nmconv.convert(net.build(), example_inputs=examples)
-    assert nmconv.find_runs(made, example_inputs=examples)
+    plan = nmconv.get_plan(nmconv.convert(net.build(), example_inputs=examples))
+    assert plan.counts.convs == 4
+    assert not plan.untraced
