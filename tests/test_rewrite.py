@@ -124,7 +124,7 @@ def every_subset(model, *args, count, **kwargs):
 
 def assert_same_gradients(model, plan):
     """After one step backwards the converted model's parameters have the gradients that the oracle's have."""
-    converted = apply(model, plan, example_inputs=None if kwargs else args)
+    converted = apply(model, plan)
     with dropped(model, plan.changes):
         model(picture()).square().sum().backward()
     converted(picture()).square().sum().backward()
@@ -1250,7 +1250,7 @@ def test_gradients_are_the_same_and_autograd_does_not_complain():
     plan = planned(model)
     plan = plan.edit(dict.fromkeys((site.id for site in droppable(plan)), "drop"))
     assert plan.changes
-    converted = apply(model, plan, example_inputs=None if kwargs else args)
+    converted = apply(model, plan)
     with dropped(model, plan.changes):
         model(picture()).square().sum().backward()
     converted(picture()).square().sum().backward()
@@ -1629,7 +1629,7 @@ def test_a_context_that_the_block_enters_is_never_lost(context, around, inside):
     with CONTEXTS[around]():
         plan = planned(model)
         plan = plan.edit(dict.fromkeys((site.id for site in droppable(plan)), "drop"))
-        converted = apply(model, plan, example_inputs=None if kwargs else args)
+        converted = apply(model, plan)
     for outside in (contextlib.nullcontext, torch.no_grad, lambda: torch.autocast("cpu")):
         found = []
         for each in (model, converted):
@@ -1739,7 +1739,7 @@ def test_a_block_that_stores_something_goes_on_storing_it(what):
     plan = planned(model)
     assert_same(state(model.block), before, "planning has left something")
     plan = plan.edit(dict.fromkeys((site.id for site in droppable(plan)), "drop"))
-    converted = apply(model, plan, example_inputs=None if kwargs else args)
+    converted = apply(model, plan)
     assert_same(state(model.block), before, "converting has left something in the original")
     assert_same(state(converted.block), before, "converting has left something")
     with torch.no_grad():
@@ -1983,7 +1983,7 @@ def test_a_gradient_of_its_own_is_not_lost():
     model = outer(net(part, conv=conv()))
     plan = planned(model)
     plan = plan.edit(dict.fromkeys((site.id for site in droppable(plan)), "drop"))
-    converted = apply(model, plan, example_inputs=None if kwargs else args)
+    converted = apply(model, plan)
     grads = []
     for each in (model, converted):
         with dropped(model, plan.changes) if each is model else contextlib.nullcontext():
@@ -2012,7 +2012,7 @@ def test_checkpointing_inside_the_block_is_not_lost(reentrant):
     model = outer(net(part, **convs("conv", "conv2"), methods={"inner": inner}))
     plan = planned(model, ratio="3:1")
     plan = plan.edit(dict.fromkeys((site.id for site in droppable(plan)), "drop"))
-    converted = apply(model, plan, example_inputs=None if kwargs else args)
+    converted = apply(model, plan)
     counts = []
     for each in (model, converted):
         calls = []
