@@ -164,7 +164,9 @@ def flat():
 
 
 CALLS = {
-    "fit": lambda net, data: nmconv.fit(nmconv.apply_plan(net, Asked.plan), data, reference=net),
+    "fit": lambda net, data: nmconv.fit(
+        nmconv.apply_plan(net, Asked.plan, example_inputs=Asked.example), data, reference=net
+    ),
     "sensitivity": lambda net, data: nmconv.sensitivity(net, data, quiet=True),
     "search": lambda net, data: nmconv.search(net, data, budget=0.7, cost="multiply_adds", quiet=True),
     "recalibrate_norms": lambda net, data: nmconv.recalibrate_norms(net, data),
@@ -173,6 +175,7 @@ CALLS = {
 
 class Asked:
     plan = None
+    example = None
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -180,7 +183,7 @@ class Asked:
 def test_images_that_the_network_does_not_take(call, case):
     net = Two().eval() if case == "two inputs" else flat()
     example = (images(1), torch.ones(1, 1, 1, 1)) if case == "two inputs" else images(1)
-    Asked.plan = nmconv.make_plan(net, "2:1", example_inputs=example)
+    Asked.plan, Asked.example = nmconv.make_plan(net, "2:1", example_inputs=example), example
     data = {
         "two inputs": images(),
         "other sizes": images(size=13),
@@ -314,7 +317,7 @@ def test_a_norm_without_a_fixed_scale_is_named():
     net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.GroupNorm(2, 6), nn.ReLU(),
                         nn.Flatten(), nn.Linear(384, 3)).eval()  # fmt: skip
     plan = nmconv.make_plan(net, "1:1", example_inputs=images(1))
-    model = nmconv.apply_plan(net, plan.edit({site.id: "drop" for site in plan.sites}))
+    model = nmconv.apply_plan(net, plan.edit({site.id: "drop" for site in plan.sites}), example_inputs=images(1))
     whys = [unit.why for unit in nmconv.get_fit(nmconv.fit(model, images(), reference=net)).units]
     assert any("3" in why and "GroupNorm" in why for why in whys), whys
 

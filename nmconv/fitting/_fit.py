@@ -134,7 +134,8 @@ def _seen(model: nn.Module, images: Images) -> Witness:
     try:
         return Witness(model, torch.cat([first, first]))  # some norms take no single image in train mode
     except OptionError as error:
-        raise FitError(f"{error}; data gives images of shape {tuple(first.shape)}: give batches of images") from error
+        what = f"this {type(model).__name__} does not take images of shape {tuple(first.shape[1:])}"
+        raise FitError(f"{what} ({error.__cause__}): give batches of images") from error
 
 
 def fit_units(model: nn.Module, reference: nn.Module, images: Images) -> tuple[UnitFit, ...]:
