@@ -55,7 +55,10 @@ def guessed_inputs(model: nn.Module, size: tuple[int, ...] | None) -> list[Input
     Returns:
         Nothing where there is no convolution to go by.
     """
-    return [_images(model, shape) for shape in ([size] if size else _sizes_by_first_conv(model))]
+    shapes = _sizes_by_first_conv(model)
+    if size:  # a model of the family may have been made for other channels
+        shapes = [size, *((shape[0], *size[1:]) for shape in shapes[:1] if len(shape) == len(size))]
+    return [_images(model, shape) for shape in dict.fromkeys(shapes)]
 
 
 def _images(model: nn.Module, shape: tuple[int, ...]) -> Inputs:
