@@ -486,7 +486,7 @@ def holds(model, plan, inplace=False):
         slopes, _ = gradients(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     source = copy.deepcopy(model) if inplace else model
-    converted = quiet(nmconv.apply_plan, source, plan, inplace=inplace)
+    converted = quiet(nmconv.apply_plan, source, plan, inplace=inplace, example_inputs=picture())
     assert (converted is source) == inplace
     assert isinstance(converted, type(model))
     assert list(converted.state_dict()) == list(before)
@@ -518,7 +518,7 @@ def check(source, ratio, keep, chosen, inplace):
     holds(model, plan, inplace)
     even = nmconv.make_plan(model, "1:1", example_inputs=picture())
     assert not even.changes
-    idle = quiet(nmconv.apply_plan, model, even)
+    idle = quiet(nmconv.apply_plan, model, even, example_inputs=picture())
     assert_same([run(idle, training) for training in (False, True)], untouched, "1:1")
     sites = [site for site in plan.sites if site.action != "skip" and not site.locked]
     event(f"droppable sites: {min(len(sites), 6)}")
@@ -527,7 +527,7 @@ def check(source, ratio, keep, chosen, inplace):
         edits = {site.id: "drop" if drop else "keep" for site, drop in zip(sites, gone, strict=False)}
         edited = plan.edit(edits)
         try:
-            quiet(nmconv.apply_plan, model, edited)
+            quiet(nmconv.apply_plan, model, edited, example_inputs=picture())
         except nmconv.RewriteError as error:
             event("an edit that cannot be written")
             assert any(reason in str(error) for reason in REFUSED), error
