@@ -58,9 +58,9 @@ class SeenRuns:
             for (one, other), why in zip(pairs, self._broken(pairs), strict=True):
                 self._between[_key(one), _key(other)] = why
         for piece, why in zip(pieces, whole, strict=True):
-            inside = [self._between.get((_key(one), _key(other)), "") for one, other in _neighbours(piece)]
+            inside = [self._between.get((_key(one), _key(other)), "") for one, other in pairwise(piece)]
             if why and not any(inside):  # no pair shows it: nothing of it is believed
-                self._between.update({(_key(one), _key(other)): why for one, other in _neighbours(piece)})
+                self._between.update({(_key(one), _key(other)): why for one, other in pairwise(piece)})
 
     def divided(self, nodes: Sequence[Node]) -> tuple[Node, ...]:
         """The nodes, with one that cannot be merged wherever the run is to be divided."""
@@ -104,10 +104,6 @@ def _tells(piece: Sequence[Node]) -> bool:
 
 def _is_loud(node: Node) -> bool:
     return isinstance(node.element, Join) or node.element.kind != "pass"
-
-
-def _neighbours(piece: Sequence[Node]) -> Iterator[tuple[Node, Node]]:
-    return pairwise(piece)
 
 
 def _key(node: Node) -> _Key:

@@ -41,7 +41,7 @@ class Answers:
 
     def get(self, key: tuple[str, str, int]) -> tuple[Any] | None:
         """What the call returned, in a tuple, anew each time; None where that is not known."""
-        return (_anew(self._found[key]),) if key in self._found else None
+        return (_without_data(self._found[key]),) if key in self._found else None
 
     def may_know(self, error: Exception) -> bool:
         """Whether an error may come of there being no numbers, rather than of what the model does."""
@@ -58,7 +58,3 @@ def _without_data(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_data(part) for key, part in value.items()}
     return value
-
-
-def _anew(value: Any) -> Any:
-    return _without_data(value)

@@ -102,12 +102,11 @@ class Witness:
             if difference is not None:
                 raise self._error(before, result, difference)
 
-    def broken(self, groups: Sequence[Group], plan: Plan | None = None) -> dict[str, str]:
+    def broken(self, groups: Sequence[Group]) -> dict[str, str]:
         """From the heads of groups that are not one convolution in every recording to why."""
-        changes = changes_of(plan, groups)
         found: dict[str, str] = {}
         for run in self.recordings.runs:
-            for head, why in ({} if run.call.closable else broken_groups(run, changes)).items():
+            for head, why in ({} if run.call.closable else self.broken_in(run, groups)).items():
                 found.setdefault(head, f"{why} ({run.call.name})")
         called = {frame.path for run in self.recordings.runs for frame in run.frames}
         called |= {fact.label for run in self.recordings.runs for fact in run.facts.values()}

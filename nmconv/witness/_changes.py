@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -145,7 +145,7 @@ def settings_of(fact: Fact, hoisted: frozenset[str]) -> tuple[str, ...]:
 
 def by_member(groups: Iterable[Group]) -> dict[str, Group]:
     """From each module's name to the group that it is in."""
-    found: dict[str, Group] = defaultdict()
+    found: dict[str, Group] = {}
     for group in groups:
         found.update(dict.fromkeys(group.members, group))
     return found

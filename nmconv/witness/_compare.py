@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -11,7 +11,7 @@ from nmconv.recording import Fact, Recording
 from nmconv.witness._changes import Changes, activations
 from nmconv.witness._values import Table, Values, expected_values, values_of
 
-__all__ = ["Difference", "compare"]
+__all__ = ["Difference", "broken_groups", "compare"]
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,12 @@ class Difference:
         module: Qualified name of the module whose forward made it.
         first: The step of the original.
         second: The step of the result.
-        heads: The groups that are to blame, by their heads.
     """
 
     text: str
     module: str = ""
     first: str = ""
     second: str = ""
-    heads: tuple[str, ...] = ()
 
 
 def compare(original: Recording, result: Recording, changes: Changes) -> Difference | None:
@@ -45,7 +43,7 @@ def compare(original: Recording, result: Recording, changes: Changes) -> Differe
     broken = {**found.broken, **wanted.broken}
     if broken:
         head, why = next(iter(broken.items()))
-        return Difference(f"the convolution merged at {head} is none here: {why}", heads=tuple(broken))
+        return Difference(f"the convolution merged at {head} is none here: {why}")
     missing = _missing_sites(original, changes)
     if missing:
         return Difference(f"the model never makes the call {missing} that the plan changes")
@@ -96,7 +94,7 @@ def _first_difference(original: Recording, result: Recording, wanted: Values, fo
             key for key in {**wanted.results, **found.results} if wanted.results.get(key) != found.results.get(key)
         ]
         kind, name = names[0]
-        return Difference(f"what is {kind}{f' ({name})' if name else ''} differs", "", "", "")
+        return Difference(f"what is {kind}{f' ({name})' if name else ''} differs")
     place = f"in the forward of {where or 'the model'}"
     return Difference(
         f"{place} the result does {texts[1] or 'nothing'} where {texts[0] or 'nothing'} was to be done",
@@ -174,8 +172,3 @@ def _between(original: Recording, firsts: set[Node], last: Node) -> set[Node]:
         if node not in firsts:
             todo += [part for part, _ in original.facts[node].reads]
     return found
-
-
-def heads_of(differences: Iterable[Difference]) -> set[str]:
-    """All groups that are to blame."""
-    return {head for difference in differences for head in difference.heads}

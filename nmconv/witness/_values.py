@@ -12,7 +12,7 @@ from nmconv.planning import Sum
 from nmconv.recording import TENSOR, Fact, Read, Recording, hook_sees, unknown
 from nmconv.witness._changes import Changes, Group, activations, by_member, grouped_sums, settings_of, sums_of
 
-__all__ = ["Content", "Table", "Values", "values_of"]
+__all__ = ["Content", "Table", "Values", "expected_values", "values_of"]
 
 Table = dict[Any, int]  # from what makes a value to its number; shared by the recordings that are compared
 Content = tuple[int, "int | None"]  # what a tensor holds: the value it was made as, and what wrote to it since
