@@ -17,7 +17,7 @@ from nmconv.graph import chosen_by
 from nmconv.merging._records import Guard, Merge
 from nmconv.merging._seen import groups_of
 from nmconv.recording import ENTRY_POINTS, Frame, Recording
-from nmconv.surgery import Method, Undo, Witness, restoring_class, rewritten
+from nmconv.surgery import Method, Undo, Witness, restoring_class, rewritten, shown_parameters
 
 __all__ = ["Closed", "check_argument", "guard", "guarded"]
 
@@ -197,22 +197,14 @@ def _checking(module: nn.Module, owner: str, arguments: dict[str, str]) -> Metho
     """A forward that checks arguments and calls the class's own."""
     base = getattr(type(module), "_nmconv_base", type(module))
     parameters = list(inspect.signature(base.forward).parameters.values())
-    shown: list[str] = []
-    passed: list[str] = []
     bound: dict[str, Any] = {"_argument": check_argument}
-    for at, parameter in enumerate(parameters):
+    shown = shown_parameters(parameters, bound)
+    passed: list[str] = []
+    for parameter in parameters[1:]:
         kind = parameter.kind
         stars = "*" if kind is parameter.VAR_POSITIONAL else "**" if kind is parameter.VAR_KEYWORD else ""
-        if kind is parameter.KEYWORD_ONLY and not any(text.startswith("*") for text in shown):
-            shown.append("*")
-        text = stars + parameter.name
-        if parameter.default is not parameter.empty:
-            bound[f"_default_{parameter.name}"] = parameter.default
-            text += f"=_default_{parameter.name}"
-        shown.append(text)
-        if at:
-            named = kind is parameter.KEYWORD_ONLY
-            passed.append(f"{parameter.name}={parameter.name}" if named else stars + parameter.name)
+        named = kind is parameter.KEYWORD_ONLY
+        passed.append(f"{parameter.name}={parameter.name}" if named else stars + parameter.name)
     own = parameters[0].name
     lines = [f"def forward({', '.join(shown)}):"]
     for name, value in arguments.items():

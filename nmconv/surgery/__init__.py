@@ -6,6 +6,7 @@ from nmconv.surgery._convert import apply_plan, convert, get_plan, make_plan
 from nmconv.surgery._guard import MERGED, check_examples, check_has_run, check_model, check_plain
 from nmconv.surgery._hoist import is_known, pad
 from nmconv.surgery._rewrite import Edit, rewrite
+from nmconv.surgery._source import shown_parameters
 from nmconv.surgery._undo import (
     Undo,
     restoring,
@@ -41,6 +42,7 @@ __all__ = [
     "restoring_tensor",
     "rewrite",
     "rewritten",
+    "shown_parameters",
     "undone",
     "undone_on_failure",
 ]

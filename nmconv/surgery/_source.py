@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from nmconv.graph import FlowTracer, MethodTrace
 from nmconv.surgery import _runtime
 from nmconv.surgery._classes import Method
 
-__all__ = ["method_source", "return_changed_lists"]
+__all__ = ["method_source", "return_changed_lists", "shown_parameters"]
 
 
 def method_source(module: nn.Module, name: str, trace: MethodTrace, mutated: list[str]) -> Method:
@@ -68,23 +68,29 @@ def _keep_numbers_apart(graph: Graph) -> None:
                 node.target = getattr(_runtime, name)
 
 
+_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+
+
+def shown_parameters(parameters: Iterable[inspect.Parameter], bound: dict[str, Any]) -> list[str]:
+    """Parameters as a def line has them; defaults are added to ``bound``, the globals of what is written."""
+    shown: list[str] = []
+    for parameter in parameters:
+        if parameter.kind is parameter.KEYWORD_ONLY and not any(text.startswith("*") for text in shown):
+            shown.append("*")
+        text = _STARS.get(parameter.kind, "") + parameter.name
+        if parameter.default is not parameter.empty:
+            bound[f"_default_{parameter.name}"] = parameter.default
+            text += f"=_default_{parameter.name}"
+        shown.append(text)
+    return shown
+
+
 def _arguments(
     signature: inspect.Signature, trace: MethodTrace, method: str, bound: dict[str, Any]
 ) -> tuple[list[str], str]:
     """The def line and the checks of the method, and the arguments it passes on."""
-    stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    names: list[inspect.Parameter] = []
-    shown: list[str] = []
-    for parameter in list(signature.parameters.values())[1:]:
-        prefix = stars.get(parameter.kind, "")
-        if parameter.kind is parameter.KEYWORD_ONLY and not any(name.startswith("*") for name in shown):
-            shown.append("*")
-        text = prefix + parameter.name
-        if parameter.default is not parameter.empty:
-            bound[f"_default_{parameter.name}"] = parameter.default
-            text += f"=_default_{parameter.name}"
-        names.append(parameter)
-        shown.append(text)
+    names = list(signature.parameters.values())[1:]
+    shown = shown_parameters(names, bound)
     head = [f"def {method}(self{''.join(', ' + text for text in shown)}):"]
     given = signature.bind(None, *trace.arguments.args, **trace.arguments.kwargs)
     passing = _Passing(method, head, bound)
