@@ -347,7 +347,7 @@ def without_branch(net: nn.Module, label: str, kept: tuple[str, ...]) -> nmconv.
     takes = found.branch.sum.takes
     convs = tuple(name for name, module in net.block.named_modules(prefix="block") if isinstance(module, nn.Conv2d))
     keep = found.branch.sum.keep
-    copy = label == "iadd"  # torchvision's block overwrites the sum, here the stem's own output
+    copy = label == "add_"  # torchvision's block overwrites the sum, here the stem's own output
     branch = Branch(Sum("block", takes, label, 1, keep, copy), convs)
     assert found.branch == branch
     plan = nmconv.make_plan(net, "2:1")
@@ -358,7 +358,7 @@ def without_branch(net: nn.Module, label: str, kept: tuple[str, ...]) -> nmconv.
 
 
 BLOCKS = {
-    "BasicBlock": (lambda: BasicBlock(4, 4), "iadd", ("stem.1#1", "block.relu#2"), F.relu),
+    "BasicBlock": (lambda: BasicBlock(4, 4), "add_", ("stem.1#1", "block.relu#2"), F.relu),
     "InvertedResidual": (lambda: InvertedResidual(4, 4, exp_ratio=2.0), "add", ("stem.1#1",), lambda x: x),
 }
 

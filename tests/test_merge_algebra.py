@@ -53,10 +53,10 @@ def plain(value):
     )
 
 
-def check_runs(net, judged):
+def check_runs(net, judged, example):
     """``find_runs`` says why what must be left alone is left alone, and no more than that."""
-    found = nmconv.find_runs(net, witness=False)
-    assert found == nmconv.find_runs(net, witness=False)
+    found = nmconv.find_runs(net, example_inputs=example, witness=False)
+    assert found == nmconv.find_runs(net, example_inputs=example, witness=False)
     for run in found:
         assert all(plain(getattr(run, field.name)) for field in dataclasses.fields(run))
         assert all(isinstance(net.get_submodule(name), CONV) for name in run.convs)
@@ -76,8 +76,9 @@ def check_always(data, net, rank):
     found = steps(net)
     judged = verdict_of_run(found)
     shapes = shapes_for(data.draw, net, rank)
-    check_runs(net, judged)
-    merged = merge(net, witness=False)
+    example = torch.zeros(1, inputs_of(net), *shapes[-1], dtype=torch.float64)
+    check_runs(net, judged, example)
+    merged = merge(net, example_inputs=example, witness=False)
     assert assert_agree(merged, net, *shapes)
     before, after = convs_of(net, *shapes[0]), convs_of(merged, *shapes[0])
     least, most = fewest(found)

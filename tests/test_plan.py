@@ -453,14 +453,6 @@ def test_no_sites(model):
     refused(NoSitesError, model)
 
 
-def test_no_sites_says_what_could_not_be_traced():
-    def forward(self, x):
-        return self.a(self.c(x)) if x.sum() > 0 else x
-
-    with pytest.raises(NoSitesError, match="trace"):
-        nmconv.make_plan(net(forward, c=conv(), a=nn.ReLU()))
-
-
 def test_no_effect_warns_and_returns_a_model():
     model = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2), conv(), nn.ReLU())
     with pytest.warns(NoEffectWarning):
@@ -532,7 +524,9 @@ def zoo_of_plans() -> dict[str, Plan]:
         return self.relu(self.c2(x)), side
 
     def broken(self, x):
-        return x if x.sum() > 0 else -x
+        if self.training:
+            raise ValueError("no targets")
+        return -x
 
     # three convs, two activations, then one more conv: something to move
     to_move = nn.Sequential(run_of(2), conv(), nn.MaxPool2d(2), conv(), nn.ReLU())
@@ -856,7 +850,8 @@ def test_edit_names_near_ids():
 
 
 def test_edit_of_a_site_that_is_skipped():
-    plan = nmconv.make_plan(nn.Sequential(run_of(2), nn.Flatten(), nn.Linear(4, 4), nn.ReLU()))
+    model = nn.Sequential(run_of(2), nn.Flatten(), nn.Linear(4, 4), nn.ReLU())
+    plan = nmconv.make_plan(model, example_inputs=torch.zeros(2, 4, 1, 1))
     for action in ("keep", "drop"):
         with pytest.raises(PlanError, match="linear"):
             plan.edit({"3#1": action})
@@ -1026,20 +1021,23 @@ def test_a_reset_classifier_after_conversion_keeps_the_conversion():
 # --- what could not be traced -----------------------------------------------------------------------------------------
 
 
-def test_untraced_parts_are_named_with_what_to_do():
-    def forward(self, x):
-        return F.relu(self.c1(x)) if x.sum() > 0 else self.inner(x)
+def failing_in_train_mode(self, x):
+    if self.training:
+        raise ValueError("no targets")
+    return F.relu(self.c1(x))
 
-    model = nn.Sequential(run_of(2), net(forward, **convs("c1"), inner=run_of(2)), run_of(2))
+
+def test_parts_that_do_not_run_in_a_mode_are_named_with_what_to_do():
+    model = nn.Sequential(run_of(2), net(failing_in_train_mode, **convs("c1")), run_of(2))
     plan = nmconv.make_plan(model)
-    assert [part.name for part in plan.untraced] == ["1"]
-    assert plan.untraced[0].reason and plan.untraced[0].hint
-    # its children are planned, each by itself
+    (part,) = plan.untraced
+    assert part.name == "1" and "train mode (ValueError: no targets)" in part.reason and "example_inputs" in part.hint
+    assert "1: it does not run in train mode" in str(plan)
+    # what runs is planned all the same, and what cannot be rewritten for both modes stays
     assert sorted(row[:3] for row in rows(plan)) == [
         ("0.1#1", "drop", "0.0"),
         ("0.3#1", "keep", "0.2"),
-        ("1.inner.1#1", "drop", "1.inner.0"),
-        ("1.inner.3#1", "keep", "1.inner.2"),
+        ("1:relu#1", "keep", "1.c1"),
         ("2.1#1", "drop", "2.0"),
         ("2.3#1", "keep", "2.2"),
     ]
@@ -1057,12 +1055,8 @@ def test_example_inputs_reach_what_shapes_decide():
     x, context = torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 1, 1)
     plan = expect(model, text, example_inputs=(x, context), convs=2)
     assert nmconv.make_plan(model, example_inputs={"x": x, "context": context}).sites == plan.sites
-    blind = net(forward, **convs("c1 c2 g"), **relus("a1 a2"))
-    try:
-        told = nmconv.make_plan(blind).untraced[0]
-        assert "example_inputs" in told.hint
-    except NoSitesError as error:
-        assert "example_inputs" in str(error)
+    with pytest.raises(OptionError, match="example_inputs"):
+        nmconv.make_plan(model, example_inputs=(x, torch.zeros(1, 5, 1, 1)))
 
 
 def test_example_inputs_are_not_run():

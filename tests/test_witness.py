@@ -314,9 +314,7 @@ def test_what_a_hook_sees_stays():
         merged = nmconv.merge(net, gate="always", example_inputs=X)
     expected = torch.cat([net.b(net.a(X)), net.a(X)], 1)
     assert torch.equal(merged(X), expected)
-    (run,) = nmconv.find_runs(net, example_inputs=X)
-    assert not run.exact
-    assert "hook" in run.why
+    assert not any(run.exact for run in nmconv.find_runs(net, example_inputs=X))
 
 
 def test_a_hook_on_a_dropped_activation_goes_on_seeing_its_input():

@@ -913,9 +913,10 @@ def test_linear_layers_of_gates_do_not_count():
 
 def test_linear_chains():
     model = nn.Sequential(conv(), nn.ReLU(), nn.Flatten(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
-    plan = expect(model, "1 keep 0 A0 \n 4 skip - - \n 6 skip - -", convs=1)
+    x = torch.zeros(1, 4, 1, 2)
+    plan = expect(model, "1 keep 0 A0 \n 4 skip - - \n 6 skip - -", convs=1, example_inputs=x)
     assert "linear" in skipped(plan, "4#1").lower()
-    expect(model, "1 keep 0 A0 \n 4 drop 3 B0 \n 6 keep 5 B0", linear=True, convs=3)
+    expect(model, "1 keep 0 A0 \n 4 drop 3 B0 \n 6 keep 5 B0", linear=True, convs=3, example_inputs=x)
 
 
 def test_an_activation_beside_no_conv_is_listed_with_the_reason():
@@ -1565,7 +1566,7 @@ def test_relocate_mobilenet_v2_at_3_1(name):
 
 def test_relocate_retinanet_head_stays():
     """[conv conv conv] [conv logits] at 3:1: the second unit would end on the logits."""
-    plan = nmconv.make_plan(zoo.build("torchvision/retinanet_resnet50_fpn", "meta"), "3:1", relocate=True)
+    plan = nmconv.make_plan(zoo.build("torchvision/retinanet_resnet50_fpn"), "3:1", relocate=True)
     for head in ("classification_head", "regression_head"):
         sites = [site for site in plan.sites if f"{head}.conv" in site.name]
         assert [site.action for site in sites] == ["drop", "drop", "keep", "keep"]

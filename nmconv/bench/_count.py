@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from nmconv.bench._records import Network
 from nmconv.errors import NoSitesError
@@ -36,6 +35,8 @@ def network(model: nn.Module, image: Tensor, activations: int) -> Network:
         image: A batch of one.
         activations: As :func:`activations_of` counts them.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # here, since it imports triton
+
     with torch.no_grad(), FlopCounterMode(display=False) as flops, _Convolutions() as convs:
         model(image)
     return Network(activations, convs.calls, flops.get_total_flops() // 2)

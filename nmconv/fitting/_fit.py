@@ -20,7 +20,7 @@ from nmconv.fitting._samples import Samples
 from nmconv.fitting._solve import RIDGES, Answer, solved
 from nmconv.fitting._units import Unit, Units, left_out
 from nmconv.fitting._watch import Watch
-from nmconv.graph import fingerprint, mode_hidden
+from nmconv.graph import fingerprint
 from nmconv.merging import get_merges, groups_of
 from nmconv.planning import Kernel, Refusal, shrunk
 from nmconv.surgery import Undo, Witness, check_plain, copy_of, get_plan, undone, undone_on_failure
@@ -119,7 +119,7 @@ def fit(
     images = read_images(data, model, holdout=holdout, key=key)
     seen = _seen(model, images) if witness else None
     result = model if inplace else copy_of(model)
-    with mode_hidden(), torch.no_grad(), undone_on_failure() as undo, eval_mode(result, reference):
+    with torch.no_grad(), undone_on_failure() as undo, eval_mode(result, reference):
         report = _Fitting(result, reference, images, ridges, loss, keep_norms, downstream, undo).run(
             default, recalibrate
         )
@@ -146,7 +146,7 @@ def fit_units(model: nn.Module, reference: nn.Module, images: Images) -> tuple[U
         reference: As it was before it was converted.
         images: Some of them held out.
     """
-    with mode_hidden(), torch.no_grad(), eval_mode(model, reference):
+    with torch.no_grad(), eval_mode(model, reference):
         return _Fitting(model, reference, images, RIDGES, None, False, False, []).units(None)
 
 

@@ -1,9 +1,9 @@
 """Reading models: from an ``nn.Module`` to chains of convolutions and their activations. Changes nothing."""
 
-from nmconv.graph._agree import disagreement
-from nmconv.graph._analysis import Called, act_calls, calls_by_kind
+from nmconv.graph._analysis import Called
 from nmconv.graph._branches import Residual, residuals
 from nmconv.graph._callable import callable_methods
+from nmconv.graph._chance import chance_restored
 from nmconv.graph._choices import chosen_by
 from nmconv.graph._elements import Element, Join, LinearRun, Step, elements_from, steps_of, text_of, without_end
 from nmconv.graph._fingerprint import fingerprint
@@ -11,12 +11,12 @@ from nmconv.graph._geometry import BEFORE, PADS, Padding, averages, before_hoist
 from nmconv.graph._method import Method, MethodTrace, trace_methods
 from nmconv.graph._modules import LEAF, THROUGH, act_kind, hooks_of, is_activation, is_sequential, leaf_op
 from nmconv.graph._ops import PLAIN_ACTS, Op, is_inplace
-from nmconv.graph._quiet import chance_restored, mode_hidden
 from nmconv.graph._recordings import inputs_of, is_leaf, recordings_of
+from nmconv.graph._records import UnknownNumber
 from nmconv.graph._runs import linear_runs
 from nmconv.graph._shapes import Shapes, shapes_of
-from nmconv.graph._structure import Reading, read
-from nmconv.graph._tracer import FlowTracer
+from nmconv.graph._structure import read
+from nmconv.graph._tracer import MethodTracer
 from nmconv.graph._ways import NORM, SUM, Hop, Spot, Ways
 from nmconv.graph._zoo import has_plain_weight, is_frozen_norm, is_norm_act, pads_same
 
@@ -30,30 +30,27 @@ __all__ = [
     "THROUGH",
     "Called",
     "Element",
-    "FlowTracer",
     "Hop",
     "Join",
     "LinearRun",
     "Method",
     "MethodTrace",
+    "MethodTracer",
     "Op",
     "Padding",
-    "Reading",
     "Residual",
     "Shapes",
     "Spot",
     "Step",
+    "UnknownNumber",
     "Ways",
-    "act_calls",
     "act_kind",
     "averages",
     "before_hoisting",
     "callable_methods",
-    "calls_by_kind",
     "chance_restored",
     "check_hooks",
     "chosen_by",
-    "disagreement",
     "elements_from",
     "fingerprint",
     "geometry_of",
@@ -68,7 +65,6 @@ __all__ = [
     "is_sequential",
     "leaf_op",
     "linear_runs",
-    "mode_hidden",
     "norm_of",
     "pads_same",
     "read",

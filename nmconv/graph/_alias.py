@@ -67,7 +67,7 @@ class _Memory:
                     self.sharers[source].append(node.index)
                 else:
                     self.readers[source].append(node.index)
-                if (node.inplace or node.opaque) and source in first:
+                if node.inplace and source in first:
                     self.writers[source].append(node.index)
 
     def hazard(self, act: int) -> bool:
@@ -91,8 +91,8 @@ class _Memory:
 
 
 def _first(node: FlowNode) -> list[int]:
-    """What may be the first operand: any, where gates were sorted from the main path, or of a module not traced."""
-    return [*node.inputs, *node.sides] if node.op is Op.GATED or node.opaque else node.inputs[:1]
+    """What may be the first operand: any, where gates were sorted from the main path."""
+    return [*node.inputs, *node.sides] if node.op is Op.GATED else node.inputs[:1]
 
 
 def _closure(start: set[int], step: list[list[int]]) -> set[int]:

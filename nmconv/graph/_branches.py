@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from nmconv.graph._alias import sums_must_copy
-from nmconv.graph._analysis import Called, trace_parts
-from nmconv.graph._lower import lower
-from nmconv.graph._ops import SUMS, Op
+from nmconv.graph._analysis import Called, flows_of
+from nmconv.graph._flow import Flow
+from nmconv.graph._ops import Op
+from nmconv.graph._recordings import recordings_of
 from nmconv.graph._takes import takes_of
-from nmconv.graph._tracer import FlowTracer
 from nmconv.graph._ways import Spot, is_plain_sum, spot_of
 from nmconv.planning import Branch, Sum
 
@@ -38,24 +38,17 @@ class Residual:
 
 def residuals(model: nn.Module, example_inputs: Any = None) -> tuple[Residual, ...]:
     """All residual branches with a convolution in them, in eval mode, in order of execution."""
-    analysis = trace_parts(model, False, example_inputs, None, _of_trace)
-    return tuple(found for part in analysis.traced for found in part)
+    flows = flows_of(model, recordings_of(model, example_inputs, both_sizes=False))
+    return tuple(found for flow in flows for found in _of_flow(flow))
 
 
-def _of_trace(tracer: FlowTracer) -> tuple[Residual, ...]:
-    flow = lower(tracer, linear=False)
-    nodes = flow.nodes
-    readers: list[set[int]] = [set() for _ in nodes]
-    for node in nodes:
-        for source in {*node.inputs, *node.sides}:
-            readers[source].add(node.index)
+def _of_flow(flow: Flow) -> tuple[Residual, ...]:
+    nodes, readers = flow.nodes, flow.all_readers()
     found = []
     for node in nodes:
-        plain = is_plain_sum(node) and node.label in SUMS and node.frame is not None
-        plain = plain and len(node.inputs) == len(node.origin.args) == 2
-        if not plain or node.origin.op == "call_module" or tracer.methods.get(node.origin, "forward") != "forward":
+        plain = is_plain_sum(node) and len(node.inputs) == len(node.origin.args) == 2
+        if not plain or node.frame is None or (node.frame.parent is None and node.method != "forward"):
             continue
-        assert node.frame is not None
         for keep in (0, 1):
             value = node.inputs[keep]
             while nodes[value].op in (Op.PASS, Op.DROP) and len(nodes[value].inputs) == 1:
@@ -64,15 +57,15 @@ def _of_trace(tracer: FlowTracer) -> tuple[Residual, ...]:
             convs = tuple(nodes[at].name for at in sorted(inside) if nodes[at].op is Op.CONV)
             if not convs:
                 continue
-            calls = [tracer.given] if node.frame.parent is None else tracer.completed.get(node.frame.path, [])
-            takes = "" if node.frame.path in tracer.odd else takes_of(calls)
+            path = node.frame.path
+            takes = "" if path in flow.odd else takes_of(frame for frame in flow.frames if frame.path == path)
             acts = tuple(
                 ((act.frame.path, act.name, act.function), act.call)
                 for at in sorted(inside)
                 if (act := nodes[at].act) is not None
             )
-            summed = Sum(node.frame.path, takes, node.label, node.number, keep)
-            found.append(Residual(Branch(summed, convs), acts, spot_of(tracer, node), node.index))
+            summed = Sum(path, takes, node.label, node.number, keep)
+            found.append(Residual(Branch(summed, convs), acts, spot_of(flow, node), node.index))
             break
     kept = {part.position: nodes[part.position].inputs[part.branch.sum.keep] for part in found}
     copies = sums_must_copy(flow, kept)
@@ -82,7 +75,7 @@ def _of_trace(tracer: FlowTracer) -> tuple[Residual, ...]:
     )
 
 
-def _between(start: int, end: int, nodes: Any, readers: list[set[int]], reader: int) -> set[int]:
+def _between(start: int, end: int, nodes: Any, readers: list[list[int]], reader: int) -> set[int]:
     """All nodes from ``start`` (left out) to ``end``; empty where something else comes in or goes out."""
     inside: set[int] = set()
     todo = [end]

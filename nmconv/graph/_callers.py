@@ -3,58 +3,55 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.fx import Node
 
-from nmconv.graph._constants import settings_read
+from nmconv.graph._flow import Flow
 from nmconv.graph._holders import Holders
-from nmconv.graph._records import Frame
-from nmconv.graph._tracer import FlowTracer
+from nmconv.recording import Fact
 
 __all__ = ["Callers", "Seen"]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one trace shows of calls.
+    """What one flow shows of calls.
 
     Attributes:
         calls: How often each module is called, by qualified name.
         read: Names of modules whose parameters or buffers are read from outside of them.
-        settings: Ids of modules whose settings a forward could read.
     """
 
     calls: Counter[str]
     read: frozenset[str]
-    settings: frozenset[int]
 
     @staticmethod
-    def of(tracer: FlowTracer) -> Seen:
-        """What is to be seen in a finished trace."""
-        alive = [node for node in tracer.graph.nodes if node not in tracer.dead]
-        calls = Counter(tracer.prefix + str(node.target) for node in alive if node.op == "call_module")
-        read = (
-            tracer.prefix + str(node.target).rpartition(".")[0]
-            for node in alive
-            if node.op == "get_attr" and node.users
-        )
-        settings = (held for module in _callers(tracer) for held in settings_read(module))
-        return Seen(calls, frozenset(filter(None, read)), frozenset(settings))
+    def of(flow: Flow) -> Seen:
+        """What is to be seen in a flow."""
+        facts = flow.recording.facts
+        calls = Counter(fact.label for node, fact in facts.items() if node.op == "call_module")
+        calls.update(frame.path for frame in flow.frames)
+        return Seen(calls, frozenset(_read_by_others(facts)))
 
 
-def _callers(tracer: FlowTracer) -> list[nn.Module]:
-    """Every module whose forward has made a node, and those around it."""
-    found: dict[int, nn.Module] = {}
-    seen: set[int] = set()
-    for frame, *_ in tracer.where.values():
-        at: Frame | None = frame
-        while at is not None and id(at) not in seen:
-            seen.add(id(at))
-            found[id(at.module)] = at.module
-            at = at.parent
-    return list(found.values())
+def _read_by_others(facts: Mapping[Node, Fact]) -> Iterator[str]:
+    """Names of modules of which a parameter or buffer gets into what other modules compute from their inputs."""
+    fixed: set[Node] = set()
+    for node in facts:
+        if node.op == "get_attr" or (node.op != "placeholder" and fixed.issuperset(node.all_input_nodes)):
+            fixed.add(node)
+    for node, fact in facts.items():
+        owner = fact.label.rpartition(".")[0] if node.op == "get_attr" else ""
+        todo = [node] if owner else []
+        while todo:
+            users = list(todo.pop().users)
+            if any(user not in fixed and user in facts and facts[user].frame.path != owner for user in users):
+                yield owner
+                break
+            todo += [user for user in users if user in fixed]
 
 
 class Callers:
@@ -62,19 +59,19 @@ class Callers:
 
     Args:
         model: Whose modules.
-        seen: What its traces show, in all modes.
-        looked_at: Ids of modules at which a forward looked while it was traced, however that ended.
-        broken: Names of parts that could not be traced.
+        seen: What its flows show, in all modes.
+        looked_at: Names of modules at which a forward looks.
+        broken: Names of parts that do not run in some mode.
     """
 
-    def __init__(self, model: nn.Module, seen: Sequence[Seen], looked_at: Iterable[int], broken: Iterable[str]) -> None:
+    def __init__(
+        self, model: nn.Module, seen: Sequence[Seen], looked_at: Container[str], broken: Iterable[str]
+    ) -> None:
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._holders = Holders(model)
-        opaque = [self._modules[name] for name in broken]
-        self._opaque = bool(opaque)
+        self._opaque = any(True for _ in broken)
         self._read = {name for trace in seen for name in trace.read}
-        self._settings = {held for trace in seen for held in trace.settings}.union(looked_at)
-        self._settings.update(held for module in opaque for held in settings_read(module))
+        self._looked_at = looked_at
         self._owners = Counter(id(value) for module in model.modules() for value in _tensors(module))
         self._times: Counter[int] = Counter()
         for trace in seen:
@@ -89,7 +86,7 @@ class Callers:
             return "it is called several times"
         if name in self._read:
             return "something else reads its parameters"
-        if id(module) in self._settings:
+        if name in self._looked_at:
             return "a forward looks at its settings, class or parameters"
         if any(self._owners[id(value)] > 1 for value in _tensors(module)):
             return "another module has the same parameters or statistics"
@@ -98,7 +95,7 @@ class Callers:
         if self._holders.is_kept_elsewhere(module):
             return "an attribute holds it without registering it, so that it cannot be replaced"
         if self._opaque and self._holders.count(module) > 1:
-            return "it is registered several times in a model that cannot be traced as a whole"
+            return "it is registered several times in a model that does not run as a whole"
         return ""
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from nmconv.graph._syntax import NoSource, conditions, goes_one_way, parsed, unwrapped
+from nmconv.graph._parsed import NoSource, conditions, goes_one_way, parsed
+from nmconv.recording import unwrapped
 
 __all__ = ["chosen_by"]
 

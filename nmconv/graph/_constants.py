@@ -5,17 +5,16 @@ from __future__ import annotations
 import dis
 from collections.abc import Iterator
 from enum import Enum
-from functools import lru_cache
 from types import CodeType
 from typing import Any
 
 from torch import nn
 
 from nmconv.errors import RewriteError
-from nmconv.graph._quiet import is_chance
-from nmconv.graph._syntax import enclosed
+from nmconv.graph._chance import is_chance
+from nmconv.recording import enclosed
 
-__all__ = ["frozen_attributes", "settings_read"]
+__all__ = ["frozen_attributes"]
 
 _SCALARS = (bool, int, float, str, type(None))
 # Ways to ask what an object is that no proxy can answer, and sources of chance that no state shows.
@@ -38,6 +37,8 @@ _REFUSED_STEPS = {
 
 def frozen_attributes(module: nn.Module, method: str) -> dict[str, Any]:
     """From ``self.name``, ``self.child.name`` or ``len(self.list)`` to the value that the method's code finds there.
+
+    Numbers are not among them: a trace reads them anew, or says that it did not.
 
     Methods that it names are looked into as well.
 
@@ -71,46 +72,18 @@ def frozen_attributes(module: nn.Module, method: str) -> dict[str, Any]:
             todo.append(_code(module, chain[0]))
             holder: Any = module
             for depth, name in enumerate(chain):
+                read_anew = isinstance(holder, nn.Module)
                 holder = _held(holder, name)
+                read_anew &= type(holder) in (int, float)
                 if holder is _chains:
                     break
                 if is_chance(holder):
                     raise RewriteError("it draws random numbers that tracing would freeze")
-                if _is_scalar(holder) and name != "training":
+                if _is_scalar(holder) and name != "training" and not read_anew:
                     found[f"self.{'.'.join(chain[: depth + 1])}"] = holder
                 if isinstance(holder, (nn.ModuleList, nn.ModuleDict)):
                     found[f"len(self.{'.'.join(chain[: depth + 1])})"] = len(holder)
     return found
-
-
-def settings_read(module: nn.Module) -> set[int]:
-    """Ids of modules below whose settings (``self.conv.kernel_size``) the module's forward reads."""
-    found: set[int] = set()
-    done: set[str] = set()
-    todo = ["forward"]
-    while todo:
-        method = todo.pop()
-        code = _code(module, method)
-        if code is None or method in done:
-            continue
-        done.add(method)
-        for chain in _chains_of(code):
-            todo.append(chain[0])
-            holder: Any = module
-            for name in chain:
-                value = _held(holder, name)
-                if isinstance(value, nn.Module):
-                    holder = value
-                    continue
-                if holder is not module and value is not _chains:
-                    found.add(id(holder))
-                break
-    return found
-
-
-@lru_cache(maxsize=4096)
-def _chains_of(code: CodeType) -> tuple[tuple[str, ...], ...]:
-    return tuple(_chains(code))
 
 
 def _held(holder: Any, name: str) -> Any:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.fx import Proxy
 from torch.overrides import TorchFunctionMode
-from torch.utils import checkpoint
 
 from nmconv.errors import RewriteError
 
@@ -24,47 +23,16 @@ _READS = {getattr(torch.Tensor, name) for name in _VALUES if hasattr(torch.Tenso
     torch.equal,
     torch.allclose,
 }
-
-
-_CHECKPOINTS = ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
-
-
-class _refuse_checkpoint:
-    def __init__(self, *_: Any, **__: Any) -> None:
-        raise RewriteError("it checkpoints a part of itself, which tracing would lose")
-
-    apply = __init__
-
-
-_ASKING = ("is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled")
-
-
-def _refuse_asking(*_: Any, **__: Any) -> None:
-    raise RewriteError("it asks for the context it is called in, which tracing would freeze")
+_CHANCE = {getattr(torch, name) for name in ("rand", "randn", "randint", "randperm", "normal", "bernoulli")}
 
 
 class NoFrozenTensors(TorchFunctionMode):
     """While a method is traced, no number may come out of a real tensor: it would be a constant ever after."""
 
-    def __enter__(self) -> NoFrozenTensors:
-        """Also refuse checkpointing, which a trace would lose, and questions about the context."""
-        self._replaced: list[tuple[Any, str, Any]] = []
-        for home, name, refusal in (
-            *((checkpoint, name, _refuse_checkpoint) for name in _CHECKPOINTS),
-            *((torch, name, _refuse_asking) for name in _ASKING),
-        ):
-            self._replaced.append((home, name, getattr(home, name)))
-            setattr(home, name, refusal)
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        """Put checkpointing back."""
-        for home, name, function in self._replaced:
-            setattr(home, name, function)
-        super().__exit__(*error)
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Let every call through but those that read a value, a dtype or a device off a real tensor."""
+        if func in _CHANCE:
+            raise RewriteError("it draws random numbers that tracing would freeze")
         if func in _READS and not any(isinstance(value, Proxy) for value in args):
             name = getattr(getattr(func, "__self__", func), "__name__", str(func))
             raise RewriteError(

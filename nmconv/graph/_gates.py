@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+from math import prod
 
 from nmconv.graph._flow import Flow, FlowNode
 from nmconv.graph._ops import Op
-from nmconv.graph._values import Unknown, Values
 
 __all__ = ["resolve_gates"]
 
@@ -15,7 +14,7 @@ _THROUGH = {Op.LAYOUT, Op.PASS, Op.SCALE, Op.PAD, Op.DROP, Op.POOL}
 _KEEPS_EXTENT = {Op.CONV, Op.NORM, Op.ACT, Op.DROP, Op.PASS, Op.PAD, Op.SCALE, Op.POOL, Op.GATED, Op.BOUNDED}
 
 
-def resolve_gates(flow: Flow, values: Values) -> None:
+def resolve_gates(flow: Flow) -> None:
     """Turn every product (or sum) with a gate into GATED with the main path as input and the gate at its side.
 
     A gate is the bounded operand (sigmoid, softmax, ...), else the one that is broadcast; for a product with neither,
@@ -25,7 +24,7 @@ def resolve_gates(flow: Flow, values: Values) -> None:
     full = [False] * len(flow.nodes)
     for node in flow.nodes:
         if node.op in (Op.ADD, Op.MUL) and len(node.inputs) > 1:
-            _resolve(flow, node, values, full)
+            _resolve(flow, node, full)
         if node.op is Op.INPUT:
             full[node.index] = node.index == 0
         elif node.op in _KEEPS_EXTENT:
@@ -35,7 +34,7 @@ def resolve_gates(flow: Flow, values: Values) -> None:
     flow.link()
 
 
-def _resolve(flow: Flow, node: FlowNode, values: Values, full: list[bool]) -> None:
+def _resolve(flow: Flow, node: FlowNode, full: list[bool]) -> None:
     operands = node.inputs
     bounded = [source for source in operands if _is_bounded(flow, source)]
     if len(bounded) == 1:
@@ -43,7 +42,7 @@ def _resolve(flow: Flow, node: FlowNode, values: Values, full: list[bool]) -> No
     elif all(full[source] for source in operands):
         gates = []
     else:
-        gates = _broadcast(flow, node, values)
+        gates = _broadcast(flow, node)
         if not gates and len(bounded) == len(operands) and node.op is Op.MUL:
             gates = bounded[1:]
     if not gates:
@@ -91,20 +90,11 @@ def _activation_behind(flow: Flow, index: int) -> int | None:
     return node.index if node.op is Op.ACT else None
 
 
-def _broadcast(flow: Flow, node: FlowNode, values: Values) -> list[int]:
+def _broadcast(flow: Flow, node: FlowNode) -> list[int]:
     """The operands with fewer elements than the result."""
-    try:
-        shapes = [values.get(flow.nodes[source].origin) for source in node.inputs]
-    except Unknown as error:
-        node.why = f"whether an operand is broadcast is not known: {error}"
+    if node.shape is None:
         return []
-    if not all(isinstance(shape, torch.Tensor) for shape in shapes):
-        return []
-    sizes = [shape.numel() for shape in shapes]
-    try:
-        result = torch.broadcast_shapes(*(shape.shape for shape in shapes)).numel()
-    except RuntimeError as error:  # the model does not take what it is given: calling it says so
-        node.why = f"operands do not fit one another: {error}"
-        return []
-    gates = [source for source, size in zip(node.inputs, sizes, strict=True) if size < result]
-    return gates if len(gates) < len(node.inputs) else []
+    shapes = {source: flow.nodes[source].shape for source in node.inputs}
+    result = prod(node.shape)
+    gates = [source for source, shape in shapes.items() if shape is not None and prod(shape) < result]
+    return gates if len(gates) < len(shapes) else []

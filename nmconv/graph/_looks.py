@@ -1,65 +1,49 @@
-"""Who looks at a leaf while forwards run: at its settings, its parameters or its class, and does not just call it."""
+"""Which modules a forward looks at, and does not just call: at their settings, parameters or class."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from types import FrameType
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import nn
 
-from nmconv.graph._modules import leaf_op
+from nmconv.graph._recordings import is_leaf
+from nmconv.recording import Fact, ModelRaised, NeedsData, Recording, record_again
 
-__all__ = ["looks_noted"]
-
-_OURS = __name__.partition(".")[0]
+__all__ = ["looked_at"]
 
 
-@contextmanager
-def looks_noted(root: nn.Module, found: set[int]) -> Iterator[None]:
-    """Note the ids of leaves of which Python code that is neither torch's nor ours reads an attribute.
+def looked_at(model: nn.Module, runs: Iterable[Recording], names: Iterable[str]) -> frozenset[str]:
+    """Those of the named modules of which some run shows more than their calls.
 
-    ``training`` is not noted: what replaces a module is in its mode. Code that asks through torch (``parameters()``,
-    ``state_dict()``) is noted for all leaves that torch looks at for it.
+    The run is recorded again with the modules in disguise: where all goes as before, nobody has looked.
 
     Args:
-        root: Whose forward runs meanwhile.
-        found: Gets the ids.
+        model: Read only.
+        runs: Of the model, or of its parts.
+        names: Of leaves.
     """
-    classes = {type(module) for module in root.modules() if leaf_op(module) is not None}
-    with ExitStack() as stack:
-        for cls in classes:
-            stack.enter_context(_spied(cls, found))
-        yield
+    found: set[str] = set()
+    for run in runs:
+        todo = [sorted({*names} - found)]
+        while todo:
+            some = todo.pop()
+            if not some or _goes_as_before(model, run, some):
+                continue
+            if len(some) == 1:
+                found.update(some)
+            else:
+                todo += [some[: len(some) // 2], some[len(some) // 2 :]]
+    return frozenset(found)
 
 
-@contextmanager
-def _spied(cls: type[nn.Module], found: set[int]) -> Iterator[None]:
-    plain = cls.__getattribute__
-    own = cls.__dict__.get("__getattribute__")
-
-    def reading(self: nn.Module, name: str) -> Any:
-        if name != "training" and _is_anothers(sys._getframe(1)):
-            found.add(id(self))
-        return plain(self, name)
-
-    cls.__getattribute__ = reading  # type: ignore[method-assign,assignment]
+def _goes_as_before(model: nn.Module, run: Recording, names: Iterable[str]) -> bool:
     try:
-        yield
-    finally:
-        if own is None:
-            del cls.__getattribute__
-        else:
-            cls.__getattribute__ = own  # type: ignore[method-assign]
+        again = record_again(model, replace(run, call=replace(run.call, disguised=frozenset(names))), is_leaf)
+    except (ModelRaised, NeedsData):
+        return False
+    return list(map(_told, run.facts.values())) == list(map(_told, again.facts.values()))
 
 
-def _is_anothers(frame: FrameType | None) -> bool:
-    """Whether neither torch's code nor ours is what asks; modules ask modules on behalf of whoever called them."""
-    while frame is not None:
-        name = frame.f_globals.get("__name__") or ""
-        if not name.startswith("torch.nn."):
-            return name.partition(".")[0] not in ("torch", _OURS)
-        frame = frame.f_back
-    return False
+def _told(fact: Fact) -> tuple[object, ...]:
+    return fact.label, fact.form, fact.shapes, fact.context, fact.frame.path

@@ -1,110 +1,234 @@
-"""From an fx graph to a flow graph: every call classified, every read resolved to what is in memory at that time."""
+"""From a recording to a flow graph: every call classified, every read resolved to what is in memory at that time."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import Node
 
 from nmconv.graph import _zoo
-from nmconv.graph._flow import Flow, FlowNode
-from nmconv.graph._modules import act_kind, is_conv, leaf_op
-from nmconv.graph._ops import (
-    ACT_KINDS,
-    FUNCTIONS,
-    METHODS,
-    NEW_MEMORY,
-    SHAPE_ATTRIBUTES,
-    SHAPE_FUNCTIONS,
-    SHAPE_METHODS,
-    Op,
-    is_inplace,
-)
-from nmconv.graph._tracer import FlowTracer
-from nmconv.graph._values import Unknown
+from nmconv.graph._flow import ActCall, Flow, FlowNode, Frame
+from nmconv.graph._modules import act_kind, is_conv, leaf_op, slot_of
+from nmconv.graph._ops import ACT_KINDS, CALLS, MAKES_NEW, READS_SHAPE, Op, is_inplace
+from nmconv.recording import Fact, Read, Recording, hook_sees
+from nmconv.recording import Frame as Ran
 
 __all__ = ["lower"]
 
-_ATTRIBUTES = {"T": Op.LAYOUT, "mT": Op.LAYOUT, "H": Op.LAYOUT, "mH": Op.LAYOUT, "data": Op.PASS}
 _ALIASING = {Op.LAYOUT, Op.PASS, Op.DROP}
 # What else these are given is read for its shape, dtype or statistics: expand_as, view_as, type_as, ...
 _ONE_INPUT = {Op.NORM, Op.LAYOUT, Op.PASS, Op.DROP, Op.PAD, Op.BOUNDED}
 # Between a tensor and numbers these still make the tensor's main path.
 _ARITHMETIC = {Op.ADD, Op.MUL}
+# The number over the tensor, not the other way round.
+_OVER = "rdiv"
+
+
+def lower(model: nn.Module, recording: Recording, *, linear: bool = False) -> Flow:
+    """The flow graph of a recording.
+
+    Args:
+        model: What was recorded.
+        recording: Of its forward, or of a part's.
+        linear: Whether ``nn.Linear`` counts as a convolution.
+    """
+    return _Lowering(model, recording, linear).run()
 
 
 class _Lowering:
-    """State of one pass over an fx graph."""
+    """State of one pass over a recording."""
 
-    def __init__(self, tracer: FlowTracer, linear: bool) -> None:
-        self.tracer = tracer
+    def __init__(self, model: nn.Module, recording: Recording, linear: bool) -> None:
+        self.recording = recording
         self.linear = linear
+        self.modules = dict(model.named_modules())
+        self.tensors = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+        self.parameters = {name for name, _ in model.named_parameters()}
         self.nodes: list[FlowNode] = []
-        self.now: dict[Node, int] = {}  # what is in a node's memory at this time; absent: no tensor data
+        self.frames: dict[Ran, Frame] = {}
+        self.calls: Counter[tuple[Frame | None, str]] = Counter()
+        self.acts: Counter[Any] = Counter()
+        self.norms: dict[Frame, int] = {}  # of timm's norm + act: what the norm gives
+        self.made: dict[Node, int] = {}  # what a node gives
+        self.now: dict[Node, int] = {}  # what is in its memory at this time; absent: no tensor data
         self.family: dict[Node, list[Node]] = {}  # nodes that are the same memory, in full
+        self.filled: dict[Read, int] = {}  # what was made of numbers alone, once something has written to it
         self.parts: dict[Node, list[Node]] = {}  # slices of a node's memory
         self.base: dict[Node, Node] = {}
 
     def run(self) -> Flow:
-        for node in self.tracer.graph.nodes:
-            if node not in self.tracer.dead:
-                self._step(node)
-        return Flow(self.nodes)
+        recording = self.recording
+        waiting = list(recording.frames)
+        for at, (node, fact) in enumerate(recording.facts.items()):
+            while waiting and waiting[0].start <= at:
+                self._begin(waiting.pop(0))
+            self._step(node, fact)
+        for ran in waiting:
+            self._begin(ran)
+        self._resolve(recording.output[1])
+        returned = dict.fromkeys(self.now[node] for node, _ in recording.output[1] if node in self.now)
+        if recording.asked:  # where data decided, it may have been against what would have got to an output
+            read = {source for node in self.nodes for source in node.inputs}
+            returned |= dict.fromkeys(node.index for node in self.nodes if node.index not in read and node.inputs)
+        output = next(iter(reversed(recording.graph.nodes)), None)
+        if returned and output is not None:
+            self._add(FlowNode(0, Op.OUTPUT, list(returned), output))
+        for node in (*recording.sized, *(node for node, _ in recording.stored.values())):
+            self._expose(node)
+        odd: set[str] = set()
+        for ran, frame in self.frames.items():
+            if ran.result is not None:
+                frame.result = self.made.get(ran.result)
+            elif frame.parent is not None:
+                odd.add(frame.parent.path)
+        return Flow(self.nodes, list(self.frames.values()), recording, frozenset(odd))
 
-    def _step(self, node: Node) -> None:
-        sources = list(dict.fromkeys(other for other in node.all_input_nodes if other in self.now))
-        if node.op == "output":
-            self._add(FlowNode(0, Op.OUTPUT, [self.now[source] for source in sources], node))
-            return
+    def _begin(self, ran: Ran) -> None:
+        module, parent = self.modules[ran.path], self.frames.get(ran.parent) if ran.parent else None
+        frame = Frame(module, ran.path, parent, lines=ran.lines, args=ran.args, kwargs=ran.kwargs)
+        if parent is not None:
+            frame.label = slot_of(parent.module, module, ran.path)
+            frame.number = self._count(parent, frame.label)
+        self.frames[ran] = frame
+
+    def _count(self, frame: Frame | None, label: str) -> int:
+        self.calls[frame, label] += 1
+        return self.calls[frame, label]
+
+    def _step(self, node: Node, fact: Fact) -> None:
+        shape = fact.shapes[0] if len(fact.shapes) == 1 else None
         if node.op == "placeholder":
-            self._add(FlowNode(0, Op.INPUT, [], node, name=str(node.target)))
+            self._add(FlowNode(0, Op.INPUT, [], node, name=str(node.target), shape=shape))
             return
         if node.op == "get_attr":
-            self._add(FlowNode(0, Op.PARAM, [], node, name=str(node.target), learned=self._is_parameter(node)))
+            learned = fact.label in self.parameters
+            self._add(FlowNode(0, Op.PARAM, [], node, name=str(node.target), learned=learned, shape=shape))
             return
-        if (not sources and node not in self.tracer.acts) or self._reads_shape(node):
-            return  # numbers, shapes, tensors made from them
-        module = self.tracer.module(str(node.target)) if node.op == "call_module" else None
-        op = self._op(node, module)
+        self._resolve(fact.reads)
+        sources = [source for source in node.all_input_nodes if source in self.now]
+        module = self.modules[fact.label] if node.op == "call_module" else None
+        op = self._op(fact, module)
+        acts = op is Op.ACT and module is not None  # on whatever: each of its calls counts
+        if node.target is hook_sees:
+            return
+        if fact.label in READS_SHAPE or not (sources or acts):
+            for source in sources:
+                self._expose(source)
+            return  # tensors made of numbers and shapes
+        frame = self.frames.get(fact.frame)
+        if frame is not None and self._is_part_of_norm(frame, node, sources):
+            return
         out = node.kwargs.get("out")
-        inplace = is_inplace(node, module) or out in self.now
-        first = out if inplace and out in self.now else node.args[0] if node.args else None
-        ordered = sorted(sources, key=lambda source: source is not first)
-        frame, label, number = self.tracer.where.get(node, (None, "", 0))
+        first = out if out in self.now else node.args[0] if node.args else None
+        inplace = out in self.now or (is_inplace(node, module, fact.label) and self._holds(first))
+        inputs = [self.now[source] for source in sorted(sources, key=lambda source: source is not first)]
         made = FlowNode(
-            0, op, [self.now[source] for source in ordered], node, frame=frame, label=label, number=number,
-            act=self.tracer.acts.get(node), inplace=inplace, name=self._name(node), opaque=node in self.tracer.opaque,
+            0, op, inputs, node, frame=frame, module=module, method=fact.method, lines=fact.lines, shape=shape,
+            inplace=inplace,
         )  # fmt: skip
-        if all(self.nodes[index].op is Op.PARAM for index in made.inputs) and not made.opaque:
+        fixed = all(self.nodes[index].op is Op.PARAM for index in inputs)
+        self._name(made, fact, counts=not fixed or module is not None)
+        if op is Op.ACT:
+            self._note_act(made, fact)
+        if fixed:
             made.op = Op.PARAM  # whatever is made of parameters alone, by modules too
-            made.learned = any(self.nodes[index].learned for index in made.inputs)
+            made.learned = any(self.nodes[index].learned for index in inputs)
             made.learned |= module is not None and next(module.parameters(), None) is not None
-            made.kind = self._kind(made, module)
         else:
-            self._refine(made, node, module)
+            self._refine(made, node, fact)
         made.view = made.op in _ALIASING or made.inplace
-        made.partial = self._may_be_part(made, node)
+        # whatever is not known to make new memory may give a view of a part
+        made.partial = made.op is Op.OTHER and not inplace and module is None and fact.label not in MAKES_NEW
         self._add(made)
         self._remember(node, made)
 
-    @staticmethod
-    def _may_be_part(made: FlowNode, node: Node) -> bool:
-        """Whether the result may be a view of a part of the input: whatever is not known to make new memory."""
-        if made.op is not Op.OTHER or made.inplace or node.target in NEW_MEMORY:
-            return False
-        return made.opaque or node.op != "call_module"
+    def _resolve(self, reads: Iterable[Read]) -> None:
+        """Let what was made of numbers alone, and written to since, hold what was written."""
+        for node, writer in reads:
+            if node in self.made or writer not in self.made:
+                continue
+            if (node, writer) not in self.filled:
+                shape = self.recording.facts[node].shapes[0]
+                filled = FlowNode(len(self.nodes), Op.OTHER, [self.made[writer]], node, name="filled", shape=shape)
+                self.filled[node, writer] = filled.index
+                self.nodes.append(filled)
+            self.now[node] = self.filled[node, writer]
 
-    def _refine(self, made: FlowNode, node: Node, module: nn.Module | None) -> None:
+    def _holds(self, value: Any) -> bool:
+        """Whether it is tensor data, or may be: a call by keywords does not say what comes first."""
+        return not isinstance(value, Node) or value in self.now
+
+    def _is_part_of_norm(self, frame: Frame, node: Node, sources: list[Node]) -> bool:
+        """Whether the node belongs to timm's norm + act, whose norm is one value whatever it computes."""
+        if node.op == "call_module" and frame in self.norms and isinstance(self._called(node), nn.Identity):
+            self.made[node] = self.now[node] = self.now[sources[0]]
+            return True
+        if node.op == "call_module" or not _zoo.is_norm_act(frame.module):
+            return False
+        data = [self.now[source] for source in sources if self.nodes[self.now[source]].op is not Op.PARAM]
+        if not data:
+            return False
+        if frame not in self.norms:
+            self.norms[frame] = self._add(
+                FlowNode(0, Op.NORM, data[:1], node, name=frame.path, frame=frame, module=frame.module, label="norm",
+                         number=self._count(frame, "norm"))
+            )  # fmt: skip
+        norm = self.norms[frame]
+        self.made[node] = self.now[node] = norm
+        self.nodes[norm].origin, self.nodes[norm].shape = node, self.recording.facts[node].shapes[0]
+        return True
+
+    def _called(self, node: Node) -> nn.Module:
+        return self.modules[self.recording.facts[node].label]
+
+    def _name(self, made: FlowNode, fact: Fact, *, counts: bool) -> None:
+        frame = made.frame
+        if made.module is not None:
+            made.name = fact.label
+            made.label = slot_of(frame.module, made.module, fact.label) if frame is not None else fact.label
+            made.number = self._count(frame, made.label)
+            return
+        made.label = fact.label
+        made.number = self._count(frame, made.label) if counts else 0
+        owner = frame.path if frame is not None else ""
+        if frame is not None and is_conv(frame.module):  # a convolution whose class has a forward of its own
+            made.name = owner
+        else:
+            made.name = f"{owner}:{made.label}" if made.number == 1 else f"{owner}:{made.label}#{made.number}"
+
+    def _note_act(self, made: FlowNode, fact: Fact) -> None:
+        frame, module = made.frame, made.module
+        if frame is None:
+            return
+        function = None if module is not None else fact.label.rstrip("_")
+        name = frame.path
+        if module is not None:
+            name = fact.label if made.label.startswith("/") else _join(frame.path, made.label)
+        method = "forward" if _zoo.is_norm_act(frame.module) else fact.method
+        what = function or id(module)
+        self.acts[frame, what] += 1
+        self.acts[frame, what, method] += 1
+        calls = self.acts[frame, what], self.acts[frame, what, method]
+        made.act = ActCall(frame, method, module, name, function, *calls)
+        made.kind = act_kind(module) if module is not None else ACT_KINDS[function or ""]
+
+    def _op(self, fact: Fact, module: nn.Module | None) -> Op:
+        if module is not None:
+            return leaf_op(module) or Op.OTHER
+        return CALLS.get(fact.label, Op.OTHER)
+
+    def _refine(self, made: FlowNode, node: Node, fact: Fact) -> None:
         """Turn ambiguous operators into what they are here."""
         params = [index for index in made.inputs if self.nodes[index].op is Op.PARAM]
         data = [index for index in made.inputs if self.nodes[index].op is not Op.PARAM]
+        divides = "div" in fact.label
         if made.op is Op.ACT:
-            made.kind = self._kind(made, module)
             made.inputs = data[:1]
         elif made.op in (Op.CONV, Op.LINEAR):
-            if module is None:
+            if made.module is None:
                 self._functional_conv(made, node, data)
             else:
                 made.inputs = data
@@ -112,23 +236,15 @@ class _Lowering:
                 made.op = Op.CONV if self.linear else Op.LINEAR
         elif made.op in _ARITHMETIC:
             if len(data) == 1:
-                divided = getattr(node.target, "__name__", str(node.target)) in ("truediv", "itruediv", "div", "div_")
-                flipped = divided and (not node.args or self.now.get(node.args[0]) != data[0])  # type: ignore[arg-type]
+                flipped = divides and (fact.label == _OVER or not node.args or self.now.get(node.args[0]) != data[0])  # type: ignore[arg-type]
                 same = len(node.args) > 1 and node.args[0] is node.args[1]
-                small = all(self._per_channel(self.nodes[index].origin) for index in params)
+                small = all(self._per_channel(index) for index in params)
                 made.op = Op.SCALE if small and not flipped and not same else Op.OTHER
                 made.inputs = data
-            elif made.op is Op.MUL and "div" in getattr(node.target, "__name__", str(node.target)):
+            elif made.op is Op.MUL and divides:
                 made.op = Op.OTHER
         elif made.op in _ONE_INPUT:
             made.inputs = data[:1]
-
-    @staticmethod
-    def _kind(made: FlowNode, module: nn.Module | None) -> str:
-        """The name of an activation's kind."""
-        if made.act is None:
-            return ""
-        return act_kind(module) if module is not None else ACT_KINDS[made.act.function or ""]
 
     def _functional_conv(self, made: FlowNode, node: Node, data: list[int]) -> None:
         weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
@@ -155,55 +271,22 @@ class _Lowering:
                 todo += node.inputs
         return False
 
-    def _op(self, node: Node, module: nn.Module | None) -> Op:
-        if module is not None:
-            if node in self.tracer.opaque:
-                return Op.OTHER
-            if _zoo.is_norm_act(module):
-                return Op.NORM
-            return leaf_op(module) or Op.OTHER
-        if node.op == "call_method":
-            return METHODS.get(str(node.target), Op.OTHER)
-        if node.target is getattr:
-            return _ATTRIBUTES.get(str(node.args[1]), Op.OTHER)
-        return FUNCTIONS.get(node.target, Op.OTHER)  # type: ignore[arg-type]
-
-    def _reads_shape(self, node: Node) -> bool:
-        if node.op == "call_method":
-            return str(node.target) in SHAPE_METHODS
-        if node.target is getattr:
-            return node.args[1] in SHAPE_ATTRIBUTES
-        return node.target in SHAPE_FUNCTIONS if node.op == "call_function" else False
-
-    def _name(self, node: Node) -> str:
-        if node.op == "call_module":
-            return self.tracer.prefix + str(node.target)
-        frame, label, number = self.tracer.where.get(node, (None, "", 0))
-        owner = frame.path if frame is not None else ""
-        if frame is not None and is_conv(frame.module):  # a convolution whose class has a forward of its own
-            return owner
-        return f"{owner}:{label}" if number == 1 else f"{owner}:{label}#{number}"
-
-    def _is_parameter(self, node: Node) -> bool:
-        value: Any = self.tracer.root
-        for part in str(node.target).split("."):
-            value = getattr(value, part, None)
-        return isinstance(value, nn.Parameter)
-
-    def _per_channel(self, origin: Node) -> bool:
+    def _per_channel(self, index: int) -> bool:
         """Whether a parameter has at most one extent that is not 1."""
-        try:
-            value = self.tracer.values.get(origin)
-        except Unknown:
-            return False
-        return not isinstance(value, torch.Tensor) or sum(extent != 1 for extent in value.shape) <= 1
+        shape = self.nodes[index].shape
+        return shape is not None and sum(extent != 1 for extent in shape) <= 1
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
-    def _add(self, made: FlowNode) -> None:
+    def _add(self, made: FlowNode) -> int:
         made.index = len(self.nodes)
         self.nodes.append(made)
-        self.now[made.origin] = made.index
+        self.made[made.origin] = self.now[made.origin] = made.index
+        return made.index
+
+    def _expose(self, node: Node) -> None:
+        if node in self.made:
+            self.nodes[self.made[node]].exposed = True
 
     def _remember(self, node: Node, made: FlowNode) -> None:
         """Who shares memory with whom; after an in-place call every name of that memory means the new value."""
@@ -246,11 +329,5 @@ class _Lowering:
         return changed.index
 
 
-def lower(tracer: FlowTracer, *, linear: bool) -> Flow:
-    """The flow graph of what ``tracer`` has traced.
-
-    Args:
-        tracer: After :meth:`FlowTracer.run`.
-        linear: Whether ``nn.Linear`` counts as a convolution.
-    """
-    return _Lowering(tracer, linear).run()
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -1,4 +1,4 @@
-"""Methods of modules as fx graphs, each child a single call: what rewriting starts from."""
+"""Methods of modules as fx graphs, for rewriting."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from nmconv.errors import RewriteError
+from nmconv.graph._chance import Chance
 from nmconv.graph._constants import frozen_attributes
-from nmconv.graph._frozen import check_returned
-from nmconv.graph._patches import Patches
-from nmconv.graph._quiet import in_mode, left_as_found, mode_hidden
+from nmconv.graph._frozen import NoFrozenTensors, check_returned
 from nmconv.graph._records import Arguments
+from nmconv.graph._stored import Stored
+from nmconv.graph._stubs import Stubs
 from nmconv.graph._takes import arguments_from
-from nmconv.graph._tracer import FlowTracer
+from nmconv.graph._tracer import MethodTracer
 
 __all__ = ["Method", "MethodTrace", "trace_methods"]
+
+_TRIES = 5  # it may have been another thread that drew
 
 
 @dataclass(eq=False)
@@ -31,8 +35,8 @@ class MethodTrace:
         constants: Attributes of the module whose values are frozen into the traces.
     """
 
-    eval: FlowTracer
-    train: FlowTracer
+    eval: MethodTracer
+    train: MethodTracer
     arguments: Arguments
     constants: dict[str, Any]
 
@@ -43,7 +47,7 @@ class Method:
 
     Attributes:
         module: Its owner; read only.
-        path: The owner's qualified name, for messages.
+        path: The owner's qualified name.
         name: The method's name.
         takes: The structure of its arguments, see :func:`nmconv.graph._takes.takes_of`.
     """
@@ -55,10 +59,10 @@ class Method:
 
 
 def trace_methods(model: nn.Module, methods: Sequence[Method]) -> list[MethodTrace | RewriteError]:
-    """Trace methods for rewriting.
+    """Trace methods for rewriting, on a copy of the model.
 
     Args:
-        model: Whose modules' methods.
+        model: Whose modules' methods; read only.
         methods: Which.
 
     Returns:
@@ -67,32 +71,28 @@ def trace_methods(model: nn.Module, methods: Sequence[Method]) -> list[MethodTra
         enters, a mode that is not its own.
     """
     made: list[MethodTrace | RewriteError] = []
-    if not methods:
-        return made
-    patches = Patches(type(module) for module in model.modules())
-
-    def trace() -> None:
-        made.extend(_traced(method, patches) for method in methods)
-
-    with mode_hidden():
-        patches.keep(trace)
+    stubs: Stubs | None = None
+    for method in methods:
+        if stubs is None or isinstance(made[-1], RewriteError):  # one that failed may have left something behind
+            stubs = Stubs(model)
+        made.append(_traced(method, stubs))
     return made
 
 
-def _traced(method: Method, patches: Patches) -> MethodTrace | RewriteError:
+def _traced(method: Method, stubs: Stubs) -> MethodTrace | RewriteError:
     module = method.module
     try:
         if method.name in module.__dict__:
             raise RewriteError("it is set on the object itself, not on its class")
         arguments = arguments_from(method.takes)
         constants = frozen_attributes(module, method.name)
-        readers: set[int] = set()
-        first = _trace(method, False, readers, patches)
-        if not readers:
+        stubs.asked.clear()
+        first = _trace(method, stubs, training=False)
+        if not stubs.asked:
             return MethodTrace(first, first, arguments, constants)
-        if readers != {id(module)}:
+        if stubs.asked != {id(stubs.model.get_submodule(method.path))}:
             raise RewriteError("it asks for the mode of another module")
-        return MethodTrace(first, _trace(method, True, readers, patches), arguments, constants)
+        return MethodTrace(first, _trace(method, stubs, training=True), arguments, constants)
     except RewriteError as error:
         text = str(error)
         what = f"{method.path or 'the model'}.{method.name} ({type(module).__name__})"
@@ -101,18 +101,42 @@ def _traced(method: Method, patches: Patches) -> MethodTrace | RewriteError:
         return made
 
 
-def _trace(method: Method, training: bool, readers: set[int], patches: Patches) -> FlowTracer:
-    tracer = FlowTracer(deep=False, method=method.name)
-    with left_as_found(method.module) as found, in_mode(training, readers):
-        arguments = arguments_from(method.takes)
-        try:
-            tracer.run_in(patches.call, method.module, arguments)
-        except Exception as error:  # whatever the method raises when it meets proxies
-            raise RewriteError(str(error).strip().split("\n")[0]) from error
-        check_returned(tracer.returned)
-        changed, drew = found.changed(), found.drew()
+def _trace(method: Method, stubs: Stubs, *, training: bool) -> MethodTracer:
+    """The method's trace in one mode, which must be the same without gradients and under autocast."""
+    stubs.model.train(training)
+    grad, autocast = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+    made = _trace_that_draws_nothing(method, stubs)
+    with torch.set_grad_enabled(not grad), torch.autocast("cpu", enabled=not autocast):
+        other = _trace_that_draws_nothing(method, stubs)
+    if str(made.graph) != str(other.graph):
+        raise RewriteError("it asks for the context it is called in, which tracing would freeze")
+    return made
+
+
+def _trace_that_draws_nothing(method: Method, stubs: Stubs) -> MethodTracer:
+    root = stubs.model.get_submodule(method.path)
+    for _ in range(_TRIES):
+        chance = Chance(root)
+        made = _traced_once(method, stubs, root)
+        if not chance.moved():
+            return made
+        chance.put_back()
+    raise RewriteError("it draws random numbers that tracing would freeze")
+
+
+def _traced_once(method: Method, stubs: Stubs, root: nn.Module) -> MethodTracer:
+    stored = Stored(root)
+    tracer = MethodTracer(root, method.name, arguments_from(method.takes))
+    stubs.tracer = tracer
+    try:
+        with NoFrozenTensors():
+            tracer.run()
+    except Exception as error:  # whatever the method raises when it meets proxies
+        raise RewriteError(str(error).strip().split("\n")[0]) from error
+    finally:
+        stubs.tracer = None
+    check_returned(tracer.returned)
+    changed = stored.changed()
     if changed:
         raise RewriteError(f"it stores attributes ({', '.join(changed[:3])})")
-    if drew:
-        raise RewriteError("it draws random numbers that tracing would freeze")
     return tracer

@@ -9,7 +9,7 @@ from torch import nn
 from nmconv.graph import _zoo
 from nmconv.graph._ops import ACT_MODULES, MODULES, Op
 
-__all__ = ["LEAF", "THROUGH", "act_kind", "hooks_of", "is_activation", "is_conv", "is_sequential", "leaf_op"]
+__all__ = ["LEAF", "THROUGH", "act_kind", "hooks_of", "is_activation", "is_conv", "is_sequential", "leaf_op", "slot_of"]
 
 # Marks of our own: on a class or an object that is one convolution whatever its forward; on one to be traced into.
 LEAF = "_nmconv_leaf"
@@ -68,6 +68,17 @@ def hooks_of(module: nn.Module) -> list[Any]:
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def slot_of(owner: nn.Module, child: nn.Module, path: str) -> str:
+    """The child's name inside ``owner``: its slot if it has one, else where it is found below, else ``/path``."""
+    for slot, module in owner._modules.items():
+        if module is child:
+            return slot
+    for name, module in owner.named_modules(remove_duplicate=False):
+        if module is child and name:
+            return name
+    return f"/{path}"
 
 
 def is_sequential(module: nn.Module) -> bool:

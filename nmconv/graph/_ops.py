@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from enum import Enum, auto
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
 __all__ = [
-    "ACT_FUNCTIONS",
     "ACT_KINDS",
-    "ACT_METHODS",
     "ACT_MODULES",
-    "FUNCTIONS",
+    "CALLS",
     "INPLACE_ARG",
-    "METHODS",
+    "MAKES_NEW",
     "MODULES",
-    "NEW_MEMORY",
     "PLAIN_ACTS",
-    "SHAPE_ATTRIBUTES",
-    "SHAPE_FUNCTIONS",
-    "SHAPE_METHODS",
+    "READS_SHAPE",
     "SUMS",
     "Op",
     "is_inplace",
 ]
 
-SUMS = ("add", "iadd", "add_", "radd")  # what additions are called in a forward
+SUMS = ("add", "add_")  # what additions are called in a forward
 
 
 class Op(Enum):
@@ -75,20 +68,6 @@ ACT_MODULES: dict[type[nn.Module], str] = {
 }
 _ACT_NAMES = {kind.lower(): kind for kind in ACT_MODULES.values()} | {"leaky_relu": "LeakyReLU"}
 _ACT_NAMES.pop("leakyrelu")
-
-
-def _functions(*names: str) -> list[Callable[..., Any]]:
-    homes = (torch, F, torch._C._nn, operator)
-    return [getattr(home, name) for name in names for home in homes if hasattr(home, name)]
-
-
-# From function or method to the name of its kind in a site's id.
-ACT_FUNCTIONS: dict[Callable[..., Any], str] = {
-    function: name for name in _ACT_NAMES for function in _functions(name, f"{name}_")
-}
-ACT_METHODS: dict[str, str] = {
-    method: name for name in _ACT_NAMES for method in (name, f"{name}_") if hasattr(torch.Tensor, method)
-}
 ACT_KINDS = _ACT_NAMES
 # Functions without settings: a module of the same kind does the same.
 PLAIN_ACTS: dict[str, type[nn.Module]] = {
@@ -154,75 +133,93 @@ _FUNCTION_NAMES: dict[Op, str] = {
     Op.PAD: "pad constant_pad_nd",
     Op.LAYOUT: "flatten unflatten reshape permute transpose swapaxes swapdims movedim moveaxis squeeze unsqueeze "
     "broadcast_to",
-    Op.ADD: "add iadd sub isub subtract",
-    Op.MUL: "mul imul multiply truediv itruediv div divide",
+    Op.ADD: "add sub subtract rsub",
+    Op.MUL: "mul multiply div rdiv divide",
     Op.BOUNDED: "sigmoid sigmoid_ tanh tanh_ softmax hardsigmoid hardtanh hardtanh_ clamp clamp_ clip gumbel_softmax",
     Op.POOL: "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d interpolate upsample cat concat "
     "concatenate pixel_shuffle pixel_unshuffle",
 }
 _METHOD_NAMES: dict[Op, str] = {
-    Op.PASS: "clone contiguous float half double bfloat16 to type type_as detach",
+    Op.PASS: "clone contiguous float half double bfloat16 to type type_as detach data",
     Op.LAYOUT: "view reshape permute transpose flatten unflatten squeeze unsqueeze swapaxes swapdims movedim moveaxis "
-    "view_as reshape_as expand expand_as broadcast_to t",
+    "view_as reshape_as expand expand_as broadcast_to t T mT H mH",
     Op.ADD: "add add_ sub sub_",
     Op.MUL: "mul mul_ multiply div div_",
     Op.BOUNDED: "sigmoid sigmoid_ tanh tanh_ softmax clamp clamp_ clip",
 }
-FUNCTIONS: dict[Callable[..., Any], Op] = {
-    function: op for op, names in _FUNCTION_NAMES.items() for function in _functions(*names.split())
-} | dict.fromkeys(ACT_FUNCTIONS, Op.ACT)
-METHODS: dict[str, Op] = {name: op for op, names in _METHOD_NAMES.items() for name in names.split()} | dict.fromkeys(
-    ACT_METHODS, Op.ACT
-)
+# What a call is, by the name of its function or method, operators by the name of the method that they stand for.
+CALLS: dict[str, Op] = {
+    name: op for table in (_FUNCTION_NAMES, _METHOD_NAMES) for op, names in table.items() for name in names.split()
+} | {form: Op.ACT for name in _ACT_NAMES for form in (name, f"{name}_")}
 # What is of no kind above and certainly no view of its input.
-NEW_MEMORY: frozenset[Any] = frozenset(
-    (
-        *_functions(
-            "mean", "sum", "amax", "amin", "max", "min", "matmul", "bmm", "einsum", "exp", "log", "sqrt", "rsqrt"
-        ),
-        *_functions(
-            "pow", "ipow", "stack", "where", "rsqrt", "norm", "var", "std", "roll", "topk", "cumsum", "neg", "abs"
-        ),
-        *_functions("adaptive_avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool1d", "normalize", "grid_sample"),
-        *_functions("scaled_dot_product_attention", "addcmul", "fold", "linear", "eq", "gt", "lt", "ge", "le"),
-        *("mean", "sum", "amax", "amin", "max", "min", "matmul", "bmm", "exp", "log", "sqrt", "rsqrt", "pow", "norm"),
-        *("var", "std", "roll", "topk", "cumsum", "repeat", "neg", "abs", "new_tensor", "new_zeros", "new_ones"),
-    )
+MAKES_NEW = frozenset(
+    [
+        "mean",
+        "sum",
+        "amax",
+        "amin",
+        "max",
+        "min",
+        "matmul",
+        "bmm",
+        "einsum",
+        "exp",
+        "log",
+        "sqrt",
+        "rsqrt",
+        "pow",
+        "stack",
+        "where",
+        "norm",
+        "var",
+        "std",
+        "roll",
+        "topk",
+        "cumsum",
+        "neg",
+        "abs",
+        "adaptive_avg_pool2d",
+        "adaptive_max_pool2d",
+        "adaptive_avg_pool1d",
+        "normalize",
+        "grid_sample",
+        "scaled_dot_product_attention",
+        "addcmul",
+        "fold",
+        "linear",
+        "eq",
+        "gt",
+        "lt",
+        "ge",
+        "le",
+        "repeat",
+        "new_tensor",
+    ]
 )
 # What reads only a tensor's shape or type: no flow of data.
-SHAPE_METHODS = frozenset(
-    (
-        *("size", "dim", "numel", "nelement", "ndimension", "stride", "element_size", "is_contiguous"),
-        *("is_floating_point", "get_device", "new_empty", "new_zeros", "new_ones", "new_full"),
-    )
-)
-SHAPE_ATTRIBUTES = frozenset(
-    (
-        *("shape", "ndim", "dtype", "device", "layout", "requires_grad", "itemsize", "nbytes"),
-        *("is_cuda", "is_meta", "is_sparse", "is_quantized"),
-    )
-)
-SHAPE_FUNCTIONS = frozenset(
-    _functions("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "numel", "is_tensor")
+READS_SHAPE = frozenset(
+    [
+        "new_empty",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+        "full_like",
+        "rand_like",
+        "randn_like",
+    ]
 )
 
 
-def is_inplace(node: Node, module: nn.Module | None) -> bool:
-    """Whether the call overwrites its first input."""
-    if node.op == "call_module":
+def is_inplace(node: Node, module: nn.Module | None, label: str) -> bool:
+    """Whether a call overwrites its first input; ``label`` is what it is called, see :data:`CALLS`."""
+    if module is not None:
         return getattr(module, "inplace", False) is True
-    if node.kwargs.get("inplace") is True:
+    if node.kwargs.get("inplace") is True or label == "setitem":
         return True
-    if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.startswith("__")
     position = INPLACE_ARG.get(node.target)  # type: ignore[arg-type]
     if position is not None and len(node.args) > position and node.args[position] is True:
         return True
-    name = getattr(node.target, "__name__", "")
-    if getattr(node.target, "__module__", "") == "_operator":
-        return name == "setitem" or (name.startswith("i") and hasattr(operator, f"__{name}__") and name in _IOPS)
-    return name.endswith("_") and not name.startswith("_")
-
-
-_IOPS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul"}
+    return label.endswith("_") and not label.startswith("_")

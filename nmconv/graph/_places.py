@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import nn
-from torch.fx import Node
 
 from nmconv.graph import _zoo
 from nmconv.graph._flow import Flow
@@ -25,14 +22,12 @@ class Ends:
 
     Args:
         flow: With gates resolved and parallel branches folded.
-        mode_readers: Ids of modules whose forward asks for the mode: places in them differ between the modes.
-        methods: For nodes that the root itself makes, the method that does.
+        differing: Names of modules whose forward makes other calls in train mode than in eval mode.
     """
 
-    def __init__(self, flow: Flow, mode_readers: set[int], methods: Mapping[Node, str]) -> None:
+    def __init__(self, flow: Flow, differing: set[str]) -> None:
         self._flow = flow
-        self._methods = methods
-        self._readers = mode_readers
+        self._differing = differing
         self._paths: Paths | None = None
         self._exposed = [False] * len(flow.nodes)
         for node in reversed(flow.nodes):  # what reaches an output with no further convolution
@@ -47,7 +42,7 @@ class Ends:
             return None, "the unit's end reaches an output of the network with no further convolution"
         node = self._flow.nodes[at]
         frame, label, number = node.frame, node.label, node.number
-        while frame is not None and frame.result is node.origin and frame.parent is not None:
+        while frame is not None and frame.result == at and frame.parent is not None:
             if _zoo.is_norm_act(frame.module) and isinstance(getattr(frame.module, "act", None), nn.Identity):
                 return Place(frame.path, "forward", "act", 1, "slot"), ""
             if not is_sequential(frame.module):
@@ -55,11 +50,11 @@ class Ends:
             frame, label, number = frame.parent, frame.label, frame.number
         if frame is None or label.startswith("/"):
             return None, "the unit's end cannot be named"
-        if id(frame.module) in self._readers:
+        if frame.path in self._differing:
             return None, f"the forward of {frame.path or 'the model'} differs between eval and train mode"
         if is_sequential(frame.module):
             return Place(frame.path, "forward", label, number, "insert"), ""
-        if self._methods.get(node.origin, "forward") != "forward":
+        if node.frame is not None and node.frame.parent is None and node.method != "forward":
             return None, "the unit's end lies in another method than forward, which others may call on its own"
         return Place(frame.path, "forward", label, number, "rewrite"), ""
 

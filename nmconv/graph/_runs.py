@@ -8,28 +8,32 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.fx import Node, Proxy
 
-from nmconv.graph._analysis import trace_parts
+from nmconv.graph._analysis import flows_of
 from nmconv.graph._callers import Callers, Seen
 from nmconv.graph._elements import Element, Join, LinearRun, Step, steps_of
-from nmconv.graph._flow import Flow, FlowNode
+from nmconv.graph._flow import Flow, FlowNode, Frame, ancestors
 from nmconv.graph._geometry import averages
-from nmconv.graph._holders import OWN
-from nmconv.graph._lower import lower
-from nmconv.graph._ops import Op
-from nmconv.graph._records import ATOMS, Frame, ancestors, collect
+from nmconv.graph._looks import looked_at
+from nmconv.graph._modules import leaf_op
+from nmconv.graph._ops import SUMS, Op
+from nmconv.graph._recordings import recordings_of
+from nmconv.graph._structure import alike
 from nmconv.graph._takes import takes_of
-from nmconv.graph._tracer import FlowTracer
-from nmconv.graph._turns import Turns
-from nmconv.graph._twins import twins
-from nmconv.graph._values import Unknown
+from nmconv.graph._turns import turns_between
+from nmconv.graph._ways import is_plain_sum
+from nmconv.recording import Recordings
 
 __all__ = ["linear_runs"]
 
 
 def linear_runs(
-    model: nn.Module, *, example_inputs: Any = None, sizes: bool = True, pools: bool = False
+    model: nn.Module,
+    *,
+    example_inputs: Any = None,
+    recordings: Recordings | None = None,
+    sizes: bool = True,
+    pools: bool = False,
 ) -> tuple[LinearRun, ...]:
     """The maximal linear runs of a model in eval mode that hold a convolution, in order of execution.
 
@@ -38,32 +42,21 @@ def linear_runs(
     Args:
         model: Any module; nothing of it changes.
         example_inputs: What the model is called with; only structure and shapes are used.
+        recordings: Of the model, if it was recorded already.
         sizes: Whether to find out the shapes of the runs' inputs.
         pools: Whether an average pool behind a run is its last element.
     """
-
-    def finder(tracer: FlowTracer) -> _Finder:
-        return _Finder(tracer, _stored(tracer), pools)
-
-    def known_or_finder(tracer: FlowTracer) -> _Finder:
-        stored = _stored(tracer)
-        for known in first.traced:
-            pairs = twins(known.tracer, tracer)
-            if pairs is not None and {pairs[node] for node in known.stored} == stored:
-                return known  # eval mode's, where all is the same
-        return _Finder(tracer, stored, pools)
-
-    first = trace_parts(model, False, example_inputs, None, finder)
-    analyses = [first]
-    if first.mode_readers:
-        analyses.append(trace_parts(model, True, example_inputs, first, known_or_finder))
-    seen = [finder.seen for analysis in analyses for finder in analysis.traced]
-    looked = (held for analysis in analyses for tracer in analysis.tracers for held in tracer.looked_at)
-    calls = Callers(model, seen, looked, first.broken)
+    recordings = recordings or recordings_of(model, example_inputs, both_sizes=False)
+    flows = [flows_of(model, recordings, training=training) for training in (False, True)]
+    finders = [[_Finder(flow, pools) for flow in found] for found in flows]
+    seen = [finder.seen for found in finders for finder in found]
+    main = [run for training in (False, True) for run in recordings.of_mode(training=training)]
+    leaves = [name for name, module in model.named_modules() if leaf_op(module) in _REPLACED]
+    calls = Callers(model, seen, looked_at(model, main, leaves), (failure.path for failure in recordings.failures))
     links = None
-    if analyses[-1].traced != first.traced:
-        links = {link for finder in analyses[1].traced for link in finder.links(calls)}
-    return tuple(run for finder in first.traced for run in finder.runs(calls, links, sizes))
+    if not alike(*flows):
+        links = {link for finder in finders[1] for link in finder.links(calls)}
+    return tuple(run for finder in finders[0] for run in finder.runs(calls, links, sizes))
 
 
 @dataclass(eq=False)
@@ -81,38 +74,28 @@ class _Value:
 
 
 class _Finder:
-    """Runs of one trace."""
+    """Runs of one flow."""
 
-    def __init__(self, tracer: FlowTracer, stored: set[Node], pools: bool) -> None:
-        self.tracer = tracer
-        self.stored = stored
+    def __init__(self, flow: Flow, pools: bool) -> None:
         self.pools = pools
-        self.flow: Flow = lower(tracer, linear=False)
-        self.turns = Turns(tracer, self.flow)
-        self.seen = Seen.of(tracer)
-        frames = {id(node.frame): node.frame for node in self.flow.nodes if node.frame is not None}
-        self.forwards = Counter(id(frame.module) for frame in frames.values())
+        self.flow = flow
+        self.seen = Seen.of(flow)
+        self.forwards = Counter(id(frame.module) for frame in flow.frames)
         self.flow.link()
-        self.readers: list[list[int]] = [[] for _ in self.flow.nodes]
-        for node in self.flow.nodes:
-            for source in {*node.inputs, *node.sides}:
-                self.readers[source].append(node.index)
+        self.readers = flow.all_readers()
 
     # -- values -------------------------------------------------------------------------------------------------------
 
     def _kind(self, node: FlowNode) -> str | None:
         if _adds_nothing(node):
             return "pass"
-        if self.pools and node.op is Op.POOL and node.origin.op == "call_module":
-            return "pool" if averages(self.tracer.module(str(node.origin.target))) else None
+        if self.pools and node.op is Op.POOL and node.module is not None:
+            return "pool" if averages(node.module) else None
         return _KINDS.get(node.op)
 
     def _single(self, index: int) -> bool:
         """Whether one node reads the value, and nothing its shape, and no attribute keeps it."""
-        if self.flow.nodes[index].origin in self.stored:
-            return False
-        users = [user for user in self.flow.nodes[index].origin.users if user not in self.tracer.dead]
-        return len(self.readers[index]) == 1 and len(users) == 1
+        return len(self.readers[index]) == 1 and not self.flow.nodes[index].exposed
 
     def _values(self, calls: Callers) -> dict[int, _Value]:
         values: dict[int, _Value] = {}
@@ -127,36 +110,32 @@ class _Finder:
 
     def _step(self, node: FlowNode, values: dict[int, _Value], calls: Callers) -> _Value | None:
         kind = self._kind(node)
-        if kind is None or len(node.inputs) != 1 or node.sides or node.opaque:
+        if kind is None or len(node.inputs) != 1 or node.sides:
             return None
-        if node.origin.op == "call_module":
+        if node.module is not None:
             why = "" if kind == "pass" else calls.why_not(node.name)
             if kind == "drop" and why:  # in eval mode it hands on what it gets: it stays for its other callers
                 kind, why = "pass", ""
             elements: list[Element] = [Step(kind, node.name, why)]
         elif kind == "conv":
             elements = [Step(kind, node.name, "it is a call of a function, not of a module")]
-        elif kind == "pass" and (node.op is Op.SCALE or str(node.origin.target) in _KEEP):
+        elif kind == "pass" and (node.op is Op.SCALE or node.label in _KEEP):
             elements = []
         else:
             return None
         before = node.inputs[0]
         value = _going(values, before)
-        if value is not None and self._single(before) and not self.turns.between(before, node):
+        if value is not None and self._single(before) and not turns_between(self.flow.nodes[before], node):
             return _Value(value.source, [*value.elements, *elements], [*value.nodes, node.index])
         return _Value(before, elements, [node.index])
 
     def _sum(self, node: FlowNode, values: dict[int, _Value]) -> _Value | None:
-        if len(node.inputs) != 2 or node.origin.kwargs or getattr(node.origin.target, "__name__", "") not in _SUMS:
-            return None
-        if node.origin.op == "call_method" and node.origin.target not in _SUMS:
-            return None
         frame = node.frame
-        if frame is None or frame.asks or self._first_overwritten(node):
+        if len(node.inputs) != 2 or not is_plain_sum(node) or frame is None or self._first_overwritten(node):
             return None
         if not (self.flow.main[node.index] or self.flow.gating[node.index]):  # rewriting drops what nobody uses
             return None
-        if any(index in values and self.turns.between(index, node) for index in node.inputs):
+        if any(index in values and turns_between(self.flow.nodes[index], node) for index in node.inputs):
             return None
         parts = [_going(values, index) if self._single(index) else None for index in node.inputs]
         sources = {part.source for part in parts if part is not None}
@@ -175,18 +154,11 @@ class _Finder:
         if (
             value
             and inside.issuperset(readers)
-            and self._only(source, inside)
-            and not any(self.turns.between(source, self.flow.nodes[reader]) for reader in readers)
+            and not self.flow.nodes[source].exposed
+            and not any(turns_between(self.flow.nodes[source], self.flow.nodes[reader]) for reader in readers)
         ):
             return _Value(value.source, [*value.elements, join], [*value.nodes, *nodes])
         return _Value(source, [join], nodes)
-
-    def _only(self, index: int, inside: set[int]) -> bool:
-        """Whether nobody else uses the value, not even its shape."""
-        if self.flow.nodes[index].origin in self.stored:
-            return False
-        origins = {self.flow.nodes[at].origin for at in inside}
-        return all(user in origins or user in self.tracer.dead for user in self.flow.nodes[index].origin.users)
 
     def _first_overwritten(self, node: FlowNode) -> bool:
         """Whether the sum overwrites memory that others have a name for: it may only write to new memory of its own."""
@@ -195,7 +167,7 @@ class _Finder:
         at = node.inputs[0]
         while self._single(at):
             made = self.flow.nodes[at]
-            if not (made.view or made.partial or made.opaque) and made.op in (Op.CONV, Op.NORM, Op.ADD, Op.PAD):
+            if not (made.view or made.partial) and made.op in (Op.CONV, Op.NORM, Op.ADD, Op.PAD):
                 return False
             if not made.inputs:
                 break
@@ -217,7 +189,7 @@ class _Finder:
         while todo:
             for reader in self.readers[todo.pop()]:
                 made = self.flow.nodes[reader]
-                if made.opaque or (made.inplace and made.inputs[0] in family):
+                if made.inplace and made.inputs[0] in family:
                     written.append(reader)
                 if reader not in family and (made.view or made.partial):
                     family.add(reader)
@@ -226,13 +198,13 @@ class _Finder:
         return any(first < index < last for index in written)
 
     def _takes(self, frame: Frame) -> str:
-        calls = [self.tracer.given] if frame.parent is None else self.tracer.completed.get(frame.path, [])
-        return "" if frame.path in self.tracer.odd else takes_of(calls)
+        calls = (other for other in self.flow.frames if other.path == frame.path)
+        return "" if frame.path in self.flow.odd else takes_of(calls)
 
     def _why(self, node: FlowNode) -> str:
         frame = node.frame
         assert frame is not None
-        if self.tracer.methods.get(node.origin, "forward") != "forward":
+        if frame.parent is None and node.method != "forward":
             return "its sum is in another method than forward, which others may call on its own"
         if self.forwards[id(frame.module)] > 1:
             return f"{frame.path or 'the model'} runs several times"
@@ -272,15 +244,13 @@ class _Finder:
         return tuple(dict.fromkeys(path for above in paths for path in above if path not in common))
 
     def _shape(self, source: int) -> tuple[int, ...] | None:
-        try:
-            return self.tracer.values.shape(self.flow.nodes[source].origin)[1:]
-        except Unknown:
-            return None
+        shape = self.flow.nodes[source].shape
+        return None if shape is None else shape[1:]
 
 
+_REPLACED = (Op.CONV, Op.NORM, Op.PAD, Op.POOL)
 _KINDS = {Op.CONV: "conv", Op.NORM: "norm", Op.PAD: "pad", Op.PASS: "pass", Op.DROP: "drop"}
 _KEEP = {"clone", "contiguous"}
-_SUMS = {"add", "iadd", "add_"}
 
 
 def _going(values: dict[int, _Value], index: int) -> _Value | None:
@@ -289,23 +259,12 @@ def _going(values: dict[int, _Value], index: int) -> _Value | None:
     return None if value is None or value.ended else value
 
 
-def _stored(tracer: FlowTracer) -> set[Node]:
-    """Values that a forward has left in attributes of modules, for others to read."""
-    found: list[Proxy] = []
-    seen: set[int] = set()
-    for module in tracer.root.modules():
-        for name, value in module.__dict__.items():
-            if name not in OWN and type(value) not in ATOMS:
-                collect(value, found, seen)
-    return {proxy.node for proxy in found}
-
-
 def _adds_nothing(node: FlowNode) -> bool:
     """Whether it is the first step of ``sum(branches)``: zero plus the value."""
     if node.op is not Op.SCALE or len(node.origin.args) != 2 or node.origin.kwargs:  # a third is a factor, as alpha is
         return False
     zero = any(type(part) in (int, float) and part == 0 for part in node.origin.args)
-    return zero and getattr(node.origin.target, "__name__", "") in _SUMS
+    return zero and node.label in SUMS
 
 
 def _pairs(elements: Iterable[Element]) -> Iterator[tuple[str, str]]:

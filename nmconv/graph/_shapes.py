@@ -7,11 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from nmconv.graph._analysis import Called, trace_parts
-from nmconv.graph._lower import lower
+from nmconv.graph._analysis import Called, flows_of
 from nmconv.graph._ops import Op
-from nmconv.graph._tracer import FlowTracer
-from nmconv.graph._values import Unknown
+from nmconv.graph._recordings import recordings_of
 
 __all__ = ["Shapes", "shapes_of"]
 
@@ -39,20 +37,12 @@ def shapes_of(model: nn.Module, example_inputs: Any) -> Shapes:
         example_inputs: What it is called with; only structure and shapes are used.
     """
     found = Shapes({}, {})
-
-    def look(tracer: FlowTracer) -> None:
-        for node in lower(tracer, linear=False).nodes:
-            if node.op not in (Op.CONV, Op.ACT):
-                continue
-            try:
-                shape = tuple(map(int, tracer.values.shape(node.origin)[1:]))
-            except Unknown:
-                shape = ()
+    for flow in flows_of(model, recordings_of(model, example_inputs, both_sizes=False)):
+        for node in flow.nodes:
+            shape = () if node.shape is None else node.shape[1:]
             if node.op is Op.CONV:
                 found.convs.setdefault(node.name, shape)
-            elif node.act is not None:
+            elif node.op is Op.ACT and node.act is not None:
                 act = node.act
                 found.acts[(act.frame.path, act.name, act.function), act.call] = shape
-
-    trace_parts(model, False, example_inputs, None, look)
     return found

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import linecache
-import traceback
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
-from torch.fx.proxy import TraceError
 
 from nmconv.graph import _zoo
-from nmconv.graph._agree import disagreement
-from nmconv.graph._analysis import Analysis, Called, Traced, analyse, counted
-from nmconv.graph._flow import Flow, FlowNode
+from nmconv.graph._analysis import Understood, flows_of, understood
+from nmconv.graph._flow import Flow, FlowNode, Frame
 from nmconv.graph._holders import Holders
-from nmconv.graph._lower import lower
-from nmconv.graph._modules import act_kind, is_activation, is_sequential, leaf_op
+from nmconv.graph._modules import act_kind, is_activation, is_conv, is_sequential, leaf_op
 from nmconv.graph._ops import PLAIN_ACTS, Op
 from nmconv.graph._places import Ends
 from nmconv.graph._records import Arguments
 from nmconv.graph._same import local_hashes
 from nmconv.graph._takes import takes_of
-from nmconv.graph._values import Unknown
 from nmconv.planning import Activation, Chain, Item, Place, Structure, Untraced
-from nmconv.recording import Recording
+from nmconv.recording import Failure, Recordings
 
-__all__ = ["Reading", "read"]
+__all__ = ["alike", "read"]
 
+_MODES = (False, True)
 _STEPS = {Op.CONV, Op.NORM, Op.ACT, Op.ADD, Op.MUL, Op.GATED}
 _Callee = str | tuple[str, str]
 _Key = tuple[str, str, str, "str | None", int]
@@ -48,6 +43,7 @@ class _Seen:
 @dataclass
 class _Builder:
     model: nn.Module
+    recordings: Recordings
     linear: bool
     seen: dict[_Key, _Seen] = field(default_factory=dict)
     chains: list[tuple[list[tuple[Item, _Key | None]], bool, str]] = field(default_factory=list)
@@ -58,21 +54,20 @@ class _Builder:
     constant: set[_Key] = field(default_factory=set)  # calls on parameters
     local: dict[_Key, tuple[int, int]] = field(default_factory=dict)
     callers: dict[int, set[tuple[str, int]]] = field(default_factory=lambda: defaultdict(set))
-    arguments: dict[_Callee, list[Arguments]] = field(default_factory=dict)
+    arguments: dict[_Callee, list[Frame | Arguments]] = field(default_factory=dict)
     steps: list[tuple[str, str]] = field(default_factory=list)
-    odd: set[str] = field(default_factory=set)
+    odd: frozenset[str] = frozenset()
     stages: dict[str, int] = field(default_factory=dict)
     order: int = 0  # of execution: what was traced before counts on
 
-    def build(self, example_inputs: Any) -> Reading:
-        first = analyse(self.model, training=False, linear=self.linear, example_inputs=example_inputs)
-        self._take(first, "eval")
-        analyses = [first]
-        if first.mode_readers:
-            second = analyse(self.model, training=True, linear=self.linear, example_inputs=example_inputs, before=first)
-            analyses.append(second)
-            self._take(second, "train")
-        else:
+    def build(self) -> Structure:
+        flows = [flows_of(self.model, self.recordings, training=training, linear=self.linear) for training in _MODES]
+        differing = _differing(*flows)
+        same = alike(*flows)  # what is understood of a flow changes it
+        self._take([understood(flow) for flow in flows[0]], "eval", differing)
+        if flows[1] and not same:
+            self._take([understood(flow) for flow in flows[1]], "train", differing)
+        elif flows[1]:
             for seen in self.seen.values():
                 seen.activation = replace(
                     seen.activation,
@@ -81,43 +76,47 @@ class _Builder:
                     train_step=seen.activation.step,
                 )
             self.chains = [(items, pre, "both") for items, pre, _ in self.chains]
-        calls = {bool(training): counted(analysis) for training, analysis in enumerate(analyses)}
-        traces = {bool(training): analysis for training, analysis in enumerate(analyses) if not analysis.broken}
-        return Reading(self._finish(analyses, example_inputs is not None), calls, self.model, traces)
+        return self._finish([flow for found in flows for flow in found])
 
     # -- one mode -----------------------------------------------------------------------------------------------------
 
-    def _take(self, analysis: Analysis, mode: str) -> None:
-        for traced in analysis.traced:
-            ends = Ends(traced.flow, analysis.mode_readers, traced.tracer.methods)
+    def _take(self, parts: list[Understood], mode: str, differing: set[str]) -> None:
+        for part in parts:
+            flow, ownership = part.flow, part.ownership
+            ends = Ends(flow, differing)
             keys: dict[int, _Key] = {}
-            far, near = local_hashes(traced.flow), local_hashes(traced.flow, near=True)
-            repeated: set[_Key] = set()
-            for node in traced.flow.nodes:
+            far, near = local_hashes(flow), local_hashes(flow, near=True)
+            for node in flow.nodes:
                 if node.op in (Op.ACT, Op.PARAM) and node.act is not None:
                     key = self._key(node, mode, (far.get(node.index, 0), near.get(node.index, 0)))
                     keys[node.index] = key
-                    if self._see(key, node, traced, mode):
-                        repeated.add(key)
+                    self._see(key, node, node.index in part.copies, mode)
                     if node.op is Op.PARAM:
                         self.constant.add(key)
-            self._take_chains(traced, keys, mode, ends)
+            self._take_chains(part, keys, mode, ends)
             if mode == "eval":
-                self._note_stages(traced.flow)
+                self._note_stages(flow)
                 self.steps += [
-                    (node.op.name, node.name)
-                    for node in traced.flow.nodes
-                    if node.op in _STEPS and traced.flow.main[node.index]
+                    (node.op.name, node.name) for node in flow.nodes if node.op in _STEPS and flow.main[node.index]
                 ]
-            for act in traced.ownership.leading:
+            for act in ownership.leading:
                 self.leading.setdefault(keys[act], "stands before a chain and belongs to no convolution")
-            for act, reason in traced.ownership.skipped.items():
+            for act, reason in ownership.skipped.items():
                 if mode == "eval" or self.seen[keys[act]].activation.modes == "train":
                     self.seen[keys[act]].skip = self.seen[keys[act]].skip or reason
-            self.order += len(traced.flow.nodes)
+            self.order += len(flow.nodes)
         if mode == "eval":
-            for name in analysis.lone:
+            for name in self._lone_convs(parts):
                 self._lone(name)
+
+    def _lone_convs(self, parts: list[Understood]) -> Iterator[str]:
+        """Convolutions in parts that do not run in eval mode."""
+        called = {node.name for part in parts for node in part.flow.nodes if node.module is not None}
+        for failure in self.recordings.failures:
+            if failure.mode == "eval":
+                part = self.model.get_submodule(failure.path)
+                names = [f"{failure.path}.{name}".strip(".") for name, conv in part.named_modules() if is_conv(conv)]
+                yield from (name for name in names if name not in called)
 
     def _note_stages(self, flow: Flow) -> None:
         """When the last of each of ``feature_info``'s modules runs."""
@@ -146,21 +145,19 @@ class _Builder:
                 return alike[0]
         return (*base, -call.call) if key in calls else key
 
-    def _see(self, key: _Key, node: FlowNode, traced: Traced, mode: str) -> bool:
-        """Note the call; True if it was there already in this mode (its owner is called several times)."""
+    def _see(self, key: _Key, node: FlowNode, copy: bool, mode: str) -> None:
+        """Note the call."""
         call = node.act
         assert call is not None
         if call.module is not None:
             self.callers[id(call.module)].add((call.frame.path, call.call))
-        copy = node.index in traced.copies
         known = self.seen.get(key)
         if known is not None:
             old = known.activation
-            again = mode == "eval" or old.modes != "eval"
             if mode == "train" and old.modes == "eval":
                 old = replace(old, modes="both", train_call=call.call, train_step=call.step)
             known.activation = replace(old, copy=old.copy or copy)
-            return again
+            return
         activation = Activation(
             name=call.name,
             function=call.function,
@@ -179,11 +176,10 @@ class _Builder:
             movable=node.kind in PLAIN_ACTS if call.module is None else not call.module.state_dict(),
         )
         self.seen[key] = _Seen(activation, self.order + node.index, call.module)
-        return False
 
-    def _take_chains(self, traced: Traced, keys: dict[int, _Key], mode: str, ends: Ends) -> None:
-        flow = traced.flow
-        for chain in traced.ownership.chains:
+    def _take_chains(self, part: Understood, keys: dict[int, _Key], mode: str, ends: Ends) -> None:
+        flow = part.flow
+        for chain in part.ownership.chains:
             items: list[tuple[Item, _Key | None]] = []
             for link in chain.links:
                 node = flow.nodes[link.conv]
@@ -201,12 +197,7 @@ class _Builder:
         if not any(fresh):
             if mode == "train" and all(self.seen[key].activation.modes == "both" for key in used):
                 return  # eval mode has decided
-            same = [[key for _, key in other] for other, _, _ in self.chains]
-            if [key for _, key in items] not in same:  # the same convolutions in other surroundings
-                self.mixed.update(key for key in used if mode == "eval" or key not in self.owned)
-                known = {key for _, key in items if key in self.owned}
-                if mode == "eval":
-                    self.mixed |= known
+            self.mixed.update(key for key in self._other_surroundings(items) if mode == "eval" or key not in self.owned)
             return
         if mode == "train" and not all(fresh):
             # Convolutions that eval mode has decided on keep their decision; the others make the chain.
@@ -223,6 +214,15 @@ class _Builder:
         self.owned.update(key for _, key in items if key is not None)
         self.chains.append((items, pre, mode))
 
+    def _other_surroundings(self, items: list[tuple[Item, _Key | None]]) -> set[_Key]:
+        """Activations that a chain, of convolutions that are all known already, has otherwise than before."""
+        convs, keys = zip(*((item.convs, key) for item, key in items), strict=True)
+        for other, _, _ in self.chains:
+            if tuple(item.convs for item, _ in other) == convs:
+                before = [key for _, key in other]
+                return {key for pair in zip(keys, before, strict=True) if pair[0] != pair[1] for key in pair if key}
+        return {key for key in keys if key}
+
     def _lone(self, name: str) -> None:
         if (name,) not in self.convs and not any(name in convs for convs in self.convs):
             self.order += 1
@@ -230,7 +230,7 @@ class _Builder:
 
     # -- both ---------------------------------------------------------------------------------------------------------
 
-    def _finish(self, analyses: Iterable[Analysis], examples: bool) -> Structure:
+    def _finish(self, flows: list[Flow]) -> Structure:
         self.holders = Holders(self.model)
         ordered = sorted(self.seen, key=lambda key: self.seen[key].place)
         index = {key: at for at, key in enumerate(ordered)}
@@ -247,10 +247,10 @@ class _Builder:
         for key in self.mixed:
             self.leading[key] = "its module is called in surroundings that differ, and one decision must serve all"
         stays = {key: reason for key, reason in self.leading.items() if key not in self.owned or key in self.mixed}
-        self.arguments = _calls(analyses)
-        self.odd = {
-            path for analysis in analyses for traced in analysis.traced for path in traced.tracer.odd
-        }  # whose children return other things than one tensor: a single call of a child would not show it
+        self.arguments = _calls(flows)
+        self.odd = frozenset[str]().union(
+            *(flow.odd for flow in flows)
+        )  # whose children return other things than one tensor: a single call of a child would not show it
         chains = []
         for items, pre, mode in self.chains:
             kept = tuple(
@@ -263,11 +263,7 @@ class _Builder:
             )
             chains.append(Chain(kept, pre, mode))
         activations = [self._described(key) for key in ordered]
-        broken: dict[str, tuple[BaseException, str]] = {}
-        for analysis, mode in zip(analyses, ("", " (in train mode only)"), strict=False):
-            for name, error in analysis.broken.items():
-                broken.setdefault(name, (error, mode))
-        activations += self._unseen(broken)
+        activations += self._unseen()
         return Structure(
             model=type(self.model).__name__,
             activations=tuple(activations),
@@ -276,7 +272,7 @@ class _Builder:
             stages=tuple(self.stages.values()),
             classifier=_zoo.classifier_names(self.model),
             steps=tuple(self.steps),
-            untraced=tuple(_untraced(name, *why, examples) for name, why in broken.items()),
+            untraced=tuple(map(_untraced, self.recordings.failures)),
         )
 
     def _described(self, key: _Key) -> Activation:
@@ -319,8 +315,9 @@ class _Builder:
                 return name
         return ""
 
-    def _unseen(self, broken: Iterable[str]) -> Iterator[Activation]:
-        """Activation modules that no trace has met."""
+    def _unseen(self) -> Iterator[Activation]:
+        """Activation modules that no recording has met."""
+        broken = [failure.path for failure in self.recordings.failures]
         met = {id(seen.module) for seen in self.seen.values()}
         for name, module in self.model.named_modules():
             if is_activation(module) and id(module) not in met:
@@ -329,7 +326,7 @@ class _Builder:
                 layer = self._layer_around(name)
                 reason = "the forward never calls it"
                 if parents:
-                    reason = f"{owner or 'the model'} calls it or not: its forward cannot be traced"
+                    reason = f"{owner or 'the model'} calls it or not: it does not run"
                 elif layer:
                     reason = f"a part of {layer}, which is one indivisible layer"
                 yield Activation(
@@ -352,83 +349,54 @@ class _Builder:
                 )
 
 
-def _calls(analyses: Iterable[Analysis]) -> dict[_Callee, list[Arguments]]:
-    """From every traced module's qualified name, or that and a method's, to the arguments of all its calls."""
-    calls: dict[_Callee, list[Arguments]] = {}
-    for analysis in analyses:
-        for traced in analysis.traced:
-            for path, arguments in traced.tracer.completed.items():
-                calls.setdefault(path, []).extend(arguments)
-            for method, arguments in traced.tracer.helped.items():
-                calls.setdefault(method, []).extend(arguments)
-            calls.setdefault(traced.tracer.stack[0].path, []).append(traced.tracer.given)
+def _calls(flows: Iterable[Flow]) -> dict[_Callee, list[Frame | Arguments]]:
+    """From every module's qualified name, or that and a method's, to the arguments of all its calls."""
+    calls: dict[_Callee, list[Frame | Arguments]] = defaultdict(list)
+    for flow in flows:
+        for frame in flow.frames:
+            calls[frame.path].append(frame)
+        for (ran, method), held in flow.recording.helped.items():
+            calls[ran.path, method].append(Arguments(held, {}))
     return calls
 
 
-def _untraced(name: str, error: BaseException, mode: str, examples: bool) -> Untraced:
-    text = str(error).strip().split("\n")[0][:200]
-    hint = "What it does itself is left as it is"
-    if isinstance(error, Unknown) and not examples:
-        hint = "Pass example_inputs to reach it"
-    elif not isinstance(error, (Unknown, TraceError)):
-        hint = (
-            "Forwards are read with stand-ins for tensors and sizes, which that line does not take: put the line into "
-            "a submodule of its own, which then counts as one step, or let methods of tensors do it (x.new_zeros)"
-        )
-        hint += "" if examples else "; or pass example_inputs, if the model is not called with one image"
-    reason = f"{type(error).__name__}: {text}{_line_of(error)}{mode}"
-    return Untraced(name, reason, f"{hint}; its children were analysed one by one")
+def _differing(first: Iterable[Flow], second: Iterable[Flow]) -> set[str]:
+    """Names of modules that run in both modes and make other calls in one than in the other."""
+    calls: list[dict[str, list[tuple[str, int]]]] = []
+    for flows in (first, second):
+        made: dict[str, list[tuple[str, int]]] = defaultdict(list)
+        for flow in flows:
+            for node in flow.nodes:
+                if node.frame is not None and node.op is not Op.PARAM and not _zoo.is_norm_act(node.frame.module):
+                    made[node.frame.path].append((node.label, node.number))
+        calls.append(made)
+    return {path for path, made in calls[0].items() if path in calls[1] and calls[1][path] != made}
 
 
-def _line_of(error: BaseException) -> str:
-    """The innermost line of the model's own code that an error came from."""
-    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
-        home = str(frame.f_globals.get("__name__")).partition(".")[0]
-        if home not in _NOT_THE_MODELS:
-            text = linecache.getline(frame.f_code.co_filename, line, frame.f_globals).strip()
-            return f", in {frame.f_code.co_name}, line {line}" + (f": {text[:120]}" if text else "")
-    return ""
+def alike(first: Sequence[Flow], second: Sequence[Flow]) -> bool:
+    """Whether the flows of two modes are the same, call by call."""
+    return len(first) == len(second) and all(
+        list(map(_told, one.nodes)) == list(map(_told, other.nodes)) for one, other in zip(first, second, strict=True)
+    )
 
 
-_NOT_THE_MODELS = ("torch", "numpy", __name__.partition(".")[0])
+def _told(node: FlowNode) -> tuple[Any, ...]:
+    path = node.frame.path if node.frame is not None else ""
+    made = node.op, node.name, node.kind, node.number, node.method, path, node.lines, node.shape
+    return *made, node.inputs, node.sides, node.exposed, node.inplace, node.view, node.partial
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What was read off a model.
-
-    Attributes:
-        structure: Its chains and activations, as plain data.
-        calls: In eval mode (False), and where it differs in train mode (True): how often each activation is called
-            by whom.
-        model: What was read.
-        traces: By mode, as ``calls``; without those of modes in which a part could not be traced.
-    """
-
-    structure: Structure
-    calls: dict[bool, Counter[Called]]
-    model: nn.Module
-    traces: dict[bool, Analysis]
-
-    def disagreement(self, recording: Recording) -> tuple[str, str]:
-        """Where the model, called in earnest, goes another way than the trace did: the module, and what, in words."""
-        training = recording.call.training and len(self.calls) > 1
-        if training not in self.traces:
-            return "", ""
-        flows = [lower(traced.tracer, linear=False) for traced in self.traces[training].traced]
-        named = list(self.model.named_modules())
-        norm_acts = frozenset(name for name, part in named if _zoo.is_norm_act(part))
-        quiet = frozenset(name for name, part in named if leaf_op(part) in (Op.PASS, Op.DROP))
-        return disagreement(flows, recording, norm_acts, quiet)
+def _untraced(failure: Failure) -> Untraced:
+    hint = f"Pass example_inputs that it can be called with in {failure.mode} mode, too"
+    return Untraced(failure.path, f"it does not run in {failure.mode} mode ({failure.reason})", hint)
 
 
-def read(model: nn.Module, *, linear: bool = False, example_inputs: Any = None) -> Reading:
-    """Analyse a model.
+def read(model: nn.Module, recordings: Recordings, *, linear: bool = False) -> Structure:
+    """What a model's recordings show.
 
     Args:
-        model: Any module; nothing of it changes.
+        model: Any module; read only.
+        recordings: Of it.
         linear: Whether ``nn.Linear`` counts as a convolution.
-        example_inputs: What the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
-            Only shapes are taken from it.
     """
-    return _Builder(model, linear).build(example_inputs)
+    return _Builder(model, recordings, linear).build()

@@ -8,23 +8,48 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.fx import Proxy
 
 from nmconv.errors import RewriteError
-from nmconv.graph._records import Arguments, UnknownTensor
+from nmconv.graph._flow import Frame
+from nmconv.graph._records import Arguments, UnknownNumber, UnknownTensor
+from nmconv.recording import Spec
 
 __all__ = ["arguments_from", "takes_of"]
 
 _TENSOR = "T"
+_NUMBER = "N"
 
 
-def takes_of(calls: Iterable[Arguments]) -> str:
-    """JSON of the arguments that all ``calls`` of a method have in common, "" if there is no such thing."""
+def takes_of(calls: Iterable[Frame | Arguments]) -> str:
+    """JSON of the arguments that all ``calls`` of a method have in common, "" if there is no such thing.
+
+    Numbers may differ: those that do have no value.
+    """
     try:
-        seen = {json.dumps([_encode(list(call.args))[1:], _encode_kwargs(call.kwargs)]) for call in calls}
-    except TypeError:
+        seen = [[_encode(list(call.args))[1:], _encode_kwargs(call.kwargs)] for call in calls]
+        common = seen[0]
+        for other in seen[1:]:
+            common = _common(common, other)
+    except (TypeError, IndexError):
         return ""
-    return seen.pop() if len(seen) == 1 else ""
+    return json.dumps(common)
+
+
+def _common(one: Any, other: Any) -> Any:
+    """What two encoded calls have in common.
+
+    Raises:
+        TypeError: If they differ in more than numbers.
+    """
+    if type(one) is type(other) is list and len(one) == len(other):
+        return [_common(mine, its) for mine, its in zip(one, other, strict=True)]
+    if type(one) is type(other) is dict and one.keys() == other.keys():
+        return {key: _common(value, other[key]) for key, value in one.items()}
+    if one == other and type(one) is type(other):
+        return one
+    if all(value == _NUMBER or type(value) in (int, float) for value in (one, other)):
+        return _NUMBER
+    raise TypeError("arguments that differ")
 
 
 def _encode_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -32,7 +57,7 @@ def _encode_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _encode(value: Any) -> Any:
-    if isinstance(value, (Proxy, torch.Tensor)):
+    if isinstance(value, (Spec, torch.Tensor)):
         return _TENSOR
     if value is None or type(value) in (bool, int, float):
         return value
@@ -69,6 +94,8 @@ def arguments_from(text: str) -> Arguments:
 def _decode(value: Any) -> Any:
     if value == _TENSOR:
         return UnknownTensor()
+    if value == _NUMBER:
+        return UnknownNumber()
     if isinstance(value, list):
         if value[0] == "str":
             return value[1]

@@ -1,67 +1,160 @@
-"""Whether a forward may do something else between two of its values than the trace shows."""
+"""Whether a forward, asked otherwise, may do something else between two of its values than a recording shows."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
+import ast
+import inspect
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from types import CodeType
+from typing import Any
 
-from nmconv.graph._exits import may_turn_off
-from nmconv.graph._flow import Flow, FlowNode
-from nmconv.graph._records import Frame, ancestors
-from nmconv.graph._straight import goes_straight, reaches_into
-from nmconv.graph._tracer import FlowTracer
+from torch import nn
 
-__all__ = ["Turns"]
+from nmconv.graph._flow import FlowNode, ancestors
+from nmconv.graph._parsed import NoSource, conditions, goes_one_way, parsed
+from nmconv.recording import Lines
+
+__all__ = ["turns_between"]
+
+_FLAGS = (bool, int, float, str)
 
 
-class Turns:
-    """The places where the forwards of one trace may go another way, at other sizes or asked otherwise."""
+def turns_between(value: FlowNode, node: FlowNode) -> bool:
+    """Whether a forward may do something else between a value and a node that reads it.
 
-    def __init__(self, tracer: FlowTracer, flow: Flow) -> None:
-        self._tracer = tracer
-        self._flow = flow
-        self._places = Counter(id(part) for _, part in tracer.root.named_modules(remove_duplicate=False))
-        self._order = {node: at for at, node in enumerate(tracer.graph.nodes)}
+    What differs by sizes, modes and contexts recordings show. What is left are the jumps of the forward that both are
+    made in: those that go by an optional argument or by a flag (a bool, a number or a text on the module). What a
+    module does with submodules that it has or has not is no choice of its caller's.
+    """
+    ways = [[*ancestors(each.frame)] for each in (value, node)]
+    shared = {id(frame) for frame in ways[0]} & {id(frame) for frame in ways[1]}
+    lines = [value.lines, node.lines]
+    for side, way in enumerate(ways):
+        for frame in way:
+            if id(frame) in shared:  # the innermost that both are called from
+                if side:
+                    return _may_turn(frame.module, *lines)
+                break
+            lines[side] = frame.lines
+    return False
 
-    def between(self, index: int, node: FlowNode) -> bool:
-        """Whether a forward may do something else between the value and the node, at other sizes or asked otherwise."""
-        value = self._flow.nodes[index]
-        if self._asked_between(value, node):
-            return True
-        ways = [[*ancestors(frame)] for frame in (value.frame, node.frame)]
-        shared = {id(frame) for frame in ways[0]} & {id(frame) for frame in ways[1]}
-        lines = [self._tracer.lines.get(value.origin, ()), self._tracer.lines.get(node.origin, ())]
-        labels = [value.label, node.label]
-        for side, way in enumerate(ways):
-            for frame in way:
-                if id(frame) in shared:  # the innermost that both are called from
-                    if side:
-                        turns = self._goes_by_sizes(frame, (value, node), *labels)
-                        return turns or may_turn_off(frame.module, *lines)
-                    break
-                if frame.asks:
-                    return True
-                lines[side], labels[side] = frame.lines, frame.label
+
+def _may_turn(module: nn.Module, first: Lines, then: Lines) -> bool:
+    """The same for two places in a module's methods: where a value is made, and where it is read."""
+    level = 0
+    met: list[_Jump] = []
+    while level < min(len(first), len(then)) and first[level] == then[level]:
+        code, line = first[level]
+        met += _around(code, line, line)
+        level += 1
+    behind, before = first[level:], then[level:]
+    if behind and before and behind[0][0] is before[0][0]:
+        code, start, end = *behind[0], before[0][1]
+        met += [jump for jump in _jumps(code) if jump.is_between(start, end)] if start <= end else []
+        met += _around(code, start, end)
+        behind, before = behind[1:], before[1:]
+    met += [jump for code, _ in (*first, *then) for jump in _jumps(code) if jump.anywhere]
+    met += [jump for code, line in behind for jump in _jumps(code) if jump.end > line]
+    met += [jump for code, line in before for jump in _jumps(code) if jump.start <= line]
+    return any(jump.counts(module) for jump in met)
+
+
+@dataclass(frozen=True)
+class _Jump:
+    """A condition, or what catches exceptions.
+
+    Attributes:
+        start: Its first line.
+        end: And its last.
+        optional: Whether it goes by an optional argument, or by data.
+        flags: Names of attributes of the module that it goes by.
+        anywhere: Whether it also decides on what is called elsewhere, or goes by whatever else is given (``**more``).
+        loops: Whether it is a loop.
+        catches: Whether it is no condition, but catches exceptions.
+    """
+
+    start: int
+    end: int
+    optional: bool
+    flags: frozenset[str] = frozenset()
+    anywhere: bool = False
+    loops: bool = False
+    catches: bool = False
+
+    def is_between(self, first: int, then: int) -> bool:
+        """Whether it is met on the way from one line to another that is no earlier one."""
+        if self.catches:
+            return self.start <= then and first <= self.end
+        if first == then:
+            return self.optional and self.start == first
+        makes = self.optional and self.start <= first <= self.end < then
+        return makes or first < self.start <= then
+
+    def counts(self, module: nn.Module) -> bool:
+        """Whether another way may be taken in calls of this module."""
+        held = (module.__dict__.get(name, inspect.getattr_static(type(module), name, None)) for name in self.flags)
+        return self.optional or any(type(value) in _FLAGS for value in held)
+
+
+def _around(code: CodeType, *lines: int) -> list[_Jump]:
+    """The jumps of the outermost loop that all these lines are in."""
+    loops = [loop for loop in _jumps(code) if loop.loops and all(loop.start <= line <= loop.end for line in lines)]
+    first = min(loops, key=lambda loop: loop.start, default=None)
+    return [jump for jump in _jumps(code) if first is not None and first.start <= jump.start <= first.end]
+
+
+@lru_cache(maxsize=1024)
+def _jumps(code: CodeType) -> tuple[_Jump, ...]:
+    try:
+        function = parsed(code)
+    except NoSource:
+        return () if goes_one_way(code) else (_Jump(0, 1 << 30, optional=True),)
+    given = function.args
+    positional = [*given.posonlyargs, *given.args]
+    own = positional[0].arg if positional else ""
+    optional = {part.arg for part in positional[len(positional) - len(given.defaults) :]}
+    optional |= {part.arg for part, value in zip(given.kwonlyargs, given.kw_defaults, strict=True) if value}
+    rest = {part.arg for part in (given.vararg, given.kwarg) if part}
+    optional |= rest
+    found = []
+    mentioned = Counter(_own_names(function, own))
+    for node, test in conditions(function):
+        names = {part.id for part in ast.walk(test) if isinstance(part, ast.Name)}
+        by_given, is_loop = not names.isdisjoint(optional), isinstance(node, (ast.For, ast.While))
+        ends = any(isinstance(part, (ast.Return, ast.Break)) for part in ast.walk(node))
+        same = is_loop or (not ends and _calls_the_same(node, own))
+        flags = frozenset() if same else frozenset(_own_names(test, own)) - {"training"}
+        called = {id(part.func) for part in ast.walk(node) if isinstance(part, ast.Call)}
+        shared = any(
+            mentioned[part.__dict__["attr"]] > 1 or id(part) not in called
+            for part in ast.walk(node)
+            if _is_own(part, own)
+        )
+        anywhere = (by_given and shared) or not names.isdisjoint(rest)
+        found.append(_Jump(node.lineno, node.end_lineno, by_given, flags, anywhere, is_loop))
+    for part in ast.walk(function):
+        if isinstance(part, ast.Try) and part.handlers:  # what is caught there may be up to data
+            found.append(_Jump(part.lineno, part.end_lineno or part.lineno, optional=True, catches=True))
+    return tuple(found)
+
+
+def _calls_the_same(node: Any, own: str) -> bool:
+    """Whether both ways name the same of the module's attributes, and do no arithmetic: checkpointing, say."""
+    if not isinstance(node, ast.If):
         return False
+    ways = [ast.Module(body, []) for body in (node.body, node.orelse)]
+    computing = (ast.BinOp, ast.UnaryOp, ast.AugAssign)
+    computes = any(isinstance(part, computing) for way in ways for part in ast.walk(way))
+    one, other = (list(_own_names(way, own)) for way in ways)
+    return not computes and one == other
 
-    def _goes_by_sizes(self, frame: Frame, made: Iterable[FlowNode], first: str, then: str) -> bool:
-        """Whether a forward, or one that it is called from, may use one of two parts otherwise at other sizes."""
-        if frame.asks and not goes_straight(frame.module, first, then, self._places):
-            return True
-        inner = frame
-        for outer in ancestors(frame.parent):
-            if outer.asks and (reaches_into(outer.module, inner.label) or any(map(self._shared, made))):
-                return True
-            inner = outer
-        return False
 
-    def _shared(self, node: FlowNode) -> bool:
-        """Whether the module that makes the value is registered in several places."""
-        origin = node.origin
-        return origin.op == "call_module" and self._places[id(self._tracer.module(str(origin.target)))] > 1
+def _own_names(whole: ast.AST, own: str) -> Iterator[str]:
+    return (str(part.__dict__["attr"]) for part in ast.walk(whole) if _is_own(part, own))
 
-    def _asked_between(self, value: FlowNode, node: FlowNode) -> bool:
-        """Whether anything has asked for sizes after the value was made, and may go by that with it."""
-        first, last = (bisect_right(self._tracer.questions, self._order[at.origin]) for at in (value, node))
-        return first < last
+
+def _is_own(part: Any, own: str) -> bool:
+    return isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == own

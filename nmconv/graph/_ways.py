@@ -9,13 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from nmconv.graph._analysis import Called, trace_parts
+from nmconv.graph._analysis import Called, flows_of
 from nmconv.graph._elements import Element, Join
-from nmconv.graph._flow import FlowNode
-from nmconv.graph._lower import lower
+from nmconv.graph._flow import ActCall, Flow, FlowNode
 from nmconv.graph._ops import SUMS, Op
-from nmconv.graph._records import ActCall
-from nmconv.graph._tracer import FlowTracer
+from nmconv.graph._recordings import recordings_of
 from nmconv.graph._zoo import is_norm_act
 
 __all__ = ["NORM", "SUM", "Hop", "Spot", "Ways", "spot_of"]
@@ -69,8 +67,8 @@ class Ways:
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any = None) -> None:
-        analysis = trace_parts(model, False, example_inputs, None, _Way)
-        self._parts: list[_Way] = analysis.traced
+        recordings = recordings_of(model, example_inputs, both_sizes=False)
+        self._parts = list(map(_Way, flows_of(model, recordings)))
 
     def spot(self, element: Element) -> Spot:
         """Where the value is that an element of a run gives.
@@ -118,23 +116,20 @@ def _key(element: Element) -> tuple[str, str, int]:
     return "", element.name, 1
 
 
-def spot_of(tracer: FlowTracer, node: FlowNode) -> Spot:
+def spot_of(flow: Flow, node: FlowNode) -> Spot:
     """Where a node's value is while the model runs."""
     owner = node.frame.path if node.frame is not None else ""
-    if node.origin.op == "call_module":
-        inner = node.frame is not None and node.label == "norm" and is_norm_act(node.frame.module)
+    if node.module is not None:
+        inner = node.frame is not None and node.module is node.frame.module and is_norm_act(node.module)
         return Spot(owner, NORM if inner else node.label, node.number)
     if node.label not in SUMS:
         return Spot(owner, f"{node.label}()", node.number)
-    sums = [origin for origin in tracer.graph.nodes if _is_sum_of(tracer, origin, node)]
-    return Spot(owner, SUM, sums.index(node.origin) + 1, len(sums))
+    sums = [at for at, other in enumerate(flow.nodes) if other.frame is node.frame and _is_sum(other)]
+    return Spot(owner, SUM, sums.index(node.index) + 1, len(sums))
 
 
-def _is_sum_of(tracer: FlowTracer, origin: Any, node: FlowNode) -> bool:
-    """Whether the fx node is a sum of tensors made by the same forward that makes ``node``."""
-    frame, label, _ = tracer.where.get(origin, (None, "", 0))
-    is_sum = origin.op != "call_module" and frame is node.frame and label in SUMS
-    return is_sum and not tracer.is_number(origin)
+def _is_sum(node: FlowNode) -> bool:
+    return node.module is None and node.label in SUMS
 
 
 def _key_of(act: ActCall) -> tuple[Called, int]:
@@ -143,29 +138,26 @@ def _key_of(act: ActCall) -> tuple[Called, int]:
 
 def is_plain_sum(node: FlowNode) -> bool:
     """Whether it adds its operands as they are, without alpha."""
-    return node.op is Op.ADD and not node.origin.kwargs
+    return node.op is Op.ADD and node.label in SUMS and not node.origin.kwargs
 
 
 class _Way:
-    """The same for one trace."""
+    """The same for one flow."""
 
-    def __init__(self, tracer: FlowTracer) -> None:
-        self._tracer = tracer
-        self._nodes = lower(tracer, linear=False).nodes
-        self._readers: list[list[int]] = [[] for _ in self._nodes]
+    def __init__(self, flow: Flow) -> None:
+        self._flow = flow
+        self._nodes = flow.nodes
+        self._readers = flow.all_readers()
         self.where: dict[tuple[str, str, int], int] = {}
         for node in self._nodes:
-            for source in {*node.inputs, *node.sides}:
-                self._readers[source].append(node.index)
             if node.op is Op.ADD and node.frame is not None:
                 self.where[node.frame.path, node.label, node.number] = node.index
             if node.op in (Op.CONV, Op.NORM, Op.PAD, Op.PASS, Op.DROP):
                 self.where["", node.name, 1] = node.index
-        frames = {id(node.frame): node.frame for node in self._nodes if node.frame is not None}
-        self._forwards = Counter(frame.path for frame in frames.values())
+        self._forwards = Counter(frame.path for frame in flow.frames)
 
     def spot(self, index: int) -> Spot:
-        return spot_of(self._tracer, self._nodes[index])
+        return spot_of(self._flow, self._nodes[index])
 
     def after(self, index: int) -> Iterator[Hop]:
         while True:
@@ -213,14 +205,13 @@ class _Way:
 
     def _reader(self, index: int) -> FlowNode | None:
         """The only reader of a value."""
-        users = [user for user in self._nodes[index].origin.users if user not in self._tracer.dead]
-        if len(self._readers[index]) != 1 or len(users) != 1:
+        if len(self._readers[index]) != 1 or self._nodes[index].exposed:
             return None
         reader = self._nodes[self._readers[index][0]]
-        return None if reader.sides or reader.opaque or reader.frame is None else reader
+        return None if reader.sides or reader.frame is None else reader
 
     def _is_seen(self, node: FlowNode) -> bool:
         """Whether the call can be told apart while the model runs."""
         if node.frame is None or self._forwards[node.frame.path] != 1:
             return False
-        return node.origin.op == "call_module" or node.label in SUMS or node.op is Op.ACT
+        return node.module is not None or node.label in SUMS or node.op is Op.ACT

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from nmconv.errors import NmconvError, NoEffectWarning
-from nmconv.graph import mode_hidden
 from nmconv.io._content import Content
 from nmconv.io._fit import check_merges, check_plan
 from nmconv.io._problems import Damaged, Foreign
@@ -40,15 +39,14 @@ def replay(model: nn.Module, content: Content) -> Homes:
     """
     homes: Homes = {}
     try:
-        with mode_hidden():
-            if content.plan is not None:
-                check_plan(model, content.plan)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", NoEffectWarning)
-                    apply_plan(model, content.plan, inplace=True, witness=False)
-            for merges in content.merges:
-                check_merges(model, merges)
-                _merge(model, merges, homes)
+        if content.plan is not None:
+            check_plan(model, content.plan)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", NoEffectWarning)
+                apply_plan(model, content.plan, inplace=True, witness=False)
+        for merges in content.merges:
+            check_merges(model, merges)
+            _merge(model, merges, homes)
     except (Damaged, Foreign):
         raise
     except (NmconvError, Refusal, ValueError) as error:  # this model is not the one that it was made for

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,7 +21,7 @@ from nmconv.merging._records import Merge
 from nmconv.planning import Refusal, Sum
 from nmconv.surgery import MERGED, Edit, Undo, restoring_children, restoring_class, rewrite, rewritten
 
-__all__ = ["bake", "check_calls", "install", "norms_behind", "record", "trains", "write_methods"]
+__all__ = ["bake", "install", "norms_behind", "record", "trains", "write_methods"]
 
 Methods = Mapping[str, Any]
 Slots = dict[int, list[tuple[nn.Module, str]]]
@@ -225,41 +224,3 @@ def _left_of(module: nn.Module, told: Told, keeps_norm: bool) -> nn.Module:
 def _restoring_mark(model: nn.Module) -> Callable[[], object]:
     before = model.__dict__.get(MERGED)
     return lambda: model.__dict__.pop(MERGED, None) if before is None else model.__dict__.__setitem__(MERGED, before)
-
-
-def check_calls(
-    before: Counter[str], after: Counter[str], merges: Sequence[Merge], segments: Sequence[Segment]
-) -> None:
-    """Hold the calls of the merged model, traced anew, against those of the original.
-
-    Args:
-        before: From :func:`nmconv.graph.calls_by_kind`.
-        after: The same of the result.
-        merges: What was done.
-        segments: What they were made of.
-
-    Raises:
-        RewriteError: If a call is still made that was merged away, or another one is not made any more.
-    """
-    expected = Counter(before)
-    for segment in segments:
-        expected.subtract(_gone(node.element for node in segment.nodes))
-    expected.update(merge.head for merge in merges)
-    expected = +expected
-    if expected != after:
-        wrong = sorted(name for name in expected.keys() | after.keys() if expected[name] != after[name])
-        raise RewriteError(
-            f"after merging these are not called as they should be: {', '.join(wrong[:5])}; the model is as it was: "
-            "its forward reaches modules by a way that tracing does not see"
-        )
-
-
-def _gone(elements: Iterable[Element]) -> Iterator[str]:
-    """All calls in the elements, as :func:`nmconv.graph.calls_by_kind` names them."""
-    for element in elements:
-        if isinstance(element, Join):
-            for branch in element.branches:
-                yield from _gone(branch)
-            yield f"{element.owner}:{element.label}"
-        elif element.kind != "pass":
-            yield element.name

@@ -18,11 +18,9 @@ from nmconv.graph import (
     LinearRun,
     Op,
     before_hoisting,
-    calls_by_kind,
     hooks_of,
     leaf_op,
     linear_runs,
-    mode_hidden,
     steps_of,
 )
 from nmconv.merging._algebra import Affine
@@ -32,7 +30,7 @@ from nmconv.merging._called import outputs
 from nmconv.merging._checks import check_made, check_mode, check_options
 from nmconv.merging._describe import described, parameters_of
 from nmconv.merging._guards import guarded
-from nmconv.merging._install import bake, check_calls, install, record, trains, write_methods
+from nmconv.merging._install import bake, install, record, trains, write_methods
 from nmconv.merging._latency import LatencyGate, is_slower
 from nmconv.merging._live import affine_of_nodes, why_not_live
 from nmconv.merging._module import conv_module, filled, is_channels_last, laid_out, like_of
@@ -106,7 +104,7 @@ def merge(
     check_options(gate, min_gain, backend, example_inputs)
     check_mode(model, "merge")
     seen = Witness(model, example_inputs, choices=True, methods=methods) if witness else None
-    with mode_hidden(), undone_on_failure() as undo:
+    with undone_on_failure() as undo:
         baking = [merge.head for merges in get_merges(model) for merge in merges if merge.live]
         if baking:
             model, inplace = model if inplace else copy_of(model), True
@@ -157,7 +155,7 @@ def fold_norms(
 
 
 def _folded(model: nn.Module, witness: Witness | None, inplace: bool = False, example_inputs: Any = None) -> nn.Module:
-    with mode_hidden(), undone_on_failure() as undo:
+    with undone_on_failure() as undo:
         made = _Merging(model, example_inputs, False, witness, runs=False)
         made.choose(_nothing, fold=True, fewest=False)
         return made.carry_out(inplace, undo)
@@ -184,13 +182,12 @@ def find_runs(
     check_made(model, "look at")
     check_examples(example_inputs)
     seen = Witness(model, example_inputs, choices=True) if witness else None
-    with mode_hidden():
-        made = _Merging(model, example_inputs, False, seen)
-        made.settle(_flops(min_gain), fold=True, fewest=False)
-        if made.why_unread:
-            warnings.warn(f"no run of this {type(model).__name__}: {made.why_unread}", NoEffectWarning, stacklevel=2)
-        runs = [nodes for nodes in made.runs if sum(len(node.convs) for node in nodes) > 1 or nodes[-1].element.pools]
-        return tuple(described(model.get_submodule, nodes, _flops(min_gain)) for nodes in runs)
+    made = _Merging(model, example_inputs, False, seen)
+    made.settle(_flops(min_gain), fold=True, fewest=False)
+    if made.why_unread:
+        warnings.warn(f"no run of this {type(model).__name__}: {made.why_unread}", NoEffectWarning, stacklevel=2)
+    runs = [nodes for nodes in made.runs if sum(len(node.convs) for node in nodes) > 1 or nodes[-1].element.pools]
+    return tuple(described(model.get_submodule, nodes, _flops(min_gain)) for nodes in runs)
 
 
 def _refuse(nodes: Sequence[Node], reason: Refusal) -> None:
@@ -247,7 +244,8 @@ class _Merging:
         self._live = live
         self.why_not_live = ""  # of the first module that cannot be a factor
         self._refused: dict[str, str] = {}  # owners of sums whose forward cannot be rewritten
-        self._found = linear_runs(model, example_inputs=example_inputs, pools=True)
+        recordings = None if witness is None or baked else witness.recordings
+        self._found = linear_runs(model, example_inputs=example_inputs, recordings=recordings, pools=True)
         self._seen = SeenRuns(witness)
         self._seen.look_at([self._nodes(run) for run in self._found])
         self.runs = [self._nodes(run) for run in self._found]
@@ -366,11 +364,7 @@ class _Merging:
         model = self._model if inplace else copy_of(self._model, self._spare())
         before = self._outputs()
         original = copy_of(self._model) if inplace and before is not None else self._model
-        count = partial(calls_by_kind, training=False, example_inputs=self._examples)
-        calls = None if self._witness is not None else count(self._model)
         install(model, merges, convs, self._methods, undo)
-        if calls is not None:
-            check_calls(calls, count(model), merges, self.segments)
         if self._witness is not None:
             closed = {name for merge in merges for name in merge.closed}
             groups = groups_of(merges)

@@ -1,11 +1,12 @@
 """A model's own run, recorded: on meta tensors, on a copy, with every function that it called."""
 
 from nmconv.recording._answers import ModelRaised, NeedsData
-from nmconv.recording._copy import real_copy, shared_on_copy
+from nmconv.recording._copy import meta_copy, real_copy, shared_on_copy
 from nmconv.recording._inputs import Inputs, given_inputs, guessed_inputs
+from nmconv.recording._methods import enclosed, unwrapped
 from nmconv.recording._record import ENTRY_POINTS, Failure, Recordings, record, record_again, record_call
 from nmconv.recording._recorder import TENSOR, Recorder, hook_sees, is_recording, unknown
-from nmconv.recording._records import Call, Fact, Frame, Read, Recording, Spec
+from nmconv.recording._records import Call, Fact, Frame, Lines, Read, Recording, Spec
 
 __all__ = [
     "ENTRY_POINTS",
@@ -15,6 +16,7 @@ __all__ = [
     "Failure",
     "Frame",
     "Inputs",
+    "Lines",
     "ModelRaised",
     "NeedsData",
     "Read",
@@ -22,14 +24,17 @@ __all__ = [
     "Recording",
     "Recordings",
     "Spec",
+    "enclosed",
     "given_inputs",
     "guessed_inputs",
     "hook_sees",
     "is_recording",
+    "meta_copy",
     "real_copy",
     "record",
     "record_again",
     "record_call",
     "shared_on_copy",
     "unknown",
+    "unwrapped",
 ]

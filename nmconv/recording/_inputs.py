@@ -45,17 +45,21 @@ def given_inputs(example_inputs: Any) -> Inputs:
     return Inputs(map_tensors(args, _spec), map_tensors(kwargs, _spec), (args, kwargs))
 
 
-def guessed_inputs(model: nn.Module, size: tuple[int, ...] | None) -> list[Inputs]:
+def guessed_inputs(model: nn.Module, size: tuple[int, ...] | None, first_layer: tuple[int, int] | None) -> list[Inputs]:
     """One image batch for every required argument of the forward, or for the first one, in sizes to try in turn.
 
     Args:
-        model: Its first convolution says how many channels there are, if ``size`` does not.
+        model: Whose forward.
         size: Of an image, as the model's family states it: ``(channels, *extents)``.
+        first_layer: Channels and spatial axes of its input: they count where ``size`` is not known, or does not fit.
 
     Returns:
-        Nothing where there is no convolution to go by.
+        Nothing where there is neither.
     """
-    shapes = _sizes_by_first_conv(model)
+    shapes: list[tuple[int, ...]] = []
+    if first_layer is not None:
+        channels, axes = first_layer
+        shapes = [(channels, *extents) for extents in _EXTENTS[axes]]
     if size:  # a model of the family may have been made for other channels
         shapes = [size, *((shape[0], *size[1:]) for shape in shapes[:1] if len(shape) == len(size))]
     return [_images(model, shape) for shape in dict.fromkeys(shapes)]
@@ -75,18 +79,12 @@ def _images(model: nn.Module, shape: tuple[int, ...]) -> Inputs:
 
 
 # Extents of what networks with a fixed input take: ImageNet's, CIFAR's, MNIST's, and others that are common.
-_EXTENTS = {
+_EXTENTS: dict[int, tuple[tuple[int, ...], ...]] = {
+    0: ((),),
     1: ((1024,), (16000,)),
     2: tuple((extent, extent) for extent in (224, 32, 28, 64, 96, 128, 227, 256, 299)),
     3: ((16, 112, 112), (32, 32, 32), (16, 224, 224)),
 }
-
-
-def _sizes_by_first_conv(model: nn.Module) -> list[tuple[int, ...]]:
-    for module in model.modules():
-        if isinstance(module, nn.modules.conv._ConvNd):
-            return [(module.in_channels, *extents) for extents in _EXTENTS[len(module.kernel_size)]]
-    return []
 
 
 def other_sizes(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,6 +26,7 @@ __all__ = ["ENTRY_POINTS", "Failure", "Recordings", "record", "record_again", "r
 
 # Methods besides forward by which timm's models are called.
 ENTRY_POINTS = ("forward_features", "forward_head", "forward_intermediates")
+_OTHER = ("other size", "other batch")
 IsLeaf = Callable[[nn.Module], bool]
 
 
@@ -55,12 +57,19 @@ class Recordings:
     runs: list[Recording] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
 
+    def of_mode(self, *, training: bool) -> list[Recording]:
+        """The model's run in one mode, or, where it does not run in it, those of its parts."""
+        runs = [run for run in self.runs if run.call.training is training and run.call.method == "forward"]
+        whole = [run for run in runs if run.path == ""]
+        return whole[:1] or runs
+
 
 def record(
     model: nn.Module,
     inputs: Inputs,
     is_leaf: IsLeaf,
     *,
+    both_sizes: bool = True,
     choices: bool = False,
     methods: Mapping[str, Inputs] | None = None,
 ) -> Recordings:
@@ -73,6 +82,7 @@ def record(
         model: Read only.
         inputs: What it is called with.
         is_leaf: Whether a module is one node.
+        both_sizes: Whether to record it at another size and in the contexts, too.
         choices: Whether to record it with each truth value among its arguments the other way, too, and with the other
             members of enums; and its entry points besides forward that are known by name.
         methods: Further methods, and what they are called with.
@@ -95,10 +105,10 @@ def record(
     whole = {run.call.training: run for run in found.runs}
     for training, error in errors.items():
         _record_parts(found, model, whole[not training], "", training, error, is_leaf)
-    for run in whole.values():
+    for run in whole.values() if both_sizes else ():
         if not run.asked:
             _record_other_size(found, model, run.call, inputs, is_leaf)
-    for run in whole.values():
+    for run in whole.values() if both_sizes else ():
         for call in _contexts(run, model):
             _try_to_add(found, model, call, inputs, is_leaf)
     for name, given in (methods or {}).items():
@@ -107,9 +117,32 @@ def record(
         if not _try_to_add(found, model, call, given, is_leaf, errors):
             raise _cannot_be_called(model, given, errors[False], name) from errors[False]
     if choices and False in whole:
+        _record_other_ways(found, whole[False], model, is_leaf)
         for call in _choices(found, whole[False], model, inputs, set(methods or ())):
             _try_to_add(found, model, call, replace(inputs, real=None), is_leaf)
     return found
+
+
+def _record_other_ways(found: Recordings, run: Recording, model: nn.Module, is_leaf: IsLeaf) -> None:
+    """Record what happens where a question about sizes is answered the other way; and questions that only come then."""
+    others = [each for each in found.runs if each.call.name in (f"{run.call.name}, {name}" for name in _OTHER)]
+    if run.asked or not others:  # it takes no other sizes
+        return
+    asking = replace(run.call, asks=True)
+    one, two = (record_call(model, replace(each.call, asks=True), "", is_leaf, Answers()) for each in (run, others[0]))
+    known = one.questions.keys() | two.questions.keys()
+    todo = [
+        frozenset([site]) for site in known if one.questions.get(site) != two.questions.get(site)
+    ]  # others are not up to sizes
+    while todo:
+        sites = todo.pop(0)
+        place = ", ".join(sorted({code.co_name for code, _ in sites}))
+        call = replace(asking, name=f"{asking.name}, other sizes in {place}", other_way=sites)
+        with suppress(ModelRaised, NeedsData):
+            found.runs.append(record_call(model, call, "", is_leaf, Answers()))
+            new = found.runs[-1].questions.keys() - known
+            known |= new
+            todo += [sites | {site} for site in new]
 
 
 def _choices(found: Recordings, run: Recording, model: nn.Module, inputs: Inputs, given: set[str]) -> Iterator[Call]:
@@ -156,8 +189,16 @@ def record_call(model: nn.Module, call: Call, path: str, is_leaf: IsLeaf, answer
     """
     try:
         return _recorded(model, call, path, is_leaf, answers, remembered())
-    except ModelRaised:
+    except ModelRaised as raised:
+        if _is_traced_elsewhere(raised.error):
+            time.sleep(0.01)
+            return record_call(model, call, path, is_leaf, answers)
         return _recorded(model, call, path, is_leaf, answers, {})  # it may have asked for autograd's graph
+
+
+def _is_traced_elsewhere(error: Exception) -> bool:
+    """Whether a module was called while another thread traced with fx, which patches ``nn.Module`` for all of them."""
+    return isinstance(error, NameError) and "is not installed as a submodule" in str(error)
 
 
 def _recorded(
@@ -253,10 +294,7 @@ def _cannot_be_called(model: nn.Module, inputs: Inputs, error: Exception, method
     given = f"example_inputs of {shapes!r:.80}" if inputs.real is not None else f"a guessed input of {shapes!r:.80}"
     way = "give others" if inputs.real is not None else "pass example_inputs that it can be called with"
     name = f"{method} of this {type(model).__name__}" if method else f"this {type(model).__name__}"
-    return OptionError(
-        f"{name} cannot be called with {given} ({type(error).__name__}: {text}): {way}, or "
-        "witness=False to go without any check of the result"
-    )
+    return OptionError(f"{name} cannot be called with {given} ({type(error).__name__}: {text}): {way}")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import CodeType, FrameType
@@ -23,8 +23,11 @@ from torch.utils._device import _device_constructors
 from nmconv.errors import InternalError, ModelTypeError
 from nmconv.recording._answers import ASKS_DATA, Answers, ModelRaised, NeedsData
 from nmconv.recording._copy import Copy
+from nmconv.recording._disguise import disguise
+from nmconv.recording._methods import methods_of
 from nmconv.recording._outcomes import Outcome, Outcomes, key_of_function, key_of_module, outcome_of_norm
-from nmconv.recording._records import Call, Fact, Frame, Read, Recording, Spec, map_tensors, memory_of
+from nmconv.recording._records import Call, Fact, Frame, Lines, Read, Recording, Spec, map_tensors, memory_of
+from nmconv.recording._sizes import SizeQuestions
 
 __all__ = ["TENSOR", "Recorder", "hook_sees", "is_recording", "label_of", "not_recorded", "noted", "unknown", "wrap"]
 
@@ -48,6 +51,8 @@ TENSOR = "\0tensor"  # stands for a tensor in a form
 _MAKERS = _device_constructors()
 _VALUE_MAKERS = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.scalar_tensor)
 _DEVICE, _IS_CPU, _IS_META, _IS_CUDA = (getattr(Tensor, name) for name in ("device", "is_cpu", "is_meta", "is_cuda"))
+_SIZES = ("size", "stride", "numel", "nelement", "__len__")
+_SHAPE = Tensor.shape
 _MOVES = ("cpu", "cuda", "xpu")
 _VIEWS = frozenset(
     getattr(Tensor, name) for name in ("T", "mT", "H", "mH", "data", "real", "imag") if hasattr(Tensor, name)
@@ -56,7 +61,7 @@ _ABOUT = frozenset(
     ("size", "dim", "ndimension", "__len__", "numel", "nelement", "stride", "element_size", "is_contiguous",
      "is_floating_point", "is_complex", "is_signed", "get_device", "storage_offset", "requires_grad_", "is_tensor",
      "is_inference", "is_same_size", "__hash__", "untyped_storage", "register_hook", "retain_grad", "__dir__",
-     "__repr__", "type", "_set_grad_enabled")
+     "__repr__", "_set_grad_enabled")
 )  # fmt: skip
 _INSIDE = ("torch._refs", "torch._prims", "torch._meta_registrations", "torch._decomp", "torch._inductor")
 
@@ -97,8 +102,13 @@ class Recorder(TorchFunctionMode):
             if first.setdefault(id(module), name) != name:
                 self.recording.names[name] = first[id(module)]
         self._codes = self.recording.codes
+        self._methods: dict[type, frozenset[CodeType]] = {}
         self._thread = threading.get_ident()
         self._depth = 0
+        self._questions: SizeQuestions | None = None
+        if call.asks:
+            self._questions = SizeQuestions(call.other_way, lambda: None if self._depth else self._stack[-1])
+            self.recording.questions = self._questions.asked
         self._values: dict[int, tuple[Tensor, Node, tuple[Any, ...]]] = {}
         self._items: dict[tuple[Node, Any], Node] = {}
         self._held = dict(_held(copy.model))
@@ -115,6 +125,7 @@ class Recorder(TorchFunctionMode):
         self._needs = ""
         self._stack = [Frame(type(copy.model), "", None)]
         wrap(copy.model, is_leaf, self._forwarded)
+        disguise(copy.model, call.disguised)
 
     # -- running ------------------------------------------------------------------------------------------------------
 
@@ -169,7 +180,8 @@ class Recorder(TorchFunctionMode):
         name = f"input_{len(self._inputs)}"
         made = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
         self._inputs[name] = made
-        node = self._create("placeholder", name, (), {}, Fact(self._stack[0], form=("input", name, _kind(made))))
+        fact = Fact(self._stack[0], form=("input", name, _kind(made)), shapes=(tuple(made.shape),))
+        node = self._create("placeholder", name, (), {}, fact)
         self._values[id(made)] = (made, node, ())
         return made
 
@@ -200,6 +212,9 @@ class Recorder(TorchFunctionMode):
                 returned = forward(*args, **kwargs)
             finally:
                 self._stack.pop()
+            if isinstance(returned, Tensor):
+                with self._ours():
+                    frame.result = self._node_of(returned)
         else:
             returned = self._leaf(module, path, forward, args, kwargs)
         if any(not isinstance(hook, (WeightNorm, SpectralNorm)) for hook in _hooks_of(module)):
@@ -241,7 +256,9 @@ class Recorder(TorchFunctionMode):
         return returned
 
     def _frame(self, module: nn.Module, path: str, args: Any, kwargs: Any) -> Frame:
-        frame = Frame(type(module), path, self._stack[-1], map_tensors(args, _spec_of), map_tensors(kwargs, _spec_of))
+        lines = self._position(is_module=True)[-1]
+        given, named = map_tensors(args, _spec_of), map_tensors(kwargs, _spec_of)
+        frame = Frame(type(module), path, self._stack[-1], given, named, len(self._facts), lines)
         self.recording.frames.append(frame)
         return frame
 
@@ -273,6 +290,12 @@ class Recorder(TorchFunctionMode):
         if name == "__get__":
             return self._property(func, args)
         if not_recorded(func):
+            if name in _SIZES and args and isinstance(args[0], Tensor):
+                self._note_sized(args[0])
+                value = func(*args, **kwargs)
+                if name == "__len__" and self._questions is not None:  # which must be a plain number
+                    return self._questions.answer(value, value)
+                return self._sizes(value)
             return func(*args, **kwargs)
         with self._ours():
             label = label_of(func)
@@ -317,12 +340,22 @@ class Recorder(TorchFunctionMode):
             return answer
         owner = getattr(func, "__self__", None)
         if owner not in _VIEWS:
-            return func(*args)
+            if owner is not _SHAPE:
+                return func(*args)
+            self._note_sized(args[0])
+            return self._sizes(func(*args))
         with self._ours():
             node = self._note_function(func, getattr(owner, "__name__", "?"), args, {})
             returned = func(*args)
             self._bind(node, returned, [])
         return returned
+
+    def _note_sized(self, value: Tensor) -> None:
+        with self._ours():
+            self.recording.sized.add(self._node_of(value))
+
+    def _sizes(self, value: Any) -> Any:
+        return value if self._questions is None else self._questions.of(value)
 
     def _note_function(self, func: Any, label: str, args: Any, kwargs: Any) -> Node:
         reads: list[Read] = []
@@ -410,31 +443,41 @@ class Recorder(TorchFunctionMode):
     def _fact(self, label: str, form: Any, reads: list[Read], is_module: bool = False) -> Fact:
         frame = self._stack[-1]
         frame.calls[label, is_module] += 1
-        method, code, offset = self._position(is_module)
+        method, code, offset, lines = self._position(is_module)
         number = frame.calls[label, is_module]
-        return Fact(frame, method, code, offset, label, number, (), form, tuple(reads), _context())
+        return Fact(frame, method, code, offset, lines, label, number, (), form, tuple(reads), _context())
 
-    def _position(self, is_module: bool) -> tuple[str, CodeType | None, int]:
-        """The innermost method of the frame's module that runs, and where the call is made."""
+    def _position(self, is_module: bool) -> tuple[str, CodeType | None, int, Lines]:
+        """The innermost method of the frame's module that runs, where the call is made, and the lines up to it."""
         at: FrameType | None = sys._getframe(3)
         while is_module and at is not None and at.f_code.co_name != "nmconv_forward":
             at = at.f_back
         at = at.f_back if is_module and at is not None else at
-        cls = self._stack[-1].cls
+        frame = self._stack[-1]
+        cls = frame.cls
+        if cls not in self._methods:
+            self._methods[cls] = methods_of(cls)
+        methods = self._methods[cls]
         method, code, offset = "", None, 0
+        lines: list[tuple[CodeType, int]] = []
         while at is not None:
             running = at.f_code
-            if running.co_name == "nmconv_forward" or running is _RUN:
+            if running is _RUN or (running.co_name == "nmconv_forward" and _is_called(at)):
                 break
             home = at.f_globals.get("__name__") or ""
             if not home.startswith(("torch.", "nmconv.recording")) and home != "torch":
                 self._codes.add(running)
                 if code is None:
                     code, offset = running, at.f_lasti
+                if running in methods:
+                    lines.append((running, at.f_lineno))
                 if not method and _is_method(cls, running):
                     method = running.co_name
+                    if method != "forward" and (frame, method) not in self.recording.helped:
+                        held = tuple(at.f_locals.get(name) for name in running.co_varnames[1 : running.co_argcount])
+                        self.recording.helped[frame, method] = map_tensors(held, _spec_of)
             at = at.f_back
-        return method or "forward", code, offset
+        return method or "forward", code, offset, tuple(reversed(lines))
 
     def _refer(self, value: Any, reads: list[Read], deep: bool = False) -> tuple[Any, Any]:
         """A value for the graph, with nodes in the place of tensors, and its form."""
@@ -443,6 +486,9 @@ class Recorder(TorchFunctionMode):
             reads.append(read)
             return read[0], TENSOR
         kind = type(value)
+        if self._questions is not None and isinstance(value, (int, float)) and kind is not bool:
+            kind = int if isinstance(value, int) else float
+            value = kind(value)
         if kind in _SIMPLE:
             return value, (kind.__name__, repr(value)) if kind is float else value if kind is not bool else (value,)
         if isinstance(value, (list, tuple)):
@@ -472,11 +518,12 @@ class Recorder(TorchFunctionMode):
     def _node_of(self, value: Tensor) -> Node:
         found = self._values.get(id(value))
         if found is not None and found[0] is value:
-            return self._item(found[1], found[2])
+            return self._item(found[1], found[2], value)
         name = self._attributes.get(id(value))
         if name is not None:
             if name not in self._named:
-                fact = Fact(self._stack[0], label=name, form=("attribute", name, _kind(value)))
+                form = ("attribute", name, _kind(value))
+                fact = Fact(self._stack[0], label=name, form=form, shapes=(tuple(value.shape),))
                 self._named[name] = self._create("get_attr", name, (), {}, fact)
             return self._named[name]
         name = self._copy.names.get(id(value))
@@ -491,7 +538,8 @@ class Recorder(TorchFunctionMode):
             plain = value.detach().cpu().resolve_conj().contiguous().reshape(-1)
             numbers = hashlib.sha256(plain.view(torch.uint8).numpy().tobytes()).hexdigest()
         form = ("constant", _kind(value), numbers)
-        return self._create("get_attr", f"_constant_{len(self._facts)}", (), {}, Fact(self._stack[-1], form=form))
+        fact = Fact(self._stack[-1], form=form, shapes=(tuple(value.shape),))
+        return self._create("get_attr", f"_constant_{len(self._facts)}", (), {}, fact)
 
     def _unknown(self, value: Tensor) -> Node:
         """A tensor made out of sight: all that its maker could reach may be in it."""
@@ -500,13 +548,16 @@ class Recorder(TorchFunctionMode):
         fact = self._fact("unknown", ("unknown", _kind(value)), reads)
         return self._create("call_function", unknown, tuple(node for node, _ in reads), {}, fact)
 
-    def _item(self, node: Node, way: tuple[Any, ...]) -> Node:
+    def _item(self, node: Node, way: tuple[Any, ...], value: Tensor) -> Node:
         """The part of what a node returned that lies this way."""
-        for key in way:
+        for at, key in enumerate(way, 1):
             if (node, key) not in self._items:
                 made = self._facts[node]
                 form, reads = ("item", repr(key)), ((node, None),)
-                fact = Fact(made.frame, made.method, label="item", form=form, reads=reads, context=made.context)
+                shapes = (tuple(value.shape),) if at == len(way) else ()
+                fact = Fact(
+                    made.frame, made.method, label="item", form=form, reads=reads, context=made.context, shapes=shapes
+                )
                 self._items[node, key] = self._create("call_function", _item_of, (node, key), {}, fact)
             node = self._items[node, key]
         return node
@@ -587,11 +638,16 @@ def _wrapped(
     module: nn.Module, path: str, leaf: bool, forward: Any, forwarded: Callable[..., Any]
 ) -> Callable[..., Any]:
     def nmconv_forward(*args: Any, **kwargs: Any) -> Any:
-        if sys._getframe(1).f_globals.get("__name__") != "torch.nn.modules.module":
+        if not _is_called(sys._getframe()):
             return forward(*args, **kwargs)
         return forwarded(module, path, leaf, forward, args, kwargs)
 
     return nmconv_forward
+
+
+def _is_called(at: FrameType) -> bool:
+    """Whether a wrapped forward runs because its module was called, and not by name."""
+    return at.f_back is not None and at.f_back.f_globals.get("__name__") == "torch.nn.modules.module"
 
 
 @contextmanager
@@ -675,7 +731,7 @@ def _held_in(value: Any, name: str, seen: set[int], depth: int) -> Iterator[tupl
         parts: Mapping[Any, Any] = {}
         if isinstance(value, dict):
             parts = dict(dict.items(value))
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, (list, tuple, set, frozenset, deque)):
             parts = dict(enumerate(value))
         elif isinstance(getattr(value, "__dict__", None), dict) and not callable(value):
             parts = dict(vars(value))

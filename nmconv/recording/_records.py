@@ -13,9 +13,12 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from nmconv.recording._answers import Answers
+from nmconv.recording._sizes import Site
 
-__all__ = ["Call", "Fact", "Frame", "Read", "Recording", "Spec", "map_tensors", "memory_of"]
+__all__ = ["Call", "Fact", "Frame", "Lines", "Read", "Recording", "Spec", "map_tensors", "memory_of"]
 
+# Methods of one module that call one another, and the lines where they do; outermost first.
+Lines = tuple[tuple[CodeType, int], ...]
 # A tensor that a call is given: the node that made it, and the last one that wrote to its memory, if another did.
 Read = tuple[Node, "Node | None"]
 
@@ -63,6 +66,9 @@ class Call:
         grad: Whether gradients are recorded.
         autocast: The type of device for which autocast is on, or "".
         optional: Whether a result may refuse it with an error of the library's own.
+        asks: Whether sizes note what is asked of them.
+        other_way: Where questions about sizes are answered the other way; such a run only shows where they are.
+        disguised: Names of modules of which nothing is to be seen: see :mod:`nmconv.recording._disguise`.
         closable: Whether what it reads inside of what is merged lets it be refused, and does not end the run.
     """
 
@@ -75,6 +81,9 @@ class Call:
     autocast: str = ""
     optional: bool = False
     closable: bool = False
+    asks: bool = False
+    other_way: frozenset[Site] = frozenset()
+    disguised: frozenset[str] = frozenset()
 
 
 @dataclass(eq=False)
@@ -87,6 +96,9 @@ class Frame:
         parent: The frame it was called from; None for the model's.
         args: Positional arguments, with a :class:`Spec` for each tensor.
         kwargs: Arguments by name.
+        start: How many nodes there were when it began.
+        lines: Of the parent's methods, where the call is made.
+        result: What made the tensor that it returned, where it returned just one.
         calls: How often each child or function was called in it so far.
     """
 
@@ -95,6 +107,9 @@ class Frame:
     parent: Frame | None
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    start: int = 0
+    lines: Lines = ()
+    result: Node | None = None
     calls: Counter[Any] = field(default_factory=Counter)
 
 
@@ -106,13 +121,14 @@ class Fact:
         frame: The forward that made it.
         method: The innermost of its module's methods that was running.
         code: The innermost function that is not torch's, and ``offset`` in its bytecode.
+        lines: Of the methods of the frame's module that were running.
         label: The qualified name of the module that was called, or the name of the function.
         number: Which call of that label it is in the frame, from 1.
         settings: Of a module: its class and what its ``repr`` says.
         form: The arguments with a mark in the place of each tensor; hashable.
         reads: The tensors in the arguments, in order.
         context: Whether gradients, inference mode and autocast were on.
-        shapes: Of the tensors it returned.
+        shapes: Of the tensors it returned; of an input or attribute, its own.
         before: For each memory that it wrote to, the node that wrote to it last before.
         passes: Whether it returned the very tensor that it was given, unchanged.
     """
@@ -121,6 +137,7 @@ class Fact:
     method: str = "forward"
     code: CodeType | None = None
     offset: int = 0
+    lines: Lines = ()
     label: str = ""
     number: int = 0
     settings: tuple[str, ...] = ()
@@ -145,7 +162,10 @@ class Recording:
         written: For each parameter, buffer, other tensor and input that was written to, the tensor as it is afterwards.
         stored: The same for each tensor that an attribute holds afterwards and did not hold before.
         seen: Nodes that stand for what hooks of the user's have seen.
-        frames: All calls of forwards, in order.
+        frames: All calls of forwards, in order; the first is the model's.
+        helped: For each frame, and each method besides forward in which something was recorded, what that was given.
+        questions: From each place to what was compared there, where sizes note it.
+        sized: Nodes whose sizes the model's code has asked for.
         codes: Functions that were running while something was recorded, torch's own aside.
         asked: Where data decided: the function's name and the path of the module.
         answers: What the data said there.
@@ -161,6 +181,9 @@ class Recording:
     stored: dict[str, Read] = field(default_factory=dict)
     seen: list[Node] = field(default_factory=list)
     frames: list[Frame] = field(default_factory=list)
+    helped: dict[tuple[Frame, str], tuple[Any, ...]] = field(default_factory=dict)
+    questions: dict[Site, list[Any]] = field(default_factory=dict)
+    sized: set[Node] = field(default_factory=set)
     codes: set[CodeType] = field(default_factory=set)
     asked: list[tuple[str, str]] = field(default_factory=list)
     answers: Answers = field(default_factory=Answers)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from nmconv.graph import Join
 from nmconv.merging import Node, conv_module, fold_norms
@@ -24,6 +23,8 @@ _ROUNDS, _SECONDS = 7, 0.02
 
 def multiply_adds_of(model: nn.Module, image: Tensor) -> int:
     """Of one forward of one image, in the mode it is in."""
+    from torch.utils.flop_counter import FlopCounterMode  # here, since it imports triton
+
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
         model(image)
     return int(flops.get_total_flops()) // 2

@@ -13,7 +13,6 @@ from torch import nn
 
 from nmconv.errors import FileError, OptionError
 from nmconv.fitting import Images, Loss, check_takes, eval_mode, fit, get_fit, read_images
-from nmconv.graph import mode_hidden
 from nmconv.merging import get_merges, groups_of
 from nmconv.planning import Plan
 from nmconv.searching._budget import Budget, budgets_of, several
@@ -98,7 +97,7 @@ def search(
         raise OptionError(f"rounds={rounds!r}: give a positive whole number, such as 3")
     budgets = budgets_of(budget, cost)
     pictures = read_images(images, net, holdout=holdout, key=key)
-    with mode_hidden(), eval_mode(net):
+    with eval_mode(net):
         check_takes(net, pictures)
         network = Network(net, pictures.first(), most)
         timed = backend if cost == "latency" else None

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from nmconv.errors import FileError, OptionError
 from nmconv.fitting import Images, Loss, NotFiniteError, check_loss, check_takes, eval_mode, is_direct, read_images
-from nmconv.graph import mode_hidden
 from nmconv.planning import Refusal
 from nmconv.searching._alone import Alone, Measured
 from nmconv.searching._candidates import Network, Segment
@@ -80,7 +79,7 @@ def sensitivity(
     check_model(net)
     check_options(form, backend, most, holdout, loss)
     pictures = read_images(images, net, holdout=holdout, key=key)
-    with mode_hidden(), eval_mode(net):
+    with eval_mode(net):
         check_takes(net, pictures)
         network = Network(net, pictures.first(), most)
         return measured(network, pictures, form, backend, loss, path, quiet)

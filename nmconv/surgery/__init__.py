@@ -2,7 +2,7 @@
 
 from nmconv.surgery._apply import copy_of, outline_of
 from nmconv.surgery._classes import Method, rewritten
-from nmconv.surgery._convert import apply_plan, convert, get_plan, make_plan
+from nmconv.surgery._convert import apply_plan, check_flow, convert, get_plan, make_plan
 from nmconv.surgery._guard import MERGED, check_examples, check_has_run, check_model, check_plain
 from nmconv.surgery._hoist import is_known, pad
 from nmconv.surgery._rewrite import Edit, rewrite
@@ -26,6 +26,7 @@ __all__ = [
     "Witness",
     "apply_plan",
     "check_examples",
+    "check_flow",
     "check_has_run",
     "check_model",
     "check_plain",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from nmconv.errors import PlanError, RewriteError
-from nmconv.graph import PLAIN_ACTS, Called, is_activation, is_sequential
+from nmconv.graph import PLAIN_ACTS, is_activation, is_sequential
 from nmconv.planning import Plan, Site
 from nmconv.recording import shared_on_copy
 from nmconv.surgery._classes import Method, rewritten
@@ -20,7 +19,6 @@ from nmconv.surgery._hoist import hoist_padding
 from nmconv.surgery._identity import identity_for
 from nmconv.surgery._rewrite import Edit, rewrite
 from nmconv.surgery._undo import restoring_children, restoring_class, set_children, undone_on_failure
-from nmconv.surgery._verify import Calls, calls_of, check_calls
 from nmconv.surgery._witness import Witness
 
 __all__ = ["Known", "Surgery", "copy_of", "outline_of"]
@@ -75,7 +73,6 @@ class Surgery:
         self._edits: dict[tuple[str, str], Edit] = {}
         self._slots: list[tuple[nn.Module, str, nn.Module]] = []
         self._added: list[tuple[nn.Module, str, nn.Module, str | None]] = []
-        self._moved: Counter[Called] = Counter()
         for site in plan.changes:
             self._take_out(site)
         for convs in [*(kernel.convs for kernel in plan.kernels), *(hoist.convs for hoist in plan.hoists)]:
@@ -98,24 +95,19 @@ class Surgery:
         written = {where: self._known[where][1] for where in self._edits}
         return {where: made for where, made in written.items() if isinstance(made, RewriteError)}
 
-    def commit(self, calls: Calls | None = None, example_inputs: Any = None, witness: Witness | None = None) -> None:
+    def commit(self, witness: Witness | None = None) -> None:
         """Make the changes and check them; if anything fails, undo them all.
 
         Args:
-            calls: The calls that the model makes before; traced if not given.
-            example_inputs: What the model is called with, or None.
             witness: What the model did before, if that is to be checked.
 
         Raises:
-            RewriteError: If a method cannot be written, or the result does not make the calls it should.
+            RewriteError: If a method cannot be written.
             WitnessError: If the result does anything else than the plan says.
         """
         if not self._plan.changes_any:
             self._model.__dict__[MARK] = self._plan
             return
-        before = calls
-        if before is None and witness is None:
-            before = calls_of(self._model, self._plan, example_inputs)
         for error in self.failures().values():
             raise error
         methods: dict[str, tuple[Method, ...]] = {}
@@ -135,9 +127,6 @@ class Surgery:
             for module, cls in classes:
                 undo.append(restoring_class(module))
                 module.__class__ = cls
-            if before is not None and witness is None:
-                after = calls_of(self._model, self._plan, example_inputs)
-                check_calls(before, after, self._plan, self._moved)
             for hoist in self._plan.hoists:
                 hoist_padding(self._model, hoist, undo)
             if witness is not None:
@@ -170,12 +159,10 @@ class Surgery:
             raise PlanError(f"{place.owner or 'the model'} has no child {place.op!r} that the plan names")
         if place.how == "slot":
             self._slots.append((owner, place.op, moved))
-            self._moved[place.owner, _join(place.owner, place.op), None] += 1
             return
         taken = {*owner._modules, *(name for parent, name, *_ in self._added if parent is owner)}
         name = next(name for number in range(len(taken) + 1) if (name := f"moved_act{number or ''}") not in taken)
         self._added.append((owner, name, moved, place.op if place.how == "insert" else None))
-        self._moved[place.owner, _join(place.owner, name), None] += 1
         if place.how == "rewrite":
             self._edit(place.owner, place.method, place.takes).insert.append((place, name))
 
@@ -193,10 +180,6 @@ class Surgery:
         if not is_activation(module):
             raise PlanError(f"{site.name!r} is a {type(module).__name__}, no activation, yet the plan changes it")
         return module
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _inserted(children: dict[str, Any], name: str, module: nn.Module, behind: str | None) -> dict[str, Any]:

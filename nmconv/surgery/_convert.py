@@ -11,15 +11,15 @@ from typing import Any
 from torch import nn
 
 from nmconv.errors import ModelTypeError, NoEffectWarning, NoSitesError, PlanError
-from nmconv.graph import Reading, callable_methods, fingerprint, mode_hidden, read
+from nmconv.graph import callable_methods, fingerprint, read, recordings_of
 from nmconv.planning import Keep, Options, Plan, Site, Structure, draw_up, listed
+from nmconv.recording import Recordings
 from nmconv.surgery._apply import Known, Surgery, copy_of, outline_of
 from nmconv.surgery._guard import check_examples, check_model, plan_of
 from nmconv.surgery._hoist import find_hoists
-from nmconv.surgery._verify import Calls
 from nmconv.surgery._witness import Witness
 
-__all__ = ["apply_plan", "convert", "get_plan", "make_plan"]
+__all__ = ["apply_plan", "check_flow", "convert", "get_plan", "make_plan"]
 
 
 def make_plan(
@@ -45,8 +45,9 @@ def make_plan(
     """
     options = _options(ratio, keep, relocate, include, exclude, linear, hoist_padding, example_inputs)
     check_model(model)
-    with mode_hidden():
-        return _planned(model, options, example_inputs)[0]
+    options.check()
+    recordings = recordings_of(model, example_inputs, both_sizes=False, linear=options.linear)
+    return _planned(model, options, example_inputs, recordings)[0]
 
 
 def apply_plan(
@@ -82,10 +83,10 @@ def apply_plan(
             f"{type(model).__name__} with {found}: make a plan for this model with nmconv.make_plan"
         )
     _check_methods(model, plan)
-    with mode_hidden():
-        reading = _same_flow(model, plan)
-        seen = _seen(model, example_inputs, reading) if witness else None
-        return _applied(model, plan, {}, inplace, reading.calls if reading else None, example_inputs, seen)
+    seen = Witness(model, example_inputs) if witness else None
+    if seen is not None:
+        check_flow(model, plan, seen.recordings)
+    return _applied(model, plan, {}, inplace, seen)
 
 
 def convert(
@@ -144,20 +145,15 @@ def convert(
     """
     options = _options(ratio, keep, relocate, include, exclude, linear, hoist_padding, example_inputs)
     check_model(model)
-    with mode_hidden():  # once, not for every trace
-        plan, known, reading = _planned(model, options, example_inputs)
-        seen = _seen(model, example_inputs, reading) if witness else None
-        if seen is not None:
-            plan = replace(plan, untraced=(*plan.untraced, *seen.unseen(plan)))
-        return _applied(model, plan, known, inplace, reading.calls, example_inputs, seen)
-
-
-def _seen(model: nn.Module, example_inputs: Any, reading: Reading | None) -> Witness:
-    """What the model does now; what was read of it is held against that."""
-    witness = Witness(model, example_inputs)
-    if reading is not None:
-        witness.check_reading(reading)
-    return witness
+    options.check()
+    seen = Witness(model, example_inputs, linear=options.linear) if witness else None
+    recordings = (
+        recordings_of(model, example_inputs, both_sizes=False, linear=options.linear)
+        if seen is None
+        else seen.recordings
+    )
+    plan, known = _planned(model, options, example_inputs, recordings)
+    return _applied(model, plan, known, inplace, seen)
 
 
 def _options(
@@ -197,22 +193,26 @@ def _check_methods(model: nn.Module, plan: Plan) -> None:
             raise PlanError(f"it would rewrite a method {method!r} for {site.id}, which no forward of this model calls")
 
 
-def _same_flow(model: nn.Module, plan: Plan) -> Reading | None:
-    """What can be read of the model, if its data flow can be compared with the plan's and is the same.
+def check_flow(model: nn.Module, plan: Plan, recordings: Recordings) -> None:
+    """Refuse a plan for a model of the same layers that does something else with them.
+
+    Args:
+        model: What the plan is to be carried out on.
+        plan: Of this model or another one.
+        recordings: Of the model.
 
     Raises:
-        PlanError: If it is another.
+        PlanError: If the model's data flow can be compared with the plan's, and is another.
     """
     options = dict(plan.options)
-    if options.get("example_inputs") == "given" or plan.untraced:
-        return None  # what needed examples cannot be found again without
-    reading = read(model, linear=options.get("linear") == "True")
-    if reading.structure.digest() != plan.flow and not reading.structure.untraced:
+    if plan.untraced or (options.get("example_inputs") == "given" and not recordings.runs):
+        return
+    structure = read(model, recordings, linear=options.get("linear") == "True")
+    if structure.digest() != plan.flow and not structure.untraced:
         raise PlanError(
             f"this plan is for a {plan.model} of the same layers as this {type(model).__name__}, but their forwards "
             "differ: make a plan for this model with nmconv.make_plan"
         )
-    return reading
 
 
 def get_plan(model: nn.Module) -> Plan | None:
@@ -226,21 +226,19 @@ def get_plan(model: nn.Module) -> Plan | None:
     return plan_of(model)
 
 
-def _planned(model: nn.Module, options: Options, example_inputs: Any) -> tuple[Plan, Known, Reading]:
-    """The plan, hoists included; the methods written for it; what was read."""
-    plan, known, reading = _drawn_up(model, options, example_inputs)
+def _planned(model: nn.Module, options: Options, example_inputs: Any, recordings: Recordings) -> tuple[Plan, Known]:
+    """The plan, hoists included; the methods written for it."""
+    plan, known = _drawn_up(model, options, recordings)
     if options.hoist:
         trial = outline_of(model)
-        Surgery(trial, plan, known).commit(reading.calls, example_inputs)
+        Surgery(trial, plan, known).commit()
         plan = replace(plan, hoists=find_hoists(trial, example_inputs))
-    return plan, known, reading
+    return plan, known
 
 
-def _drawn_up(model: nn.Module, options: Options, example_inputs: Any) -> tuple[Plan, Known, Reading]:
-    """The plan, with what cannot be rewritten locked; the methods written to find that out; what was read."""
-    options.check()
-    reading = read(model, linear=options.linear, example_inputs=example_inputs)
-    structure = reading.structure
+def _drawn_up(model: nn.Module, options: Options, recordings: Recordings) -> tuple[Plan, Known]:
+    """The plan, with what cannot be rewritten locked; the methods written to find that out."""
+    structure = read(model, recordings, linear=options.linear)
     if not any(item.act is not None for chain in structure.chains for item in chain.items):
         raise NoSitesError(_no_sites(structure, options.linear))
     identity = fingerprint(model)
@@ -250,13 +248,13 @@ def _drawn_up(model: nn.Module, options: Options, example_inputs: Any) -> tuple[
         plan = draw_up(structure, options, identity, locked)
         failures = Surgery(model, plan, known).failures()
         if not failures and _all_dropped(plan) is None:
-            return plan, known, reading
+            return plan, known
         if not failures:  # so that a plan says of every site whether it can be dropped, for those who edit it
             failures = Surgery(model, _all_dropped(plan) or plan, {}).failures()
             for index, site in enumerate(plan.sites):
                 if site.action == "keep" and (site.owner, site.method) in failures and site.how == "rewrite":
                     locked[index] = str(failures[site.owner, site.method])
-            return draw_up(structure, options, identity, locked), known, reading
+            return draw_up(structure, options, identity, locked), known
         for index, site in enumerate(plan.sites):
             places = [(site.owner, site.method)] if site.how == "rewrite" and site.action != "keep" else []
             places += [(site.place.owner, site.place.method)] if site.place is not None else []
@@ -294,7 +292,7 @@ def _no_sites(structure: Structure, linear: bool) -> str:
     if structure.untraced:
         parts = "; ".join(f"{part.name or 'the model itself'}: {part.reason}" for part in structure.untraced[:3])
         hints = dict.fromkeys(part.hint for part in structure.untraced)
-        return f"{text} that could be traced ({parts}). {'. '.join(hints)}"
+        return f"{text} that runs ({parts}). {'. '.join(hints)}"
     leading = dict(structure.leading)
     reasons = [leading.get(at, act.skip) for at, act in enumerate(structure.activations)]
     counts = Counter(next((words for words in _SEEN if reason.startswith(words[0])), reason) for reason in reasons)
@@ -309,15 +307,7 @@ def _no_sites(structure: Structure, linear: bool) -> str:
     return f"{text}: {what}" if linear else f"{text}: {what}; linear=True counts linear layers as well"
 
 
-def _applied(
-    model: nn.Module,
-    plan: Plan,
-    known: Known,
-    inplace: bool,
-    calls: Calls | None,
-    example_inputs: Any,
-    witness: Witness | None,
-) -> nn.Module:
+def _applied(model: nn.Module, plan: Plan, known: Known, inplace: bool, witness: Witness | None) -> nn.Module:
     if not plan.changes_any:
         warnings.warn(
             f"nothing to change in this {type(model).__name__} at {plan.ratio}: every unit has few enough activations",
@@ -326,5 +316,5 @@ def _applied(
         )
     if not inplace:
         model = copy_of(model)
-    Surgery(model, plan, known).commit(calls, example_inputs, witness)
+    Surgery(model, plan, known).commit(witness)
     return model

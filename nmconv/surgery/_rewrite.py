@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from nmconv import graph
 from nmconv.errors import RewriteError
-from nmconv.graph import FlowTracer, MethodTrace, Op, is_inplace, leaf_op, trace_methods
+from nmconv.graph import MethodTrace, MethodTracer, Op, is_inplace, leaf_op, trace_methods
 from nmconv.planning import Place, Site, Sum
 from nmconv.surgery._classes import Method, rewritten
 from nmconv.surgery._source import method_source, return_changed_lists
@@ -66,7 +66,7 @@ def _edited(model: nn.Module, path: str, method: str, edit: Edit, sites: Sequenc
     owner = model.get_submodule(path)
     mutated = return_changed_lists(owner, method, trace)
     for tracer, modes, training in _graphs(trace):
-        _drop_sums(tracer, edit.sums, path)
+        _drop_sums(tracer, edit.sums, path, owner)
         for place, child in edit.insert:
             _insert(tracer, place, child)
         for site in edit.remove:
@@ -81,28 +81,30 @@ def _edited(model: nn.Module, path: str, method: str, edit: Edit, sites: Sequenc
     return made
 
 
-def _graphs(trace: MethodTrace) -> Iterable[tuple[FlowTracer, tuple[str, ...], bool]]:
+def _graphs(trace: MethodTrace) -> Iterable[tuple[MethodTracer, tuple[str, ...], bool]]:
     if trace.train is trace.eval:
         return [(trace.eval, ("both", "eval", "train"), False)]
     return [(trace.eval, ("both", "eval"), False), (trace.train, ("both", "train"), True)]
 
 
-def _calls(tracer: FlowTracer, site: Site, model: nn.Module) -> dict[int, Node]:
+def _calls(tracer: MethodTracer, site: Site, model: nn.Module) -> dict[int, Node]:
     """The calls of the site's activation in the graph, by number."""
     module = None if site.function else model.get_submodule(site.name)
     return {
         call.step: node
         for node, call in tracer.acts.items()
-        if call.method == site.method and call.function == site.function and call.module is module
+        if call.method == site.method
+        and call.function == site.function
+        and (module is None or model.get_submodule(f"{site.owner}.{call.name}".strip(".")) is module)
     }
 
 
-def _node_of(tracer: FlowTracer, site: Site, training: bool, model: nn.Module) -> Node | None:
+def _node_of(tracer: MethodTracer, site: Site, training: bool, model: nn.Module) -> Node | None:
     step = site.train_step if training or site.modes == "train" else site.step
     return _calls(tracer, site, model).get(step or 0)
 
 
-def _remove(tracer: FlowTracer, site: Site, training: bool, model: nn.Module) -> None:
+def _remove(tracer: MethodTracer, site: Site, training: bool, model: nn.Module) -> None:
     node = _node_of(tracer, site, training, model)
     if node is None:
         raise RewriteError(f"{site.id} is not in {site.owner or 'the model'}.{site.method}: was the model changed?")
@@ -117,8 +119,8 @@ def _remove(tracer: FlowTracer, site: Site, training: bool, model: nn.Module) ->
     del tracer.acts[node]
 
 
-def _insert(tracer: FlowTracer, place: Place, child: str) -> None:
-    for node, (_, label, number) in tracer.where.items():
+def _insert(tracer: MethodTracer, place: Place, child: str) -> None:
+    for node, (label, number) in tracer.labels.items():
         if label == place.op and number == place.call:
             with tracer.graph.inserting_after(node):
                 added = tracer.graph.call_module(child, (node,))
@@ -128,9 +130,9 @@ def _insert(tracer: FlowTracer, place: Place, child: str) -> None:
     raise RewriteError(f"{place.op}#{place.call} is not in {place.owner}.{place.method}: was the model changed?")
 
 
-def _drop_sums(tracer: FlowTracer, sums: Sequence[Sum], path: str) -> None:
+def _drop_sums(tracer: MethodTracer, sums: Sequence[Sum], path: str, owner: nn.Module) -> None:
     """Let one operand take the place of each sum, and drop what only the other one was made for."""
-    named = {(label, number): node for node, (_, label, number) in tracer.where.items()}
+    named = {where: node for node, where in tracer.labels.items()}
     for addition in sums:
         node = named.get((addition.label, addition.number))
         args = () if node is None or node.kwargs else node.args
@@ -147,9 +149,13 @@ def _drop_sums(tracer: FlowTracer, sums: Sequence[Sum], path: str) -> None:
         gone = [node]
         while gone:
             last = gone.pop()
-            module = tracer.module(str(last.target)) if last.op == "call_module" else None
+            module = owner.get_submodule(str(last.target)) if last.op == "call_module" else None
             # Somebody may read what it wrote to.
-            written = last is not node and is_inplace(last, module) and not _writes_to_its_own(tracer, last)
+            written = (
+                last is not node
+                and is_inplace(last, module, tracer.label_of(last))
+                and not _writes_to_its_own(owner, last)
+            )
             if last.users or last.op == "placeholder" or written or last not in tracer.graph.nodes:
                 continue
             sources = last.all_input_nodes
@@ -158,11 +164,11 @@ def _drop_sums(tracer: FlowTracer, sums: Sequence[Sum], path: str) -> None:
             gone += sources
 
 
-def _writes_to_its_own(tracer: FlowTracer, node: Node) -> bool:
+def _writes_to_its_own(owner: nn.Module, node: Node) -> bool:
     """Whether an in-place call overwrites memory that a convolution or norm has made for it alone."""
     source = node.args[0] if node.args else None
     while isinstance(source, Node) and source.op == "call_module" and len(source.users) == 1:
-        op = leaf_op(tracer.module(str(source.target)))
+        op = leaf_op(owner.get_submodule(str(source.target)))
         if op not in (Op.PASS, Op.DROP):
             return op in (Op.CONV, Op.NORM)
         source = source.args[0] if source.args else None
@@ -170,7 +176,7 @@ def _writes_to_its_own(tracer: FlowTracer, node: Node) -> bool:
 
 
 def _check_steps(
-    tracer: FlowTracer, site: Site, modes: tuple[str, ...], training: bool, model: nn.Module, sites: Sequence[Site]
+    tracer: MethodTracer, site: Site, modes: tuple[str, ...], training: bool, model: nn.Module, sites: Sequence[Site]
 ) -> None:
     """The method's calls of this activation must be those the plan knows: else one stands for several."""
     like = (site.owner, site.method, site.name, site.function)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx import Graph
 
 from nmconv.errors import RewriteError
-from nmconv.graph import FlowTracer, MethodTrace
+from nmconv.graph import MethodTrace, MethodTracer, UnknownNumber
 from nmconv.surgery import _runtime
 from nmconv.surgery._classes import Method
 
@@ -23,8 +23,9 @@ __all__ = ["method_source", "return_changed_lists", "shown_parameters"]
 def method_source(module: nn.Module, name: str, trace: MethodTrace, mutated: list[str]) -> Method:
     """The method that does what the graphs of ``trace`` say, with the signature of the one it replaces.
 
-    Arguments that are no tensors, and attributes that the method reads, have the values they were traced with; a
-    call with others raises RewriteError. ``mutated`` is what :func:`return_changed_lists` gave.
+    Arguments that are neither tensors nor numbers, attributes that are no numbers, and numbers that something was
+    decided by have the values they were traced with; a call with others raises RewriteError. ``mutated`` is what
+    :func:`return_changed_lists` gave.
     """
     signature = inspect.signature(getattr(type(module), name))
     bound: dict[str, Any] = {"_check": _runtime.check, "_tensor": _runtime.check_tensor}
@@ -44,7 +45,7 @@ def method_source(module: nn.Module, name: str, trace: MethodTrace, mutated: lis
     return Method.with_globals(name, source, {key: value for key, value in bound.items() if key in used})
 
 
-def _function(name: str, tracer: FlowTracer, bound: dict[str, Any]) -> str:
+def _function(name: str, tracer: MethodTracer, bound: dict[str, Any]) -> str:
     graph = tracer.graph
     _keep_numbers_apart(graph)
     code = graph.python_code("self")
@@ -93,20 +94,24 @@ def _arguments(
     shown = shown_parameters(names, bound)
     head = [f"def {method}(self{''.join(', ' + text for text in shown)}):"]
     given = signature.bind(None, *trace.arguments.args, **trace.arguments.kwargs)
+    given.apply_defaults()
     passing = _Passing(method, head, bound)
     for expression, value in trace.constants.items():
         passing.check(value, expression)
     for parameter in names:
-        if parameter.name in given.arguments:
-            value = given.arguments[parameter.name]
-            passing.add(value, parameter.name)
-        elif parameter.kind is parameter.VAR_POSITIONAL:
-            passing.add((), parameter.name)
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            passing.add({}, parameter.name)
-        else:
-            head.append(f"    _check({parameter.name}, _default_{parameter.name}, {method!r}, {parameter.name!r})")
+        passing.add(given.arguments[parameter.name], parameter.name)
+    texts = {f"input_{at}": text for at, text in enumerate(passing.passed)}
+    for name, value in {**trace.eval.guards, **trace.train.guards}.items():
+        passing.check(value, texts.get(name) or _attribute(name))
     return head, "".join(f", {text}" for text in passing.passed)
+
+
+def _attribute(path: str) -> str:
+    """The expression for ``blocks.0.rate``."""
+    text = "self"
+    for part in path.split("."):
+        text = f"{text}.{part}" if part.isidentifier() else f"getattr({text}, {part!r})"
+    return text
 
 
 @dataclass
@@ -120,7 +125,9 @@ class _Passing:
 
     def add(self, value: Any, text: str) -> None:
         """One argument, or a part of one."""
-        if isinstance(value, torch.Tensor):
+        if type(value) in (int, float) or isinstance(value, UnknownNumber):
+            self.passed.append(text)
+        elif isinstance(value, torch.Tensor):
             self.head.append(f"    _tensor({text}, {self.method!r}, {text!r})")
             self.passed.append(text)
         elif isinstance(value, (list, tuple, dict)):
@@ -152,7 +159,7 @@ def return_changed_lists(module: nn.Module, method: str, trace: MethodTrace) -> 
     return list(changed[0])
 
 
-def _changed(tracer: FlowTracer, signature: inspect.Signature) -> Iterator[tuple[str, Any]]:
+def _changed(tracer: MethodTracer, signature: inspect.Signature) -> Iterator[tuple[str, Any]]:
     given = signature.bind(None, *tracer.inputs[0], **tracer.inputs[1]).arguments
     for now, before in tracer.containers:
         keys = before.keys() if isinstance(before, dict) else range(len(before))

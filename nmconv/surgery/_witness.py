@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from nmconv.errors import NmconvError, WitnessError
-from nmconv.graph import Reading, is_leaf, recordings_of
-from nmconv.planning import Plan, Untraced
+from nmconv.graph import is_leaf, recordings_of
+from nmconv.planning import Plan
 from nmconv.recording import ModelRaised, NeedsData, Recording, record_again
 from nmconv.witness import Difference, Group, broken_groups, changes_of, compare
 
@@ -22,6 +22,7 @@ class Witness:
     Args:
         model: Recorded now, in both modes and at two sizes; read only.
         example_inputs: What it is called with, or None for a guess.
+        linear: Whether it may be one of linear layers alone.
         choices: Whether to record it with other truth values among its arguments and at other entry points, too.
         methods: Further methods to record, and example inputs of each.
 
@@ -35,40 +36,12 @@ class Witness:
         model: nn.Module,
         example_inputs: Any = None,
         *,
+        linear: bool = False,
         choices: bool = False,
         methods: Mapping[str, Any] | None = None,
     ) -> None:
-        self.recordings = recordings_of(model, example_inputs, choices=choices, methods=methods)
+        self.recordings = recordings_of(model, example_inputs, linear=linear, choices=choices, methods=methods)
         self._model = model
-
-    def check_reading(self, reading: Reading) -> None:
-        """Hold what a trace shows against the recordings.
-
-        Raises:
-            WitnessError: If the model, called in earnest, goes another way than the trace did.
-        """
-        for run in self.recordings.runs:
-            if run.path == "" and run.call.name in ("eval", "train"):
-                module, said = reading.disagreement(run)
-                if said:
-                    raise WitnessError(
-                        f"{_named(self._model)} cannot be read: {said}. The forward of {module or 'the model'}, or of "
-                        "one that calls it, may ask what kind of tensor it is given (isinstance in place of "
-                        "torch.jit.isinstance helps), be set on the object, or go by what hooks do; witness=False "
-                        "converts it by what tracing shows",
-                        module,
-                    )
-
-    def unseen(self, plan: Plan) -> Iterator[Untraced]:
-        """Parts with sites of the plan that run in one mode only, not even alone: they are seen in the other one."""
-        for failure in self.recordings.failures:
-            prefix = f"{failure.path}." if failure.path else ""
-            if any(site.owner == failure.path or site.owner.startswith(prefix) for site in plan.changes):
-                yield Untraced(
-                    failure.path,
-                    f"it does not run in {failure.mode} mode ({failure.reason}), where the result was not checked",
-                    f"Pass example_inputs that it can be called with in {failure.mode} mode, too",
-                )
 
     def check(
         self, result: nn.Module, plan: Plan | None, groups: Iterable[Group] = (), closed: Container[str] = ()
@@ -86,7 +59,7 @@ class Witness:
         """
         changes = changes_of(plan, groups)
         for before in self.recordings.runs:
-            if before.call.method in closed:
+            if before.call.method in closed or before.call.other_way:
                 continue
             try:
                 after = record_again(result, before, is_leaf)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.utils.benchmark import Timer
 
 from nmconv.errors import OptionError
 
@@ -85,6 +84,8 @@ def interleaved(runners: Sequence[Callable[[], object]], *, rounds: int, seconds
         raise OptionError(f"rounds={rounds!r}: give a positive whole number, such as 11")
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
         raise OptionError(f"seconds={seconds!r}: give a positive number, such as 0.2")
+    from torch.utils.benchmark import Timer  # here, since it looks for compilers
+
     timers = [Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads()) for run in runners]
     calls = [max(1, math.ceil(seconds / max(timer.timeit(1).mean, 1e-9))) for timer in timers]
     taken: list[list[float]] = [[] for _ in timers]

@@ -52,6 +52,7 @@ class Dropping(TorchFunctionMode):
         super().__init__()
         self.names: dict[Key, str] = {}
         self.hit: set[str] = set()
+        self.inside = {id(module) for module in model.modules()}
         self.acts: dict[int, nn.Module] = {}
         self.stack: list[Frame] = []
         self.decided: dict[int | str, set[bool]] = {}  # for what runs again in a backward pass, where nobody calls
@@ -87,10 +88,11 @@ class Dropping(TorchFunctionMode):
             del act.__dict__["forward"]
 
     def _push(self, module: nn.Module, args: Any) -> None:
-        self.stack.append(Frame(module))
+        if id(module) in self.inside:  # what a module that is none of the model's calls, its caller calls
+            self.stack.append(Frame(module))
 
     def _pop(self, module: nn.Module, args: Any, output: Any) -> None:
-        while self.stack and self.stack.pop().module is not module:
+        while id(module) in self.inside and self.stack and self.stack.pop().module is not module:
             pass  # one that raised
 
     def _wrapper(self, act: nn.Module, forward: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Functions as syntax trees: what the rooms that judge a forward by its source share."""
+"""Functions as syntax trees, where their source compiles to what is loaded."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import dis
 import inspect
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import lru_cache
-from types import CodeType, FunctionType
+from types import CodeType
 from typing import Any
 
-__all__ = ["NoSource", "conditions", "enclosed", "goes_one_way", "parsed", "unwrapped"]
+__all__ = ["NoSource", "conditions", "goes_one_way", "parsed"]
 
 
 class NoSource(Exception):
@@ -72,26 +71,6 @@ def goes_one_way(code: CodeType) -> bool:
     forks = any(("JUMP" in name and "IF" in name) or name in ("FOR_ITER", "SETUP_FINALLY") for name in names)
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     return not forks and not getattr(code, "co_exceptiontable", b"") and all(map(goes_one_way, inner))
-
-
-def unwrapped(method: Any) -> Iterator[Any]:
-    """A method, and what its decorators wrap, outermost first; those that do not say what are looked into."""
-    todo, seen = [method], set()
-    while todo:
-        method = todo.pop()
-        if method is None or id(method) in seen:
-            continue
-        seen.add(id(method))
-        yield method
-        inner = getattr(method, "__wrapped__", None)
-        todo += [inner] if inner is not None else [held for held in enclosed(method) if isinstance(held, FunctionType)]
-
-
-def enclosed(function: Any) -> Iterator[Any]:
-    """What the names of a function's closure stand for, as far as they stand for anything yet."""
-    for cell in getattr(function, "__closure__", None) or ():
-        with suppress(ValueError):  # an empty one
-            yield cell.cell_contents
 
 
 def conditions(function: ast.FunctionDef) -> Iterator[tuple[Any, ast.expr]]:
