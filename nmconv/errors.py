@@ -61,7 +61,7 @@ class MergeError(NmconvError, RuntimeError):
 
 
 class FitError(NmconvError, RuntimeError):
-    """A fit that cannot be made: another reference, values that are not finite, a forward that is not as traced."""
+    """A fit that cannot be made: another reference, values that are not finite, a forward that goes another way."""
 
 
 class FileError(NmconvError, ValueError):

@@ -37,11 +37,10 @@ def row_of(job: tuple[str, int]) -> dict[str, Any]:
     row: dict[str, Any] = {"name": name}
     try:
         with warnings.catch_warnings():
-            device = "cpu" if name in zoo.NOT_ON_META else "meta"
-            model = zoo.build(name, device)
+            model, given = zoo.to_plan(name)
             row["millions"] = round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1)
             try:
-                plan = nmconv.make_plan(model)
+                plan = nmconv.make_plan(model, **given)
             except nmconv.NoSitesError as error:
                 return {**row, "result": "no sites", "why": str(error)}
             counts = plan.counts
@@ -51,7 +50,7 @@ def row_of(job: tuple[str, int]) -> dict[str, Any]:
                 "locked": [[site.id, site.locked] for site in plan.sites if site.locked],
             }
             for ratio in zoo.RATIOS[1:]:
-                nmconv.convert(model, ratio, witness=False)  # on the meta device: no data for what data decide
+                nmconv.convert(model, ratio, witness=False, **given)
             if row["millions"] > largest:
                 return {**row, "result": "planned", "why": f"over {largest} million parameters: not run"}
             del model
@@ -76,8 +75,7 @@ def write_table(rows: list[dict[str, Any]], path: Path) -> None:
         f"torchvision {zoo.torchvision.__version__.partition('+')[0]}.",
         "",
         "*equal*: converted at 2:1, outputs and buffers equal to the oracle's to the bit, in eval and in train mode, "
-        "the symbolic trace agrees with the recording, and the result's recording with the plan; and "
-        "converted at 3:2, 3:1 and 4:1 too (not run there). *equal, no effect*: the same, and at 2:1 every unit "
+        "and the result's recording is as the plan says; converted at 3:2, 3:1 and 4:1 too (not run there). *equal, no effect*: the same, and at 2:1 every unit "
         "has few enough activations. *no sites*: no activation belongs to a convolution. *planned*: converted at all "
         "ratios on the meta device, too large to run.",
         "",

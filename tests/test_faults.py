@@ -10,6 +10,7 @@ import importlib.util
 import io
 import json
 import linecache
+import math
 import pickle
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from nets import conv, net, skipped
 from torch import Tensor, nn
 
 import nmconv
+from nmconv.graph import is_activation
 
 torch.manual_seed(0)
 X = torch.randn(2, 4, 12, 12)
@@ -448,17 +450,101 @@ class HandMade(nn.Module):
         return x * torch.sigmoid(x)
 
 
-def test_no_sites_says_that_hand_made_activations_are_not_recognised():
-    text = refused(nn.Sequential(conv(), HandMade(), conv(), HandMade()))
+def test_no_sites_says_that_expressions_are_not_recognised():
+    def forward(self, x):
+        x = self.c1(x)
+        return self.c2(x * torch.sigmoid(x))
+
+    text = refused(net(forward, c1=conv(), c2=conv()))
     assert "x * torch.sigmoid(x)" in text and "SiLU" in text
 
 
-@pytest.mark.xfail(strict=True, raises=nmconv.NoSitesError, reason="the recording will recognise it (issue 21)")
-def test_a_hand_made_silu_is_an_activation():
-    model = nn.Sequential(conv(), HandMade(), conv(), HandMade()).eval()
+class HardSwish(nn.Module):
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * F.relu6(x + 3.0, inplace=self.inplace) / 6.0
+
+
+class HandMadeMish(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.tanh(F.softplus(x))
+
+
+class HandMadeGELU(nn.Module):
+    def forward(self, input: Tensor) -> Tensor:
+        return 0.5 * input * (1 + torch.tanh(math.sqrt(2 / math.pi) * (input + 0.044715 * torch.pow(input, 3))))
+
+
+class OwnReLU(nn.ReLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(min=0) ** 2
+
+
+@pytest.mark.parametrize("act", [HandMade, HardSwish, lambda: HardSwish(True), HandMadeMish, HandMadeGELU, OwnReLU])
+def test_activations_made_by_hand_are_activations(act):
+    model = nn.Sequential(conv(), act(), conv(), act(), conv(), nn.ReLU()).eval()
     with torch.no_grad():
-        expected = F.silu(model[2](model[0](X)))
-    same(nmconv.convert(model, "2:1"), expected)
+        expected = model[5](model[4](model[2](model[0](X))))
+    made = nmconv.convert(model, "3:1")
+    assert actions(made) == {"1#1": "drop", "3#1": "drop", "5#1": "keep"}
+    same(made, expected)
+    moved = nmconv.convert(nn.Sequential(conv(), act(), conv(), nn.MaxPool2d(2), conv(), act()), "2:1", relocate=True)
+    assert [site.action for site in nmconv.get_plan(moved).sites] == ["move", "keep"]
+
+
+def _function(function):
+    class Hand(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x)
+
+    return Hand
+
+
+NO_ACTIVATIONS = {
+    "scales": lambda x: x * 2 + 1,
+    "rounds": lambda x: torch.round(x * 8) / 8,
+    "quantizes": lambda x: x + (torch.round(x) - x).detach(),
+    "normalises": lambda x: x / x.mean(),
+    "shrinks": lambda x: torch.sigmoid(x[:, :2]).repeat(1, 2, 1, 1),
+    "over channels": lambda x: torch.softmax(x, 1) * x,
+    "by the batch": lambda x: x * torch.sigmoid(x.sum(0, keepdim=True)),
+    "with noise": lambda x: x * torch.sigmoid(torch.rand_like(x)),
+    "of a constant": lambda x: torch.sigmoid(torch.ones_like(x)),
+    "two": lambda x: (x.relu(), x),
+    "stays": lambda x: x,
+    "raises": lambda x: x.no_such_attribute,
+}
+
+
+@pytest.mark.parametrize("kind", NO_ACTIVATIONS)
+def test_what_is_no_activation_made_by_hand(kind):
+    hand = _function(NO_ACTIVATIONS[kind])()
+    assert not is_activation(hand)
+
+
+class Parametrised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.beta * x)
+
+
+class Counted(nn.Module):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        type(self).calls += 1
+        return x * torch.sigmoid(x)
+
+
+def test_activations_made_by_hand_with_parameters_are_none():
+    assert not is_activation(Parametrised())
+    assert is_activation(Counted())  # what it counts is its own affair
 
 
 def _zeros(self, x):

@@ -108,3 +108,19 @@ def test_another_thread_traces():
         done.set()
         thread.join()
     assert not wrong
+
+
+def test_two_threads_convert_at_once():
+    models = [zoo.build(name).eval() for name in ("torchvision/resnet18", "timm/efficientnet_b0")]
+    plans = [nmconv.get_plan(nmconv.convert(model)) for model in models]
+    found: list[list[object]] = [[], []]
+
+    def convert(at):
+        found[at] += [nmconv.get_plan(nmconv.convert(models[at])) for _ in range(3)]
+
+    threads = [threading.Thread(target=convert, args=(at,)) for at in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [[plan] * 3 for plan in plans]

@@ -67,10 +67,10 @@ def test_options_equal_the_oracle(name, options):
 )
 def test_other_ratios_convert_on_the_meta_device(name, ratio):
     """One other ratio each; the sweep has all of them for every name. The witness sees every model at 2:1."""
-    device = "cpu" if name in zoo.NOT_ON_META else "meta"
+    model, given = zoo.to_plan(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", nmconv.NoEffectWarning)
-        converted = nmconv.convert(zoo.build(name, device), ratio, witness=False)
+        converted = nmconv.convert(model, ratio, witness=False, **given)
     plan = nmconv.get_plan(converted)
     assert plan is not None
     assert plan.ratio == ratio

@@ -82,7 +82,7 @@ class Watch:
         Values are copies, too: later in-place operations do not change them.
 
         Raises:
-            FitError: If a spot did not come by, or a sum's forward made another number of sums than it was traced to.
+            FitError: If a spot did not come by, or a sum's forward made another number of sums than it was recorded to.
         """
         self._stack, self._counts, self._seen = [], {}, {}
         self._runs = True
@@ -97,13 +97,13 @@ class Watch:
         if missing:
             raise FitError(
                 f"{missing[0]} does not come by when this {type(self._model).__name__} runs: its forward takes another "
-                "way with these inputs than it was traced to take"
+                "way with these inputs than it was recorded to take"
             )
         if self._whole:
             for spot in self._spots:
                 made = self._counts.get((spot.owner, SUM), 0)
                 if spot.label == SUM and spot.total and made != spot.total:
-                    raise FitError(f"{spot.owner or 'the model'} makes {made} sums, and {spot.total} in its trace")
+                    raise FitError(f"{spot.owner or 'the model'} makes {made} sums, and {spot.total} in its recording")
         return self._seen
 
     # -- hooks --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Which methods a model's forward can call: no other may be traced because a plan says so."""
+"""Which methods a model's forward can call: no other may run because a plan says so."""
 
 from __future__ import annotations
 

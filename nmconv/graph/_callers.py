@@ -70,12 +70,12 @@ class Callers:
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._holders = Holders(model)
         self._opaque = any(True for _ in broken)
-        self._read = {name for trace in seen for name in trace.read}
+        self._read = {name for flow in seen for name in flow.read}
         self._looked_at = looked_at
         self._owners = Counter(id(value) for module in model.modules() for value in _tensors(module))
         self._times: Counter[int] = Counter()
-        for trace in seen:
-            for name, times in trace.calls.items():
+        for flow in seen:
+            for name, times in flow.calls.items():
                 module = id(self._modules[name])
                 self._times[module] = max(self._times[module], times)
 

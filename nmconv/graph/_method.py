@@ -13,6 +13,7 @@ from nmconv.errors import RewriteError
 from nmconv.graph._chance import Chance
 from nmconv.graph._constants import frozen_attributes
 from nmconv.graph._frozen import NoFrozenTensors, check_returned
+from nmconv.graph._modules import is_activation
 from nmconv.graph._records import Arguments
 from nmconv.graph._stored import Stored
 from nmconv.graph._stubs import Stubs
@@ -126,7 +127,8 @@ def _trace_that_draws_nothing(method: Method, stubs: Stubs) -> MethodTracer:
 
 def _traced_once(method: Method, stubs: Stubs, root: nn.Module) -> MethodTracer:
     stored = Stored(root)
-    tracer = MethodTracer(root, method.name, arguments_from(method.takes))
+    acts = frozenset(name for name, part in method.module.named_modules() if is_activation(part))
+    tracer = MethodTracer(root, method.name, arguments_from(method.takes), acts)
     stubs.tracer = tracer
     try:
         with NoFrozenTensors():

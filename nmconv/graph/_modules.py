@@ -1,4 +1,4 @@
-"""What one module is: a leaf of a known kind, or something to trace into."""
+"""What one module is: a leaf of a known kind, or something to look into."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import Any
 from torch import nn
 
 from nmconv.graph import _zoo
+from nmconv.graph._handmade import is_handmade_activation
 from nmconv.graph._ops import ACT_MODULES, MODULES, Op
 
 __all__ = ["LEAF", "THROUGH", "act_kind", "hooks_of", "is_activation", "is_conv", "is_sequential", "leaf_op", "slot_of"]
 
-# Marks of our own: on a class or an object that is one convolution whatever its forward; on one to be traced into.
+# Marks of our own: on a class or an object that is one convolution whatever its forward; on one to be looked into.
 LEAF = "_nmconv_leaf"
 THROUGH = _zoo.THROUGH
 
 
 def leaf_op(module: nn.Module) -> Op | None:
-    """The module's kind, or None if its forward must be traced.
+    """The module's kind, or None if it is to be looked into.
 
-    A subclass that brings a forward of its own is traced like any module (it may do more than its base), unless timm
-    or torchvision wrote it and it is known.
+    A subclass that brings a forward of its own is looked into like any module (it may do more than its base), unless
+    timm or torchvision wrote it and it is known, or it is an activation written by hand.
     """
     cls = type(module)
     if THROUGH in module.__dict__:
@@ -28,12 +29,12 @@ def leaf_op(module: nn.Module) -> Op | None:
     known = _zoo.module_op(cls)
     if known is not None:
         return known
-    for base in cls.__mro__:
-        op = MODULES.get(base)
-        if op is not None:
-            whole = _is_torchs(cls) or (getattr(cls, LEAF, False) or LEAF in module.__dict__)
-            return op if whole and "forward" not in module.__dict__ else None
-    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+    op = next((op for base in cls.__mro__ if (op := MODULES.get(base)) is not None), None)
+    if op is not None and (_is_torchs(cls) or getattr(cls, LEAF, False) or LEAF in module.__dict__):
+        return op if "forward" not in module.__dict__ else None
+    if op in (None, Op.ACT) and is_handmade_activation(module):
+        return Op.ACT
+    if op is not None or isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return None
     return Op.OTHER if _is_torchs(cls) and cls.__module__.startswith(("torch.nn.", "torch.ao.nn.")) else None
 
@@ -49,6 +50,8 @@ def act_kind(module: nn.Module) -> str:
     known = _zoo.act_kind(type(module))
     if known is not None:
         return known
+    if not _is_torchs(type(module)):
+        return type(module).__name__
     return next(kind for base in type(module).__mro__ if (kind := ACT_MODULES.get(base)) is not None)
 
 

@@ -58,7 +58,7 @@ class _Builder:
     steps: list[tuple[str, str]] = field(default_factory=list)
     odd: frozenset[str] = frozenset()
     stages: dict[str, int] = field(default_factory=dict)
-    order: int = 0  # of execution: what was traced before counts on
+    order: int = 0  # of execution: what was recorded before counts on
 
     def build(self) -> Structure:
         flows = [flows_of(self.model, self.recordings, training=training, linear=self.linear) for training in _MODES]

@@ -1,4 +1,4 @@
-"""The structure of a method's arguments as text, so that a plan can say how a method must be traced."""
+"""The structure of a method's arguments as text, so that a plan can say how a method is called."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ from torch.fx import Graph, Node, Tracer
 from torch.fx.node import map_arg
 from torch.fx.proxy import Proxy, TraceError
 
-from nmconv.graph._modules import is_activation
 from nmconv.graph._ops import ACT_KINDS
 from nmconv.graph._proxy import AttributeProxy, TensorProxy
 from nmconv.graph._records import Arguments, containers, map_given
@@ -48,6 +47,7 @@ class MethodTracer(Tracer):
             :meth:`tensor`.
         method: The method's name.
         arguments: What it is called with; tensors and numbers become placeholders.
+        activations: Names of the parts that are some.
 
     Attributes:
         labels: Of each call on what the method is given, what it is called, and which one of that label it is.
@@ -59,10 +59,11 @@ class MethodTracer(Tracer):
         returned: What the method returned, with proxies.
     """
 
-    def __init__(self, root: nn.Module, method: str, arguments: Arguments) -> None:
+    def __init__(self, root: nn.Module, method: str, arguments: Arguments, activations: frozenset[str]) -> None:
         super().__init__(param_shapes_constant=False)
         self.root = root
         self.graph = Graph(tracer_cls=Tracer)
+        self._activations = activations
         self.traced_func_name = method
         self.labels: dict[Node, tuple[str, int]] = {}
         self.acts: dict[Node, MethodAct] = {}
@@ -137,7 +138,7 @@ class MethodTracer(Tracer):
             raise TraceError(f"a {type(part).__name__} is called that is no submodule")
         proxy = self.create_proxy("call_module", name, args, kwargs)
         self._label(proxy.node, name)
-        if is_activation(part):
+        if name in self._activations:
             self._note_act(proxy.node, name, None)
         return proxy
 

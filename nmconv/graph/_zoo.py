@@ -84,7 +84,7 @@ def _path(cls: type[nn.Module]) -> str:
 
 
 def module_op(cls: type[nn.Module]) -> Op | None:
-    """What a timm or torchvision class is, or None if it is to be traced like any other."""
+    """What a timm or torchvision class is, or None if it is to be looked into like any other."""
     return _TABLE.get(_path(cls))
 
 

@@ -170,7 +170,8 @@ def find_runs(
         model: In any mode; read as if it were in eval mode.
         min_gain: Of the multiply-adds gate that ``Run.merges`` and ``Run.merged_multiply_adds`` go by.
         example_inputs: What the model is called with; only their structure and shapes are used.
-        witness: Record the model, and divide runs where it does something else than tracing shows.
+        witness: Record the model in train mode, at other sizes and called otherwise, too, and divide runs where it does
+            something else than in eval mode.
 
     Raises:
         OptionError: If ``example_inputs`` are none, or if the model cannot be called with them.
@@ -293,8 +294,8 @@ class _Merging:
         if not convs:
             return ""
         return (
-            f"it calls {len(convs)} convolutions ({min(convs)}, …), and tracing could follow none: print "
-            "nmconv.make_plan(model) for the part that cannot be traced, and merge the parts that can"
+            f"it calls {len(convs)} convolutions ({min(convs)}, …), none of them in a run that eval and train mode "
+            "share: nmconv.make_plan(model) names the parts that do not run in one of the modes"
         )
 
     # -- choosing -----------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def groups_of(*rounds: Iterable[Merge]) -> list[Group]:
 
 
 class SeenRuns:
-    """Divides runs where a recording shows something else between two elements than the trace did.
+    """Divides runs where a recording shows something else between two elements than eval mode's does.
 
     Args:
         witness: What the model did; None: nothing is divided.

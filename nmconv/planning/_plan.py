@@ -175,7 +175,7 @@ class Plan:
         options: The other options that were given, as (name, text) pairs.
         convs: Convolutions on the main path in eval mode, parallel ones counted once.
         sites: Every activation call that was found, in order of execution.
-        untraced: Parts of the model that could not be traced, and what to do about it.
+        untraced: Parts of the model that do not run in one of the modes, and what to do about it.
         hoists: Linear runs whose padding moves to their first convolution (``hoist_padding=True``).
         kernels: Linear runs, or parts of them, that :func:`nmconv.fit` makes one convolution of.
         branches: Residual branches that go.

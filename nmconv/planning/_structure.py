@@ -10,12 +10,12 @@ __all__ = ["Activation", "Chain", "Item", "Place", "Structure", "Untraced"]
 
 @dataclass(frozen=True)
 class Untraced:
-    """A part of a model that could not be traced.
+    """A part of a model that does not run in one of the modes.
 
     Attributes:
-        name: Qualified name of the module whose own forward cannot be traced ("" is the model itself).
-        reason: The tracer's complaint.
-        hint: What to pass or change to reach it.
+        name: Its qualified name ("" is the model itself).
+        reason: In which mode, and what it raises.
+        hint: What to pass to reach it.
     """
 
     name: str
@@ -110,7 +110,7 @@ class Structure:
         leading: Activations that always stay although convolutions are near: index and reason.
         stages: For each part of timm's ``feature_info``, when the last of its module has run, in the order that items
             count in (-1: it never does); empty where there is none.
-        untraced: Parts that could not be traced.
+        untraced: Parts that do not run in one of the modes.
         classifier: Names of modules that depend on the number of classes.
         steps: What the forward does in eval mode, step by step: convolutions, norms, activations, sums and products.
     """

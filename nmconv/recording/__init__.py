@@ -1,6 +1,6 @@
 """A model's own run, recorded: on meta tensors, on a copy, with every function that it called."""
 
-from nmconv.recording._answers import ModelRaised, NeedsData
+from nmconv.recording._answers import Answers, ModelRaised, NeedsData
 from nmconv.recording._copy import meta_copy, real_copy, shared_on_copy
 from nmconv.recording._inputs import Inputs, given_inputs, guessed_inputs
 from nmconv.recording._methods import enclosed, unwrapped
@@ -11,6 +11,7 @@ from nmconv.recording._records import Call, Fact, Frame, Lines, Read, Recording,
 __all__ = [
     "ENTRY_POINTS",
     "TENSOR",
+    "Answers",
     "Call",
     "Fact",
     "Failure",

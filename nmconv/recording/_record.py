@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -27,6 +28,7 @@ __all__ = ["ENTRY_POINTS", "Failure", "Recordings", "record", "record_again", "r
 # Methods besides forward by which timm's models are called.
 ENTRY_POINTS = ("forward_features", "forward_head", "forward_intermediates")
 _OTHER = ("other size", "other batch")
+_drawing = threading.RLock()
 IsLeaf = Callable[[nn.Module], bool]
 
 
@@ -187,13 +189,14 @@ def record_call(model: nn.Module, call: Call, path: str, is_leaf: IsLeaf, answer
         NeedsData: If it asks for numbers that ``answers`` does not have.
         ModelRaised: If the model's code raises.
     """
-    try:
-        return _recorded(model, call, path, is_leaf, answers, remembered())
-    except ModelRaised as raised:
-        if _is_traced_elsewhere(raised.error):
-            time.sleep(0.01)
-            return record_call(model, call, path, is_leaf, answers)
-        return _recorded(model, call, path, is_leaf, answers, {})  # it may have asked for autograd's graph
+    while True:
+        try:
+            return _recorded(model, call, path, is_leaf, answers, remembered())
+        except ModelRaised as raised:
+            if not _is_traced_elsewhere(raised.error):
+                break
+        time.sleep(0.01)
+    return _recorded(model, call, path, is_leaf, answers, {})  # it may have asked for autograd's graph
 
 
 def _is_traced_elsewhere(error: Exception) -> bool:
@@ -299,15 +302,19 @@ def _cannot_be_called(model: nn.Module, inputs: Inputs, error: Exception, method
 
 @contextmanager
 def _chance() -> Iterator[None]:
-    """Seed Python's and numpy's generators, and put them back; on the meta device nothing draws from torch's."""
+    """Seed Python's and numpy's generators, and put them back; on the meta device nothing draws from torch's.
+
+    They are all threads': one recording at a time has them.
+    """
     numpy = sys.modules.get("numpy")
-    before = random.getstate(), None if numpy is None else numpy.random.get_state()
-    random.seed(0)
-    if numpy is not None:
-        numpy.random.seed(0)
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
+    with _drawing:
+        before = random.getstate(), None if numpy is None else numpy.random.get_state()
+        random.seed(0)
         if numpy is not None:
-            numpy.random.set_state(before[1])
+            numpy.random.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            if numpy is not None:
+                numpy.random.set_state(before[1])
