@@ -75,7 +75,8 @@ def write_table(rows: list[dict[str, Any]], path: Path) -> None:
         f"torchvision {zoo.torchvision.__version__.partition('+')[0]}.",
         "",
         "*equal*: converted at 2:1, outputs and buffers equal to the oracle's to the bit, in eval and in train mode, "
-        "and the result's recording is as the plan says; converted at 3:2, 3:1 and 4:1 too (not run there). *equal, no effect*: the same, and at 2:1 every unit "
+        "and the result's recording is as the plan says; converted at 3:2, 3:1 and 4:1 too (not run there). "
+        "*equal, no effect*: the same, and at 2:1 every unit "
         "has few enough activations. *no sites*: no activation belongs to a convolution. *planned*: converted at all "
         "ratios on the meta device, too large to run.",
         "",

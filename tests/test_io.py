@@ -251,7 +251,7 @@ def test_metadata_is_readable_without_nmconv(path):
     nmconv.save(model, path)
     with safetensors.safe_open(path, "pt") as file:
         found = json.loads(file.metadata()["nmconv"])
-    assert (found["format"], found["nmconv"], found["model"]) == (4, nmconv.__version__, "Net")
+    assert (found["format"], found["nmconv"], found["model"]) == (5, nmconv.__version__, "Net")
     assert nmconv.Plan.from_json(json.dumps(found["plan"])) == nmconv.get_plan(model)
     assert [merge["head"] for merge in found["merges"][0]] == [merge.head for merge in nmconv.get_merges(model)[0]]
 

@@ -67,7 +67,7 @@ def build(name: str, device: str = "cpu") -> nn.Module:
 
 
 def to_plan(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The model for planning, on the meta device where that will do, and what it is to be called with if not a batch."""
+    """The model for planning, on the meta device where that will do, and what it is called with if not a batch."""
     model = build(name, "cpu" if name in NOT_ON_META else "meta")
     if is_detector(model):  # data decide what it does
         model = build(name)

@@ -14,7 +14,7 @@ from nmconv.planning._table import table
 
 __all__ = ["Branch", "Counts", "Hoist", "Kernel", "Plan", "Site", "Sum"]
 
-_VERSION = 3
+_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -329,7 +329,9 @@ class Plan:
             raise PlanError("this JSON is no nmconv plan; give the text that Plan.to_json returned")
         version = data.pop("nmconv_plan")
         if version != _VERSION:
-            raise PlanError(f"a plan of version {version}; this nmconv reads {_VERSION}: make the plan anew")
+            raise PlanError(
+                f"a plan of version {version}; this nmconv reads {_VERSION}: make the plan anew with nmconv.make_plan"
+            )
         try:
             plan: Plan = from_plain(cls, data)
             _check(plan)
