@@ -1,14 +1,11 @@
-"""What a conversion costs, and what a converted model costs: measured, one thread, interleaved, as ratios.
+"""What a conversion and a merge cost, in CPU seconds of one thread, and a converted model's forward, as a ratio.
 
     python tests/speed.py            one model of every timm file, and torchvision's classifiers
     python tests/speed.py --all      every model of both zoos
 
-1. ``nmconv.convert(model, inplace=True)`` against one ``torch.fx.symbolic_trace`` of the same model (meta device: no
-   arithmetic on either side), for the models that plain tracing can trace.
-2. ``nmconv.merge`` of the hoisted 2:1 conversion against the same trace, its verification (each run beside its
-   original, and the result traced again) left out, on the meta device too: finding, choosing, copying, rewriting.
-   In brackets the same on the CPU, with the new weights: there it grows with the weights, which a trace never touches.
-3. A converted model's forward against the same model edited by hand.
+1. ``nmconv.convert`` at 2:1, with and without the witness.
+2. ``nmconv.merge`` of the hoisted 2:1 conversion, with and without.
+3. A converted model's forward against the same model edited by hand, interleaved.
 """
 
 from __future__ import annotations
@@ -16,9 +13,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-import unittest.mock
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import timm
@@ -32,58 +29,31 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 import nmconv
-from nmconv.merging import _merge
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
+    """CPU time of one call."""
+    start = time.process_time()
     function()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
-def brackets(parts: list[str]) -> str:
-    """The first, and what else there is in brackets."""
-    return " ".join([parts[0], *(f"({part})" for part in parts[1:])])
-
-
-def conversion(name: str, rounds: int = 2) -> tuple[float, float] | None:
-    """Least seconds of a symbolic trace and of a conversion in place, of a fresh model each; None if not traceable."""
-    traces, conversions = [], []
-    device = "cpu" if name in zoo.NOT_ON_META else "meta"
-    for _ in range(rounds):
-        model = zoo.build(name, device)
-        try:
-            traces.append(seconds(lambda model=model: torch.fx.symbolic_trace(model)))
-        except Exception:
-            return None
-        model = zoo.build(name, device)
-        try:
-            conversions.append(seconds(lambda model=model: nmconv.convert(model, inplace=True, witness=False)))
-        except nmconv.NoSitesError:
-            return None
-    return min(traces), min(conversions)
-
-
-def merging(name: str, rounds: int = 3) -> tuple[float, float, float] | None:
-    """Least seconds of a symbolic trace, and of a merge without its verification, on the meta device and on the CPU.
-
-    None if not traceable.
-    """
-    found = []
-    for device in ("cpu" if name in zoo.NOT_ON_META else "meta", "cpu"):
-        model = zoo.build(name, device)
-        try:
-            traces = [seconds(lambda model=model: torch.fx.symbolic_trace(model)) for _ in range(rounds)]
-            converted = nmconv.convert(model, hoist_padding=True, inplace=True, witness=False).eval()
-        except Exception:
-            return None
-        verification = ("check_segment", "check_calls", "calls_by_kind")
-        with unittest.mock.patch.multiple(_merge, **dict.fromkeys(verification, lambda *_, **__: None)):
-            merges = [seconds(lambda model=converted: nmconv.merge(model, witness=False)) for _ in range(rounds)]
-        found.append((min(traces), min(merges)))
-    (trace, merge), (_, arithmetic) = found
-    return trace, merge, arithmetic
+def costs(name: str) -> tuple[float, float, float, float] | None:
+    """Of a conversion with and without the witness, and of a merge; None for a model without sites."""
+    model = zoo.build(name).eval()
+    given = {"example_inputs": next(zoo.inputs(model))} if zoo.is_detector(model) else {}
+    try:
+        converted = nmconv.convert(model, hoist_padding=True, **given)
+    except nmconv.NoSitesError:
+        return None
+    calls = [
+        partial(nmconv.convert, model, **given),
+        partial(nmconv.convert, model, witness=False, **given),
+        partial(nmconv.merge, converted, **given),
+        partial(nmconv.merge, converted, witness=False, **given),
+    ]
+    one, two, three, four = map(seconds, calls)
+    return one, two, three, four
 
 
 class HandEdited(torchvision.models.resnet.BasicBlock):
@@ -143,21 +113,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     console = Console()
     names = zoo.all_names() if options.all else zoo.quick_names()
-    for title, measure in (("convert", conversion), ("merge", merging)):
-        rows = {name: times for name in track(names, title) if (times := measure(name)) is not None}
-        table = Table("model", "symbolic_trace [ms]", f"{title} [ms]", "ratio", title=f"{title} against one trace")
-        for name, (trace, *costs) in sorted(rows.items(), key=lambda row: row[1][1] / row[1][0]):
-            cost, ratio = (
-                brackets([f"{value * by:.{digits}f}" for value in costs]) for by, digits in ((1e3, 0), (1 / trace, 2))
-            )
-            table.add_row(name, f"{trace * 1e3:.0f}", cost, ratio)
-        console.print(table)
-        for at, where in enumerate(("", " (with its arithmetic)")[: 1 + (title == "merge")], 1):
-            ratios = sorted(times[at] / times[0] for times in rows.values())
-            above = sum(ratio > 5 for ratio in ratios)
-            print(
-                f"{title}{where}: median {statistics.median(ratios):.2f}x over {len(ratios)} models, {above} above 5x"
-            )
+    rows = {name: found for name in track(names, "models") if (found := costs(name)) is not None}
+    table = Table("model", "convert [s]", "without witness", "merge [s]", "without witness")
+    for name, found in sorted(rows.items(), key=lambda row: row[1][0]):
+        table.add_row(name, *(f"{value:.2f}" for value in found))
+    console.print(table)
+    titles = ("convert", "convert without witness", "merge", "merge without witness")
+    for title, column in zip(titles, zip(*rows.values(), strict=True), strict=True):
+        print(f"{title}: median {statistics.median(column):.2f} s, largest {max(column):.2f} s")
     for name, pair in (("torchvision resnet18", by_hand_torchvision()), ("tf_efficientnet_lite0", by_hand_timm())):
         ratio, noise = forward_ratio(pair, options.rounds)
         print(f"{name}: converted / edited by hand = {ratio:.4f} (the same model against itself: {noise:.4f})")

@@ -533,7 +533,7 @@ def test_files_of_others(good, path):
 
 def test_other_versions(good, path):
     text = refused(
-        edited(good, lambda it: it.update(format=5, nmconv="7.1")), path, "format 5, and this nmconv reads 4"
+        edited(good, lambda it: it.update(format=6, nmconv="7.1")), path, "format 6, and this nmconv reads 5"
     )
     assert "written by nmconv 7.1" in text
     assert "install the version" in text
