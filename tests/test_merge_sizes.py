@@ -1,5 +1,6 @@
 """What a merge must see: sums with factors, sizes that decide, values kept, borders behind padding, underflow."""
 
+import math
 from collections import deque
 
 import pytest
@@ -366,3 +367,69 @@ def test_same_padding_goes_to_onnx_at_dynamic_sizes(size, tmp_path):
     exported = torch.export.export(merged, (picture(size=size),), dynamic_shapes=sides).module()
     with torch.no_grad():
         assert float((exported(picture(size=11)) - net(picture(size=11))).abs().max()) < 1e-5
+
+
+# Questions in every form
+
+
+QUESTIONS = {
+    "a bit": lambda net, x: x.shape[-1] & 1,
+    "shifted": lambda net, x: x.shape[-1] >> 3 == 0,
+    "a power": lambda net, x: x.shape[-1] ** 2 < 64,
+    "a text": lambda net, x: str(x.shape[-1]) == "5",
+    "formatted": lambda net, x: f"{x.shape[-1]:d}" == "5",
+    "divmod": lambda net, x: divmod(x.shape[-1], 2)[1] == 1,
+    "in": lambda net, x: x.shape[-1] in (5, 7),
+    "a shape": lambda net, x: x.shape[2:] == (5, 5),
+    "two sizes": lambda net, x: x.shape[2] != x.shape[3],
+    "max": lambda net, x: max(x.shape[-1], x.shape[-2]) < 8,
+    "a fraction": lambda net, x: x.shape[-1] / 8 < 1,
+    "a whole number": lambda net, x: int(x.shape[-1] / 8) == 0,
+    "numel": lambda net, x: x.numel() < 200,
+    "size": lambda net, x: x.size(-1) < 8,
+    "unpacked": lambda net, x: (lambda b, c, h, w: h * w < 64)(*x.shape),
+    "sum": lambda net, x: sum(x.shape[2:]) < 16,
+    "a root": lambda net, x: math.sqrt(x.shape[2] * x.shape[3]) < 8,
+    "a logarithm": lambda net, x: math.log2(x.shape[-1]) < 3,
+    "len": lambda net, x: len(x[0, 0]) < 8,
+    "the batch": lambda net, x: len(x) == 1,
+    "the batch by shape": lambda net, x: x.shape[0] == 1,
+    "ceil": lambda net, x: math.ceil(x.shape[-1] / 8) == 1,
+    "an attribute": lambda net, x: x.shape[-1] < net.limit,
+    "odd": lambda net, x: x.shape[-1] % 2 != 0,
+    "all": lambda net, x: all(size < 8 for size in x.shape[2:]),
+    "prod": lambda net, x: math.prod(x.shape[2:]) < 64,
+    "stride": lambda net, x: x.stride(2) < 8,
+    "a tensor": lambda net, x: torch.tensor(x.shape[-1]) < 8,
+    "bits": lambda net, x: x.shape[-1].bit_length() < 4,
+    "a key": lambda net, x: {5: True}.get(x.shape[-1], False),
+    "bytes": lambda net, x: x.nbytes < 1000,
+    "a range": lambda net, x: list(range(x.shape[-1]))[-1] < 7,
+    "negative": lambda net, x: -x.shape[-1] > -8,
+    "between": lambda net, x: 4 < x.shape[-1] < 8,
+    "of another tensor": lambda net, x: torch.arange(x.shape[-1]).shape[0] < 8,
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_question_about_sizes_in_any_form(question):
+    """It is asked before the first of two convolutions, and answered between them; no recording is of a small size."""
+
+    class Asking(Pair):
+        limit = 8
+
+        def forward(self, x):
+            small = QUESTIONS[question](self, x)
+            y = self.a(x)
+            if small:
+                y = torch.relu(y)
+            return self.b(y)
+
+    net = Asking().double().eval()
+    merged = nmconv.merge(net, gate="always", example_inputs=picture(size=16, dtype=torch.float64))
+    for size in ((5, 5), (5, 7), (7, 5), (9, 9), (15, 15), (16, 16)):
+        for batch in (1, 2, 3):
+            x = torch.randn(batch, 4, *size, dtype=torch.float64)
+            with torch.no_grad():
+                assert float((merged(x) - net(x)).abs().max()) < 1e-9
+    assert not any(len(merge.convs) > 1 for merges in nmconv.get_merges(merged) for merge in merges)

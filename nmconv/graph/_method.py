@@ -128,9 +128,8 @@ def _trace_that_draws_nothing(method: Method, stubs: Stubs) -> MethodTracer:
 def _traced_once(method: Method, stubs: Stubs, root: nn.Module) -> MethodTracer:
     stored = Stored(root)
     acts = frozenset(name for name, part in method.module.named_modules() if is_activation(part))
-    tracer = MethodTracer(root, method.name, arguments_from(method.takes), acts)
-    stubs.tracer = tracer
     try:
+        stubs.tracer = tracer = MethodTracer(root, method.name, arguments_from(method.takes), acts)
         with NoFrozenTensors():
             tracer.run()
     except Exception as error:  # whatever the method raises when it meets proxies

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,8 @@ def linear_runs(
     """
     recordings = recordings or recordings_of(model, example_inputs, both_sizes=False)
     flows = [flows_of(model, recordings, training=training) for training in (False, True)]
-    finders = [[_Finder(flow, pools) for flow in found] for found in flows]
+    lost = (recordings.lost, recordings.lost[:1])  # train mode's nodes are others
+    finders = [[_Finder(flow, pools, at) for flow in found] for found, at in zip(flows, lost, strict=True)]
     seen = [finder.seen for found in finders for finder in found]
     main = [run for training in (False, True) for run in recordings.of_mode(training=training)]
     leaves = [name for name, module in model.named_modules() if leaf_op(module) in _REPLACED]
@@ -76,8 +77,10 @@ class _Value:
 class _Finder:
     """Runs of one flow."""
 
-    def __init__(self, flow: Flow, pools: bool) -> None:
+    def __init__(self, flow: Flow, pools: bool, lost: Sequence[int]) -> None:
         self.pools = pools
+        self.lost = lost
+        self.order = {node: at for at, node in enumerate(flow.recording.facts)}
         self.flow = flow
         self.seen = Seen.of(flow)
         self.forwards = Counter(id(frame.module) for frame in flow.frames)
@@ -96,6 +99,14 @@ class _Finder:
     def _single(self, index: int) -> bool:
         """Whether one node reads the value, and nothing its shape, and no attribute keeps it."""
         return len(self.readers[index]) == 1 and not self.flow.nodes[index].exposed
+
+    def _turns(self, index: int, reader: int) -> bool:
+        """Whether a forward may do something else between a value and who reads it."""
+        value, node = self.flow.nodes[index], self.flow.nodes[reader]
+        first, last = self.order[value.origin], self.order[node.origin]
+        if any(first < position <= last for position in self.lost):
+            return True
+        return turns_between(value, node, sized=bool(self.lost))
 
     def _values(self, calls: Callers) -> dict[int, _Value]:
         values: dict[int, _Value] = {}
@@ -125,7 +136,7 @@ class _Finder:
             return None
         before = node.inputs[0]
         value = _going(values, before)
-        if value is not None and self._single(before) and not turns_between(self.flow.nodes[before], node):
+        if value is not None and self._single(before) and not self._turns(before, node.index):
             return _Value(value.source, [*value.elements, *elements], [*value.nodes, node.index])
         return _Value(before, elements, [node.index])
 
@@ -135,7 +146,7 @@ class _Finder:
             return None
         if not (self.flow.main[node.index] or self.flow.gating[node.index]):  # rewriting drops what nobody uses
             return None
-        if any(index in values and turns_between(self.flow.nodes[index], node) for index in node.inputs):
+        if any(index in values and self._turns(index, node.index) for index in node.inputs):
             return None
         parts = [_going(values, index) if self._single(index) else None for index in node.inputs]
         sources = {part.source for part in parts if part is not None}
@@ -155,7 +166,7 @@ class _Finder:
             value
             and inside.issuperset(readers)
             and not self.flow.nodes[source].exposed
-            and not any(turns_between(self.flow.nodes[source], self.flow.nodes[reader]) for reader in readers)
+            and not any(self._turns(source, reader) for reader in readers)
         ):
             return _Value(value.source, [*value.elements, join], [*value.nodes, *nodes])
         return _Value(source, [join], nodes)

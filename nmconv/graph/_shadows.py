@@ -96,7 +96,7 @@ _counts[math] = SimpleNamespace(
 def _stands_for(value: Any) -> type:
     """The class a proxy stands for: a tensor, or a number."""
     if value.node in value.tracer.known:
-        return type(value.tracer.known[value.node])
+        return type(value.tracer.value_of(value.node))
     return int if value.tracer.is_number(value.node) else torch.Tensor
 
 

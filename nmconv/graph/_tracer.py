@@ -102,8 +102,11 @@ class MethodTracer(Tracer):
                 self.known[proxy.node] = value
             return proxy
 
-        signature = inspect.signature(getattr(type(root), method))
-        given = signature.bind(root, *arguments.args, **arguments.kwargs)
+        function = getattr(type(root), method, None)
+        if not isinstance(function, FunctionType):
+            raise TraceError(f"{method} is a {type(function).__name__}, no function")
+        self._function = function
+        given = _bound(function, root, arguments)
         given.apply_defaults()
         named = list(given.arguments.items())
         mapped = dict([named[0], *((name, map_given(value, placeholder)) for name, value in named[1:])])
@@ -118,11 +121,8 @@ class MethodTracer(Tracer):
         Raises:
             Exception: Whatever it raises when it meets proxies.
         """
-        function = getattr(type(self.root), self.traced_func_name)
-        if not isinstance(function, FunctionType):
-            raise TraceError(f"{self.traced_func_name} is a {type(function).__name__}, no function")
         args, kwargs = self.inputs
-        self.returned = function(self.root, *args, **kwargs)
+        self.returned = self._function(self.root, *args, **kwargs)
         self.create_node("output", "output", (self.create_arg(self.returned),), {})
         for node in reversed(list(self.graph.nodes)):  # questions that have been answered
             if node in self.known and not node.users and node.op != "placeholder":
@@ -257,6 +257,13 @@ class MethodTracer(Tracer):
                     return code.co_name
             at = at.f_back
         return "forward"
+
+
+def _bound(function: FunctionType, root: nn.Module, arguments: Arguments) -> inspect.BoundArguments:
+    try:
+        return inspect.signature(function).bind(root, *arguments.args, **arguments.kwargs)
+    except TypeError as error:
+        raise TraceError(f"it does not take what it is said to be called with ({error})") from error
 
 
 # What operators are called in a recording.

@@ -22,12 +22,17 @@ __all__ = ["turns_between"]
 _FLAGS = (bool, int, float, str)
 
 
-def turns_between(value: FlowNode, node: FlowNode) -> bool:
+def turns_between(value: FlowNode, node: FlowNode, *, sized: bool) -> bool:
     """Whether a forward may do something else between a value and a node that reads it.
 
     What differs by sizes, modes and contexts recordings show. What is left are the jumps of the forward that both are
     made in: those that go by an optional argument or by a flag (a bool, a number or a text on the module). What a
     module does with submodules that it has or has not is no choice of its caller's.
+
+    Args:
+        value: What is read.
+        node: What reads it.
+        sized: Whether jumps that go by variables count, too: these may hold numbers that were made of sizes.
     """
     ways = [[*ancestors(each.frame)] for each in (value, node)]
     shared = {id(frame) for frame in ways[0]} & {id(frame) for frame in ways[1]}
@@ -36,13 +41,13 @@ def turns_between(value: FlowNode, node: FlowNode) -> bool:
         for frame in way:
             if id(frame) in shared:  # the innermost that both are called from
                 if side:
-                    return _may_turn(frame.module, *lines)
+                    return _may_turn(frame.module, *lines, sized=sized)
                 break
             lines[side] = frame.lines
     return False
 
 
-def _may_turn(module: nn.Module, first: Lines, then: Lines) -> bool:
+def _may_turn(module: nn.Module, first: Lines, then: Lines, *, sized: bool) -> bool:
     """The same for two places in a module's methods: where a value is made, and where it is read."""
     level = 0
     met: list[_Jump] = []
@@ -59,7 +64,7 @@ def _may_turn(module: nn.Module, first: Lines, then: Lines) -> bool:
     met += [jump for code, _ in (*first, *then) for jump in _jumps(code) if jump.anywhere]
     met += [jump for code, line in behind for jump in _jumps(code) if jump.end > line]
     met += [jump for code, line in before for jump in _jumps(code) if jump.start <= line]
-    return any(jump.counts(module) for jump in met)
+    return any(jump.counts(module, sized=sized) for jump in met)
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class _Jump:
         end: And its last.
         optional: Whether it goes by an optional argument, or by data.
         flags: Names of attributes of the module that it goes by.
+        variable: Whether it goes by a variable, or picks by one.
         anywhere: Whether it also decides on what is called elsewhere, or goes by whatever else is given (``**more``).
         loops: Whether it is a loop.
         catches: Whether it is no condition, but catches exceptions.
@@ -80,6 +86,7 @@ class _Jump:
     end: int
     optional: bool
     flags: frozenset[str] = frozenset()
+    variable: bool = False
     anywhere: bool = False
     loops: bool = False
     catches: bool = False
@@ -93,10 +100,10 @@ class _Jump:
         makes = self.optional and self.start <= first <= self.end < then
         return makes or first < self.start <= then
 
-    def counts(self, module: nn.Module) -> bool:
+    def counts(self, module: nn.Module, *, sized: bool) -> bool:
         """Whether another way may be taken in calls of this module."""
         held = (module.__dict__.get(name, inspect.getattr_static(type(module), name, None)) for name in self.flags)
-        return self.optional or any(type(value) in _FLAGS for value in held)
+        return self.optional or (sized and self.variable) or any(type(value) in _FLAGS for value in held)
 
 
 def _around(code: CodeType, *lines: int) -> list[_Jump]:
@@ -134,11 +141,19 @@ def _jumps(code: CodeType) -> tuple[_Jump, ...]:
             if _is_own(part, own)
         )
         anywhere = (by_given and shared) or not names.isdisjoint(rest)
-        found.append(_Jump(node.lineno, node.end_lineno, by_given, flags, anywhere, is_loop))
+        by_variable = not (names - {own}).isdisjoint(code.co_varnames) and not _asks_for_none(test)
+        found.append(_Jump(node.lineno, node.end_lineno, by_given, flags, by_variable, anywhere, is_loop))
     for part in ast.walk(function):
+        if isinstance(part, ast.Subscript) and any(_is_own(inner, own) for inner in ast.walk(part.value)):
+            picks = any(isinstance(inner, ast.Name) and inner.id in code.co_varnames for inner in ast.walk(part.slice))
+            found += [_Jump(part.lineno, part.end_lineno or part.lineno, False, variable=True)] if picks else []
         if isinstance(part, ast.Try) and part.handlers:  # what is caught there may be up to data
             found.append(_Jump(part.lineno, part.end_lineno or part.lineno, optional=True, catches=True))
     return tuple(found)
+
+
+def _asks_for_none(test: ast.expr) -> bool:
+    return isinstance(test, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in test.ops)
 
 
 def _calls_the_same(node: Any, own: str) -> bool:

@@ -53,10 +53,13 @@ class Recordings:
 
     Attributes:
         runs: In the order they were made.
+        lost: How many nodes there were in eval mode each time that a size became a plain number or a text: what these
+            decide is not seen.
         failures: Parts that do not run in one of the modes, and neither do their own parts in its place.
     """
 
     runs: list[Recording] = field(default_factory=list)
+    lost: tuple[int, ...] = ()
     failures: list[Failure] = field(default_factory=list)
 
     def of_mode(self, *, training: bool) -> list[Recording]:
@@ -128,11 +131,14 @@ def record(
 def _record_other_ways(found: Recordings, run: Recording, model: nn.Module, is_leaf: IsLeaf) -> None:
     """Record what happens where a question about sizes is answered the other way; and questions that only come then."""
     others = [each for each in found.runs if each.call.name in (f"{run.call.name}, {name}" for name in _OTHER)]
+    found.lost = (0,) if run.asked else ()
     if run.asked or not others:  # it takes no other sizes
         return
     asking = replace(run.call, asks=True)
     one, two = (record_call(model, replace(each.call, asks=True), "", is_leaf, Answers()) for each in (run, others[0]))
     known = one.questions.keys() | two.questions.keys()
+    same = one.lost == two.lost
+    found.lost = tuple(position for position, roots in one.lost if not same or not roots)
     todo = [
         frozenset([site]) for site in known if one.questions.get(site) != two.questions.get(site)
     ]  # others are not up to sizes

@@ -52,7 +52,7 @@ _MAKERS = _device_constructors()
 _VALUE_MAKERS = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.scalar_tensor)
 _DEVICE, _IS_CPU, _IS_META, _IS_CUDA = (getattr(Tensor, name) for name in ("device", "is_cpu", "is_meta", "is_cuda"))
 _SIZES = ("size", "stride", "numel", "nelement", "__len__")
-_SHAPE = Tensor.shape
+_MEASURES = (Tensor.shape, Tensor.nbytes)
 _MOVES = ("cpu", "cuda", "xpu")
 _VIEWS = frozenset(
     getattr(Tensor, name) for name in ("T", "mT", "H", "mH", "data", "real", "imag") if hasattr(Tensor, name)
@@ -107,8 +107,10 @@ class Recorder(TorchFunctionMode):
         self._depth = 0
         self._questions: SizeQuestions | None = None
         if call.asks:
-            self._questions = SizeQuestions(call.other_way, lambda: None if self._depth else self._stack[-1])
-            self.recording.questions = self._questions.asked
+            self._questions = SizeQuestions(
+                call.other_way, lambda: None if self._depth else self._stack[-1], lambda: len(self._facts)
+            )
+            self.recording.questions, self.recording.lost = self._questions.asked, self._questions.lost
         self._values: dict[int, tuple[Tensor, Node, tuple[Any, ...]]] = {}
         self._items: dict[tuple[Node, Any], Node] = {}
         self._held = dict(_held(copy.model))
@@ -294,13 +296,15 @@ class Recorder(TorchFunctionMode):
                 self._note_sized(args[0])
                 value = func(*args, **kwargs)
                 if name == "__len__" and self._questions is not None:  # which must be a plain number
-                    return self._questions.answer(value, value)
+                    return self._questions.number(value)
                 return self._sizes(value)
             return func(*args, **kwargs)
         with self._ours():
             label = label_of(func)
             known = self._known_value(name, args)
             if known is not None:
+                if self._questions is not None and id(args[0]) in self._known:  # sizes may be in it
+                    self._questions.lose(None)
                 self._asks[label, self._stack[-1].path] += 1
                 return known[0]
             node = self._note_function(func, label, args, kwargs)
@@ -340,7 +344,7 @@ class Recorder(TorchFunctionMode):
             return answer
         owner = getattr(func, "__self__", None)
         if owner not in _VIEWS:
-            if owner is not _SHAPE:
+            if owner not in _MEASURES:
                 return func(*args)
             self._note_sized(args[0])
             return self._sizes(func(*args))
@@ -355,7 +359,7 @@ class Recorder(TorchFunctionMode):
             self.recording.sized.add(self._node_of(value))
 
     def _sizes(self, value: Any) -> Any:
-        return value if self._questions is None else self._questions.of(value)
+        return value if self._questions is None else self._questions.hand_out(value)
 
     def _note_function(self, func: Any, label: str, args: Any, kwargs: Any) -> Node:
         reads: list[Read] = []

@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from nmconv.recording._answers import Answers
-from nmconv.recording._sizes import Site
+from nmconv.recording._sizes import Roots, Site
 
 __all__ = ["Call", "Fact", "Frame", "Lines", "Read", "Recording", "Spec", "map_tensors", "memory_of"]
 
@@ -164,7 +164,8 @@ class Recording:
         seen: Nodes that stand for what hooks of the user's have seen.
         frames: All calls of forwards, in order; the first is the model's.
         helped: For each frame, and each method besides forward in which something was recorded, what that was given.
-        questions: From each place to what was compared there, where sizes note it.
+        questions: From each place to the sizes behind what was compared there, where sizes note it.
+        lost: How many nodes there were when a size became a plain number, and the sizes behind it.
         sized: Nodes whose sizes the model's code has asked for.
         codes: Functions that were running while something was recorded, torch's own aside.
         asked: Where data decided: the function's name and the path of the module.
@@ -182,7 +183,8 @@ class Recording:
     seen: list[Node] = field(default_factory=list)
     frames: list[Frame] = field(default_factory=list)
     helped: dict[tuple[Frame, str], tuple[Any, ...]] = field(default_factory=dict)
-    questions: dict[Site, list[Any]] = field(default_factory=dict)
+    questions: dict[Site, list[Roots]] = field(default_factory=dict)
+    lost: list[tuple[int, Roots]] = field(default_factory=list)
     sized: set[Node] = field(default_factory=set)
     codes: set[CodeType] = field(default_factory=set)
     asked: list[tuple[str, str]] = field(default_factory=list)
