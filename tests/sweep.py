@@ -78,8 +78,8 @@ def write_table(rows: list[dict[str, Any]], path: Path) -> None:
         "",
         "*equal*: converted at 2:1, outputs and buffers equal to the oracle's to the bit, in eval and in train mode, "
         "and the result's recording is as the plan says; converted at another ratio too (3:2, 3:1 or 4:1; not run "
-        "there). *equal, no effect*: the same, and at 2:1 every unit has few enough activations. *no sites*: no activation belongs to a convolution. *planned*: converted at that "
-        "other ratio on the meta device, too large to run.",
+        "there). *equal, no effect*: the same, and at 2:1 every unit has few enough activations. *no sites*: no "
+        "activation belongs to a convolution. *planned*: converted at that other ratio, too large to run.",
         "",
         "| result | models |",
         "| --- | --- |",
