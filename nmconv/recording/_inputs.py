@@ -61,7 +61,8 @@ def guessed_inputs(model: nn.Module, size: tuple[int, ...] | None, first_layer: 
         channels, axes = first_layer
         shapes = [(channels, *extents) for extents in _EXTENTS[axes]]
     if size:  # a model of the family may have been made for other channels
-        shapes = [size, *((shape[0], *size[1:]) for shape in shapes[:1] if len(shape) == len(size))]
+        alike = [shape for shape in shapes if len(shape) == len(size)]
+        shapes = [size, *((shape[0], *size[1:]) for shape in alike[:1]), *alike]
     return [_images(model, shape) for shape in dict.fromkeys(shapes)]
 
 
