@@ -1,6 +1,9 @@
 """Converting, merging and fitting in one thread while others infer, train and trace: no error, and no bit changed."""
 
+import builtins
 import copy
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -124,3 +127,55 @@ def test_two_threads_convert_at_once():
     for thread in threads:
         thread.join()
     assert found == [[plan] * 3 for plan in plans]
+
+
+SEEN: list[tuple[object, ...]] = []
+
+
+class Looks(nn.Module):
+    """Its forward is recorded, and traced for rewriting, and notes what there is of torch's classes meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        SEEN.append(patched())
+        return torch.relu(self.b(torch.relu(self.a(x))))
+
+
+class Patched:
+    """What there is now. An object, since functions that a traced one calls are copied."""
+
+    def __call__(self) -> tuple[object, ...]:
+        spaces = vars(nn.Module), vars(nn.Conv2d), vars(torch.Tensor), vars(torch), globals(), vars(builtins)
+        return tuple(dict(space) for space in spaces)
+
+
+patched = Patched()
+
+
+def test_nothing_is_patched_meanwhile():
+    before, SEEN[:] = patched(), []
+    made = nmconv.convert(Looks())
+    assert [site.action for site in nmconv.get_plan(made).sites] == ["drop", "keep"]
+    assert len(SEEN) >= 6  # recordings and traces
+    for found in SEEN:
+        for space, then in zip(before, found, strict=True):
+            assert space.keys() == then.keys()
+            assert all(then[name] is value for name, value in space.items())
+
+
+LOADS = """
+import sys, torch
+before = set(sys.modules)
+import nmconv
+new = set(sys.modules) - before
+heavy = ("triton", "timm", "torch.export", "torch.utils.benchmark", "torch.utils.cpp", "torch.utils.flop_counter")
+print(sorted(name for name in new if name.startswith(heavy)))
+"""
+
+
+def test_importing_loads_no_compilers_and_says_nothing():
+    made = subprocess.run([sys.executable, "-c", LOADS], capture_output=True, text=True, check=True)
+    assert (made.stdout.strip(), made.stderr) == ("[]", "")
