@@ -1038,7 +1038,7 @@ def test_parts_that_do_not_run_in_a_mode_are_named_with_what_to_do():
         ("0.1#1", "drop", "0.0"),
         ("0.3#1", "keep", "0.2"),
         ("1:relu#1", "keep", "1.c1"),
-        ("2.1#1", "drop", "2.0"),
+        ("2.1#1", "keep", "2.0"),
         ("2.3#1", "keep", "2.2"),
     ]
 
