@@ -42,7 +42,7 @@ COMMON = {
     "database": None,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 }
-QUICK = settings(max_examples=50, derandomize=True, **COMMON)
+QUICK = settings(max_examples=20, derandomize=True, **COMMON)
 SLOW = settings(max_examples=int(os.environ.get("NMCONV_EXAMPLES", "1500")), print_blob=True, **COMMON)
 
 

@@ -238,7 +238,7 @@ def test_vmap_over_any_parameter():
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-@settings(max_examples=40, deadline=None, database=None, derandomize=True)
+@settings(max_examples=20, deadline=None, database=None, derandomize=True)
 @given(st.data())
 def test_kernels_computed_in_single_are_those_computed_in_double(rank, data):
     """They are computed in two ways: oneDNN has no float64."""
