@@ -1,5 +1,6 @@
 """A converted model is still itself: whatever one does with the original, one can do with it."""
 
+import contextlib
 import copy
 import functools
 import gc
@@ -1015,6 +1016,38 @@ def test_the_world_stays_as_it_was_when_planning_fails(error):
     after = world()
     for key in before:
         assert after[key] == before[key], key
+
+
+class EntersByHand(nn.Module):
+    """Whoever stops its forward in the middle leaves these entered."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.contexts = (torch.autocast("cpu", enabled=False), torch.no_grad())
+
+    def forward(self, x):
+        entered = [(context, context.__enter__()) for context in self.contexts]
+        if self.training:
+            raise ValueError("no")
+        x = nn.functional.relu(self.b(nn.functional.relu(self.a(x))))
+        for context, _ in reversed(entered):
+            context.__exit__(None, None, None)
+        return x
+
+
+@pytest.mark.parametrize("around", [contextlib.nullcontext, lambda: torch.autocast("cpu"), torch.no_grad])
+def test_contexts_that_a_forward_leaves_entered_are_left(around):
+    def state():
+        depth = torch.autocast_increment_nesting()
+        torch.autocast_decrement_nesting()
+        return depth, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+    with around():
+        before = state()
+        plan = nmconv.make_plan(EntersByHand())
+        assert plan.untraced and any(site.locked for site in plan.sites)
+        assert state() == before
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.Conv2d(3, 3, 1), nn.Sigmoid())])

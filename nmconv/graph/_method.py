@@ -13,12 +13,12 @@ from nmconv.errors import RewriteError
 from nmconv.graph._chance import Chance
 from nmconv.graph._constants import frozen_attributes
 from nmconv.graph._frozen import NoFrozenTensors, check_returned
-from nmconv.graph._modules import is_activation
 from nmconv.graph._records import Arguments
 from nmconv.graph._stored import Stored
 from nmconv.graph._stubs import Stubs
 from nmconv.graph._takes import arguments_from
 from nmconv.graph._tracer import MethodTracer
+from nmconv.recording import context_kept
 
 __all__ = ["Method", "MethodTrace", "trace_methods"]
 
@@ -127,10 +127,9 @@ def _trace_that_draws_nothing(method: Method, stubs: Stubs) -> MethodTracer:
 
 def _traced_once(method: Method, stubs: Stubs, root: nn.Module) -> MethodTracer:
     stored = Stored(root)
-    acts = frozenset(name for name, part in method.module.named_modules() if is_activation(part))
     try:
-        stubs.tracer = tracer = MethodTracer(root, method.name, arguments_from(method.takes), acts)
-        with NoFrozenTensors():
+        stubs.tracer = tracer = MethodTracer(root, method.name, arguments_from(method.takes), stubs.activations)
+        with context_kept(), NoFrozenTensors():
             tracer.run()
     except Exception as error:  # whatever the method raises when it meets proxies
         raise RewriteError(str(error).strip().split("\n")[0]) from error

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from nmconv.errors import RewriteError
+from nmconv.graph._modules import is_activation
 from nmconv.graph._shadows import Shadows
 from nmconv.graph._tracer import MethodTracer
 from nmconv.recording import meta_copy
@@ -31,7 +32,8 @@ class Stubs:
 
     Attributes:
         tracer: Who is told of calls and reads of tensors; None: modules do what they do.
-        asked: The modules that were asked for their mode.
+        asked: Ids of the modules that were asked for their mode.
+        activations: Ids of the modules that are some.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -39,6 +41,7 @@ class Stubs:
         self.asked: set[int] = set()
         self._shadows = Shadows()
         self.model = meta_copy(model).model
+        self.activations = frozenset(id(module) for module in self.model.modules() if is_activation(module))
         classes: dict[type[nn.Module], type[nn.Module]] = {}
         for module in self.model.modules():
             cls = type(module)

@@ -18,6 +18,7 @@ from torch.fx.proxy import Proxy, TraceError
 from nmconv.graph._ops import ACT_KINDS
 from nmconv.graph._proxy import AttributeProxy, TensorProxy
 from nmconv.graph._records import Arguments, containers, map_given
+from nmconv.recording import context_now
 
 __all__ = ["MethodAct", "MethodTracer"]
 
@@ -47,7 +48,7 @@ class MethodTracer(Tracer):
             :meth:`tensor`.
         method: The method's name.
         arguments: What it is called with; tensors and numbers become placeholders.
-        activations: Names of the parts that are some.
+        activations: Ids of the parts that are some.
 
     Attributes:
         labels: Of each call on what the method is given, what it is called, and which one of that label it is.
@@ -59,7 +60,7 @@ class MethodTracer(Tracer):
         returned: What the method returned, with proxies.
     """
 
-    def __init__(self, root: nn.Module, method: str, arguments: Arguments, activations: frozenset[str]) -> None:
+    def __init__(self, root: nn.Module, method: str, arguments: Arguments, activations: frozenset[int]) -> None:
         super().__init__(param_shapes_constant=False)
         self.root = root
         self.graph = Graph(tracer_cls=Tracer)
@@ -69,25 +70,21 @@ class MethodTracer(Tracer):
         self.acts: dict[Node, MethodAct] = {}
         self.first_calls: dict[Any, set[int]] = {}
         self._calls: Counter[Any] = Counter()
-        self._names: dict[int, str] = {}
-        for name, part in root.named_modules():
-            self._names.setdefault(id(part), name)
+        self._names = {id(part): name for name, part in root.named_modules()}
         self._tensors: dict[int, str] = {}
+        self.tensor_attrs = {}
         for name, part in root.named_modules():
             for space in (part._parameters, part._buffers, part.__dict__):
                 for key, value in space.items():
+                    path = f"{name}.{key}" if name else key
                     if isinstance(value, torch.Tensor):
-                        self._tensors.setdefault(id(value), f"{name}.{key}" if name else key)
-        self.tensor_attrs = {
-            value: f"{name}.{key}" if name else key
-            for name, part in root.named_modules()
-            for key, value in part.__dict__.items()
-            if isinstance(value, torch.ScriptObject)
-        }
+                        self._tensors.setdefault(id(value), path)
+                    elif isinstance(value, torch.ScriptObject):
+                        self.tensor_attrs[value] = path
         self._proxies: dict[str, Proxy] = {}
         self._given: set[Node] = set()  # placeholders, and what is made of them
         self._numbers: set[Node] = set()  # shapes, and numbers made of them
-        self._state = _ambient()
+        self._state = context_now()
         self.known: dict[Node, Any] = {}
         self.guards: dict[str, Any] = {}
         self._origins: dict[Node, str] = {}
@@ -138,7 +135,7 @@ class MethodTracer(Tracer):
             raise TraceError(f"a {type(part).__name__} is called that is no submodule")
         proxy = self.create_proxy("call_module", name, args, kwargs)
         self._label(proxy.node, name)
-        if name in self._activations:
+        if id(part) in self._activations:
             self._note_act(proxy.node, name, None)
         return proxy
 
@@ -180,7 +177,7 @@ class MethodTracer(Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Proxy:
         if kind.startswith("call_"):
-            if _ambient() != self._state:
+            if context_now() != self._state:
                 raise TraceError("the forward enters a context (autocast, no_grad, ...) that rewriting would lose")
             if _checkpoints():
                 raise TraceError("it checkpoints a part of itself, which tracing would lose")
@@ -278,15 +275,6 @@ def _tells_sizes(node: Node) -> bool:
     if node.op == "call_method":
         return node.target in ("size", "dim", "numel", "stride")
     return node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim")
-
-
-def _ambient() -> tuple[bool, ...]:
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda"),
-    )
 
 
 def _checkpoints() -> bool:

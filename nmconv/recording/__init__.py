@@ -1,6 +1,7 @@
 """A model's own run, recorded: on meta tensors, on a copy, with every function that it called."""
 
 from nmconv.recording._answers import Answers, ModelRaised, NeedsData
+from nmconv.recording._context import context_kept, context_now
 from nmconv.recording._copy import meta_copy, real_copy, shared_on_copy
 from nmconv.recording._inputs import Inputs, given_inputs, guessed_inputs
 from nmconv.recording._methods import enclosed, unwrapped
@@ -25,6 +26,8 @@ __all__ = [
     "Recording",
     "Recordings",
     "Spec",
+    "context_kept",
+    "context_now",
     "enclosed",
     "given_inputs",
     "guessed_inputs",

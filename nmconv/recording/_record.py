@@ -16,6 +16,7 @@ from torch import nn
 from nmconv.errors import OptionError
 from nmconv.recording._answers import Answers, ModelRaised, NeedsData
 from nmconv.recording._asking import asks_for
+from nmconv.recording._context import context_kept
 from nmconv.recording._copy import meta_copy
 from nmconv.recording._inputs import Inputs, other_choices, other_sizes
 from nmconv.recording._outcomes import Outcomes, remembered
@@ -220,7 +221,7 @@ def _recorded(
         copy.model.train(call.training)
     recorder = Recorder(copy, call, path, is_leaf, told, answers, outcomes)
     autocast = torch.autocast(call.autocast) if call.autocast else nullcontext()
-    with _chance(), torch.inference_mode(False), autocast:
+    with _chance(), context_kept(), torch.inference_mode(False), autocast:
         return recorder.run()
 
 

@@ -22,6 +22,7 @@ from torch.utils._device import _device_constructors
 
 from nmconv.errors import InternalError, ModelTypeError
 from nmconv.recording._answers import ASKS_DATA, Answers, ModelRaised, NeedsData
+from nmconv.recording._context import context_now
 from nmconv.recording._copy import Copy
 from nmconv.recording._disguise import disguise
 from nmconv.recording._methods import methods_of
@@ -29,7 +30,17 @@ from nmconv.recording._outcomes import Outcome, Outcomes, key_of_function, key_o
 from nmconv.recording._records import Call, Fact, Frame, Lines, Read, Recording, Spec, map_tensors, memory_of
 from nmconv.recording._sizes import SizeQuestions
 
-__all__ = ["TENSOR", "Recorder", "hook_sees", "is_recording", "label_of", "not_recorded", "noted", "unknown", "wrap"]
+__all__ = [
+    "TENSOR",
+    "Recorder",
+    "hook_sees",
+    "is_recording",
+    "label_of",
+    "not_recorded",
+    "noted",
+    "unknown",
+    "wrap",
+]
 
 _state = threading.local()
 
@@ -449,7 +460,7 @@ class Recorder(TorchFunctionMode):
         frame.calls[label, is_module] += 1
         method, code, offset, lines = self._position(is_module)
         number = frame.calls[label, is_module]
-        return Fact(frame, method, code, offset, lines, label, number, (), form, tuple(reads), _context())
+        return Fact(frame, method, code, offset, lines, label, number, (), form, tuple(reads), context_now())
 
     def _position(self, is_module: bool) -> tuple[str, CodeType | None, int, Lines]:
         """The innermost method of the frame's module that runs, where the call is made, and the lines up to it."""
@@ -683,15 +694,6 @@ def _version(value: Tensor) -> int:
 def _written(tensors: list[Tensor], before: list[int]) -> list[Tensor]:
     """Those whose version has changed."""
     return [value for value, version in zip(tensors, before, strict=True) if _version(value) != version]
-
-
-def _context() -> tuple[Any, ...]:
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda"),
-    )
 
 
 def _is_method(cls: type, code: CodeType) -> bool:
