@@ -1,10 +1,11 @@
 """What a conversion and a merge cost, in CPU seconds of one thread, and a converted model's forward, as a ratio.
 
-    python tests/speed.py            one model of every timm file, and torchvision's classifiers
-    python tests/speed.py --all      every model of both zoos
+    python tests/speed.py                  one model of every timm file, and torchvision's classifiers
+    python tests/speed.py --all            every model of both zoos
+    python tests/speed.py timm/resnet50    these, and nothing else
 
 1. ``nmconv.convert`` at 2:1, with and without the witness.
-2. ``nmconv.merge`` of the hoisted 2:1 conversion, with and without.
+2. ``nmconv.merge`` of the hoisted conversion at ``--ratio``, with and without.
 3. A converted model's forward against the same model edited by hand, interleaved.
 """
 
@@ -38,12 +39,12 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def costs(name: str) -> tuple[float, float, float, float] | None:
+def costs(name: str, ratio: str) -> tuple[float, float, float, float] | None:
     """Of a conversion with and without the witness, and of a merge; None for a model without sites."""
     model = zoo.build(name).eval()
     given = {"example_inputs": next(zoo.inputs(model))} if zoo.is_detector(model) else {}
     try:
-        converted = nmconv.convert(model, hoist_padding=True, **given)
+        converted = nmconv.convert(model, ratio, hoist_padding=True, **given)
     except nmconv.NoSitesError:
         return None
     calls = [
@@ -106,21 +107,25 @@ def forward_ratio(pair: tuple[nn.Module, nn.Module], rounds: int) -> tuple[float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="these only")
+    parser.add_argument("--ratio", default="2:1", help="of the conversion that is merged")
     parser.add_argument("--all", action="store_true", help="every model of both zoos (an hour)")
     parser.add_argument("--rounds", type=int, default=60, help="rounds of the forward comparison")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     console = Console()
-    names = zoo.all_names() if options.all else zoo.quick_names()
-    rows = {name: found for name in track(names, "models") if (found := costs(name)) is not None}
-    table = Table("model", "convert [s]", "without witness", "merge [s]", "without witness")
+    names = options.names or (zoo.all_names() if options.all else zoo.quick_names())
+    rows = {name: found for name in track(names, "models") if (found := costs(name, options.ratio)) is not None}
+    table = Table("model", "convert, s", "without witness", "merge, s", "without witness")
     for name, found in sorted(rows.items(), key=lambda row: row[1][0]):
         table.add_row(name, *(f"{value:.2f}" for value in found))
     console.print(table)
     titles = ("convert", "convert without witness", "merge", "merge without witness")
     for title, column in zip(titles, zip(*rows.values(), strict=True), strict=True):
         print(f"{title}: median {statistics.median(column):.2f} s, largest {max(column):.2f} s")
+    if options.names:
+        return
     for name, pair in (("torchvision resnet18", by_hand_torchvision()), ("tf_efficientnet_lite0", by_hand_timm())):
         ratio, noise = forward_ratio(pair, options.rounds)
         print(f"{name}: converted / edited by hand = {ratio:.4f} (the same model against itself: {noise:.4f})")

@@ -711,7 +711,7 @@ HOSTILE: dict[str, tuple[Callable[[Any], None], str]] = {
     "a site's call": (of_site(call=-5), "call number"),
     "a site's takes": (of_site(takes='[["T"], {"a b": 1}]'), "no names"),
     "another fingerprint": (lambda content: content["plan"].update(fingerprint="0" * 16), "another structure"),
-    "another flow": (lambda content: content["plan"].update(flow="0" * 16), "their forwards differ"),
+    "another flow": (lambda content: content["plan"].update(flow="0" * 16), "cannot be done"),
     "no merges": (lambda content: content.update(merges=[]), "lacks"),
     "a round twice": (lambda content: content["merges"].append(content["merges"][-1]), "; "),
     "a merge twice": (lambda content: content["merges"][-1].append(content["merges"][-1][-1]), "twice|once"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -68,7 +69,7 @@ _BENDING = frozenset(
         "maximum",
     ]
 )
-_known: dict[Any, bool] = {}
+_known: WeakKeyDictionary[type[nn.Module], dict[Any, bool]] = WeakKeyDictionary()
 _asking = threading.local()
 
 
@@ -84,14 +85,15 @@ def is_handmade_activation(module: nn.Module) -> bool:
         return False
     if cls.forward is nn.Module.forward or getattr(_asking, "on", False):
         return False
-    key = cls, cls.forward, tuple((name, type(value), value) for name, value in settings.items())
-    if key not in _known:
+    known = _known.setdefault(cls, {})
+    key = getattr(cls.forward, "__code__", None), *((name, type(value), value) for name, value in settings.items())
+    if key not in known:
         _asking.on = True
         try:
-            _known[key] = _is_elementwise(module)
+            known[key] = _is_elementwise(module)
         finally:
             _asking.on = False
-    return _known[key]
+    return known[key]
 
 
 def _is_elementwise(module: nn.Module) -> bool:

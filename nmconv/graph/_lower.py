@@ -45,7 +45,6 @@ class _Lowering:
         self.recording = recording
         self.linear = linear
         self.modules = dict(model.named_modules())
-        self.tensors = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
         self.parameters = {name for name, _ in model.named_parameters()}
         self.nodes: list[FlowNode] = []
         self.frames: dict[Ran, Frame] = {}

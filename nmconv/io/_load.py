@@ -8,17 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from nmconv.errors import FileError, PlanError, WitnessError
+from nmconv.errors import FileError, WitnessError
 from nmconv.io._check import check_content
 from nmconv.io._content import from_text
 from nmconv.io._file import File, opened
-from nmconv.io._fit import check_plan
 from nmconv.io._problems import Damaged, Foreign, Unread
 from nmconv.io._replay import replay
 from nmconv.io._state import fill, sources_of, state_of
 from nmconv.io._undo import undone_if_failing
 from nmconv.merging import groups_of
-from nmconv.surgery import Witness, check_examples, check_flow, check_model, copy_of
+from nmconv.surgery import Witness, check_examples, check_model, copy_of
 
 __all__ = ["load"]
 
@@ -84,15 +83,9 @@ def _loaded(model: nn.Module, file: File, inplace: bool, example_inputs: Any, wi
     check_content(content)
     changes = content.plan is not None or bool(content.merges)
     seen = Witness(model, example_inputs) if witness and changes else None
-    if seen is not None and content.plan is not None:
-        check_plan(model, content.plan)
-        try:
-            check_flow(model, content.plan, seen.recordings)
-        except PlanError as error:
-            raise Foreign(str(error)) from error
     result = model if inplace else copy_of(model)
     with undone_if_failing(result) if inplace else nullcontext():
-        homes = replay(result, content)
+        homes = replay(result, content, None if seen is None else seen.recordings)
         sources = sources_of(state_of(result), file, content.aliases)
         if seen is not None:
             closed = {name for merges in content.merges for merge in merges for name in merge.closed}

@@ -24,15 +24,21 @@ from nmconv.merging import (
     write_methods,
 )
 from nmconv.planning import Refusal
-from nmconv.surgery import apply_plan
+from nmconv.recording import Recordings
+from nmconv.surgery import apply_plan, check_flow
 
 __all__ = ["Homes", "replay"]
 
 Homes = dict[nn.Module, torch.device]  # where the parameters of a merged convolution belong
 
 
-def replay(model: nn.Module, content: Content) -> Homes:
+def replay(model: nn.Module, content: Content, recordings: Recordings | None) -> Homes:
     """Convert and merge the model in place. What is merged stands on the meta device: nothing is allocated.
+
+    Args:
+        model: Pristine.
+        content: What is to be done.
+        recordings: Of the model, if its data flow is to be compared with the plan's.
 
     Raises:
         Foreign, Damaged: If it cannot be done on this model, which is then left half changed.
@@ -41,6 +47,8 @@ def replay(model: nn.Module, content: Content) -> Homes:
     try:
         if content.plan is not None:
             check_plan(model, content.plan)
+            if recordings is not None:
+                check_flow(model, content.plan, recordings)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", NoEffectWarning)
                 apply_plan(model, content.plan, inplace=True, witness=False)
