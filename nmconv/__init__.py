@@ -15,6 +15,7 @@ from nmconv.errors import (
     PatternError,
     PlanError,
     RatioError,
+    RemovedParametersWarning,
     RewriteError,
     WitnessError,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "PlanError",
     "Ratio",
     "RatioError",
+    "RemovedParametersWarning",
     "RewriteError",
     "Run",
     "Sensitivity",

@@ -1,4 +1,4 @@
-"""The library's own errors: one base, a few subclasses, one warning. Each message names the value and the way out."""
+"""The library's own errors: one base, a few subclasses, the warnings. Each message names the value and the way out."""
 
 __all__ = [
     "AlreadyConvertedError",
@@ -15,6 +15,7 @@ __all__ = [
     "PatternError",
     "PlanError",
     "RatioError",
+    "RemovedParametersWarning",
     "RewriteError",
     "WitnessError",
 ]
@@ -98,3 +99,7 @@ class NoEffectWarning(UserWarning):
 
 class FoldedNormWarning(UserWarning):
     """A merged model that is trained on: folded norms keep the statistics they had, folded dropout drops nothing."""
+
+
+class RemovedParametersWarning(UserWarning):
+    """A model changed in place has lost parameters, which an optimizer that was made before still holds."""

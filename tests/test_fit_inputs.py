@@ -372,21 +372,15 @@ def test_interrupted_while_hooks_are_taken_off(monkeypatch):
     assert reached > 5
 
 
-@pytest.mark.parametrize("at", [1, 2])
-def test_interrupted_while_statistics_are_taken_back(at, monkeypatch):
+def test_interrupted_while_statistics_are_given_back(monkeypatch):
     net = small(True)
     model = converted(net)
-    before, count, real = state_of(model), 0, _fit.undone
+    before = state_of(model)
 
-    def undone(undo):
-        nonlocal count
-        count += 1
-        if count == at:
-            real(undo[len(undo) // 2 :])
-            raise KeyboardInterrupt
-        real(undo)
+    def interrupted(statistics):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(_fit, "undone", undone)
+    monkeypatch.setattr(_fit, "give_back", interrupted)
     monkeypatch.setattr(_fit._Fitting, "_divergence", lambda self: nmconv.fitting.Divergence(1.0, 1.0))
     with pytest.raises(KeyboardInterrupt):
         nmconv.fit(model, images(16), reference=net, inplace=True)

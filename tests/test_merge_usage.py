@@ -218,16 +218,16 @@ def test_a_module_that_refuses_a_change(model, monkeypatch, name):
             before = snapshot(model)
 
 
-def test_a_model_that_cannot_be_copied_is_left_alone(model):
+def test_what_cannot_be_copied_is_shared(model):
     class Unique:
         def __deepcopy__(self, memo):
             raise TypeError("there is one of it")
 
     model.part = Unique()
     before = snapshot(model)
-    with pytest.raises((TypeError, nmconv.NmconvError)):
-        nmconv.merge(model)
-    assert snapshot(model) == before
+    merged = nmconv.merge(model)
+    assert merged.part is model.part and snapshot(model) == before
+    assert_agree(model, merged, *SHAPES)
 
 
 # Gates and options ---------------------------------------------------------------------------------------------------
@@ -334,7 +334,9 @@ def test_what_is_timed_is_not_what_is_returned(named, inplace):
         return found.state_dict(), len(seen)
 
     (timed, calls), (counted, fewer) = merged("latency"), merged("flops")
-    assert calls <= 2 * fewer  # whose outputs are compared once more
+    assert (
+        calls <= 2 * fewer + inplace
+    )  # whose outputs are compared once more; hooks of the working copy write to its own list
     if not inplace:
         assert all(torch.equal(value, counted[name]) for name, value in timed.items())
     assert float(timed["calls"]) <= float(counted["calls"]) + 1

@@ -186,7 +186,7 @@ def test_closures_and_hooks_are_bound_to_the_copy():
     assert seen == []
 
 
-def test_a_copy_that_is_the_model_or_another_one_is_refused():
+def test_classes_whose_copies_are_none_are_converted_in_place():
     class Same(Net):
         def __deepcopy__(self, memo):
             return self
@@ -195,13 +195,29 @@ def test_a_copy_that_is_the_model_or_another_one_is_refused():
         def __deepcopy__(self, memo):
             return type(self)(self._forward)
 
-    state = torch.get_rng_state()
-    for cls, text in ((Same, "shares the whole"), (Anew, "another structure than itself, beginning with 'a.weight'")):
-        model = cls(lambda s, x: s.b(s.a(x)))
-        state = torch.get_rng_state()
-        with pytest.raises(nmconv.ModelTypeError, match=text):
-            recordings_of(model, X)
-        assert torch.equal(torch.get_rng_state(), state)
+    class Numbers(Net):
+        def __deepcopy__(self, memo):
+            return type(self)(self._forward, act=nn.ReLU())
+
+    class Raises(Net):
+        def __deepcopy__(self, memo):
+            raise TypeError("there is one of it")
+
+    texts = {
+        Same: "shares the whole",
+        Anew: "has another structure than itself",
+        Numbers: "has other numbers in 'a.weight'",
+        Raises: r"cannot be copied \(TypeError: there is one of it\)",
+    }
+    for cls, text in texts.items():
+        model = cls(lambda s, x: s.act(s.b(s.r(s.a(x)))))
+        model.act = nn.ReLU()
+        assert labels(runs(model)["eval"]) == ["a", "r", "b", "act"]
+        with pytest.raises(nmconv.ModelTypeError, match=f"{text}.*pass inplace=True"):
+            nmconv.convert(model, "2:1", example_inputs=X)
+        expected = model.act(model.b(model.a(X)))
+        assert nmconv.convert(model, "2:1", example_inputs=X, inplace=True) is model
+        assert torch.equal(model(X), expected)
 
 
 def test_a_forward_that_reaches_the_model_itself_is_refused_by_name():

@@ -14,7 +14,6 @@ from nmconv.fitting._units import Unit
 from nmconv.graph import Join, geometry_of, norm_of
 from nmconv.merging import has_plain_parameter
 from nmconv.planning import Geometry, Refusal
-from nmconv.surgery import Undo
 
 __all__ = ["Factors"]
 
@@ -71,7 +70,7 @@ class Factors:
         # Of the unit's output, behind the norms: what the error is measured on.
         self.start = Line(weight * scale.reshape(groups, 1, -1), constant.reshape(groups, -1))
 
-    def install(self, line: Line, rows: Rows, undo: Undo) -> None:
+    def install(self, line: Line, rows: Rows) -> None:
         """Put a line into the convolution and its norms.
 
         Raises:
@@ -81,21 +80,21 @@ class Factors:
             groups = self.geometry.groups
             before_norms = line.weight / self._norms.scale.reshape(groups, 1, -1)
             self._check_range(before_norms)
-            put(self.conv.weight, before_norms.transpose(1, 2).reshape(self._shape), undo)
+            put(self.conv.weight, before_norms.transpose(1, 2).reshape(self._shape))
             if not self.has_intercept:
                 return
             total = line.constant.flatten()
             norms = self._norms.modules
             if not (norms and has_shift(norms[-1])):  # the convolution's own bias is all there is
                 assert self._bias is not None
-                put(self.conv.bias, (total - self._norms.shift) / self._norms.scale, undo)
+                put(self.conv.bias, (total - self._norms.shift) / self._norms.scale)
                 return
             bias = torch.zeros_like(total) if self._bias is None else self._bias
             shift = total - self._norms.scale * bias
             last = norms[-1]
-            put(last.bias, last.bias.double() + shift - self._norms.shift, undo)
+            put(last.bias, last.bias.double() + shift - self._norms.shift)
             mean, variance = rows.spread(before_norms)
-            centre(norms[0], mean.flatten() + bias, variance.flatten(), undo)
+            centre(norms[0], mean.flatten() + bias, variance.flatten())
 
     def _check_range(self, before_norms: Tensor) -> None:
         dtype = self.conv.weight.dtype

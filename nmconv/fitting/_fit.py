@@ -14,7 +14,7 @@ from nmconv.fitting._divergence import Loss, NotFiniteError, Outputs, check_loss
 from nmconv.fitting._factors import Factors
 from nmconv.fitting._kernels import Merged
 from nmconv.fitting._moments import Rows
-from nmconv.fitting._recalibrate import eval_mode, recalibrate
+from nmconv.fitting._recalibrate import eval_mode, give_back, recalibrate
 from nmconv.fitting._records import Divergence, Fit, UnitFit
 from nmconv.fitting._samples import Samples
 from nmconv.fitting._solve import RIDGES, Answer, solved
@@ -23,7 +23,7 @@ from nmconv.fitting._watch import Watch
 from nmconv.graph import fingerprint
 from nmconv.merging import get_merges, groups_of
 from nmconv.planning import Kernel, Refusal, shrunk
-from nmconv.surgery import Undo, Witness, check_plain, copy_of, get_plan, undone, undone_on_failure
+from nmconv.surgery import Witness, WorkingCopy, check_plain, get_plan
 
 __all__ = ["fit", "fit_units", "get_fit"]
 
@@ -118,15 +118,14 @@ def fit(
         raise FitError(f"the reference is on {where}, and the model on {told}: move one to the other with .to()")
     images = read_images(data, model, holdout=holdout, key=key)
     seen = _seen(model, images) if witness else None
-    result = model if inplace else copy_of(model)
-    with torch.no_grad(), undone_on_failure() as undo, eval_mode(result, reference):
-        report = _Fitting(result, reference, images, ridges, loss, keep_norms, downstream, undo).run(
-            default, recalibrate
-        )
+    work = WorkingCopy(model, inplace=inplace, numbers=True)
+    result = work.model
+    with torch.no_grad(), eval_mode(result, reference):
+        report = _Fitting(result, reference, images, ridges, loss, keep_norms, downstream).run(default, recalibrate)
         if seen is not None:
             seen.check(result, None, groups_of(*get_merges(result)))
     result.__dict__[_MARK] = report
-    return result
+    return work.finish()
 
 
 def _seen(model: nn.Module, images: Images) -> Witness:
@@ -147,7 +146,7 @@ def fit_units(model: nn.Module, reference: nn.Module, images: Images) -> tuple[U
         images: Some of them held out.
     """
     with torch.no_grad(), eval_mode(model, reference):
-        return _Fitting(model, reference, images, RIDGES, None, False, False, []).units(None)
+        return _Fitting(model, reference, images, RIDGES, None, False, False).units(None)
 
 
 def get_fit(model: nn.Module) -> Fit | None:
@@ -190,7 +189,6 @@ class _Fitting:
         loss: Loss | None,
         keep_norms: bool,
         downstream: bool,
-        undo: Undo,
     ) -> None:
         self._model = model
         self._reference = reference
@@ -199,7 +197,6 @@ class _Fitting:
         self._loss = loss
         self._keep_norms = keep_norms
         self._downstream = downstream
-        self._undo = undo
         self._held = True if images.held else None  # where divergences are measured
         self._wanted: Outputs = []
 
@@ -252,16 +249,17 @@ class _Fitting:
 
         NaN where the images give no statistics.
         """
-        before = len(self._undo)
         try:
-            recalibrate(self._model, self._images, self._undo)
+            before = recalibrate(self._model, self._images)
+        except FitError:
+            return Divergence(math.nan, math.nan), False
+        try:
             found = self._divergence()
         except FitError:
             found = Divergence(math.nan, math.nan)
         kept = found.loss < below
-        if not kept:  # taken back first, then forgotten: an interruption in between takes it back again
-            undone(self._undo[before:])
-            del self._undo[before:]
+        if not kept:
+            give_back(before)
         return found, kept
 
     # -- one unit -----------------------------------------------------------------------------------------------------
@@ -282,7 +280,7 @@ class _Fitting:
             tried: tuple[Answer, ...] = (best,)
             try:
                 if best.ridge != math.inf:
-                    form.install(best.line, rows, self._undo)
+                    form.install(best.line, rows)
             except Refusal as refusal:
                 return self._refused(unit.convs, str(refusal))
         else:
@@ -293,7 +291,7 @@ class _Fitting:
             least = min(answer.judged for answer in tried)
             best = next(answer for answer in tried if answer.judged <= _WITHIN * least)
             rows = fitted.of(best.size)
-            norm = form.install(best.size, best.line, rows if self._keep_norms else None, self._undo).norm
+            norm = form.install(best.size, best.line, rows if self._keep_norms else None).norm
         positions, unknowns = fitted.rows, best.line.weight.shape[1]
         return UnitFit(
             convs=unit.convs,

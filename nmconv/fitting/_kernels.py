@@ -30,7 +30,6 @@ from nmconv.merging import (
     write_methods,
 )
 from nmconv.planning import Geometry, Kernel, Refusal, shrunk, taps_kept
-from nmconv.surgery import Undo
 
 __all__ = ["Merged", "sizes_asked"]
 
@@ -97,7 +96,7 @@ class Merged:
         device = self._like.device
         return Line(rows.to(device), self._composed.bias.reshape(groups, -1).to(device))
 
-    def install(self, size: Sequence[int], line: Line, rows: Rows | None, undo: Undo) -> Merge:
+    def install(self, size: Sequence[int], line: Line, rows: Rows | None) -> Merge:
         """Put the convolution into the model.
 
         Args:
@@ -105,7 +104,6 @@ class Merged:
             line: What it computes.
             rows: What it is given: the unit's last norm stays behind it, with the statistics of its output, which it
                 passes on as it is in eval mode. None: no norm stays.
-            undo: Takes the changes back.
 
         Returns:
             What was done.
@@ -114,11 +112,11 @@ class Merged:
         if rows is not None and self._norm:
             mean, variance = rows.spread(line.weight)
             mean = (mean + line.constant).flatten()
-            if pass_through(self._model.get_submodule(self._norm), mean, variance.flatten(), undo):
+            if pass_through(self._model.get_submodule(self._norm), mean, variance.flatten()):
                 removed = tuple(name for name in made.removed if name != self._norm)
                 made = replace(made, norm=self._norm, removed=removed)
         methods, _ = write_methods(self._model, [made])
-        install(self._model, [made], {made.head: self.conv(size, line, made.trainable)}, methods, undo)
+        install(self._model, [made], {made.head: self.conv(size, line, made.trainable)}, methods)
         return made
 
     def conv(self, size: Sequence[int], line: Line, requires_grad: bool) -> nn.Module:

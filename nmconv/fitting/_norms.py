@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nmconv.graph import norm_of
-from nmconv.surgery import Undo, restoring_tensor
 
 __all__ = ["centre", "counts", "has_shift", "is_kept", "pass_through", "put"]
 
@@ -32,24 +31,23 @@ def is_kept(norm: Any, channels: int) -> bool:
     return counts(norm) and affine and norm.num_features == channels
 
 
-def pass_through(norm: Any, mean: Tensor, variance: Tensor, undo: Undo) -> bool:
+def pass_through(norm: Any, mean: Tensor, variance: Tensor) -> bool:
     """Make a norm give what it is given in eval mode, and normalise by its batches in train mode.
 
     Args:
         norm: One that :func:`is_kept`.
         mean: ``[channels]``, of what it is given.
         variance: The same.
-        undo: Takes the changes back.
 
     Returns:
         False, and nothing done, where its dtype cannot hold that, or it would divide by zero.
     """
     if not bool((variance + norm.eps > 0).all()) or not _hold(norm, mean, variance):
         return False
-    put(norm.running_mean, mean, undo)
-    put(norm.running_var, variance, undo)
-    put(norm.weight, (norm.running_var.double() + norm.eps).sqrt(), undo)
-    put(norm.bias, norm.running_mean, undo)
+    put(norm.running_mean, mean)
+    put(norm.running_var, variance)
+    put(norm.weight, (norm.running_var.double() + norm.eps).sqrt())
+    put(norm.bias, norm.running_mean)
     return True
 
 
@@ -63,7 +61,7 @@ def _hold(norm: Any, mean: Tensor, variance: Tensor) -> bool:
     return bool((mean.abs() <= min(limits)).all() and (variance <= min(limits)).all())
 
 
-def centre(norm: Any, mean: Tensor, variance: Tensor, undo: Undo) -> None:
+def centre(norm: Any, mean: Tensor, variance: Tensor) -> None:
     """Give a norm the statistics of its new input, its output unchanged: training goes on where the fit left off.
 
     Where its dtype cannot hold them it keeps those that it has.
@@ -71,18 +69,17 @@ def centre(norm: Any, mean: Tensor, variance: Tensor, undo: Undo) -> None:
     scale, shift = norm_of(norm, torch.float64)
     if not has_shift(norm) or not _hold(norm, mean, variance):
         return
-    put(norm.running_mean, mean, undo)
+    put(norm.running_mean, mean)
     if getattr(norm, "weight", None) is not None:
         usable = variance > 0
         variance = torch.where(usable, variance, norm.running_var.double())
-        put(norm.running_var, variance, undo)
-        put(norm.weight, scale * (norm.running_var.double() + norm.eps).sqrt(), undo)
+        put(norm.running_var, variance)
+        put(norm.weight, scale * (norm.running_var.double() + norm.eps).sqrt())
     again, _ = norm_of(norm, torch.float64)
-    put(norm.bias, shift + norm.running_mean.double() * again, undo)
+    put(norm.bias, shift + norm.running_mean.double() * again)
 
 
-def put(tensor: Tensor, value: Tensor, undo: Undo) -> None:
+def put(tensor: Tensor, value: Tensor) -> None:
     """Set a tensor's numbers."""
-    undo.append(restoring_tensor(tensor))
     with torch.no_grad():
         tensor.copy_(value.reshape(tensor.shape))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from nmconv.errors import FitError
 from nmconv.fitting._data import Images, read_images, taking
 from nmconv.fitting._norms import counts
-from nmconv.surgery import Undo, check_plain, restoring_tensor, undone_on_failure
+from nmconv.surgery import check_plain
 
-__all__ = ["eval_mode", "recalibrate", "recalibrate_norms"]
+__all__ = ["eval_mode", "give_back", "recalibrate", "recalibrate_norms"]
 
 _BATCH = 64  # images
+Statistics = list[tuple[Any, list[Tensor]]]
 
 
 def recalibrate_norms(model: nn.Module, data: Any, *, key: str | None = None) -> nn.Module:
@@ -43,8 +44,7 @@ def recalibrate_norms(model: nn.Module, data: Any, *, key: str | None = None) ->
     """
     check_plain(model, "recalibrate")
     images = read_images(data, model, key=key)
-    with undone_on_failure() as undo:
-        recalibrate(model, images, undo)
+    recalibrate(model, images)
     return model
 
 
@@ -68,33 +68,46 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def recalibrate(model: nn.Module, images: Images, undo: Undo) -> int:
-    """Do it with the images that are fitted; gives the number of norms."""
+def recalibrate(model: nn.Module, images: Images) -> Statistics:
+    """Do it with the images that are fitted; if it fails, the norms have the statistics that they had.
+
+    Returns:
+        The norms, each with the statistics that it had.
+    """
     norms: list[Any] = [module for module in model.modules() if counts(module)]
+    before = [(norm, [value.clone() for value in _statistics(norm)]) for norm in norms]
+    momenta = [norm.momentum for norm in norms]
     with eval_mode(model):
-        before = [(norm, norm.momentum) for norm in norms]
-        kept: list[list[Callable[[], object]]] = []
         try:
             for norm in norms:
-                kept.append([restoring_tensor(value) for value in (norm.running_mean, norm.running_var)])
-                kept[-1].append(restoring_tensor(norm.num_batches_tracked))
-                undo += kept[-1]
                 norm.reset_running_stats()
                 norm.training = True
             _estimate(model, norms, images)
+            give_back([(norm, had) for norm, had in before if not int(norm.num_batches_tracked)])  # nobody calls it
+            for norm in norms:
+                if not all(bool(torch.isfinite(value).all()) for value in _statistics(norm)):
+                    raise FitError(
+                        f"a {type(norm).__name__} of this {type(model).__name__} is given values that are not finite"
+                    )
+        except BaseException:
+            give_back(before)
+            raise
         finally:
-            for norm, momentum in before:
+            for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
-    for norm, give_back in zip(norms, kept, strict=True):
-        if not int(norm.num_batches_tracked):  # nobody calls it
-            for step in give_back:
-                step()
-    for norm in norms:
-        if not bool(torch.isfinite(norm.running_mean).all() and torch.isfinite(norm.running_var).all()):
-            raise FitError(
-                f"a {type(norm).__name__} of this {type(model).__name__} is given values that are not finite"
-            )
-    return len(norms)
+    return before
+
+
+def give_back(before: Statistics) -> None:
+    """Give norms the statistics that they had."""
+    with torch.no_grad():
+        for norm, had in before:
+            for value, number in zip(_statistics(norm), had, strict=True):
+                value.copy_(number)
+
+
+def _statistics(norm: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return norm.running_mean, norm.running_var, norm.num_batches_tracked
 
 
 def _estimate(model: nn.Module, norms: list[Any], images: Images) -> None:

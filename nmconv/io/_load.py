@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -15,9 +14,8 @@ from nmconv.io._file import File, opened
 from nmconv.io._problems import Damaged, Foreign, Unread
 from nmconv.io._replay import replay
 from nmconv.io._state import fill, sources_of, state_of
-from nmconv.io._undo import undone_if_failing
 from nmconv.merging import groups_of
-from nmconv.surgery import Witness, check_examples, check_model, copy_of
+from nmconv.surgery import Witness, WorkingCopy, check_examples, check_model
 
 __all__ = ["load"]
 
@@ -63,7 +61,7 @@ def load(
     name = os.fspath(path)
     try:
         with opened(path) as file:
-            return _loaded(model, file, inplace, example_inputs, witness)
+            work = _loaded(model, file, inplace, example_inputs, witness)
     except WitnessError as error:
         raise WitnessError(f"{name}: {_short(error)}", error.module, error.first, error.second) from error
     except Damaged as error:
@@ -76,22 +74,22 @@ def load(
         raise FileError(
             f"{name}: {_short(error)}; give the model that was saved as it was before nmconv.convert and nmconv.merge"
         ) from error
+    return work.finish()
 
 
-def _loaded(model: nn.Module, file: File, inplace: bool, example_inputs: Any, witness: bool) -> nn.Module:
+def _loaded(model: nn.Module, file: File, inplace: bool, example_inputs: Any, witness: bool) -> WorkingCopy:
     content = from_text(file.text)
     check_content(content)
     changes = content.plan is not None or bool(content.merges)
     seen = Witness(model, example_inputs) if witness and changes else None
-    result = model if inplace else copy_of(model)
-    with undone_if_failing(result) if inplace else nullcontext():
-        homes = replay(result, content, None if seen is None else seen.recordings)
-        sources = sources_of(state_of(result), file, content.aliases)
-        if seen is not None:
-            closed = {name for merges in content.merges for merge in merges for name in merge.closed}
-            seen.check(result, content.plan, groups_of(*content.merges), closed)
-        fill(result, file, sources, homes)
-    return result
+    work = WorkingCopy(model, inplace=inplace, numbers=True)
+    homes = replay(work.model, content, None if seen is None else seen.recordings)
+    sources = sources_of(state_of(work.model), file, content.aliases)
+    if seen is not None:
+        closed = {name for merges in content.merges for merge in merges for name in merge.closed}
+        seen.check(work.model, content.plan, groups_of(*content.merges), closed)
+    fill(work.model, file, sources, homes)
+    return work
 
 
 def _short(error: Exception) -> str:

@@ -78,4 +78,4 @@ def _merge(model: nn.Module, merges: Sequence[Merge], homes: Homes) -> None:
         made.training = head.training
         homes[made] = homes.pop(head, weight.device)
         convs[merge.head] = made
-    install(model, merges, convs, methods, [])
+    install(model, merges, convs, methods)

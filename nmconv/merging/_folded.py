@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 from torch import nn
 
 from nmconv.errors import FoldedNormWarning
 from nmconv.graph import Op, leaf_op
 from nmconv.recording import is_recording
-from nmconv.surgery import Undo
 
 __all__ = [
     "AfterNorm",
@@ -25,8 +24,15 @@ __all__ = [
 ]
 
 FOLDED = "_nmconv_folded"  # on what was folded: its kind, and what follows
-TOLD = "_nmconv_told"  # on a model: of each kind that was folded in it, whether that was said; shared by all of them
-Told: TypeAlias = dict[str, bool]
+TOLD = "_nmconv_told"  # on a model: a Told, which all that is folded in it shares
+
+
+class Told(dict[str, bool]):
+    """Of each kind that was folded in a model, whether that was said; one for the model and its copies."""
+
+    def __deepcopy__(self, memo: object) -> Told:
+        return self
+
 
 _SAYS = {
     "norm": "norms of this model were folded into convolutions: in train mode they keep the statistics they had, and "
@@ -46,12 +52,9 @@ def folded_kind(module: nn.Module) -> str:
     return "dropout" if leaf_op(module) is Op.DROP and any(chances) else ""
 
 
-def told_of(model: nn.Module, undo: Undo) -> Told:
+def told_of(model: nn.Module) -> Told:
     """What was said of the model's folded modules."""
-    if TOLD not in model.__dict__:
-        undo.append(lambda: model.__dict__.pop(TOLD, None))
-        model.__dict__[TOLD] = {}
-    told: Told = model.__dict__[TOLD]
+    told: Told = model.__dict__.setdefault(TOLD, Told())
     return told
 
 

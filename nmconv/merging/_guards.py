@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -17,7 +16,7 @@ from nmconv.graph import chosen_by
 from nmconv.merging._records import Guard, Merge
 from nmconv.merging._seen import groups_of
 from nmconv.recording import ENTRY_POINTS, Frame, Recording
-from nmconv.surgery import Method, Undo, Witness, restoring_class, rewritten, shown_parameters
+from nmconv.surgery import Method, Witness, rewritten, shown_parameters
 
 __all__ = ["Closed", "check_argument", "guard", "guarded"]
 
@@ -138,21 +137,13 @@ class Closed:
         )
 
 
-def _put_back(model: nn.Module, name: str, before: Any) -> None:
-    if before is None:
-        vars(model).pop(name, None)
-    else:
-        vars(model)[name] = before
-
-
-def guard(model: nn.Module, merges: Iterable[Merge], rewritten_owners: Iterable[str], undo: Undo) -> None:
+def guard(model: nn.Module, merges: Iterable[Merge], rewritten_owners: Iterable[str]) -> None:
     """Let the forwards of a merged model check their arguments.
 
     Args:
         model: Changed.
         merges: All that were made in it.
         rewritten_owners: Qualified names of modules whose forward was rewritten: it checks all of its arguments.
-        undo: Appended to.
 
     Raises:
         MergeError: If a forward is set on an object, where no class can check.
@@ -176,11 +167,9 @@ def guard(model: nn.Module, merges: Iterable[Merge], rewritten_owners: Iterable[
             )
         methods.setdefault(owner, []).append(_checking(module, owner, arguments))
     for name in closed:
-        undo.append(partial(_put_back, model, name, vars(model).get(name)))
         vars(model)[name] = Closed(name)
     for owner, made in methods.items():
         module = model.get_submodule(owner)
-        undo.append(restoring_class(module))
         module.__class__ = rewritten(type(module), tuple(made))
 
 

@@ -1,4 +1,4 @@
-"""Putting merged convolutions into a model: everything prepared first, then put in place in one go, or undone."""
+"""Putting merged convolutions into a working copy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nmconv.merging._module import filled, is_channels_last, laid_out, like_of
 from nmconv.merging._numbers import affine_in_double
 from nmconv.merging._records import Merge
 from nmconv.planning import Refusal, Sum
-from nmconv.surgery import MERGED, Edit, Undo, restoring_children, restoring_class, rewrite, rewritten
+from nmconv.surgery import MERGED, Edit, rewrite, rewritten
 
 __all__ = ["bake", "install", "norms_behind", "record", "trains", "write_methods"]
 
@@ -120,51 +120,44 @@ def write_methods(model: nn.Module, merges: Sequence[Merge]) -> tuple[dict[str, 
     return made, failed
 
 
-def install(
-    model: nn.Module, merges: Sequence[Merge], convs: Mapping[str, nn.Module], methods: Methods, undo: Undo
-) -> None:
-    """Make the changes; each appends to ``undo`` what takes it back.
+def install(model: nn.Module, merges: Sequence[Merge], convs: Mapping[str, nn.Module], methods: Methods) -> None:
+    """Make the changes.
 
     Args:
         model: Changed.
         merges: What to do.
         convs: The merged convolutions by :attr:`Merge.head`; none for live ones.
         methods: From :func:`write_methods`.
-        undo: To be run backwards if something fails.
     """
     slots = _slots(model)
-    told = told_of(model, undo)
+    told = told_of(model)
     for merge in merges:
         if merge.live:
             nodes = nodes_of_merge(model, merge)
-            go_live(model, merge.head, merge.removed, nodes, merge.geometry, told, undo)
+            go_live(model, merge.head, merge.removed, nodes, merge.geometry, told)
             continue
         changes = {name: _left_of(model.get_submodule(name), told, bool(merge.norm)) for name in merge.removed}
-        _put(model, slots, {**changes, merge.head: convs[merge.head]}, undo)
+        _put(model, slots, {**changes, merge.head: convs[merge.head]})
     for owner, method in methods.items():
         module = model.get_submodule(owner)
-        cls = rewritten(type(module), (method,))
-        undo.append(restoring_class(module))
-        module.__class__ = cls
+        module.__class__ = rewritten(type(module), (method,))
     rounds = (*get_merges(model), tuple(merges))
-    guard(model, (merge for round in rounds for merge in round), methods, undo)
-    undo.append(_restoring_mark(model))
+    guard(model, (merge for round in rounds for merge in round), methods)
     model.__dict__[MERGED] = rounds
 
 
-def bake(model: nn.Module, undo: Undo) -> None:
+def bake(model: nn.Module) -> None:
     """Put plain convolutions in the place of live ones, as if they had been merged so at once."""
     rounds = get_merges(model)
     if not any(merge.live for merges in rounds for merge in merges):
         return
     slots, last = _slots(model), is_channels_last(model)
-    told = told_of(model, undo)
+    told = told_of(model)
     for merge in (merge for merges in rounds for merge in merges if merge.live):
         head: Any = model.get_submodule(merge.head)
         conv = laid_out(filled(head.__dict__[LIVE].affine(affine_in_double), like_of(head), merge.trainable), last)
-        _put(model, slots, {name: _left_of(model.get_submodule(name), told, False) for name in merge.removed}, undo)
-        _put(model, slots, {merge.head: conv}, undo)
-    undo.append(_restoring_mark(model))
+        _put(model, slots, {name: _left_of(model.get_submodule(name), told, False) for name in merge.removed})
+        _put(model, slots, {merge.head: conv})
     model.__dict__[MERGED] = tuple(
         tuple(replace(merge, live=False, factors="") for merge in merges) for merges in rounds
     )
@@ -179,10 +172,9 @@ def _slots(model: nn.Module) -> Slots:
     return slots
 
 
-def _put(model: nn.Module, slots: Slots, changes: Mapping[str, nn.Module], undo: Undo) -> None:
+def _put(model: nn.Module, slots: Slots, changes: Mapping[str, nn.Module]) -> None:
     for name, module in changes.items():
         for parent, slot in slots[id(model.get_submodule(name))]:
-            undo.append(restoring_children(parent))
             parent._modules[slot] = module
 
 
@@ -209,7 +201,7 @@ def nodes_of_merge(model: nn.Module, merge: Merge) -> tuple[Node, ...]:
 def _left_of(module: nn.Module, told: Told, keeps_norm: bool) -> nn.Module:
     """What stays of a module that is folded away; where a norm stays behind the convolution there is one to train."""
     left: nn.Module = nn.Identity()
-    of_norms = {"norm": True} if keeps_norm else told
+    of_norms = Told(norm=True) if keeps_norm else told
     kind = folded_kind(module)
     if is_norm_act(module) or module.__dict__.get(THROUGH) == "act":
         after = AfterNorm(module, of_norms)
@@ -219,8 +211,3 @@ def _left_of(module: nn.Module, told: Told, keeps_norm: bool) -> nn.Module:
         left = FoldedNorm(of_norms) if kind == "norm" else FoldedDropout(told)
     left.training = module.training
     return left
-
-
-def _restoring_mark(model: nn.Module) -> Callable[[], object]:
-    before = model.__dict__.get(MERGED)
-    return lambda: model.__dict__.pop(MERGED, None) if before is None else model.__dict__.__setitem__(MERGED, before)

@@ -19,7 +19,7 @@ from nmconv.merging._brackets import Node
 from nmconv.merging._folded import Told, folded_kind, mark
 from nmconv.merging._numbers import affine_of
 from nmconv.planning import Geometry
-from nmconv.surgery import Method, Undo, restoring, rewritten
+from nmconv.surgery import Method, rewritten
 
 __all__ = ["LIVE", "Live", "affine_of_nodes", "go_live", "why_not_live"]
 
@@ -128,7 +128,6 @@ def go_live(
     nodes: tuple[Node, ...],
     geometry: Geometry,
     told: Told,
-    undo: Undo,
 ) -> None:
     """Let the module ``head`` compute the merged convolution, and the others hand their input on.
 
@@ -139,13 +138,11 @@ def go_live(
         nodes: Of the run.
         geometry: Of the merged convolution.
         told: From :func:`nmconv.merging._folded.told_of`.
-        undo: Appended to.
     """
     names = [name for node in nodes for name in _names(node)]
     live = Live(nodes, {name: model.get_submodule(name) for name in names}, geometry)
     for name in (head, *removed):
         module: Any = model.get_submodule(name)
-        undo.append(restoring(module))
         norm_act = is_norm_act(module)
         kind = folded_kind(module)
         methods: tuple[Method, ...] = (_HEAD,) if name == head else (_AFTER if norm_act else _THROUGH,)

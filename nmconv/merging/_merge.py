@@ -39,7 +39,7 @@ from nmconv.merging._records import Merge, Run
 from nmconv.merging._seen import SeenRuns, groups_of
 from nmconv.merging._verify import check_model_outputs, check_segment
 from nmconv.planning import Refusal
-from nmconv.surgery import Undo, Witness, check_examples, copy_of, undone_on_failure
+from nmconv.surgery import Witness, WorkingCopy, check_examples, copy_of
 from nmconv.witness import Group
 
 __all__ = ["find_runs", "fold_norms", "merge"]
@@ -104,35 +104,35 @@ def merge(
     check_options(gate, min_gain, backend, example_inputs)
     check_mode(model, "merge")
     seen = Witness(model, example_inputs, choices=True, methods=methods) if witness else None
-    with undone_on_failure() as undo:
-        baking = [merge.head for merges in get_merges(model) for merge in merges if merge.live]
-        if baking:
-            model, inplace = model if inplace else copy_of(model), True
-            bake(model, undo)
-        made = _Merging(model, example_inputs, live, seen, baked=baking)
-        if gate == "latency":
-            price = made.latency(min_gain, backend, example_inputs)
-        elif gate == "flops":
-            price = _flops(min_gain, _batch(example_inputs) if live else None)
-        else:
-            price = _any
-        made.choose(price, fold=not live, fewest=gate == "always")
-        gains = "is one exact convolution" if gate == "always" else f"gains {min_gain}"
-        why = made.why_not_live or made.why_unread or f"no linear run of it {gains}"
-        if gate == "latency" and not live and made.merges_any():
-            merged = made.carry_out(False, [])
-            if is_slower(_folded(model, seen), merged, example_inputs, backend):
-                why = f"together, the runs that gain {min_gain} each make it slower on {backend}"
-                made.choose(_nothing, fold=True, fewest=False)
-            elif not inplace:
-                return merged
-        if not baking and not made.merges_any():
-            warnings.warn(
-                f"nothing to merge in this {type(model).__name__}: {why} (nmconv.find_runs tells what there is)",
-                NoEffectWarning,
-                stacklevel=2,
-            )
-        return made.carry_out(inplace, undo)
+    work = None
+    baking = [merge.head for merges in get_merges(model) for merge in merges if merge.live]
+    if baking:
+        work = WorkingCopy(model, inplace=inplace)
+        bake(work.model)
+    made = _Merging(model, example_inputs, live, seen, baked=None if work is None else (work.model, baking))
+    if gate == "latency":
+        price = made.latency(min_gain, backend, example_inputs)
+    elif gate == "flops":
+        price = _flops(min_gain, _batch(example_inputs) if live else None)
+    else:
+        price = _any
+    made.choose(price, fold=not live, fewest=gate == "always")
+    gains = "is one exact convolution" if gate == "always" else f"gains {min_gain}"
+    why = made.why_not_live or made.why_unread or f"no linear run of it {gains}"
+    if gate == "latency" and not live and made.merges_any():
+        trial = made.carried_out(made.working_copy())
+        if is_slower(_folded(model, seen).model, trial.model, example_inputs, backend):
+            why = f"together, the runs that gain {min_gain} each make it slower on {backend}"
+            made.choose(_nothing, fold=True, fewest=False)
+        elif not inplace:
+            return trial.finish()
+    if not baking and not made.merges_any():
+        warnings.warn(
+            f"nothing to merge in this {type(model).__name__}: {why} (nmconv.find_runs tells what there is)",
+            NoEffectWarning,
+            stacklevel=2,
+        )
+    return made.carried_out(work or made.working_copy(inplace=inplace)).finish()
 
 
 def fold_norms(
@@ -151,14 +151,15 @@ def fold_norms(
     check_mode(model, "fold norms")
     check_examples(example_inputs)
     seen = Witness(model, example_inputs, choices=True) if witness else None
-    return _folded(model, seen, inplace, example_inputs)
+    return _folded(model, seen, inplace, example_inputs).finish()
 
 
-def _folded(model: nn.Module, witness: Witness | None, inplace: bool = False, example_inputs: Any = None) -> nn.Module:
-    with undone_on_failure() as undo:
-        made = _Merging(model, example_inputs, False, witness, runs=False)
-        made.choose(_nothing, fold=True, fewest=False)
-        return made.carry_out(inplace, undo)
+def _folded(
+    model: nn.Module, witness: Witness | None, inplace: bool = False, example_inputs: Any = None
+) -> WorkingCopy:
+    made = _Merging(model, example_inputs, False, witness, runs=False)
+    made.choose(_nothing, fold=True, fewest=False)
+    return made.carried_out(made.working_copy(inplace=inplace))
 
 
 def find_runs(
@@ -234,11 +235,12 @@ class _Merging:
         witness: Witness | None,
         *,
         runs: bool = True,
-        baked: Sequence[str] = (),
+        baked: tuple[nn.Module, Sequence[str]] | None = None,
     ) -> None:
-        self._model = model
+        self._original = model
+        self._model, self._baked = baked or (model, ())  # heads of merges that were live when the model was recorded
+        model = self._model
         self._witness = witness
-        self._baked = baked  # heads of merges that were live when the model was recorded
         self._runs = runs  # whether example inputs run through the whole before and after
         self._named = dict(model.named_modules(remove_duplicate=False)).__getitem__
         self._examples = example_inputs
@@ -337,14 +339,18 @@ class _Merging:
 
     # -- doing --------------------------------------------------------------------------------------------------------
 
-    def carry_out(self, inplace: bool, undo: Undo) -> nn.Module:
-        """Make the convolutions, check them, and put them into the model or a copy of it."""
-        with torch.inference_mode(False), torch.no_grad():  # or its parameters could never be trained
-            return self._carried_out(inplace, undo)
+    def working_copy(self, *, inplace: bool = False) -> WorkingCopy:
+        """A copy to carry all of it out on."""
+        return WorkingCopy(self._model, inplace=inplace, spare=() if inplace else self._spare())
 
-    def _carried_out(self, inplace: bool, undo: Undo) -> nn.Module:
-        if not self.segments:
-            return self._model if inplace else copy_of(self._model)
+    def carried_out(self, work: WorkingCopy) -> WorkingCopy:
+        """Make the convolutions, put them into a copy, and check them."""
+        if self.segments:
+            with torch.inference_mode(False), torch.no_grad():  # or its parameters could never be trained
+                self._carry_out(work)
+        return work
+
+    def _carry_out(self, work: WorkingCopy) -> None:
         convs: dict[str, nn.Module] = {}
         self._merges = guarded(self._model, self._witness, self._merges)
         merges, last = self._merges, is_channels_last(self._model)
@@ -362,22 +368,18 @@ class _Merging:
                 convs[merge.head] = laid_out(filled(affine, like, merge.trainable), last)
             except ValueError as error:
                 raise MergeError(f"{segment.convs[0]} … {segment.convs[-1]}: {error}") from error
-        model = self._model if inplace else copy_of(self._model, self._spare())
         before = self._outputs()
-        original = copy_of(self._model) if inplace and before is not None else self._model
-        install(model, merges, convs, self._methods, undo)
+        install(work.model, merges, convs, self._methods)
         if self._witness is not None:
             closed = {name for merge in merges for name in merge.closed}
             groups = groups_of(merges)
             taken = {name for group in groups for name in group.members}
             groups += [Group(head, frozenset([head])) for head in self._baked if head not in taken]
-            self._witness.check(model, None, groups, closed)
+            self._witness.check(work.model, None, groups, closed)
         if before is not None:
-            exact = partial(_outputs_in_double, original, self._examples)
-            check_model_outputs(
-                before, outputs(copy_of(model), self._examples), exact, [merge.head for merge in merges]
-            )
-        return model
+            exact = partial(_outputs_in_double, self._original, self._examples)
+            after = outputs(copy_of(work.model), self._examples)
+            check_model_outputs(before, after, exact, [merge.head for merge in merges])
 
     def _spare(self) -> Iterator[Tensor | nn.Module]:
         """What will not be in the merged model: whole modules, or where a part of one stays its parameters."""

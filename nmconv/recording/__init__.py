@@ -2,7 +2,7 @@
 
 from nmconv.recording._answers import Answers, ModelRaised, NeedsData
 from nmconv.recording._context import context_kept, context_now
-from nmconv.recording._copy import meta_copy, real_copy, shared_on_copy
+from nmconv.recording._copy import Copy, check_copy, meta_copy, real_copy, shared_on_copy, structure_copy
 from nmconv.recording._inputs import Inputs, given_inputs, guessed_inputs
 from nmconv.recording._methods import enclosed, unwrapped
 from nmconv.recording._record import ENTRY_POINTS, Failure, Recordings, record, record_again, record_call
@@ -14,6 +14,7 @@ __all__ = [
     "TENSOR",
     "Answers",
     "Call",
+    "Copy",
     "Fact",
     "Failure",
     "Frame",
@@ -26,6 +27,7 @@ __all__ = [
     "Recording",
     "Recordings",
     "Spec",
+    "check_copy",
     "context_kept",
     "context_now",
     "enclosed",
@@ -39,6 +41,7 @@ __all__ = [
     "record_again",
     "record_call",
     "shared_on_copy",
+    "structure_copy",
     "unknown",
     "unwrapped",
 ]

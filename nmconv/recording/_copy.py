@@ -1,11 +1,11 @@
-"""Copies that share nothing with the model: for recording, with meta twins in the place of all tensors."""
+"""Copies of models: with meta twins in the place of tensors, with copies of them, or with the tensors themselves."""
 
 from __future__ import annotations
 
 import copy
 import functools
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -16,7 +16,15 @@ from torch.overrides import TorchFunctionMode
 
 from nmconv.errors import ModelTypeError
 
-__all__ = ["Copy", "attribute_names", "meta_copy", "real_copy", "shared_on_copy"]
+__all__ = [
+    "Copy",
+    "attribute_names",
+    "check_copy",
+    "meta_copy",
+    "real_copy",
+    "shared_on_copy",
+    "structure_copy",
+]
 
 
 @dataclass(eq=False)
@@ -45,14 +53,20 @@ def meta_copy(model: nn.Module) -> Copy:
     return _copied(model, _Twins())
 
 
-def real_copy(model: nn.Module) -> nn.Module:
+def real_copy(model: nn.Module) -> Copy:
     """The same with copies of the tensors as they are."""
-    return _copied(model, _Clones()).model
+    return _copied(model, _Clones())
+
+
+def structure_copy(model: nn.Module) -> Copy:
+    """The same with the tensors themselves."""
+    return _copied(model, _Same())
 
 
 def shared_on_copy(model: nn.Module) -> list[Any]:
     """Objects that the model's attributes hold and that cannot be copied, such as locks and open files."""
-    return [value for value in _held_by(model) if _cannot_be_copied(value)]
+    kept = _tensors_and_modules(model)
+    return [value for value in _held_by(model) if _cannot_be_copied(value, kept)]
 
 
 def attribute_names(model: nn.Module) -> dict[int, str]:
@@ -62,6 +76,10 @@ def attribute_names(model: nn.Module) -> dict[int, str]:
         for name, value in _tensors_of(module):
             found.setdefault(id(value), f"{path}.{name}" if path else name)
     return found
+
+
+def _tensors_and_modules(model: nn.Module) -> dict[int, Any]:
+    return {id(value): value for module in model.modules() for value in (module, *dict(_tensors_of(module)).values())}
 
 
 def _tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -78,6 +96,8 @@ class _Clones(TorchFunctionMode):
         super().__init__()
         self.memo: dict[int, Any] = {}
         self.originals: dict[int, torch.Tensor] = {}
+        self.shared: set[int] = set()  # storages of several tensors, whose copies share one, too
+        self._bases: dict[int, Any] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__deepcopy__:
@@ -101,19 +121,28 @@ class _Clones(TorchFunctionMode):
 
     def made(self, value: torch.Tensor) -> torch.Tensor:
         """A new tensor for one."""
-        return value.detach().clone()
+        if not _is_strided(value) or _storage(value) not in self.shared:
+            return value.detach().clone()
+        storage = _storage(value)
+        if storage not in self._bases:
+            self._bases[storage] = value.untyped_storage().clone()
+        made = torch.empty(0, dtype=value.dtype, device=value.device)
+        return made.set_(self._bases[storage], value.storage_offset(), value.shape, value.stride())
+
+
+class _Same(_Clones):
+    """Makes no copies."""
+
+    def add(self, value: torch.Tensor) -> torch.Tensor:
+        self.memo[id(value)] = self.originals[id(value)] = value
+        return value
 
 
 class _Twins(_Clones):
-    """Makes meta twins; tensors that share memory have twins that do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._bases: dict[int, torch.Tensor] = {}
-        self.shared: set[int] = set()  # storages of several tensors
+    """Makes meta twins."""
 
     def made(self, value: torch.Tensor) -> torch.Tensor:
-        if value.layout != torch.strided or value.is_quantized:
+        if not _is_strided(value):
             return value.detach().to("meta")
         storage = _storage(value)
         if storage not in self.shared:
@@ -128,39 +157,36 @@ def _storage(value: torch.Tensor) -> int:
     return value.untyped_storage()._cdata
 
 
+def _is_strided(value: torch.Tensor) -> bool:
+    return value.layout == torch.strided and not value.is_quantized
+
+
 def _copied(model: nn.Module, clones: _Clones) -> Copy:
     tensors = {id(value): value for module in model.modules() for _, value in _tensors_of(module)}
-    if isinstance(clones, _Twins):
-        strided = [value for value in tensors.values() if value.layout == torch.strided and not value.is_quantized]
-        times = Counter(map(_storage, strided))
-        clones.shared = {storage for storage, count in times.items() if count > 1}
+    times = Counter(map(_storage, filter(_is_strided, tensors.values())))
+    clones.shared = {storage for storage, count in times.items() if count > 1}
     for value in tensors.values():
         clones.add(value)
-    held = list(_held_by(model))
+    held, kept = list(_held_by(model)), _tensors_and_modules(model)
     for value in held:
         if isinstance(value, torch.Generator):
             clones.memo[id(value)] = value.clone_state()
-        elif _cannot_be_copied(value):
+        elif _cannot_be_copied(value, kept):
             clones.memo[id(value)] = value
-    chance = torch.get_rng_state()
     with clones:
         _copy_by_parts(model, clones.memo)
         made = copy.deepcopy(model, clones.memo)
-    try:
-        _check(model, made, clones)
-    except ModelTypeError:
-        torch.set_rng_state(chance)  # a __deepcopy__ that builds a model draws weights for it
-        raise
+    check_copy(model, made)
     if any(type(value) is FunctionType and value.__closure__ for value in held):
         _rebind(made, clones)
     return Copy(made, clones.originals, attribute_names(model))
 
 
-_COPYING = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
+_COPYING = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 
 
 def _copy_by_parts(model: nn.Module, memo: dict[int, Any]) -> None:
-    """What a deep copy does for modules of classes that have no say in it, in a fifth of the time."""
+    """Copy modules part by part, in a fifth of a deep copy's time; a ``__deepcopy__`` of their class is not asked."""
     plain = [module for module in model.modules() if _is_copied_plainly(type(module))]
     for module in plain:
         memo[id(module)] = type(module).__new__(type(module))
@@ -176,7 +202,7 @@ def _copy_by_parts(model: nn.Module, memo: dict[int, Any]) -> None:
 
 
 def _is_copied_plainly(cls: type[nn.Module]) -> bool:
-    """Whether the class is copied as nn.Module is; torch's own fill in what old files lack."""
+    """Whether the state of the class is that of nn.Module; torch's own fill in what old files lack."""
     methods = [(name, getattr(cls, name, None)) for name in _COPYING]
     return all(
         method is getattr(nn.Module, name, None) or getattr(method, "__module__", None) in _FILL_IN
@@ -187,30 +213,43 @@ def _is_copied_plainly(cls: type[nn.Module]) -> bool:
 _FILL_IN = ("torch.nn.modules.conv", "torch.nn.modules.batchnorm")
 
 
-def _check(model: nn.Module, made: nn.Module, clones: _Clones) -> None:
-    own = {id(module): name for name, module in model.named_modules()}
+def check_copy(model: nn.Module, made: nn.Module, spare: Container[int] = ()) -> None:
+    """Refuse a copy that is no copy.
+
+    Args:
+        model: What was copied.
+        made: The copy.
+        spare: Ids of modules that it may share with the model.
+
+    Raises:
+        ModelTypeError: If it shares others, or has another structure or other numbers.
+    """
+    text = f"a copy of this {type(model).__name__}"
+    hint = "(a __deepcopy__ of its own?): pass inplace=True"
+    own = {id(module) for module in model.modules() if id(module) not in spare}
     for name, module in made.named_modules():
         if id(module) in own:
-            raise ModelTypeError(
-                f"a copy of this {type(model).__name__} shares {name or 'the whole'} with it (a __deepcopy__ of its "
-                "own?), so that it cannot be changed or checked on a copy: give a class whose copies share nothing"
-            )
-    before, after = ([(name, _class_of(module)) for name, module in each.named_modules()] for each in (model, made))
-    lost = next((one[0] for one, other in zip(before, after, strict=False) if one != other), None)
-    names = [[name for name, _ in each.state_dict(keep_vars=True).items()] for each in (model, made)]
-    if lost is None:
-        lost = next((name for name, value in made.named_parameters() if id(value) not in clones.originals), None)
-    if len(before) != len(after) or lost is not None or names[0] != names[1]:
+            raise ModelTypeError(f"{text} shares {name or 'the whole'} with it {hint}")
+    before, after = (
+        [(name, type(part).__module__, type(part).__qualname__) for name, part in each.named_modules()]
+        for each in (model, made)
+    )
+    tensors = [(*each.named_parameters(), *each.named_buffers()) for each in (model, made)]
+    pairs = list(zip(before, after, strict=False))
+    pairs += [((one[0], "", ""), (other[0], "", "")) for one, other in zip(*tensors, strict=False)]
+    if len(before) != len(after) or len(tensors[0]) != len(tensors[1]) or any(one != other for one, other in pairs):
+        lost = next((one[0] for one, other in pairs if one != other), "")
         raise ModelTypeError(
-            f"a copy of this {type(model).__name__} has another structure than itself"
-            f"{f', beginning with {lost!r}' if lost else ''} (a __deepcopy__ of its own?): give a class whose copies "
-            "are alike"
+            f"{text} has another structure than itself{f', beginning with {lost!r}' if lost else ''} {hint}"
         )
+    if any(hasattr(type(module), "__deepcopy__") for module in model.modules()):
+        for (name, one), (_, other) in zip(*tensors, strict=True):
+            if one.shape != other.shape or not (other.is_meta or torch.equal(_bits(one), _bits(other))):
+                raise ModelTypeError(f"{text} has other numbers in {name!r} than itself {hint}")
 
 
-def _class_of(module: nn.Module) -> tuple[str, str]:
-    """The class by name: one that was rewritten may be made anew for a copy."""
-    return type(module).__module__, type(module).__qualname__
+def _bits(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().reshape(-1).contiguous().view(torch.uint8)
 
 
 # -- what a model holds -----------------------------------------------------------------------------------------------
@@ -270,15 +309,21 @@ def _held_by(model: nn.Module) -> Iterator[Any]:
         todo += _parts(value)
 
 
-def _cannot_be_copied(value: Any) -> bool:
-    if isinstance(value, _CONTAINERS) or hasattr(type(value), "__deepcopy__"):
+def _cannot_be_copied(value: Any, kept: dict[int, Any]) -> bool:
+    if isinstance(value, _CONTAINERS):
         return False
+    if hasattr(type(value), "__deepcopy__"):
+        return _raises(lambda: copy.deepcopy(value, dict(kept)), Exception)  # whatever its class raises
     plain = "__reduce_ex__" not in {name for base in type(value).__mro__[:-1] for name in vars(base)}
     if plain and isinstance(getattr(value, "__dict__", None), dict):
         return hasattr(value, "fileno")
+    return _raises(lambda: value.__reduce_ex__(4), TypeError)  # what Python says of locks, files and sockets
+
+
+def _raises(call: Callable[[], object], error: type[Exception]) -> bool:
     try:
-        value.__reduce_ex__(4)
-    except TypeError:  # what Python says of locks, files, generators and sockets
+        call()
+    except error:
         return True
     return False
 

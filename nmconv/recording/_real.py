@@ -49,7 +49,7 @@ def real_run(
         return torch.zeros(value.shape, dtype=value.dtype, device=device)
 
     args, kwargs = map_tensors((call.args, call.kwargs) if real is None else real, tensor)
-    made = real_copy(model)
+    made = real_copy(model).model
     made.train(call.training)
     listener = _Listener()
     wrap(made, is_leaf, listener.forwarded)

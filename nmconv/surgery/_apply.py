@@ -3,62 +3,30 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from nmconv.errors import PlanError, RewriteError
 from nmconv.graph import PLAIN_ACTS, is_activation, is_sequential
 from nmconv.planning import Plan, Site
-from nmconv.recording import shared_on_copy
 from nmconv.surgery._classes import Method, rewritten
 from nmconv.surgery._guard import MARK
 from nmconv.surgery._hoist import hoist_padding
-from nmconv.surgery._identity import identity_for
+from nmconv.surgery._identity import identity_for, keeps_something, passing
 from nmconv.surgery._rewrite import Edit, rewrite
-from nmconv.surgery._undo import restoring_children, restoring_class, set_children, undone_on_failure
-from nmconv.surgery._witness import Witness
 
-__all__ = ["Known", "Surgery", "copy_of", "outline_of"]
+__all__ = ["Known", "Surgery"]
 
 # Methods written before, and why others could not be: by owner and method, with the edit they are for.
 Known = dict[tuple[str, str], tuple[Edit, Method | RewriteError]]
-
-
-def copy_of(model: nn.Module, spare: Iterable[torch.Tensor | nn.Module] = ()) -> nn.Module:
-    """A deep copy, also where modules hold tensors that are no leaves of autograd (old-style weight norm).
-
-    What cannot be copied (locks, open files) is shared.
-
-    What is in ``spare`` is not copied: the copy will not keep it.
-    """
-    memo: dict[int, Any] = {id(value): value for value in (*spare, *shared_on_copy(model))}
-    for module in model.modules():
-        for value in module.__dict__.values():
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
-    return copy.deepcopy(model, memo)
-
-
-def outline_of(model: nn.Module) -> nn.Module:
-    """A copy of the modules alone: parameters and buffers are the model's own, for looking and not for running."""
-    tensors = (value for module in model.modules() for value in (*vars(module).values(), *_held(module)))
-    kept = (*(value for value in tensors if isinstance(value, torch.Tensor)), *shared_on_copy(model))
-    return copy.deepcopy(model, {id(value): value for value in kept})
-
-
-def _held(module: nn.Module) -> Iterator[Any]:
-    yield from module._parameters.values()
-    yield from module._buffers.values()
 
 
 class Surgery:
     """The changes one plan makes to one model: gathered, prepared, then made.
 
     Args:
-        model: Read only until :meth:`commit`.
+        model: A working copy; read only until :meth:`commit`.
         plan: Of this model.
         known: Methods that were written for the same edits before; new ones are added.
 
@@ -72,6 +40,7 @@ class Surgery:
         self._known = known
         self._edits: dict[tuple[str, str], Edit] = {}
         self._slots: list[tuple[nn.Module, str, nn.Module]] = []
+        self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
         self._added: list[tuple[nn.Module, str, nn.Module, str | None]] = []
         for site in plan.changes:
             self._take_out(site)
@@ -95,19 +64,12 @@ class Surgery:
         written = {where: self._known[where][1] for where in self._edits}
         return {where: made for where, made in written.items() if isinstance(made, RewriteError)}
 
-    def commit(self, witness: Witness | None = None) -> None:
-        """Make the changes and check them; if anything fails, undo them all.
-
-        Args:
-            witness: What the model did before, if that is to be checked.
+    def commit(self) -> None:
+        """Make the changes.
 
         Raises:
-            RewriteError: If a method cannot be written.
-            WitnessError: If the result does anything else than the plan says.
+            RewriteError: If a method cannot be written; nothing is changed then.
         """
-        if not self._plan.changes_any:
-            self._model.__dict__[MARK] = self._plan
-            return
         for error in self.failures().values():
             raise error
         methods: dict[str, tuple[Method, ...]] = {}
@@ -115,22 +77,17 @@ class Surgery:
             made = self._known[owner, name][1]
             assert isinstance(made, Method)
             methods[owner] = (*methods.get(owner, ()), made)
-        modules = {owner: self._model.get_submodule(owner) for owner in methods}
-        classes = [(modules[owner], rewritten(type(modules[owner]), found)) for owner, found in methods.items()]
-        with undone_on_failure() as undo:
-            for parent, slot, module in self._slots:
-                undo.append(restoring_children(parent))
-                parent._modules[slot] = module
-            for parent, name, module, behind in self._added:
-                undo.append(restoring_children(parent))
-                set_children(parent, _inserted(parent._modules, name, module, behind))
-            for module, cls in classes:
-                undo.append(restoring_class(module))
-                module.__class__ = cls
-            for hoist in self._plan.hoists:
-                hoist_padding(self._model, hoist, undo)
-            if witness is not None:
-                witness.check(self._model, self._plan)
+        for parent, slot, module in self._slots:
+            parent._modules[slot] = module
+        for parent, name, module, behind in self._added:
+            _insert(parent._modules, name, module, behind)
+        for module, cls in self._classes:
+            module.__class__ = cls
+        for owner, found in methods.items():
+            module = self._model.get_submodule(owner)
+            module.__class__ = rewritten(type(module), found)
+        for hoist in self._plan.hoists:
+            hoist_padding(self._model, hoist)
         self._model.__dict__[MARK] = self._plan
 
     def _take_out(self, site: Site) -> None:
@@ -141,7 +98,10 @@ class Surgery:
             if is_sequential(holder) and site.owner == parent:  # the call's number tells which slot
                 slots = [name for name, child in holder._modules.items() if child is act]
                 slot = slots[site.call - 1] if site.call <= len(slots) else slot
-            self._slots.append((holder, slot, identity_for(act, copies=site.copy)))
+            if keeps_something(act) and self._is_alone(act):
+                self._classes.append((act, passing(type(act), copies=site.copy)))
+            else:
+                self._slots.append((holder, slot, identity_for(act, copies=site.copy)))
         else:
             self._module(site.owner)
             self._edit(site.owner, site.method, site.takes).remove.append(site)
@@ -151,7 +111,7 @@ class Surgery:
     def _put(self, site: Site, act: nn.Module | None) -> None:
         place = site.place
         assert place is not None
-        moved: Any = PLAIN_ACTS[site.kind]() if act is None else copy.deepcopy(act)
+        moved: Any = PLAIN_ACTS[site.kind]() if act is None else copy.copy(act)
         if getattr(moved, "inplace", False):
             moved.inplace = False  # what it is applied to now may have other readers
         owner = self._module(place.owner)
@@ -165,6 +125,10 @@ class Surgery:
         self._added.append((owner, name, moved, place.op if place.how == "insert" else None))
         if place.how == "rewrite":
             self._edit(place.owner, place.method, place.takes).insert.append((place, name))
+
+    def _is_alone(self, act: nn.Module) -> bool:
+        """Whether the activation is in one slot only."""
+        return sum(child is act for module in self._model.modules() for child in module._modules.values()) == 1
 
     def _edit(self, owner: str, method: str, takes: str) -> Edit:
         return self._edits.setdefault((owner, method), Edit(takes))
@@ -182,11 +146,10 @@ class Surgery:
         return module
 
 
-def _inserted(children: dict[str, Any], name: str, module: nn.Module, behind: str | None) -> dict[str, Any]:
-    """The children with one more, behind another one or last."""
-    result: dict[str, Any] = {}
-    for key, child in children.items():
-        result[key] = child
-        if key == behind:
-            result[name] = module
-    return result if behind is not None else {**children, name: module}
+def _insert(children: dict[str, Any], name: str, module: nn.Module, behind: str | None) -> None:
+    """Add a child behind another one, or last."""
+    names = list(children)
+    later = names[names.index(behind) + 1 :] if behind is not None else []
+    children[name] = module
+    for key in later:
+        children[key] = children.pop(key)

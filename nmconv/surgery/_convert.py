@@ -14,10 +14,11 @@ from nmconv.errors import ModelTypeError, NoEffectWarning, NoSitesError, PlanErr
 from nmconv.graph import callable_methods, fingerprint, read, recordings_of
 from nmconv.planning import Keep, Options, Plan, Site, Structure, draw_up, listed
 from nmconv.recording import Recordings
-from nmconv.surgery._apply import Known, Surgery, copy_of, outline_of
+from nmconv.surgery._apply import Known, Surgery
 from nmconv.surgery._guard import check_examples, check_model, plan_of
 from nmconv.surgery._hoist import find_hoists
 from nmconv.surgery._witness import Witness
+from nmconv.surgery._working import WorkingCopy, outline_of
 
 __all__ = ["apply_plan", "check_flow", "convert", "get_plan", "make_plan"]
 
@@ -314,7 +315,8 @@ def _applied(model: nn.Module, plan: Plan, known: Known, inplace: bool, witness:
             NoEffectWarning,
             stacklevel=3,
         )
-    if not inplace:
-        model = copy_of(model)
-    Surgery(model, plan, known).commit(witness)
-    return model
+    work = WorkingCopy(model, inplace=inplace)
+    Surgery(work.model, plan, known).commit()
+    if witness is not None and plan.changes_any:
+        witness.check(work.model, plan)
+    return work.finish()

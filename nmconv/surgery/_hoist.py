@@ -24,7 +24,6 @@ from nmconv.graph import (
 )
 from nmconv.planning import Geometry, Hoist, Refusal, hoisted
 from nmconv.surgery._classes import Method, rewritten
-from nmconv.surgery._undo import Undo, restoring
 
 __all__ = ["find_hoists", "hoist_padding", "is_known", "pad", "padded_forward"]
 
@@ -82,8 +81,8 @@ def _hoist(part: list[tuple[str, Geometry]]) -> Iterator[Hoist]:
         yield Hoist(names, (), str(refusal))
 
 
-def hoist_padding(model: nn.Module, hoist: Hoist, undo: Undo) -> None:
-    """Set the paddings of one run; appends to ``undo`` what takes it back.
+def hoist_padding(model: nn.Module, hoist: Hoist) -> None:
+    """Set the paddings of one run.
 
     Raises:
         PlanError: If the model has no such convolutions.
@@ -100,7 +99,6 @@ def hoist_padding(model: nn.Module, hoist: Hoist, undo: Undo) -> None:
         told = (geometry.in_channels, geometry.out_channels, geometry.kernel, geometry.stride, geometry.dilation)
         if kept != (*told, geometry.groups):
             raise PlanError(f"{name!r} is another convolution than the one whose padding the plan moves")
-        undo.append(restoring(module))
         module.__dict__[BEFORE] = Padding(now.padding, now.mode, now.stages)
         _pad(module, geometry)
 

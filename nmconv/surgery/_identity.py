@@ -10,7 +10,7 @@ from torch import nn
 from nmconv.graph import hooks_of
 from nmconv.surgery._classes import Method, rewritten
 
-__all__ = ["Copy", "identity_for"]
+__all__ = ["Copy", "identity_for", "keeps_something", "passing"]
 
 
 class Copy(nn.Identity):
@@ -25,15 +25,21 @@ _KEEPS = Method("forward", "def forward(self, input):\n    return input\n")
 _COPIES = Method("forward", "def forward(self, input):\n    return input.clone()\n")
 
 
-def identity_for(act: nn.Module, *, copies: bool) -> nn.Module:
-    """A module to put in an activation's place.
+def keeps_something(act: nn.Module) -> bool:
+    """Whether an activation has parameters, buffers, hooks or children, which are to stay (a PReLU's weight)."""
+    return any(True for _ in act.state_dict()) or bool(hooks_of(act) or act._modules)
 
-    Mostly ``nn.Identity``. An activation with parameters, buffers or hooks keeps them (a PReLU's weight keeps its
-    ``state_dict`` key, unused): it stays an instance of its class whose forward does nothing.
-    """
-    if any(True for _ in act.state_dict()) or hooks_of(act) or act._modules:
+
+def passing(cls: type[nn.Module], *, copies: bool) -> type[nn.Module]:
+    """The class with a forward that does nothing, or copies."""
+    return rewritten(cls, (_COPIES if copies else _KEEPS,))
+
+
+def identity_for(act: nn.Module, *, copies: bool) -> nn.Module:
+    """A module to put in an activation's place: ``nn.Identity``, or one of its class that shares all that it has."""
+    if keeps_something(act):
         still = copy.copy(act)
-        still.__class__ = rewritten(type(act), (_COPIES if copies else _KEEPS,))
+        still.__class__ = passing(type(act), copies=copies)
         return still
     identity = Copy() if copies else nn.Identity()
     identity.training = act.training

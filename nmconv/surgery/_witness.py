@@ -68,12 +68,12 @@ class Witness:
                 if before.call.optional and isinstance(error, NmconvError):
                     continue  # it says so itself
                 found = Difference(f"it raises {type(error).__name__}: {error}")
-                raise self._error(before, result, found) from error
+                raise self._error(before, found) from error
             except NeedsData as asked:
-                raise self._error(before, result, Difference(f"it asks for other numbers: {asked}")) from asked
+                raise self._error(before, Difference(f"it asks for other numbers: {asked}")) from asked
             difference = compare(before, after, changes)
             if difference is not None:
-                raise self._error(before, result, difference)
+                raise self._error(before, difference)
 
     def broken(self, groups: Sequence[Group]) -> dict[str, str]:
         """From the heads of groups that are not one convolution in every recording to why."""
@@ -93,8 +93,8 @@ class Witness:
         """The same for one recording."""
         return broken_groups(run, changes_of(None, groups))
 
-    def _error(self, before: Recording, result: nn.Module, found: Difference) -> WitnessError:
-        if self._runs_otherwise(before, result):
+    def _error(self, before: Recording, found: Difference) -> WitnessError:
+        if self._runs_otherwise(before):
             text = "the model itself runs otherwise each time it is called, so that nothing can be checked"
         else:
             text = f"the result would not be what was asked for ({before.call.name}): {found.text}"
@@ -106,10 +106,8 @@ class Witness:
             found.second,
         )
 
-    def _runs_otherwise(self, before: Recording, result: nn.Module) -> bool:
-        """Whether the original itself does something else each time; not to be told once it is changed in place."""
-        if result is self._model:
-            return False
+    def _runs_otherwise(self, before: Recording) -> bool:
+        """Whether the original itself does something else each time."""
         again = record_again(self._model, before, is_leaf)
         return compare(before, again, changes_of(None)) is not None
 
