@@ -8,7 +8,7 @@ from torch import nn
 
 from nmconv.errors import PlanError
 from nmconv.merging import get_merges, groups_of
-from nmconv.surgery import Witness, check_examples, check_plain, get_plan
+from nmconv.surgery import Witness, carried_over, check_examples, check_plain, get_plan
 
 __all__ = ["verify"]
 
@@ -50,5 +50,6 @@ def verify(original: nn.Module, result: nn.Module, example_inputs: Any = None) -
         raise PlanError("the original was merged otherwise than the result: give what that was made from")
     merges = [merge for merges in rounds for merge in merges]
     closed = {name for merge in merges for name in merge.closed}
-    witness = Witness(original, example_inputs)
-    witness.check(result, plan if before is None else None, groups_of(*rounds), closed)
+    witness = Witness(original, example_inputs, call=None if plan is None else plan.call)
+    changes = None if plan is None or before is not None else carried_over(original, plan, witness.recordings).changes
+    witness.check(result, changes, groups_of(*rounds), closed)

@@ -51,8 +51,6 @@ class SiteLike(Protocol):
     def train_call(self) -> int | None: ...
     @property
     def modes(self) -> str: ...
-    @property
-    def inplace(self) -> bool: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +148,9 @@ def dropped(model: nn.Module, sites: Iterable[SiteLike]) -> Iterator[DropLog]:
             return False
         log.hits[found] += 1
         site = log.sites[found]
-        if site.inplace != inplace:
-            log.disagreements[found] = f"{_label(site)} says inplace={site.inplace}, the call has inplace={inplace}"
+        told = getattr(site, "inplace", inplace)
+        if told != inplace:
+            log.disagreements[found] = f"{_label(site)} says inplace={told}, the call has inplace={inplace}"
         return True
 
     with _Watch(drops):

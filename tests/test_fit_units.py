@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 import nmconv
-from nmconv.graph import residuals
+from nmconv.graph import copied_sums, flows_of, recordings_of, residuals
 from nmconv.planning import Branch, Sum
 
 torch.set_num_threads(1)
@@ -344,15 +344,16 @@ def block_net(block: nn.Module) -> nn.Module:
 def without_branch(net: nn.Module, label: str, kept: tuple[str, ...]) -> nmconv.Plan:
     """The plan written by hand: the block's own sum goes, its first or second operand stays."""
     (found,) = residuals(net, picture(4, 6, 6))
-    takes = found.branch.sum.takes
     convs = tuple(name for name, module in net.block.named_modules(prefix="block") if isinstance(module, nn.Conv2d))
     keep = found.branch.sum.keep
-    copy = label == "add_"  # torchvision's block overwrites the sum, here the stem's own output
-    branch = Branch(Sum("block", takes, label, 1, keep, copy), convs)
+    branch = Branch(Sum("block", label, 1, keep), convs)
     assert found.branch == branch
+    # torchvision's block overwrites the sum, here the stem's own output
+    copied = copied_sums(flows_of(net, recordings_of(net, picture(4, 6, 6))), [branch.sum])
+    assert copied == ({branch.sum} if label == "add_" else set())
     plan = nmconv.make_plan(net, "2:1")
     sites = tuple(
-        dataclasses.replace(site, action="keep" if site.id in kept else "gone", place=None) for site in plan.sites
+        dataclasses.replace(site, action="keep" if site.id in kept else "gone", behind="") for site in plan.sites
     )
     return dataclasses.replace(plan, sites=sites, hoists=(), branches=(branch,))
 

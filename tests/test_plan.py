@@ -550,7 +550,7 @@ PLANS = zoo_of_plans()
 @pytest.mark.parametrize("name", PLANS)
 def test_json_round_trip(name):
     plan = PLANS[name]
-    for text in (plan.to_json(), plan.to_json(indent=None), json.dumps(json.loads(plan.to_json()), sort_keys=True)):
+    for text in (plan.to_json(), json.dumps(json.loads(plan.to_json()), sort_keys=True)):
         again = Plan.from_json(text)
         assert again == plan
         assert hash(again) == hash(plan)
@@ -568,7 +568,7 @@ def test_a_plan_is_plain_frozen_data(name):
             assert type(value).__module__.startswith("nmconv.planning")
             with pytest.raises(dataclasses.FrozenInstanceError):
                 setattr(value, dataclasses.fields(value)[0].name, None)
-            value = tuple(getattr(value, field.name) for field in dataclasses.fields(value))
+            value = tuple(getattr(value, field.name) for field in dataclasses.fields(value) if field.compare)
         if isinstance(value, tuple):
             for part in value:
                 walk(part)
@@ -625,43 +625,27 @@ WRONG = (None, 7, -1.5, True, "nonsense", [], ["x"], {}, {"x": 1}, [None], [[1]]
 
 def _fits(field: str, good: Any, wrong: Any) -> bool:
     """Whether the wrong value is, by its type, one that the field could have."""
-    text = {
-        "model",
-        "fingerprint",
-        "flow",
-        "ratio",
-        "name",
-        "owner",
-        "method",
-        "takes",
-        "kind",
-        "role",
-        "reason",
-        "locked",
-    }
-    text |= {"op", "hint"}
-    if field in text:
+    if field in ("model", "fingerprint", "ratio", "name", "kind", "role", "reason", "hint"):
         return isinstance(wrong, str)
-    if field == "function":
-        return wrong is None or isinstance(wrong, str)
-    if field in ("chain", "unit", "train_call", "train_step"):
+    if field in ("chain", "unit", "train_call"):
         return wrong is None or type(wrong) is int
-    if field in ("call", "step", "convs") and not isinstance(good, list):
-        return type(wrong) is int
-    if field == "convs":
+    if field == "convs" and isinstance(good, list):
         return isinstance(wrong, list) and all(isinstance(part, str) for part in wrong)
-    if field in ("inplace", "copy"):
-        return isinstance(wrong, bool)
-    if field in ("sites", "untraced", "options"):
-        return wrong in ([], {})
-    return field == "place" and wrong in (None, [], {})
+    if field == "convs":
+        return type(wrong) is int
+    if field == "call":
+        return wrong is None
+    if field == "behind":
+        return isinstance(wrong, str) and bool(wrong)
+    return field in ("sites", "untraced", "options") and wrong == []
 
 
 def _damaged() -> list[tuple[str, str, Any]]:
     moved, untraced = (json.loads(PLANS[name].to_json()) for name in ("moved", "untraced"))
     found = [("plan", key, value) for key in moved if key != "nmconv_plan" for value in WRONG]
-    found += [("site", key, value) for key in moved["sites"][0] for value in WRONG]
-    found += [("place", key, value) for key in moved["sites"][1]["place"] for value in WRONG]
+    found += [("site", key, value) for key in moved["sites"][1] for value in WRONG]
+    found += [("call", key, value) for key in ("args", "kwargs") for value in WRONG]
+    found += [("tensor", key, value) for key in ("shape", "dtype") for value in WRONG]
     found += [("untraced", key, value) for key in untraced["untraced"][0] for value in WRONG]
     return found
 
@@ -669,10 +653,22 @@ def _damaged() -> list[tuple[str, str, Any]]:
 def _part(data: dict[str, Any], where: str) -> dict[str, Any]:
     return {
         "plan": lambda: data,
-        "site": lambda: data["sites"][0],
-        "place": lambda: data["sites"][1]["place"],
+        "site": lambda: data["sites"][1],
+        "call": lambda: data["call"],
+        "tensor": lambda: data["call"]["args"][0],
         "untraced": lambda: data["untraced"][0],
     }[where]()
+
+
+def _fits_a_call(field: str, wrong: Any) -> bool:
+    """The same within the call: arguments are lists of anything plain, and a dtype is looked up when it is needed."""
+    if field == "args":
+        return isinstance(wrong, list)
+    return (
+        (field == "kwargs" and wrong in ({}, {"x": 1}))
+        or (field == "shape" and wrong == [])
+        or (field == "dtype" and isinstance(wrong, str))
+    )
 
 
 def test_damaged_plans_are_refused():
@@ -681,7 +677,8 @@ def test_damaged_plans_are_refused():
     for where, field, value in _damaged():
         data = json.loads(PLANS["untraced" if where == "untraced" else "moved"].to_json())
         part = _part(data, where)
-        if _fits(field, part[field], value) or part[field] == value:
+        inside = where in ("call", "tensor")
+        if (_fits_a_call(field, value) if inside else _fits(field, part[field], value)) or part.get(field) == value:
             continue
         part[field] = value
         try:
@@ -696,13 +693,14 @@ def test_damaged_plans_are_refused():
 
 
 def test_damaged_plans_lack_nothing_and_have_nothing_more():
-    for where in ("plan", "site", "place", "untraced"):
+    usual = {"convs", "role", "chain", "unit", "call", "untraced"}  # what a site or a plan need not have
+    for where in ("plan", "site", "untraced"):
         text = PLANS["untraced" if where == "untraced" else "moved"].to_json()
         for key in _part(json.loads(text), where):
             data = json.loads(text)
             del _part(data, where)[key]
-            if key in ("place", "locked", "takes"):
-                continue  # these have defaults
+            if key in usual and (where, key) != ("plan", "convs"):
+                continue
             with pytest.raises(PlanError):
                 Plan.from_json(json.dumps(data))
         data = json.loads(text)
@@ -713,13 +711,104 @@ def test_damaged_plans_lack_nothing_and_have_nothing_more():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("action", "DROP"), ("action", ""), ("modes", "all"), ("how", "magic"), ("action", "move")],
+    [
+        *(("action", value) for value in ("DROP", "", "move")),
+        *(("site", value) for value in ("stem.1", "stem.1#x", "")),
+        ("modes", "all"),
+        ("behind", "stem.0"),
+        ("name", "stem.1"),
+        ("owner", "stem"),
+        ("locked", "it is so"),
+    ],
 )
 def test_words_that_no_plan_has(field, value):
     data = json.loads(PLANS["plain"].to_json())
+    assert data["sites"][0]["action"] == "drop"
     data["sites"][0][field] = value
     with pytest.raises(PlanError):
         Plan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"args": [{"shape": [10**12]}]},
+        {"args": [{"shape": [1] * 100}]},
+        {"args": [{"shape": [1.5]}]},
+        {"args": [{"shape": [1], "more": 1}]},
+        {"args": [{"tuple": 3}]},
+        {"args": [{"list": []}]},
+        {"args": [10**12]},
+        {"args": [[[[[[[[[[[[1]]]]]]]]]]]]},
+        {"args": [0] * 100},
+        {"args": [], "more": 1},
+    ],
+    ids=label,
+)
+def test_calls_that_no_model_has(call):
+    data = json.loads(PLANS["plain"].to_json())
+    with pytest.raises(PlanError):
+        Plan.from_json(json.dumps({**data, "call": call}))
+
+
+def test_a_call_says_what_it_was():
+    """What can be said of the arguments comes back; the model's own dtype is no part of it."""
+
+    class Called(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.r, self.b, self.s = conv(), nn.ReLU(), conv(), nn.ReLU()
+
+        def forward(self, x, pair, options, scale=1.0, mode="max", flag=None):
+            x = x + pair[1].to(x.dtype)[:, None, None, None]
+            return self.s(self.b(self.r(self.a(x)))) * options["size"][0] * scale
+
+    given = {"x": torch.zeros(2, 4, 8, 8), "pair": (3, torch.zeros(2, dtype=torch.int64)), "options": {"size": [1, 2]}}
+    given |= {"scale": 2.0, "mode": "min", "flag": True}
+    plan = nmconv.make_plan(Called(), "2:1", example_inputs=given)
+    again = Plan.from_json(plan.to_json())
+    assert again.call == plan.call and again == plan
+    assert json.loads(plan.to_json())["call"]["kwargs"]["x"] == {"shape": [2, 4, 8, 8]}
+    assert json.loads(plan.to_json())["call"]["kwargs"]["pair"]["tuple"][1] == {"shape": [2], "dtype": "int64"}
+    assert nmconv.get_plan(nmconv.apply_plan(Called(), again)) == plan  # no guess could call it
+    assert nmconv.get_plan(nmconv.apply_plan(Called().double(), again, witness=False)) == plan
+    more = dataclasses.replace(plan, call=None)
+    assert more == plan and hash(more) == hash(plan)
+    with pytest.raises(nmconv.OptionError):
+        nmconv.apply_plan(Called(), more)
+    assert nmconv.get_plan(nmconv.apply_plan(Called(), more, example_inputs=given)) == plan
+
+
+def test_example_inputs_win_over_the_call():
+    model = staged()
+    plan = nmconv.make_plan(model)
+    strange = dataclasses.replace(plan, call=nmconv.planning.Signature((nmconv.planning.TensorSpec((1, 9, 8, 8)),), {}))
+    with pytest.raises(PlanError, match=r"9, 8, 8.*what the plan says"):
+        nmconv.apply_plan(model, strange)
+    assert nmconv.get_plan(nmconv.apply_plan(model, strange, example_inputs=torch.zeros(1, 4, 8, 8))) == plan
+    odd = dataclasses.replace(
+        plan, call=nmconv.planning.Signature((nmconv.planning.TensorSpec((1, 4, 8, 8), "no"),), {})
+    )
+    with pytest.raises(PlanError, match="'no', which torch does not have"):
+        nmconv.apply_plan(model, odd)
+
+
+def test_a_page_that_people_read():
+    text = nmconv.make_plan(timm.create_model("resnet18"), "2:1").to_json()
+    assert len(text) < 6000
+    assert len([line for line in text.splitlines() if line.startswith('  {"site": ')]) == 17
+    edited = text.replace(
+        '{"site": "layer1.0.act1#1", "action": "drop"', '{"site": "layer1.0.act1#1", "action": "keep"'
+    )
+    assert edited != text
+    converted = nmconv.apply_plan(timm.create_model("resnet18"), Plan.from_json(edited))
+    assert isinstance(converted.layer1[0].act1, nn.ReLU) and isinstance(converted.layer1[1].act1, nn.Identity)
+
+
+def test_a_plan_of_an_older_version_names_both_versions_and_the_way_out():
+    old = json.dumps({"nmconv_plan": 4, "model": "Net"})
+    with pytest.raises(PlanError, match=r"version 4.*reads 5.*nmconv\.make_plan"):
+        Plan.from_json(old)
 
 
 def test_a_site_twice_is_damage():
@@ -732,29 +821,19 @@ def test_a_site_twice_is_damage():
 @pytest.mark.parametrize(
     ("name", "position", "changes"),
     [
-        ("plain", 0, {"name": "nowhere.relu", "owner": "nowhere"}),
-        ("plain", 0, {"name": "nowhere"}),
-        ("plain", 0, {"name": "stem.0"}),
-        ("plain", 0, {"name": ""}),
-        ("functional", 0, {"owner": "nowhere", "name": "nowhere"}),
-        ("functional", 0, {"method": "nothing"}),
-        ("functional", 0, {"takes": "{"}),
-        ("functional", 0, {"takes": "[]"}),
-        ("functional", 0, {"takes": "3"}),
-        ("functional", 0, {"call": 7, "step": 7}),
-        ("functional", 0, {"function": "silu"}),
-        (
-            "moved",
-            1,
-            {"place": {"owner": "nowhere", "method": "forward", "op": "x", "call": 1, "how": "insert", "takes": ""}},
-        ),
-        ("moved", 1, {"place": {"owner": "", "method": "forward", "op": "x", "call": 1, "how": "insert", "takes": ""}}),
-        ("moved", 1, {"place": {"owner": "", "method": "forward", "op": "x", "call": 1, "how": "slot", "takes": ""}}),
-        (
-            "moved",
-            1,
-            {"place": {"owner": "", "method": "forward", "op": "x", "call": 9, "how": "rewrite", "takes": ""}},
-        ),
+        ("plain", 0, {"site": "nowhere.relu#1"}),
+        ("plain", 0, {"site": "stem.0#1"}),
+        ("plain", 0, {"site": "#1"}),
+        ("plain", 0, {"site": "stem.1#1@nowhere"}),
+        ("plain", 0, {"site": "stem.1#7"}),
+        ("plain", 0, {"site": "stem.1#1(train)"}),
+        ("functional", 0, {"site": "nowhere:relu#1"}),
+        ("functional", 0, {"site": ":relu#7"}),
+        ("functional", 0, {"site": ":silu#1"}),
+        ("functional", 0, {"site": ":__class__#1"}),
+        ("moved", 1, {"behind": "nowhere"}),
+        ("moved", 1, {"behind": "0.0"}),
+        ("moved", 1, {"behind": "__class__"}),
     ],
     ids=str,
 )
@@ -817,7 +896,7 @@ def test_edit_of_a_moved_site_puts_it_back():
     assert site.action == "move"
     for action in ("keep", "drop"):
         new = plan.edit({site: action}).sites[1]
-        assert (new.action, new.place) == (action, None)
+        assert (new.action, new.behind) == (action, "")
 
 
 @pytest.mark.parametrize(
@@ -918,7 +997,6 @@ WIRINGS = {
     "another function": lambda self, x: F.silu(self.c3(F.silu(self.c2(F.silu(self.c1(x)))))),
     "another order": lambda self, x: F.relu(self.c1(F.relu(self.c2(F.relu(self.c3(x)))))),
     "a residual": lambda self, x: F.relu(self.c3(F.relu(self.c2(F.relu(self.c1(x)) + x)))),
-    "in-place": lambda self, x: F.relu_(self.c3(F.relu_(self.c2(F.relu_(self.c1(x)))))),
     "one more before": lambda self, x: F.relu(self.c3(F.relu(self.c2(F.relu(self.c1(F.relu(x))))))),
 }
 
@@ -932,6 +1010,17 @@ def test_a_plan_of_a_model_with_the_same_children_but_another_forward(wiring):
     with pytest.raises(PlanError):
         nmconv.apply_plan(model, plan, inplace=True)
     assert untouched(model) == before
+
+
+def test_a_plan_of_a_model_that_overwrites_what_the_other_copies():
+    """How an activation is called is found anew in each model, and is no part of a plan."""
+    plain = _wired(lambda self, x: F.relu(self.c3(F.relu(self.c2(F.relu(self.c1(x)))))))
+    other = _wired(lambda self, x: F.relu_(self.c3(F.relu_(self.c2(F.relu_(self.c1(x)))))))
+    plan = nmconv.make_plan(plain, "3:1")
+    assert nmconv.make_plan(other, "3:1") == plan
+    other.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 4, 8, 8)
+    assert torch.equal(nmconv.apply_plan(other, plan).eval()(x), nmconv.apply_plan(plain, plan).eval()(x))
 
 
 @pytest.mark.parametrize(
@@ -992,7 +1081,7 @@ def test_the_fingerprint_ignores_timms_classifier(name):
         reset.reset_classifier(11)
     for model in (other, none, reset):
         new = nmconv.make_plan(model)
-        assert (new.fingerprint, new.flow) == (plan.fingerprint, plan.flow)
+        assert new.fingerprint == plan.fingerprint
         assert nmconv.get_plan(nmconv.apply_plan(model, plan, inplace=True)) == plan
 
 
@@ -1007,7 +1096,7 @@ def test_the_fingerprint_ignores_torchvisions_classifier(name):
     with torch.device("meta"):
         one, two = (torchvision.models.get_model(name, num_classes=count, **options) for count in (5, 9))
     one, two = nmconv.make_plan(one), nmconv.make_plan(two)
-    assert (one.fingerprint, one.flow) == (two.fingerprint, two.flow)
+    assert one.fingerprint == two.fingerprint
 
 
 def test_a_reset_classifier_after_conversion_keeps_the_conversion():
@@ -1140,27 +1229,6 @@ def test_every_error_has_one_base():
     assert issubclass(NoEffectWarning, Warning)
 
 
-def test_nothing_in_a_plan_becomes_code():
-    """Keyword names in a site's ``takes`` stand in the source that is written: what is no name is refused."""
-
-    class Called(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
-
-        def forward(self, x, **kwargs):
-            return torch.relu(self.b(torch.relu(self.a(x))))
-
-    model = nn.Sequential(Called())
-    plan = nmconv.make_plan(model, "2:1")
-    for name in ("q = 1)\rraise SystemExit\rdef late(self):\r    dict(w", "a b", "lambda", "", "1"):
-        takes = json.dumps([["T"], {name: 1}])
-        sites = tuple(dataclasses.replace(site, takes=takes) if site.action == "drop" else site for site in plan.sites)
-        forged = nmconv.Plan.from_json(dataclasses.replace(plan, sites=sites).to_json())
-        with pytest.raises(nmconv.RewriteError, match="no names"):
-            nmconv.apply_plan(model, forged)
-
-
 def test_a_merged_model_is_not_converted():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU()).eval()
     merged = nmconv.merge(model)
@@ -1168,31 +1236,3 @@ def test_a_merged_model_is_not_converted():
         nmconv.convert(merged, "2:1")
     with pytest.raises(nmconv.AlreadyConvertedError, match="merged already"):
         nmconv.make_plan(nn.Sequential(merged), "2:1")
-
-
-def test_a_plan_runs_no_method_that_no_forward_calls():
-    """Rewriting traces the method that a site names: one that saves, loads or erases must not run for a plan's sake."""
-    ran = []
-
-    class Called(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
-
-        def forward(self, x):
-            return torch.relu(self.b(torch.relu(self.a(x))))
-
-        def restore(self, x):
-            ran.append(x)
-            return torch.relu(torch.relu(x))
-
-    model = nn.Sequential(Called())
-    plan = nmconv.make_plan(model, "2:1")
-    for method in ("restore", "requires_grad_", "__init__", "no_such"):
-        sites = tuple(
-            dataclasses.replace(site, method=method) if site.action == "drop" else site for site in plan.sites
-        )
-        forged = nmconv.Plan.from_json(dataclasses.replace(plan, sites=sites).to_json())
-        with pytest.raises(nmconv.PlanError, match="which no forward of this model calls"):
-            nmconv.apply_plan(model, forged)
-    assert not ran

@@ -15,6 +15,7 @@ import warnings
 
 import pytest
 import torch
+from calls import calls_of
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from oracle import assert_same, dropped, record
@@ -442,6 +443,7 @@ def quiet(function, *args, **kwargs):
 
 def same_calls(model, plan):
     """The plan names the calls that are really made, each once, in each mode."""
+    calls = calls_of(model, plan)
     for training in (False, True):
         with record(model) as entries:
             run(model, training)
@@ -454,7 +456,7 @@ def same_calls(model, plan):
                 site.owner,
                 names[site.name],
                 site.train_call if training and site.modes == "both" else site.call,
-                site.inplace,
+                calls[site.id].inplace,
                 site.function,
             )
             for site in plan.sites
@@ -522,7 +524,8 @@ def check(source, ratio, keep, chosen, inplace):
     assert_same([run(idle, training) for training in (False, True)], untouched, "1:1")
     sites = [site for site in plan.sites if site.action != "skip" and not site.locked]
     event(f"droppable sites: {min(len(sites), 6)}")
-    event(f"copies: {sum(site.copy for site in sites) > 0}")
+    calls = calls_of(model, plan, picture())
+    event(f"copies: {sum(calls[site.id].copy for site in sites) > 0}")
     for gone in ([True] * len(sites), chosen):
         edits = {site.id: "drop" if drop else "keep" for site, drop in zip(sites, gone, strict=False)}
         edited = plan.edit(edits)
@@ -531,7 +534,7 @@ def check(source, ratio, keep, chosen, inplace):
         except nmconv.RewriteError as error:
             event("an edit that cannot be written")
             assert any(reason in str(error) for reason in REFUSED), error
-            swaps = {site.id: "keep" for site in sites if site.how == "rewrite"}
+            swaps = {site.id: "keep" for site in sites if calls[site.id].how == "rewrite"}
             edited = edited.edit(swaps)
         holds(model, edited, inplace)
 

@@ -21,6 +21,7 @@ from typing import Generic, TypeVar
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import calls_of
 from oracle import assert_same, dropped, record
 from torch import Tensor, nn
 from torch.nn.functional import relu as imported_relu
@@ -766,18 +767,16 @@ def test_a_helper_method_with_something_that_is_no_tensor(given):
         return self.relu(self.c(self.part(x, x if given else None, 2)))
 
     model = net(forward, methods={"part": part}, **convs("a", "b", "c"), relu=nn.ReLU())
-    converted, _plan = everything(model)
+    converted, plan = everything(model)
+    calls = calls_of(model, plan, picture())
     x = picture()  # and on its own, whatever it is called with, it is right or says no
     for skip in (x, None):
         try:
             found = converted.part(x, skip, 2)
         except nmconv.RewriteError:
             continue
-        y = (
-            model.b(x)
-            if any(site.method == "part" for site in nmconv.get_plan(converted).changes)
-            else F.relu(model.b(x))
-        )
+        gone = any(calls[site.id].method == "part" for site in nmconv.get_plan(converted).changes)
+        y = model.b(x) if gone else F.relu(model.b(x))
         assert_same(found, (y if skip is None else y + skip) * 2)
 
 
@@ -885,8 +884,9 @@ def test_generic_classes_and_properties():
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
-def copies(plan):
-    return [site.copy for site in plan.sites if site.action != "skip"]
+def copies(model, plan):
+    calls = calls_of(model, plan, picture())
+    return [calls[site.id].copy for site in plan.sites if site.action != "skip"]
 
 
 def test_no_copy_where_nobody_else_reads():
@@ -897,7 +897,7 @@ def test_no_copy_where_nobody_else_reads():
 
     model = net(forward, **convs("a", "b", "c"), bn=nn.BatchNorm2d(4), relu1=nn.ReLU(), relu2=nn.ReLU())
     plan, _ = every_subset(model, count=3)
-    assert copies(plan) == [False, False, False]
+    assert copies(model, plan) == [False, False, False]
 
 
 def test_no_copy_where_an_inplace_relu_follows_and_nobody_else_reads():
@@ -907,8 +907,9 @@ def test_no_copy_where_an_inplace_relu_follows_and_nobody_else_reads():
         y += x
         return F.relu_(y)
 
-    plan, _ = every_subset(net(forward, **convs("a", "b")), count=2)
-    assert copies(plan) == [False, False]
+    model = net(forward, **convs("a", "b"))
+    plan, _ = every_subset(model, count=2)
+    assert copies(model, plan) == [False, False]
 
 
 def overwriting(how):
@@ -1060,7 +1061,7 @@ def test_the_identity_copies_where_the_value_is_read_again_after_a_change(how):
     site = next(site for site in droppable(plan) if site.convs == ("a",))
     converted = faithful(model, plan.edit({site.id: "drop"}), picture())
     assert len(nmconv.get_plan(converted).changes) == 1
-    assert site.copy == (how != "none")
+    assert calls_of(model, plan, picture())[site.id].copy == (how != "none")
 
 
 def test_a_write_that_nobody_reads_by_its_own_name():
@@ -1559,8 +1560,9 @@ def test_calls_that_run_in_training_first_do_not_shift_the_others():
         model(picture())
     for site in plan.sites:
         call = site.train_call if site.modes == "both" else site.call
-        assert entries[call - 1].inplace == site.inplace, site
-        assert (site.modes == "train") == site.inplace
+        inplace = calls_of(model, plan, picture())[site.id].inplace
+        assert entries[call - 1].inplace == inplace, site
+        assert (site.modes == "train") == inplace
     for site in droppable(plan):
         faithful(model, plan.edit({site.id: "drop"}), picture())
 
@@ -2416,12 +2418,18 @@ MODES += ["another_order", "aux", "behind_a_child"]
 def test_the_plan_names_every_call_once_in_each_mode(how):
     model = both_modes(how)
     plan = planned(model)
+    calls = calls_of(model, plan, picture())
     for training in (False, True):
         with record(model.train(training)) as entries:
             model(picture())
         real = [(entry.owner, entry.name or entry.owner, entry.call, entry.inplace) for entry in entries]
         found = [
-            (site.owner, site.name, site.train_call if training and site.modes == "both" else site.call, site.inplace)
+            (
+                site.owner,
+                site.name,
+                site.train_call if training and site.modes == "both" else site.call,
+                calls[site.id].inplace,
+            )
             for site in plan.sites
             if site.modes in ("both", "train" if training else "eval") and "never calls it" not in site.reason
         ]

@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import zoo
+from calls import calls_of
 from nets import conv, convs, expect, net, norms, relus, rows, skipped
 from torch import nn
 
 import nmconv
+from nmconv.graph import read, recordings_of
+from nmconv.planning import changes_of
 
 SIGMOIDS = {
     "module": nn.Sigmoid(),
@@ -94,8 +97,7 @@ def test_every_activation_module_is_a_site(act):
     def forward(self, x):
         return self.a2(self.c2(self.act(self.c1(x))))
 
-    plan = expect(net(forward, **convs("c1 c2"), act=act, a2=nn.ReLU()), "act drop c1 A0 post \n a2 keep c2 A0 post")
-    assert plan.sites[0].inplace == getattr(act, "inplace", False)
+    expect(net(forward, **convs("c1 c2"), act=act, a2=nn.ReLU()), "act drop c1 A0 post \n a2 keep c2 A0 post")
 
 
 def test_a_subclass_of_an_activation_is_a_site():
@@ -169,9 +171,11 @@ def test_every_functional_form_is_a_site(form):
     def forward(self, x):
         return function(self.c2(function(self.c1(x))))
 
-    plan = expect(net(forward, **convs("c1 c2")), f":{name}#1 drop c1 A0 post \n :{name}#2 keep c2 A0 post")
+    model = net(forward, **convs("c1 c2"))
+    plan = expect(model, f":{name}#1 drop c1 A0 post \n :{name}#2 keep c2 A0 post")
+    calls = calls_of(model, plan)
     for site in plan.sites:
-        assert (site.function, site.kind, site.inplace, site.name) == (name, kind, inplace, "")
+        assert (site.function, site.kind, calls[site.id].inplace, site.name) == (name, kind, inplace, "")
 
 
 @pytest.mark.parametrize("prelu", [F.prelu, torch.prelu, lambda x, slope: x.prelu(slope)], ids=["F", "torch", "method"])
@@ -1491,7 +1495,9 @@ def test_relocate_makes_a_true_unit_of_an_inverted_residual():
     """
     plan = expect(model, text, "3:1", relocate=True, convs=7)
     assert plan.counts.activations_after == 3
-    one, two = plan.sites[1].place, plan.sites[3].place
+    assert [plan.sites[at].behind for at in (1, 3)] == ["0.c3", "1.c3"]
+    structure = read(model, recordings_of(model, both_sizes=False))
+    one, two = (change.place for change in changes_of(plan, structure).made if change.place is not None)
     # behind the add of the first block, behind the norm of the second
     assert (one.owner, one.op, one.call) in {("0", "add", 1), ("", "0", 1)}
     assert (two.owner, two.op, two.call) in {("1", "n3", 1), ("", "1", 1)}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nmconv.errors import FitError, OptionError
+from nmconv.errors import FitError, OptionError, PlanError
 from nmconv.fitting._data import Images, check_finite, home_of, read_images
 from nmconv.fitting._divergence import Loss, NotFiniteError, Outputs, check_loss, divergence, outputs_of
 from nmconv.fitting._factors import Factors
@@ -20,10 +20,10 @@ from nmconv.fitting._samples import Samples
 from nmconv.fitting._solve import RIDGES, Answer, solved
 from nmconv.fitting._units import Unit, Units, left_out
 from nmconv.fitting._watch import Watch
-from nmconv.graph import fingerprint
+from nmconv.graph import recordings_of
 from nmconv.merging import get_merges, groups_of
-from nmconv.planning import Kernel, Refusal, shrunk
-from nmconv.surgery import Witness, WorkingCopy, check_plain, get_plan
+from nmconv.planning import Kernel, Plan, Refusal, shrunk
+from nmconv.surgery import Witness, WorkingCopy, carried_over, check_plain, get_plan
 
 __all__ = ["fit", "fit_units", "get_fit"]
 
@@ -108,11 +108,7 @@ def fit(
         raise FitError(f"this {type(model).__name__} was merged or fitted: fit what nmconv.apply_plan returned")
     if get_plan(reference) is not None or model is reference:
         raise FitError("the reference was converted itself: give the model as it was before nmconv.convert")
-    if fingerprint(reference) != plan.fingerprint:
-        raise FitError(
-            f"the reference is another model: a {type(reference).__name__} with fingerprint {fingerprint(reference)}; "
-            f"this {type(model).__name__} was made of a {plan.model} with {plan.fingerprint}"
-        )
+    _check_reference(reference, plan)
     if home_of(reference) != home_of(model):
         where, told = (" in ".join(map(str, home_of(each))) for each in (reference, model))
         raise FitError(f"the reference is on {where}, and the model on {told}: move one to the other with .to()")
@@ -126,6 +122,14 @@ def fit(
             seen.check(result, None, groups_of(*get_merges(result)))
     result.__dict__[_MARK] = report
     return work.finish()
+
+
+def _check_reference(reference: nn.Module, plan: Plan) -> None:
+    linear = dict(plan.options).get("linear") == "True"
+    try:
+        carried_over(reference, plan, recordings_of(reference, both_sizes=False, linear=linear, call=plan.call))
+    except (PlanError, OptionError) as error:
+        raise FitError(f"the reference is another model than the one that was converted: {error}") from error
 
 
 def _seen(model: nn.Module, images: Images) -> Witness:

@@ -13,7 +13,7 @@ from nmconv.errors import OptionError
 from nmconv.fitting._moments import Line, Rows
 from nmconv.fitting._norms import is_kept, pass_through
 from nmconv.fitting._units import Unit
-from nmconv.graph import hooks_of, steps_of
+from nmconv.graph import hooks_of, steps_of, takes_in
 from nmconv.merging import (
     Affine,
     Merge,
@@ -82,7 +82,8 @@ class Merged:
         kept = [name for name in behind if is_kept(model.get_submodule(name), geometry.out_channels)]
         self._norm = kept[-1] if kept else ""
         self._composed = Affine(geometry, affine.weight.detach(), bias.detach())
-        _, self._failed = write_methods(model, [self._record(geometry)])
+        self._takes = takes_in(unit.elements)
+        _, self._failed = write_methods(model, [self._record(geometry)], self._takes)
         for error in self._failed.values():
             raise Refusal(str(error))
 
@@ -115,7 +116,7 @@ class Merged:
             if pass_through(self._model.get_submodule(self._norm), mean, variance.flatten()):
                 removed = tuple(name for name in made.removed if name != self._norm)
                 made = replace(made, norm=self._norm, removed=removed)
-        methods, _ = write_methods(self._model, [made])
+        methods, _ = write_methods(self._model, [made], self._takes)
         install(self._model, [made], {made.head: self.conv(size, line, made.trainable)}, methods)
         return made
 

@@ -1,11 +1,21 @@
 """Reading models: from an ``nn.Module`` to chains of convolutions and their activations. Changes nothing."""
 
-from nmconv.graph._analysis import Called
-from nmconv.graph._branches import Residual, residuals
-from nmconv.graph._callable import callable_methods
+from nmconv.graph._analysis import Called, flows_of
+from nmconv.graph._branches import Residual, copied_sums, residuals
+from nmconv.graph._call import signature_of
 from nmconv.graph._chance import chance_restored
 from nmconv.graph._choices import chosen_by
-from nmconv.graph._elements import Element, Join, LinearRun, Step, elements_from, steps_of, text_of, without_end
+from nmconv.graph._elements import (
+    Element,
+    Join,
+    LinearRun,
+    Step,
+    elements_from,
+    steps_of,
+    takes_in,
+    text_of,
+    without_end,
+)
 from nmconv.graph._fingerprint import fingerprint
 from nmconv.graph._geometry import BEFORE, PADS, Padding, averages, before_hoisting, check_hooks, geometry_of, norm_of
 from nmconv.graph._method import Method, MethodTrace, trace_methods
@@ -16,6 +26,7 @@ from nmconv.graph._records import UnknownNumber
 from nmconv.graph._runs import linear_runs
 from nmconv.graph._shapes import Shapes, shapes_of
 from nmconv.graph._structure import read
+from nmconv.graph._takes import takes_by_forward
 from nmconv.graph._tracer import MethodTracer
 from nmconv.graph._ways import NORM, SUM, Hop, Spot, Ways
 from nmconv.graph._zoo import has_plain_weight, is_frozen_norm, is_norm_act, pads_same
@@ -47,12 +58,13 @@ __all__ = [
     "act_kind",
     "averages",
     "before_hoisting",
-    "callable_methods",
     "chance_restored",
     "check_hooks",
     "chosen_by",
+    "copied_sums",
     "elements_from",
     "fingerprint",
+    "flows_of",
     "geometry_of",
     "has_plain_weight",
     "hooks_of",
@@ -71,7 +83,10 @@ __all__ = [
     "recordings_of",
     "residuals",
     "shapes_of",
+    "signature_of",
     "steps_of",
+    "takes_by_forward",
+    "takes_in",
     "text_of",
     "trace_methods",
     "without_end",

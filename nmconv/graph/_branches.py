@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -12,11 +13,10 @@ from nmconv.graph._analysis import Called, flows_of
 from nmconv.graph._flow import Flow
 from nmconv.graph._ops import Op
 from nmconv.graph._recordings import recordings_of
-from nmconv.graph._takes import takes_of
 from nmconv.graph._ways import Spot, is_plain_sum, spot_of
 from nmconv.planning import Branch, Sum
 
-__all__ = ["Residual", "residuals"]
+__all__ = ["Residual", "copied_sums", "residuals"]
 
 
 @dataclass(frozen=True)
@@ -57,22 +57,30 @@ def _of_flow(flow: Flow) -> tuple[Residual, ...]:
             convs = tuple(nodes[at].name for at in sorted(inside) if nodes[at].op is Op.CONV)
             if not convs:
                 continue
-            path = node.frame.path
-            takes = "" if path in flow.odd else takes_of(frame for frame in flow.frames if frame.path == path)
             acts = tuple(
                 ((act.frame.path, act.name, act.function), act.call)
                 for at in sorted(inside)
                 if (act := nodes[at].act) is not None
             )
-            summed = Sum(path, takes, node.label, node.number, keep)
+            summed = Sum(node.frame.path, node.label, node.number, keep)
             found.append(Residual(Branch(summed, convs), acts, spot_of(flow, node), node.index))
             break
-    kept = {part.position: nodes[part.position].inputs[part.branch.sum.keep] for part in found}
-    copies = sums_must_copy(flow, kept)
-    return tuple(
-        replace(part, branch=replace(part.branch, sum=replace(part.branch.sum, copy=part.position in copies)))
-        for part in found
-    )
+    return tuple(found)
+
+
+def copied_sums(flows: Iterable[Flow], sums: Iterable[Sum]) -> frozenset[Sum]:
+    """Those sums of a model in whose place a copy of the operand must be left, lest two readers share memory."""
+    wanted = {(each.owner, each.label, each.number): each for each in sums}
+    found: set[Sum] = set()
+    for flow in flows if wanted else ():
+        kept = {}
+        for node in flow.nodes:
+            each = None if node.frame is None else wanted.get((node.frame.path, node.label, node.number))
+            if each is not None and is_plain_sum(node) and len(node.inputs) == 2:
+                kept[node.index] = each
+        copies = sums_must_copy(flow, {at: flow.nodes[at].inputs[each.keep] for at, each in kept.items()})
+        found |= {kept[at] for at in copies}
+    return frozenset(found)
 
 
 def _between(start: int, end: int, nodes: Any, readers: list[list[int]], reader: int) -> set[int]:

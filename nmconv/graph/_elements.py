@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-__all__ = ["Element", "Join", "LinearRun", "Step", "elements_from", "steps_of", "text_of", "without_end"]
+__all__ = ["Element", "Join", "LinearRun", "Step", "elements_from", "steps_of", "takes_in", "text_of", "without_end"]
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ class Join:
     Attributes:
         branches: The operands, each a sequence of elements; an empty one is the value itself.
         owner: Qualified name of the module whose forward adds.
-        takes: The structure of that forward's arguments.
         label: What the addition is called there.
         number: Which call of that label it is, from 1.
+        takes: The structure of that forward's arguments, where that is known.
         why: Why the owner's forward cannot be rewritten, or "".
     """
 
     branches: tuple[tuple[Element, ...], tuple[Element, ...]]
     owner: str
-    takes: str
     label: str
     number: int
+    takes: str = ""
     why: str = ""
 
     @property
@@ -95,6 +95,17 @@ def steps_of(elements: Iterable[Element]) -> Iterator[Step]:
                 yield from steps_of(branch)
 
 
+def takes_in(elements: Iterable[Element]) -> dict[str, str]:
+    """Of each module whose forward makes a sum of a run, the structure of that forward's arguments."""
+    found: dict[str, str] = {}
+    for element in elements:
+        if isinstance(element, Join):
+            found[element.owner] = element.takes
+            for branch in element.branches:
+                found |= takes_in(branch)
+    return found
+
+
 def without_end(elements: Sequence[Element]) -> Sequence[Element]:
     """The elements up to the last one that does something in eval mode."""
     end = len(elements)
@@ -115,7 +126,7 @@ def _plain(elements: Iterable[Element]) -> list[Any]:
             found.append([element.kind, element.name])
         else:
             branches = [_plain(branch) for branch in element.branches]
-            found.append([element.owner, element.takes, element.label, element.number, *branches])
+            found.append([element.owner, element.label, element.number, *branches])
     return found
 
 
@@ -137,8 +148,8 @@ def _elements(parts: Any) -> tuple[Element, ...]:
         if len(part) == 2 and part[0] in ("conv", "norm", "pad", "drop", "pass") and isinstance(part[1], str):
             found.append(Step(part[0], part[1]))
             continue
-        owner, takes, label, number, one, two = part
-        if [type(value) for value in (owner, takes, label, number)] != [str, str, str, int]:
+        owner, label, number, one, two = part
+        if [type(value) for value in (owner, label, number)] != [str, str, int]:
             raise TypeError("a sum of another form")
-        found.append(Join((_elements(one), _elements(two)), owner, takes, label, number))
+        found.append(Join((_elements(one), _elements(two)), owner, label, number))
     return tuple(found)

@@ -1,4 +1,4 @@
-"""A model's structure in one short text: the same for any weights, dtype, device, mode and classifier."""
+"""A model's structure in one short text: the same for any weights, sizes, dtype, device, mode and classifier."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from torch import nn
 from nmconv.graph import _zoo
 from nmconv.graph._modules import act_kind, is_conv, leaf_op
 from nmconv.graph._ops import Op
+from nmconv.planning import Structure
 
 __all__ = ["fingerprint"]
 
 _SHOWN = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Hash of the names, kinds and extents of all convolutions and activations, the classifier's left out."""
+def fingerprint(model: nn.Module, structure: Structure) -> str:
+    """Hash of names, kinds and extents of all convolutions and activations, and of what the forward does with them.
+
+    The classifier is left out.
+    """
     classifier = _zoo.classifier_names(model)
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(structure.digest().encode())
     for name, module in model.named_modules(remove_duplicate=False):
         if any(name == head or name.startswith(f"{head}.") for head in classifier):
             continue

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from nmconv.errors import OptionError
+from nmconv.errors import OptionError, PlanError
+from nmconv.graph._call import inputs_from
 from nmconv.graph._modules import is_conv, leaf_op
 from nmconv.graph._ops import Op
 from nmconv.graph._zoo import default_input_size, takes_list_of_images
+from nmconv.planning import Signature
 from nmconv.recording import Inputs, Recordings, Spec, given_inputs, guessed_inputs, record
 
 __all__ = ["inputs_of", "is_leaf", "recordings_of"]
@@ -22,10 +24,15 @@ def is_leaf(module: nn.Module) -> bool:
     return leaf_op(module) is not None
 
 
-def inputs_of(model: nn.Module, example_inputs: Any) -> list[Inputs]:
-    """What the model is called with: what the user gave, or guesses to try in turn; none without a layer to go by."""
+def inputs_of(model: nn.Module, example_inputs: Any, call: Signature | None = None) -> list[Inputs]:
+    """What the model is called with: what the user gave, else what a plan says, else guesses to try in turn.
+
+    None without a layer to go by.
+    """
     if example_inputs is not None:
         return [given_inputs(example_inputs)]
+    if call is not None:
+        return [inputs_from(model, call)]
     if takes_list_of_images(model):
         return [Inputs(([Spec((3, 224, 224), torch.float32)],), {})]
     return guessed_inputs(model, default_input_size(model), _first_layer(model))
@@ -52,6 +59,7 @@ def recordings_of(
     both_sizes: bool = True,
     choices: bool = False,
     methods: Mapping[str, Any] | None = None,
+    call: Signature | None = None,
 ) -> Recordings:
     """Record a model in eval and train mode, at two sizes, and in each context that its code asks for.
 
@@ -62,16 +70,19 @@ def recordings_of(
         both_sizes: Whether at another size and in the contexts, too.
         choices: Whether with other truth values and enum members, and at its other entry points, too.
         methods: Further methods, and example inputs of each.
+        call: What a plan says that it is called with: instead of a guess.
 
-    Raises: as :func:`nmconv.recording.record` does.
+    Raises: as :func:`nmconv.recording.record` does; a PlanError where it cannot be called as ``call`` says.
     """
     given = {name: given_inputs(value) for name, value in (methods or {}).items()}
     first: OptionError | None = None
-    for inputs in inputs_of(model, example_inputs):
+    for inputs in inputs_of(model, example_inputs, call):
         try:
             return record(model, inputs, is_leaf, both_sizes=both_sizes, choices=choices, methods=given)
         except OptionError as error:
             first = first or error
+    if first is not None and example_inputs is None and call is not None:
+        raise PlanError(f"{first} (that is what the plan says that its model is called with)") from first
     if first is not None and (linear or example_inputs is not None or any(map(is_conv, model.modules()))):
         raise first
     return Recordings()

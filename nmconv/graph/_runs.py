@@ -157,7 +157,7 @@ class _Finder:
         one, two = (tuple(part.elements) if part is not None else () for part in parts)
         if not any(step.kind == "conv" for step in steps_of((*one, *two))):
             return None
-        join = Join((one, two), frame.path, self._takes(frame), node.label, node.number, self._why(node))
+        join = Join((one, two), frame.path, node.label, node.number, self._takes(frame), self._why(node))
         nodes = [index for part in parts if part is not None for index in part.nodes] + [node.index]
         inside = set(nodes)
         value = _going(values, source)

@@ -97,7 +97,9 @@ class _Builder:
             if mode == "eval":
                 self._note_stages(flow)
                 self.steps += [
-                    (node.op.name, node.name) for node in flow.nodes if node.op in _STEPS and flow.main[node.index]
+                    (node.op.name, "" if node.module is None else node.name)
+                    for node in flow.nodes
+                    if node.op in _STEPS and flow.main[node.index]
                 ]
             for act in ownership.leading:
                 self.leading.setdefault(keys[act], "stands before a chain and belongs to no convolution")

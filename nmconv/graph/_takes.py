@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import keyword
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from nmconv.errors import RewriteError
-from nmconv.graph._flow import Frame
+from nmconv.graph._flow import Flow, Frame
 from nmconv.graph._records import Arguments, UnknownNumber, UnknownTensor
 from nmconv.recording import Spec
 
-__all__ = ["arguments_from", "takes_of"]
+__all__ = ["arguments_from", "takes_by_forward", "takes_of"]
 
 _TENSOR = "T"
 _NUMBER = "N"
@@ -33,6 +33,16 @@ def takes_of(calls: Iterable[Frame | Arguments]) -> str:
     except (TypeError, IndexError):
         return ""
     return json.dumps(common)
+
+
+def takes_by_forward(flows: Sequence[Flow], owners: Iterable[str]) -> dict[str, str]:
+    """For each of some modules, by qualified name, :func:`takes_of` all calls of its forward."""
+    odd = frozenset[str]().union(*(flow.odd for flow in flows))
+    frames = [frame for flow in flows for frame in flow.frames]
+    return {
+        owner: "" if owner in odd else takes_of(frame for frame in frames if frame.path == owner)
+        for owner in dict.fromkeys(owners)
+    }
 
 
 def _common(one: Any, other: Any) -> Any:

@@ -15,7 +15,7 @@ from nmconv.planning import Plan, from_plain
 __all__ = ["KEY", "Content", "from_text", "to_text"]
 
 KEY = "nmconv"  # in the file's metadata
-_FORMAT = 5  # 1 had merges without `norm`, 2 geometries without `pooled`, 3 merges without `guards`
+_FORMAT = 6
 _LONGEST = 2**24  # characters; a model of a thousand sites takes less than one million
 
 

@@ -1,4 +1,4 @@
-"""Whether what a file says is about this model: every name is looked up, none is evaluated."""
+"""Whether the merges that a file tells of can be made of this model: every name is looked up, none is evaluated."""
 
 from __future__ import annotations
 
@@ -7,39 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from nmconv.graph import Op, averages, elements_from, fingerprint, is_norm_act, leaf_op, steps_of
+from nmconv.graph import Op, averages, elements_from, is_norm_act, leaf_op, steps_of
 from nmconv.io._problems import Damaged, Foreign
 from nmconv.merging import Merge
-from nmconv.planning import Geometry, Plan
+from nmconv.planning import Geometry
 
-__all__ = ["check_merges", "check_plan"]
+__all__ = ["check_merges"]
 
 _REMOVABLE = (Op.CONV, Op.NORM, Op.PAD, Op.DROP)
 Modules = Mapping[str, nn.Module]
-
-
-def check_plan(model: nn.Module, plan: Plan) -> None:
-    """Check that a plan is for a model of this structure, and names only what is in it.
-
-    Raises:
-        Foreign: If not.
-    """
-    if fingerprint(model) != plan.fingerprint:
-        raise Foreign(f"it was saved from a {plan.model} of another structure than this {type(model).__name__}")
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for site in plan.changes:
-        _module(modules, site.owner)
-        _module(modules, site.name)
-        if site.place is not None:
-            _module(modules, site.place.owner)
-    for hoist in plan.hoists:
-        for name in hoist.convs:
-            _conv(modules, name)
-    for kernel in plan.kernels:
-        for name in kernel.convs:
-            _conv(modules, name)
-    for branch in plan.branches:
-        _module(modules, branch.sum.owner)
 
 
 def check_merges(model: nn.Module, merges: Sequence[Merge]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from nmconv.errors import FileError, WitnessError
+from nmconv.errors import FileError, PlanError, WitnessError
+from nmconv.graph import flows_of, recordings_of, takes_by_forward
 from nmconv.io._check import check_content
 from nmconv.io._content import from_text
 from nmconv.io._file import File, opened
@@ -15,7 +17,7 @@ from nmconv.io._problems import Damaged, Foreign, Unread
 from nmconv.io._replay import replay
 from nmconv.io._state import fill, sources_of, state_of
 from nmconv.merging import groups_of
-from nmconv.surgery import Witness, WorkingCopy, check_examples, check_model
+from nmconv.surgery import Witness, WorkingCopy, carried_over, check_examples, check_model
 
 __all__ = ["load"]
 
@@ -39,7 +41,7 @@ def load(
     Args:
         model: As it was before it was converted and merged: built by the same code, with any weights.
         path: What :func:`nmconv.save` wrote.
-        example_inputs: What the model is called with, as for :func:`nmconv.convert`.
+        example_inputs: What the model is called with, as for :func:`nmconv.convert`. None: what its plan was made with.
         inplace: Change ``model`` itself instead of a copy. A second copy of its weights is kept meanwhile, so that it
             is as it was if anything fails.
         witness: Record the model's own run before and after, on the meta device, as :func:`nmconv.convert` does.
@@ -80,14 +82,31 @@ def load(
 def _loaded(model: nn.Module, file: File, inplace: bool, example_inputs: Any, witness: bool) -> WorkingCopy:
     content = from_text(file.text)
     check_content(content)
-    changes = content.plan is not None or bool(content.merges)
-    seen = Witness(model, example_inputs) if witness and changes else None
+    plan, groups = content.plan, groups_of(*content.merges)
+    linear = plan is not None and dict(plan.options).get("linear") == "True"
+    call = None if plan is None else plan.call
+    owners = [addition.owner for group in groups for _, addition in group.sums]
+    seen, recordings, carried = None, None, None
+    takes: Mapping[str, str] = {}
+    try:
+        if witness and (plan is not None or content.merges):
+            seen = Witness(model, example_inputs, linear=linear, call=call)
+            recordings = seen.recordings
+        elif plan is not None or owners:
+            recordings = recordings_of(model, example_inputs, both_sizes=False, linear=linear, call=call)
+        if plan is not None and recordings is not None:
+            carried = carried_over(model, plan, recordings)
+    except PlanError as error:
+        raise Foreign(f"{error}") from error
+    if recordings is not None and owners:
+        flows = [flow for training in (False, True) for flow in flows_of(model, recordings, training=training)]
+        takes = takes_by_forward(flows, owners)
     work = WorkingCopy(model, inplace=inplace, numbers=True)
-    homes = replay(work.model, content, None if seen is None else seen.recordings)
+    homes = replay(work.model, content, carried, takes)
     sources = sources_of(state_of(work.model), file, content.aliases)
     if seen is not None:
         closed = {name for merges in content.merges for merge in merges for name in merge.closed}
-        seen.check(work.model, content.plan, groups_of(*content.merges), closed)
+        seen.check(work.model, None if carried is None else carried.changes, groups, closed)
     fill(work.model, file, sources, homes)
     return work
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from nmconv.errors import NmconvError, NoEffectWarning
+from nmconv.errors import NmconvError
 from nmconv.io._content import Content
-from nmconv.io._fit import check_merges, check_plan
+from nmconv.io._fit import check_merges
 from nmconv.io._problems import Damaged, Foreign
 from nmconv.merging import (
     Merge,
@@ -24,37 +23,32 @@ from nmconv.merging import (
     write_methods,
 )
 from nmconv.planning import Refusal
-from nmconv.recording import Recordings
-from nmconv.surgery import apply_plan, check_flow
+from nmconv.surgery import Carried, change
 
 __all__ = ["Homes", "replay"]
 
 Homes = dict[nn.Module, torch.device]  # where the parameters of a merged convolution belong
 
 
-def replay(model: nn.Module, content: Content, recordings: Recordings | None) -> Homes:
+def replay(model: nn.Module, content: Content, carried: Carried | None, takes: Mapping[str, str]) -> Homes:
     """Convert and merge the model in place. What is merged stands on the meta device: nothing is allocated.
 
     Args:
-        model: Pristine.
+        model: A working copy of a pristine one.
         content: What is to be done.
-        recordings: Of the model, if its data flow is to be compared with the plan's.
+        carried: Its plan, carried over to the model.
+        takes: Of each module whose forward makes a sum that goes, the structure of that forward's arguments.
 
     Raises:
         Foreign, Damaged: If it cannot be done on this model, which is then left half changed.
     """
     homes: Homes = {}
     try:
-        if content.plan is not None:
-            check_plan(model, content.plan)
-            if recordings is not None:
-                check_flow(model, content.plan, recordings)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", NoEffectWarning)
-                apply_plan(model, content.plan, inplace=True, witness=False)
+        if content.plan is not None and carried is not None:
+            change(model, content.plan, carried)
         for merges in content.merges:
             check_merges(model, merges)
-            _merge(model, merges, homes)
+            _merge(model, merges, takes, homes)
     except (Damaged, Foreign):
         raise
     except (NmconvError, Refusal, ValueError) as error:  # this model is not the one that it was made for
@@ -62,8 +56,8 @@ def replay(model: nn.Module, content: Content, recordings: Recordings | None) ->
     return homes
 
 
-def _merge(model: nn.Module, merges: Sequence[Merge], homes: Homes) -> None:
-    methods, failed = write_methods(model, merges)
+def _merge(model: nn.Module, merges: Sequence[Merge], takes: Mapping[str, str], homes: Homes) -> None:
+    methods, failed = write_methods(model, merges, takes)
     for error in failed.values():
         raise error
     convs: dict[str, nn.Module] = {}

@@ -87,10 +87,8 @@ class _Places:
         self.walk(node.branches[keep])
         gone = join.branches[1 - keep]
         self.removed += [step.name for step in steps_of(gone) if step.kind != "pass"]
-        self.sums += [
-            Sum(inner.owner, inner.takes, inner.label, inner.number, 0) for inner in _sums_in(gone, join.owner)
-        ]
-        self.sums.append(Sum(join.owner, join.takes, join.label, join.number, keep))
+        self.sums += [Sum(inner.owner, inner.label, inner.number, 0) for inner in _sums_in(gone, join.owner)]
+        self.sums.append(Sum(join.owner, join.label, join.number, keep))
 
 
 def _sums_in(elements: Iterable[Element], owner: str) -> Iterator[Join]:
@@ -103,12 +101,20 @@ def _sums_in(elements: Iterable[Element], owner: str) -> Iterator[Join]:
                 yield element
 
 
-def write_methods(model: nn.Module, merges: Sequence[Merge]) -> tuple[dict[str, Any], dict[str, RewriteError]]:
-    """The forwards that the merges' additions are taken out of, by owner; and why others cannot be written."""
+def write_methods(
+    model: nn.Module, merges: Sequence[Merge], takes: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, RewriteError]]:
+    """The forwards that the merges' additions are taken out of, by owner; and why others cannot be written.
+
+    Args:
+        model: Read only.
+        merges: Of it.
+        takes: Of each such owner, the structure of its forward's arguments.
+    """
     edits: dict[tuple[str, str], Edit] = {}
     for merge in merges:
         for addition in merge.sums:
-            edit = edits.setdefault((addition.owner, "forward"), Edit(addition.takes))
+            edit = edits.setdefault((addition.owner, "forward"), Edit(takes.get(addition.owner, "")))
             edit.sums.append(addition)
     made: dict[str, Any] = {}
     failed: dict[str, RewriteError] = {}

@@ -22,6 +22,7 @@ from nmconv.graph import (
     leaf_op,
     linear_runs,
     steps_of,
+    takes_in,
 )
 from nmconv.merging._algebra import Affine
 from nmconv.merging._asking import get_merges
@@ -249,6 +250,7 @@ class _Merging:
         self._refused: dict[str, str] = {}  # owners of sums whose forward cannot be rewritten
         recordings = None if witness is None or baked else witness.recordings
         self._found = linear_runs(model, example_inputs=example_inputs, recordings=recordings, pools=True)
+        self._takes = takes_in(element for run in self._found for element in run.elements)
         self._seen = SeenRuns(witness)
         self._seen.look_at([self._nodes(run) for run in self._found])
         self.runs = [self._nodes(run) for run in self._found]
@@ -321,7 +323,7 @@ class _Merging:
             self._merges = [
                 record(segment, trains(self._named, _names(segment)), self._live) for segment in self.segments
             ]
-            self._methods, failed = write_methods(self._model, self._merges)
+            self._methods, failed = write_methods(self._model, self._merges, self._takes)
             if not failed:
                 return
             self._refused |= {owner: str(error) for owner, error in failed.items()}

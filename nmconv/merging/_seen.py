@@ -128,4 +128,4 @@ def _sums(elements: Iterable[Element]) -> Iterator[Sum]:
         if isinstance(element, Join):
             for branch in element.branches:
                 yield from _sums(branch)
-            yield Sum(element.owner, element.takes, element.label, element.number, 0)
+            yield Sum(element.owner, element.label, element.number, 0)

@@ -1,5 +1,6 @@
 """Ratios, chains, plans: what is decided, as plain data. Nothing here knows torch."""
 
+from nmconv.planning._changes import Change, Changes, changes_of
 from nmconv.planning._geometry import (
     Geometry,
     Refusal,
@@ -13,18 +14,21 @@ from nmconv.planning._geometry import (
     shrunk,
     taps_kept,
 )
-from nmconv.planning._plain import from_plain
+from nmconv.planning._plain import from_plain, to_plain
 from nmconv.planning._plan import Branch, Counts, Hoist, Kernel, Plan, Site, Sum
 from nmconv.planning._planner import Options, draw_up
 from nmconv.planning._policies import Keep, Unit
 from nmconv.planning._ratio import Ratio
 from nmconv.planning._selection import listed
+from nmconv.planning._signature import Signature, TensorSpec, to_signature
 from nmconv.planning._structure import Activation, Chain, Item, Place, Structure, Untraced
 
 __all__ = [
     "Activation",
     "Branch",
     "Chain",
+    "Change",
+    "Changes",
     "Counts",
     "Geometry",
     "Hoist",
@@ -36,12 +40,15 @@ __all__ = [
     "Plan",
     "Ratio",
     "Refusal",
+    "Signature",
     "Site",
     "Stage",
     "Structure",
     "Sum",
+    "TensorSpec",
     "Unit",
     "Untraced",
+    "changes_of",
     "composed",
     "diagonal",
     "draw_up",
@@ -53,4 +60,6 @@ __all__ = [
     "padded",
     "shrunk",
     "taps_kept",
+    "to_plain",
+    "to_signature",
 ]

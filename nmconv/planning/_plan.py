@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from nmconv.errors import PlanError
-from nmconv.planning._geometry import Geometry
-from nmconv.planning._plain import from_plain
-from nmconv.planning._structure import Place, Untraced
+from nmconv.planning._plain import checked, from_plain, lines_of, to_plain
+from nmconv.planning._signature import Signature
+from nmconv.planning._structure import Untraced, call_id
 from nmconv.planning._table import table
 
 __all__ = ["Branch", "Counts", "Hoist", "Kernel", "Plan", "Site", "Sum"]
 
-_VERSION = 4
+_VERSION = 5
+_ID = re.compile(r"(?P<name>.*?)(:(?P<function>\w+))?#(?P<call>\d{1,9})(@(?P<owner>.*?))?(?P<train>\(train\))?")
 
 
 @dataclass(frozen=True)
@@ -25,51 +28,37 @@ class Site:
         name: Qualified name of the activation module; for a functional call, of the module whose forward makes it.
         function: None for a module; else the kind of function (``relu``, ``gelu``, ...), in-place or not alike.
         owner: Qualified name of the module whose own forward makes the call ("" is the model itself).
-        method: The method of ``owner`` that makes the call, mostly ``forward``.
         call: Which call of this module (or of this kind of function) it is within one forward of ``owner``, from 1,
             in eval mode; in train mode for a site that runs in training only.
         train_call: The same in train mode; None if the call is made in eval mode only.
-        step: Like ``call``, but counted within ``method`` alone.
-        train_step: The same in train mode.
-        takes: Where ``how`` is ``rewrite``: the structure of the arguments ``method`` is called with, as JSON.
         modes: ``both``, ``eval`` or ``train``: when the call is made.
         kind: The activation's name, such as ``ReLU``.
+        action: ``keep``, ``drop``, ``move`` (kept, but at the unit's end), ``gone`` (with the branch that makes the
+            call), or ``skip`` (no site).
+        reason: Why, in words.
         convs: Qualified names of the convolution that owns it (several where parallel ones are summed).
         role: How it is reached: ``post``, ``residual``, ``gated``, ``parallel``, ``pre``, ``leading``, or "".
         chain: Number of the chain, from 0, or None.
         unit: Number of the unit within the chain, from 0, or None.
-        action: ``keep``, ``drop``, ``move`` (kept, but at the unit's end), ``gone`` (with the branch that makes the
-            call), or ``skip`` (no site).
-        reason: Why, in words.
-        inplace: Whether the call overwrites its input.
-        copy: Whether the identity that replaces it must copy, lest two readers share memory.
-        how: ``swap`` if replacing a submodule is enough, ``rewrite`` if the owner's method must be.
+        behind: Qualified name of the convolution behind which it moves: behind its norm and residual add, too.
         locked: Why it cannot be dropped, or "".
-        place: Where a moved activation goes.
     """
 
     name: str
     function: str | None
     owner: str
-    method: str
     call: int
     train_call: int | None
-    step: int
-    train_step: int | None
-    takes: str
     modes: str
     kind: str
-    convs: tuple[str, ...]
-    role: str
-    chain: int | None
-    unit: int | None
     action: str
     reason: str
-    inplace: bool
-    copy: bool
-    how: str
+    convs: tuple[str, ...] = ()
+    role: str = ""
+    chain: int | None = None
+    unit: int | None = None
+    behind: str = ""
     locked: str = ""
-    place: Place | None = None
 
     @property
     def is_real(self) -> bool:
@@ -79,11 +68,34 @@ class Site:
     @property
     def id(self) -> str:
         """What names it in :meth:`Plan.edit`: ``layer1.0.relu#2``, or ``Mixed_5b.branch1x1:relu#1``, one of a kind."""
-        function = f":{self.function}" if self.function else ""
-        train = "(train)" if self.modes == "train" else ""
-        # a call through another module than the one that holds it says who calls
-        caller = "" if self.function or self.name.rpartition(".")[0] == self.owner else f"@{self.owner}"
-        return f"{self.name}{function}#{self.call}{caller}{train}"
+        return call_id(self.name, self.function, self.call, self.owner, self.modes)
+
+    def to_row(self) -> dict[str, Any]:
+        """What stands in a plan's JSON: its id for what the id tells, and nothing that is usual."""
+        usual = {"name": None, "function": None, "owner": None, "call": None}
+        if self.train_call == (None if self.modes == "eval" else self.call):
+            usual["train_call"] = None
+        if self.modes != "eval":
+            usual["modes"] = None
+        usual["reason"] = None
+        row = {"site": self.id, "action": self.action, "kind": self.kind, **to_plain(self, without=usual)}
+        return {**row, "reason": self.reason}
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any], where: str) -> Site:
+        """Read what :meth:`to_row` wrote."""
+        text = row.get("site")
+        found = _ID.fullmatch(text) if isinstance(text, str) else None
+        if found is None:
+            raise ValueError(f"{where}: {text!r} is no site's id, such as 'layer1.0.relu#1'")
+        name, function, call = found["name"], found["function"], int(found["call"])
+        owner = found["owner"] if found["owner"] is not None else name if function else name.rpartition(".")[0]
+        modes = "train" if found["train"] else row.get("modes", "both")
+        told = {"name": name, "function": function, "owner": owner, "call": call, "modes": modes}
+        rest = {key: value for key, value in row.items() if key != "site"}
+        if (found["train"] and "modes" in rest) or rest.keys() & told.keys() - {"modes"}:
+            raise TypeError(f"{where} says twice what its id says")
+        return cls(**checked(cls, {"train_call": None if modes == "eval" else call, **rest, **told}, where))
 
 
 @dataclass(frozen=True)
@@ -92,12 +104,10 @@ class Hoist:
 
     Attributes:
         convs: Qualified names of its convolutions, in order.
-        geometries: What each of them is afterwards; empty where nothing moves.
         why: Why the padding stays where it is, or "".
     """
 
     convs: tuple[str, ...]
-    geometries: tuple[Geometry, ...]
     why: str = ""
 
 
@@ -124,19 +134,15 @@ class Sum:
 
     Attributes:
         owner: Qualified name of the module whose forward adds.
-        takes: The structure of that forward's arguments, as JSON.
         label: What the addition is called there.
         number: Which call of that label it is, from 1.
         keep: Position of the operand that stays.
-        copy: Whether a copy of it must take the sum's place, lest two readers share memory that one of them overwrites.
     """
 
     owner: str
-    takes: str
     label: str
     number: int
     keep: int
-    copy: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,8 +175,8 @@ class Plan:
 
     Attributes:
         model: Class name of the model.
-        fingerprint: Identifies the model's structure (not weights, dtype, device, mode or classifier).
-        flow: Identifies the data flow that was found in it.
+        fingerprint: Identifies the model's structure and what its forward does with it; the same for any weights,
+            sizes, dtype, device, mode and classifier.
         ratio: The ratio asked for, as text.
         options: The other options that were given, as (name, text) pairs.
         convs: Convolutions on the main path in eval mode, parallel ones counted once.
@@ -179,11 +185,12 @@ class Plan:
         hoists: Linear runs whose padding moves to their first convolution (``hoist_padding=True``).
         kernels: Linear runs, or parts of them, that :func:`nmconv.fit` makes one convolution of.
         branches: Residual branches that go.
+        call: What the model was called with when the plan was made, or None if that cannot be put into words. Two plans
+            that differ in it only are equal.
     """
 
     model: str
     fingerprint: str
-    flow: str
     ratio: str
     options: tuple[tuple[str, str], ...]
     convs: int
@@ -192,6 +199,7 @@ class Plan:
     hoists: tuple[Hoist, ...] = ()
     kernels: tuple[Kernel, ...] = ()
     branches: tuple[Branch, ...] = ()
+    call: Signature | None = field(default=None, compare=False)
 
     def __deepcopy__(self, memo: object) -> Plan:
         return self  # nothing in it can change
@@ -278,7 +286,7 @@ class Plan:
                 raise PlanError(f"{name} cannot be dropped: {site.locked}")
             wanted[name] = action
         sites = tuple(
-            replace(site, action=wanted[site.id], reason="edited by hand", place=None) if site.id in wanted else site
+            replace(site, action=wanted[site.id], reason="edited by hand", behind="") if site.id in wanted else site
             for site in self.sites
         )
         # A run in which an action changes is another run: its padding stays where it was, its convolutions apart.
@@ -310,20 +318,28 @@ class Plan:
             raise PlanError(f"{error}") from error
         return plan
 
-    def to_json(self, *, indent: int | None = 1) -> str:
-        """The plan as versioned JSON text."""
-        return json.dumps({"nmconv_plan": _VERSION, **asdict(self)}, indent=indent)
+    def to_json(self) -> str:
+        """The plan as versioned JSON text: a line a site, for people to read and to edit.
+
+        Example:
+            >>> from torch import nn
+            >>> import nmconv
+            >>> plan = nmconv.make_plan(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()))
+            >>> nmconv.Plan.from_json(plan.to_json()) == plan
+            True
+        """
+        return lines_of({"nmconv_plan": _VERSION, **to_plain(self)})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Read what :meth:`to_json` wrote.
+        """Read what :meth:`to_json` wrote, or what somebody made of it by hand.
 
         Raises:
             PlanError: If the text is no plan, or one of another version.
         """
         try:
             data = json.loads(text)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise PlanError(f"this is no plan: {error}; give the text that Plan.to_json returned") from error
         if not isinstance(data, dict) or "nmconv_plan" not in data:
             raise PlanError("this JSON is no nmconv plan; give the text that Plan.to_json returned")
@@ -335,28 +351,27 @@ class Plan:
         try:
             plan: Plan = from_plain(cls, data)
             _check(plan)
-        except (TypeError, ValueError) as error:
-            raise PlanError(f"a damaged plan ({error}): make it anew with nmconv.make_plan") from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise PlanError(
+                f"a damaged plan ({error}): undo what was edited by hand, or make it anew with nmconv.make_plan"
+            ) from error
         return plan
 
 
 def _check(plan: Plan) -> None:
-    """Refuse values that no plan of ours has, with ValueError: a plan is applied as it stands."""
+    """Refuse values that no plan of ours has, with ValueError."""
     for site in plan.sites:
         known = (
             (site.action, ("keep", "drop", "move", "gone", "skip")),
             (site.modes, ("both", "eval", "train")),
-            (site.how, ("swap", "rewrite")),
-            (site.place.how if site.place else "slot", ("rewrite", "insert", "slot")),
         )
         for value, allowed in known:
             if value not in allowed:
                 raise ValueError(f"{site.name}: {value!r} is none of {', '.join(allowed)}")
-        if (site.action == "move") != (site.place is not None):
-            raise ValueError(f"{site.name}: a place without a move, or a move without a place")
-    for hoist in plan.hoists:
-        if not hoist.why and len(hoist.convs) != len(hoist.geometries):
-            raise ValueError(f"{len(hoist.geometries)} geometries for {len(hoist.convs)} convolutions")
+        if (site.action == "move") != bool(site.behind):
+            raise ValueError(f"{site.id}: 'behind' goes with the action 'move', and with no other")
+        if site.action == "drop" and site.locked:
+            raise ValueError(f"{site.id} cannot be dropped: {site.locked}")
     taken = [conv for kernel in plan.kernels for conv in kernel.convs]
     for kernel in plan.kernels:
         numbers = kernel.size.split("x")

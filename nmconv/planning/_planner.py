@@ -27,7 +27,6 @@ class Options:
     include: str | Iterable[str] = "*"
     exclude: str | Iterable[str] = ()
     linear: bool = False
-    examples: bool = False
     hoist: bool = False
 
     def check(self) -> None:
@@ -48,7 +47,6 @@ class Options:
             "include": _text(self.include),
             "exclude": _text(self.exclude),
             "linear": self.linear,
-            "example_inputs": "given" if self.examples else "none",
             "hoist_padding": self.hoist,
         }
         return tuple((name, str(value)) for name, value in values.items())
@@ -81,7 +79,6 @@ def draw_up(
     return Plan(
         model=structure.model,
         fingerprint=fingerprint,
-        flow=structure.digest(),
         ratio=rules.text,
         options=options.texts(),
         convs=convs,
@@ -99,23 +96,12 @@ def _bare(activation: Activation) -> Site:
         name=activation.name,
         function=activation.function,
         owner=activation.owner,
-        method=activation.method,
         call=activation.call,
         train_call=activation.train_call,
-        step=activation.step,
-        train_step=activation.train_step,
-        takes=activation.takes,
         modes=activation.modes,
         kind=activation.kind,
-        convs=(),
-        role="",
-        chain=None,
-        unit=None,
         action="skip",
         reason=activation.skip or "no convolution next to it",
-        inplace=activation.inplace,
-        copy=activation.copy,
-        how=activation.how,
     )
 
 
@@ -133,7 +119,7 @@ def _for_all(one: Site, other: Site) -> Site:
     if one.action == other.action:
         return one
     kept = one if one.action == "keep" else other
-    return replace(kept, action="keep", place=None, reason=f"{kept.reason}; one decision for all calls of it")
+    return replace(kept, action="keep", behind="", reason=f"{kept.reason}; one decision for all calls of it")
 
 
 def _decide(
@@ -156,7 +142,7 @@ def _decide(
 
 def _kept(site: Site, chain: int, unit: int | None, item: Item, reason: str) -> Site:
     return replace(
-        site, action="keep", reason=reason, chain=chain, unit=unit, role=item.role, convs=item.convs, place=None
+        site, action="keep", reason=reason, chain=chain, unit=unit, role=item.role, convs=item.convs, behind=""
     )
 
 
@@ -204,4 +190,4 @@ def _relocated(site: Site, last: Item, pre: bool, share: str, movable: bool) -> 
     if site.locked or last.end is None or not movable:
         why = site.locked or last.end_reason or "it has parameters, whose names would change"
         return replace(site, reason=f"{share}; it stays in its place: {why}")
-    return replace(site, action="move", place=last.end, reason=f"{share}, at the unit's end")
+    return replace(site, action="move", behind=last.convs[0], reason=f"{share}, at the unit's end")

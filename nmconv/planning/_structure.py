@@ -5,7 +5,16 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-__all__ = ["Activation", "Chain", "Item", "Place", "Structure", "Untraced"]
+__all__ = ["Activation", "Chain", "Item", "Place", "Structure", "Untraced", "call_id"]
+
+
+def call_id(name: str, function: str | None, call: int, owner: str, modes: str) -> str:
+    """What names an activation call: ``layer1.0.relu#2``, or ``Mixed_5b.branch1x1:relu#1``, one of a kind."""
+    kind = f":{function}" if function else ""
+    train = "(train)" if modes == "train" else ""
+    # a call through another module than the one that holds it says who calls
+    caller = "" if function or name.rpartition(".")[0] == owner else f"@{owner}"
+    return f"{name}{kind}#{call}{caller}{train}"
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,24 @@ class Place:
 class Activation:
     """One call of an elementwise activation.
 
-    The attributes are those of :class:`nmconv.Site`; ``skip`` is the reason why it is no site, or "".
+    Attributes:
+        name: Qualified name of the activation module; for a functional call, of the module whose forward makes it.
+        function: None for a module; else the kind of function (``relu``, ``gelu``, ...), in-place or not alike.
+        owner: Qualified name of the module whose own forward makes the call ("" is the model itself).
+        method: The method of ``owner`` that makes the call, mostly ``forward``.
+        call: Which call of this module (or of this kind of function) it is within one forward of ``owner``, from 1,
+            in eval mode; in train mode for a call that is made in training only.
+        train_call: The same in train mode; None if the call is made in eval mode only.
+        step: Like ``call``, but counted within ``method`` alone.
+        train_step: The same in train mode.
+        takes: Where ``how`` is ``rewrite``: the structure of the arguments ``method`` is called with, as JSON.
+        modes: ``both``, ``eval`` or ``train``: when the call is made.
+        kind: The activation's name, such as ``ReLU``.
+        inplace: Whether the call overwrites its input.
+        copy: Whether the identity that replaces it must copy, lest two readers share memory.
+        how: ``swap`` if replacing a submodule is enough, ``rewrite`` if the owner's method must be.
+        movable: Whether it can be called elsewhere.
+        skip: Why it is no site, or "".
     """
 
     name: str
@@ -67,6 +93,11 @@ class Activation:
     how: str
     movable: bool
     skip: str = ""
+
+    @property
+    def id(self) -> str:
+        """As of :class:`nmconv.Site`."""
+        return call_id(self.name, self.function, self.call, self.owner, self.modes)
 
 
 @dataclass(frozen=True)
@@ -112,7 +143,8 @@ class Structure:
             count in (-1: it never does); empty where there is none.
         untraced: Parts that do not run in one of the modes.
         classifier: Names of modules that depend on the number of classes.
-        steps: What the forward does in eval mode, step by step: convolutions, norms, activations, sums and products.
+        steps: What the forward does in eval mode, step by step: kinds of convolutions, norms, activations, sums and
+            products, and names of those that are modules.
     """
 
     model: str
@@ -140,4 +172,4 @@ class Structure:
         if index is None:
             return None
         act = self.activations[index]
-        return act.owner, act.name, act.function, act.call, act.train_call, act.kind, act.inplace, act.copy, act.how
+        return act.id, act.train_call, act.kind

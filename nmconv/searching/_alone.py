@@ -30,7 +30,6 @@ from nmconv.fitting import (
 from nmconv.graph import Spot
 from nmconv.planning import Kernel, Refusal, shrunk, taps_kept
 from nmconv.searching._candidates import Network, Segment
-from nmconv.surgery import apply_plan
 
 __all__ = ["Alone", "Measured"]
 
@@ -114,7 +113,7 @@ class Alone:
         Raises:
             Refusal: If it cannot be refitted, and why.
         """
-        model = apply_plan(self._network.model, self._network.plan_of([(segment, "")]), witness=False)
+        model = self._network.converted(self._network.plan_of([(segment, "")]))
         units = fit_units(model, self._network.model, self._images)
         refused = [unit.why for unit in units if not unit.form]
         if refused:

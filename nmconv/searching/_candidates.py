@@ -11,10 +11,21 @@ from torch import nn
 
 from nmconv.errors import NoSitesError, RewriteError
 from nmconv.fitting import Unit, sizes_asked
-from nmconv.graph import PLAIN_ACTS, Element, Join, Residual, Ways, linear_runs, residuals, shapes_of, steps_of
+from nmconv.graph import (
+    PLAIN_ACTS,
+    Element,
+    Join,
+    Residual,
+    Ways,
+    linear_runs,
+    recordings_of,
+    residuals,
+    shapes_of,
+    steps_of,
+)
 from nmconv.merging import Node, interior_geometry, nodes_of
 from nmconv.planning import Branch, Geometry, Kernel, Plan, Refusal, Site, shrunk
-from nmconv.surgery import apply_plan, make_plan, outline_of
+from nmconv.surgery import carried_over, change, copy_of, make_plan, outline_of
 
 __all__ = ["Block", "Network", "Segment"]
 
@@ -126,7 +137,9 @@ class Network:
         }
         if not free:
             raise NoSitesError(f"no activation of this {type(model).__name__} can be dropped")
-        self.linear = apply_plan(outline_of(model), self.plan.edit(free), inplace=True, witness=False)
+        self._recordings = recordings_of(model, example_inputs, both_sizes=False)
+        self.linear = outline_of(model)
+        self._change(self.linear, self.plan.edit(free))
         runs = linear_runs(self.linear, example_inputs=example_inputs)
         shapes = shapes_of(model, example_inputs)
         self.order = {name: at for at, name in enumerate(shapes.convs)}
@@ -166,6 +179,15 @@ class Network:
             for site in self.plan.sites
         )
         return replace(self.plan, sites=changed, kernels=tuple(kernels), branches=tuple(branches))
+
+    def converted(self, plan: Plan) -> nn.Module:
+        """A copy of the model, converted by one of its plans, unchecked."""
+        made = copy_of(self.model)
+        self._change(made, plan)
+        return made
+
+    def _change(self, made: nn.Module, plan: Plan) -> None:
+        change(made, plan, carried_over(self.model, plan, self._recordings))
 
     def activation_behind(self, element: Element) -> nn.Module | None:
         """The droppable activation right behind an element of a run, as a module."""
@@ -296,7 +318,7 @@ class Network:
         if any(site is None or site.action not in ("keep", "skip") for site in known):
             return None
         convs = residual.branch.convs
-        if not all(conv in self.order for conv in convs) or not residual.branch.sum.takes:
+        if not all(conv in self.order for conv in convs):
             return None
         places = [self.order[conv] for conv in convs]
         if max(places) - min(places) != len(places) - 1:
@@ -307,7 +329,7 @@ class Network:
             *self._counts(convs, sites), 0,
         )  # fmt: skip
         try:
-            apply_plan(outline_of(self.model), self.plan_of([(found, "")]), inplace=True, witness=False)
+            self._change(outline_of(self.model), self.plan_of([(found, "")]))
         except RewriteError:
             return None
         return found

@@ -21,7 +21,7 @@ from nmconv.searching._choose import Option, choose, frontier
 from nmconv.searching._cost import Stopwatch, multiply_adds_of
 from nmconv.searching._records import COSTS, Candidate, Sensitivity
 from nmconv.searching._sensitivity import check_options, check_setting, measured, setting_of
-from nmconv.surgery import Witness, apply_plan, check_model
+from nmconv.surgery import Witness, carried_over, check_model
 
 __all__ = ["search"]
 
@@ -238,9 +238,9 @@ class _Search:
         plan = self.plan_of(chosen)
         if not chosen:
             return _Whole(chosen, plan, self._floor, self._total)
-        applied = apply_plan(net, plan, witness=False)
-        model = fit(applied, self._images, reference=net, loss=self._loss, inplace=True, witness=False)
-        self._witness.check(model, plan, groups_of(*get_merges(model)))
+        model = fit(self._network.converted(plan), self._images, reference=net, loss=self._loss, witness=False)
+        changes = carried_over(net, plan, self._witness.recordings).changes
+        self._witness.check(model, changes, groups_of(*get_merges(model)))
         report = get_fit(model)
         assert report is not None
         if self._watch is not None:

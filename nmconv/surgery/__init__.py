@@ -1,7 +1,7 @@
 """Changing models: doing what a plan says, and nothing else."""
 
 from nmconv.surgery._classes import Method, rewritten
-from nmconv.surgery._convert import apply_plan, check_flow, convert, get_plan, make_plan
+from nmconv.surgery._convert import Carried, apply_plan, carried_over, change, convert, get_plan, make_plan
 from nmconv.surgery._guard import MERGED, check_examples, check_has_run, check_model, check_plain
 from nmconv.surgery._hoist import is_known, pad
 from nmconv.surgery._rewrite import Edit, rewrite
@@ -11,13 +11,15 @@ from nmconv.surgery._working import WorkingCopy, copy_of, outline_of
 
 __all__ = [
     "MERGED",
+    "Carried",
     "Edit",
     "Method",
     "Witness",
     "WorkingCopy",
     "apply_plan",
+    "carried_over",
+    "change",
     "check_examples",
-    "check_flow",
     "check_has_run",
     "check_model",
     "check_plain",

@@ -1,17 +1,17 @@
-"""Doing what a plan says: everything is prepared first, then put in place in one go."""
+"""Making the changes that a plan asks for: everything is prepared first, then put in place."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from nmconv.errors import PlanError, RewriteError
 from nmconv.graph import PLAIN_ACTS, is_activation, is_sequential
-from nmconv.planning import Plan, Site
+from nmconv.planning import Activation, Change, Changes, Place
 from nmconv.surgery._classes import Method, rewritten
-from nmconv.surgery._guard import MARK
 from nmconv.surgery._hoist import hoist_padding
 from nmconv.surgery._identity import identity_for, keeps_something, passing
 from nmconv.surgery._rewrite import Edit, rewrite
@@ -23,34 +23,33 @@ Known = dict[tuple[str, str], tuple[Edit, Method | RewriteError]]
 
 
 class Surgery:
-    """The changes one plan makes to one model: gathered, prepared, then made.
+    """The changes that are made to one model: gathered, prepared, then made.
 
     Args:
         model: A working copy; read only until :meth:`commit`.
-        plan: Of this model.
+        changes: Of this model.
         known: Methods that were written for the same edits before; new ones are added.
+        takes: Of each module whose forward makes a sum that goes, the structure of that forward's arguments.
 
     Raises:
-        PlanError: If the plan names what the model does not have.
+        PlanError: If the changes name what the model does not have.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, known: Known) -> None:
+    def __init__(self, model: nn.Module, changes: Changes, known: Known, takes: Mapping[str, str]) -> None:
         self._model = model
-        self._plan = plan
+        self._changes = changes
         self._known = known
         self._edits: dict[tuple[str, str], Edit] = {}
         self._slots: list[tuple[nn.Module, str, nn.Module]] = []
         self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
         self._added: list[tuple[nn.Module, str, nn.Module, str | None]] = []
-        for site in plan.changes:
-            self._take_out(site)
-        for convs in [*(kernel.convs for kernel in plan.kernels), *(hoist.convs for hoist in plan.hoists)]:
-            for name in convs:
-                self._module(name)
-        for branch in plan.branches:
-            self._module(branch.sum.owner)
-            edit = self._edit(branch.sum.owner, "forward", branch.sum.takes)
-            edit.sums.append(branch.sum)
+        for change in changes.made:
+            self._take_out(change)
+        for addition in changes.sums:
+            self._module(addition.owner)
+            edit = self._edit(addition.owner, "forward", takes.get(addition.owner, ""))
+            edit.sums.append(addition)
+            edit.copied |= {addition} & changes.copied
         for (owner, method), edit in self._edits.items():
             for (other, name), its in self._edits.items():
                 if other == owner and name != method:
@@ -59,7 +58,7 @@ class Surgery:
     def failures(self) -> dict[tuple[str, str], RewriteError]:
         """Write all new methods; for each that cannot be written, by owner and method, why."""
         new = {where: edit for where, edit in self._edits.items() if self._known.get(where, (None,))[0] != edit}
-        for where, made in rewrite(self._model, new, self._plan.sites).items():
+        for where, made in rewrite(self._model, new, self._changes.calls).items():
             self._known[where] = (new[where], made)
         written = {where: self._known[where][1] for where in self._edits}
         return {where: made for where, made in written.items() if isinstance(made, RewriteError)}
@@ -86,37 +85,33 @@ class Surgery:
         for owner, found in methods.items():
             module = self._model.get_submodule(owner)
             module.__class__ = rewritten(type(module), found)
-        for hoist in self._plan.hoists:
-            hoist_padding(self._model, hoist)
-        self._model.__dict__[MARK] = self._plan
+        for convs in self._changes.hoists:
+            hoist_padding(self._model, convs)
 
-    def _take_out(self, site: Site) -> None:
-        act = None if site.function else self._activation(site)
-        if act is not None and site.how == "swap":
-            parent, _, slot = site.name.rpartition(".")
+    def _take_out(self, change: Change) -> None:
+        call = change.call
+        act = None if call.function else self._activation(call)
+        if act is not None and call.how == "swap":
+            parent, _, slot = call.name.rpartition(".")
             holder = self._module(parent)
-            if is_sequential(holder) and site.owner == parent:  # the call's number tells which slot
+            if is_sequential(holder) and call.owner == parent:  # the call's number tells which slot
                 slots = [name for name, child in holder._modules.items() if child is act]
-                slot = slots[site.call - 1] if site.call <= len(slots) else slot
+                slot = slots[call.call - 1] if call.call <= len(slots) else slot
             if keeps_something(act) and self._is_alone(act):
-                self._classes.append((act, passing(type(act), copies=site.copy)))
+                self._classes.append((act, passing(type(act), copies=call.copy)))
             else:
-                self._slots.append((holder, slot, identity_for(act, copies=site.copy)))
+                self._slots.append((holder, slot, identity_for(act, copies=call.copy)))
         else:
-            self._module(site.owner)
-            self._edit(site.owner, site.method, site.takes).remove.append(site)
-        if site.place is not None:
-            self._put(site, act)
+            self._module(call.owner)
+            self._edit(call.owner, call.method, call.takes).remove.append(call)
+        if change.place is not None:
+            self._put(call, change.place, act)
 
-    def _put(self, site: Site, act: nn.Module | None) -> None:
-        place = site.place
-        assert place is not None
-        moved: Any = PLAIN_ACTS[site.kind]() if act is None else copy.copy(act)
+    def _put(self, call: Activation, place: Place, act: nn.Module | None) -> None:
+        moved: Any = PLAIN_ACTS[call.kind]() if act is None else copy.copy(act)
         if getattr(moved, "inplace", False):
             moved.inplace = False  # what it is applied to now may have other readers
         owner = self._module(place.owner)
-        if place.how != "rewrite" and place.op not in owner._modules:
-            raise PlanError(f"{place.owner or 'the model'} has no child {place.op!r} that the plan names")
         if place.how == "slot":
             self._slots.append((owner, place.op, moved))
             return
@@ -139,10 +134,10 @@ class Surgery:
         except AttributeError as error:
             raise PlanError(f"the model has no module {name!r} that the plan names") from error
 
-    def _activation(self, site: Site) -> nn.Module:
-        module = self._module(site.name)
+    def _activation(self, call: Activation) -> nn.Module:
+        module = self._module(call.name)
         if not is_activation(module):
-            raise PlanError(f"{site.name!r} is a {type(module).__name__}, no activation, yet the plan changes it")
+            raise PlanError(f"{call.name!r} is a {type(module).__name__}, no activation, yet the plan changes it")
         return module
 
 

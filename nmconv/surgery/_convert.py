@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from nmconv.errors import ModelTypeError, NoEffectWarning, NoSitesError, PlanError
-from nmconv.graph import callable_methods, fingerprint, read, recordings_of
-from nmconv.planning import Keep, Options, Plan, Site, Structure, draw_up, listed
+from nmconv.graph import copied_sums, fingerprint, flows_of, read, recordings_of, signature_of, takes_by_forward
+from nmconv.planning import Changes, Keep, Options, Plan, Structure, changes_of, draw_up, listed
 from nmconv.recording import Recordings
 from nmconv.surgery._apply import Known, Surgery
-from nmconv.surgery._guard import check_examples, check_model, plan_of
+from nmconv.surgery._guard import MARK, check_examples, check_model, plan_of
 from nmconv.surgery._hoist import find_hoists
 from nmconv.surgery._witness import Witness
 from nmconv.surgery._working import WorkingCopy, outline_of
 
-__all__ = ["apply_plan", "check_flow", "convert", "get_plan", "make_plan"]
+__all__ = ["Carried", "apply_plan", "carried_over", "change", "convert", "get_plan", "make_plan"]
 
 
 def make_plan(
@@ -59,7 +59,7 @@ def apply_plan(
     Args:
         model: The model the plan was made for, or one of the same structure.
         plan: From :func:`make_plan`, ``Plan.edit`` or ``Plan.from_json``.
-        example_inputs: As for :func:`convert`.
+        example_inputs: As for :func:`convert`. None: what the plan was made with.
         inplace: Change ``model`` itself instead of a copy.
         witness: As for :func:`convert`.
 
@@ -67,7 +67,7 @@ def apply_plan(
         The converted model, of the same class, with the same ``state_dict`` keys.
 
     Raises:
-        PlanError: If the plan is for another model, or names methods that no forward calls.
+        PlanError: If the plan is for another model, or changes what it does not have.
         OptionError: If the model cannot be called with ``example_inputs``.
         ModelTypeError: If ``model`` is no plain module.
         AlreadyConvertedError: If it was converted before.
@@ -77,17 +77,24 @@ def apply_plan(
     check_examples(example_inputs)
     if not isinstance(plan, Plan):
         raise PlanError(f"{type(plan).__name__} is no Plan; make one with nmconv.make_plan or Plan.from_json")
-    found = fingerprint(model)
-    if found != plan.fingerprint:
-        raise PlanError(
-            f"this plan is for a {plan.model} with fingerprint {plan.fingerprint}, the model is a "
-            f"{type(model).__name__} with {found}: make a plan for this model with nmconv.make_plan"
-        )
-    _check_methods(model, plan)
-    seen = Witness(model, example_inputs) if witness else None
-    if seen is not None:
-        check_flow(model, plan, seen.recordings)
-    return _applied(model, plan, {}, inplace, seen)
+    linear = dict(plan.options).get("linear") == "True"
+    seen = Witness(model, example_inputs, linear=linear, call=plan.call) if witness else None
+    recordings = (
+        recordings_of(model, example_inputs, both_sizes=False, linear=linear, call=plan.call)
+        if seen is None
+        else seen.recordings
+    )
+    carried = carried_over(model, plan, recordings)
+    if carried.changes.hoists:
+        outline = outline_of(model)
+        Surgery(outline, replace(carried.changes, hoists=()), {}, carried.takes).commit()
+        movable = {hoist.convs for hoist in find_hoists(outline, example_inputs, plan.call) if not hoist.why}
+        for convs in carried.changes.hoists:
+            if convs not in movable:
+                raise PlanError(
+                    f"the plan moves padding to {convs[0]} from {', '.join(convs[1:])}: that is no linear run"
+                )
+    return _applied(model, plan, carried, {}, inplace, seen)
 
 
 def convert(
@@ -153,8 +160,8 @@ def convert(
         if seen is None
         else seen.recordings
     )
-    plan, known = _planned(model, options, example_inputs, recordings)
-    return _applied(model, plan, known, inplace, seen)
+    plan, carried, known = _planned(model, options, example_inputs, recordings)
+    return _applied(model, plan, carried, known, inplace, seen)
 
 
 def _options(
@@ -175,45 +182,49 @@ def _options(
         include=listed(include),
         exclude=listed(exclude),
         linear=bool(linear),
-        examples=example_inputs is not None,
         hoist=bool(hoist_padding),
     )
 
 
-def _check_methods(model: nn.Module, plan: Plan) -> None:
-    """Refuse a plan that names methods which no forward calls: rewriting traces them, and so runs them.
+@dataclass(frozen=True)
+class Carried:
+    """A plan carried over to a model.
+
+    Attributes:
+        changes: What it does to the model.
+        takes: Of each module whose forward makes a sum that goes, the structure of that forward's arguments.
+    """
+
+    changes: Changes
+    takes: Mapping[str, str] = field(default_factory=dict)
+
+
+def carried_over(model: nn.Module, plan: Plan, recordings: Recordings) -> Carried:
+    """What a plan does to a model, found anew in its recordings.
 
     Raises:
-        PlanError: If it does.
+        PlanError: If the plan is for another model, or changes what this one does not have.
     """
-    named = [(site.method, site) for site in plan.changes if site.how == "rewrite" or site.function]
-    named += [(site.place.method, site) for site in plan.changes if site.place and site.place.how == "rewrite"]
-    callable_ones = callable_methods(model) if named else frozenset()
-    for method, site in named:
-        if method not in callable_ones:
-            raise PlanError(f"it would rewrite a method {method!r} for {site.id}, which no forward of this model calls")
-
-
-def check_flow(model: nn.Module, plan: Plan, recordings: Recordings) -> None:
-    """Refuse a plan for a model of the same layers that does something else with them.
-
-    Args:
-        model: What the plan is to be carried out on.
-        plan: Of this model or another one.
-        recordings: Of the model.
-
-    Raises:
-        PlanError: If the model's data flow can be compared with the plan's, and is another.
-    """
-    options = dict(plan.options)
-    if plan.untraced or (options.get("example_inputs") == "given" and not recordings.runs):
-        return
-    structure = read(model, recordings, linear=options.get("linear") == "True")
-    if structure.digest() != plan.flow and not structure.untraced:
+    structure = read(model, recordings, linear=dict(plan.options).get("linear") == "True")
+    found = fingerprint(model, structure)
+    if found != plan.fingerprint:
         raise PlanError(
-            f"this plan is for a {plan.model} of the same layers as this {type(model).__name__}, but their forwards "
-            "differ: make a plan for this model with nmconv.make_plan"
+            f"this plan is for a {plan.model} with fingerprint {plan.fingerprint}, the model is a "
+            f"{type(model).__name__} with {found}: other layers, or a forward that does something else with them; make "
+            "a plan for this model with nmconv.make_plan"
         )
+    for kernel in plan.kernels:
+        for name in kernel.convs:
+            try:
+                model.get_submodule(name.partition(":")[0])
+            except AttributeError as error:
+                raise PlanError(f"the model has no module {name!r} of which the plan makes a kernel") from error
+    if not plan.branches:
+        return Carried(changes_of(plan, structure))
+    sums = [branch.sum for branch in plan.branches]
+    flows = [flow for training in (False, True) for flow in flows_of(model, recordings, training=training)]
+    copied = copied_sums(flows, sums)
+    return Carried(changes_of(plan, structure, copied), takes_by_forward(flows, [each.owner for each in sums]))
 
 
 def get_plan(model: nn.Module) -> Plan | None:
@@ -227,52 +238,63 @@ def get_plan(model: nn.Module) -> Plan | None:
     return plan_of(model)
 
 
-def _planned(model: nn.Module, options: Options, example_inputs: Any, recordings: Recordings) -> tuple[Plan, Known]:
-    """The plan, hoists included; the methods written for it."""
-    plan, known = _drawn_up(model, options, recordings)
+def _planned(
+    model: nn.Module, options: Options, example_inputs: Any, recordings: Recordings
+) -> tuple[Plan, Carried, Known]:
+    """The plan, hoists included; what it does; the methods written for it."""
+    structure = read(model, recordings, linear=options.linear)
+    plan, known = _drawn_up(model, structure, options)
+    plan = replace(plan, call=signature_of(model, recordings))
     if options.hoist:
         trial = outline_of(model)
-        Surgery(trial, plan, known).commit()
+        Surgery(trial, changes_of(plan, structure), known, {}).commit()
         plan = replace(plan, hoists=find_hoists(trial, example_inputs))
-    return plan, known
+    return plan, Carried(changes_of(plan, structure)), known
 
 
-def _drawn_up(model: nn.Module, options: Options, recordings: Recordings) -> tuple[Plan, Known]:
+def _drawn_up(model: nn.Module, structure: Structure, options: Options) -> tuple[Plan, Known]:
     """The plan, with what cannot be rewritten locked; the methods written to find that out."""
-    structure = read(model, recordings, linear=options.linear)
     if not any(item.act is not None for chain in structure.chains for item in chain.items):
         raise NoSitesError(_no_sites(structure, options.linear))
-    identity = fingerprint(model)
+    identity = fingerprint(model, structure)
     locked: dict[int, str] = {}
     known: Known = {}
     while True:
         plan = draw_up(structure, options, identity, locked)
-        failures = Surgery(model, plan, known).failures()
-        if not failures and _all_dropped(plan) is None:
-            return plan, known
-        if not failures:  # so that a plan says of every site whether it can be dropped, for those who edit it
-            failures = Surgery(model, _all_dropped(plan) or plan, {}).failures()
-            for index, site in enumerate(plan.sites):
-                if site.action == "keep" and (site.owner, site.method) in failures and site.how == "rewrite":
-                    locked[index] = str(failures[site.owner, site.method])
-            return draw_up(structure, options, identity, locked), known
-        for index, site in enumerate(plan.sites):
-            places = [(site.owner, site.method)] if site.how == "rewrite" and site.action != "keep" else []
-            places += [(site.place.owner, site.place.method)] if site.place is not None else []
-            for place in places:
-                if place in failures:
-                    locked[index] = str(failures[place])
+        changes = changes_of(plan, structure)
+        failures = Surgery(model, changes, known, {}).failures()
+        if not failures:
+            break
+        for index, change in enumerate(changes.calls):
+            call, place = change.call, change.place
+            rewritten = [(call.owner, call.method)] if call.how == "rewrite" and change.action != "keep" else []
+            rewritten += [(place.owner, place.method)] if place is not None else []
+            for where in rewritten:
+                if where in failures:
+                    locked[index] = str(failures[where])
+    everything = _all_dropped(changes)
+    if everything is None:
+        return plan, known
+    failures = Surgery(model, everything, {}, {}).failures()  # so that whoever edits the plan knows what can be dropped
+    for index, change in enumerate(changes.calls):
+        call = change.call
+        if change.action == "keep" and (call.owner, call.method) in failures and call.how == "rewrite":
+            locked[index] = str(failures[call.owner, call.method])
+    return draw_up(structure, options, identity, locked), known
 
 
-def _all_dropped(plan: Plan) -> Plan | None:
-    """The plan with every site dropped whose method it leaves alone, or None if there is no such site."""
-    touched = {(site.owner, site.method) for site in plan.changes}
-    left: dict[str | Site, str] = {}
-    for site in plan.sites:
-        free = site.action == "keep" and site.how == "rewrite" and not site.locked
-        if free and (site.owner, site.method) not in touched:
-            left[site] = "drop"
-    return plan.edit(left) if left else None
+def _all_dropped(changes: Changes) -> Changes | None:
+    """The same with every site dropped whose method is left alone, or None if there is no such site."""
+    touched = {(change.call.owner, change.call.method) for change in changes.made}
+    calls = tuple(
+        replace(change, action="drop")
+        if change.action == "keep"
+        and change.call.how == "rewrite"
+        and (change.call.owner, change.call.method) not in touched
+        else change
+        for change in changes.calls
+    )
+    return None if calls == changes.calls else replace(changes, calls=calls)
 
 
 _SEEN = (  # how a reason begins, and the same of one activation and of several
@@ -308,7 +330,9 @@ def _no_sites(structure: Structure, linear: bool) -> str:
     return f"{text}: {what}" if linear else f"{text}: {what}; linear=True counts linear layers as well"
 
 
-def _applied(model: nn.Module, plan: Plan, known: Known, inplace: bool, witness: Witness | None) -> nn.Module:
+def _applied(
+    model: nn.Module, plan: Plan, carried: Carried, known: Known, inplace: bool, witness: Witness | None
+) -> nn.Module:
     if not plan.changes_any:
         warnings.warn(
             f"nothing to change in this {type(model).__name__} at {plan.ratio}: every unit has few enough activations",
@@ -316,7 +340,17 @@ def _applied(model: nn.Module, plan: Plan, known: Known, inplace: bool, witness:
             stacklevel=3,
         )
     work = WorkingCopy(model, inplace=inplace)
-    Surgery(work.model, plan, known).commit()
+    change(work.model, plan, carried, known)
     if witness is not None and plan.changes_any:
-        witness.check(work.model, plan)
+        witness.check(work.model, carried.changes)
     return work.finish()
+
+
+def change(model: nn.Module, plan: Plan, carried: Carried, known: Known | None = None) -> None:
+    """Do to a working copy what a plan says, unchecked.
+
+    Raises:
+        RewriteError: If a method cannot be rewritten; nothing is changed then.
+    """
+    Surgery(model, carried.changes, {} if known is None else known, carried.takes).commit()
+    model.__dict__[MARK] = plan

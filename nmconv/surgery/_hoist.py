@@ -21,16 +21,18 @@ from nmconv.graph import (
     geometry_of,
     linear_runs,
     pads_same,
+    recordings_of,
 )
-from nmconv.planning import Geometry, Hoist, Refusal, hoisted
+from nmconv.planning import Geometry, Hoist, Refusal, Signature, hoisted
 from nmconv.surgery._classes import Method, rewritten
 
 __all__ = ["find_hoists", "hoist_padding", "is_known", "pad", "padded_forward"]
 
 
-def find_hoists(model: nn.Module, example_inputs: Any) -> tuple[Hoist, ...]:
+def find_hoists(model: nn.Module, example_inputs: Any, call: Signature | None = None) -> tuple[Hoist, ...]:
     """What can move in a model whose activations are dropped already, and what cannot."""
-    runs = linear_runs(model, example_inputs=example_inputs, sizes=False)
+    recordings = recordings_of(model, example_inputs, both_sizes=False, call=call)
+    runs = linear_runs(model, recordings=recordings, sizes=False)
     lines = [line for run in runs for line in _lines(run.elements)]
     return tuple(hoist for line in lines for hoist in _hoists(model, line))
 
@@ -76,30 +78,28 @@ def _hoist(part: list[tuple[str, Geometry]]) -> Iterator[Hoist]:
     if not any(geometry.is_padded(axis) for geometry in geometries[1:] for axis in range(geometry.rank)):
         return
     try:
-        yield Hoist(names, tuple(hoisted(geometries)))
+        hoisted(geometries)
     except Refusal as refusal:
-        yield Hoist(names, (), str(refusal))
+        yield Hoist(names, str(refusal))
+    else:
+        yield Hoist(names)
 
 
-def hoist_padding(model: nn.Module, hoist: Hoist) -> None:
-    """Set the paddings of one run.
+def hoist_padding(model: nn.Module, convs: Sequence[str]) -> None:
+    """Move the padding of one run of convolutions to its first one.
 
     Raises:
-        PlanError: If the model has no such convolutions.
+        PlanError: If the model has no such convolutions, or their padding cannot move.
     """
-    if hoist.why:
-        return
-    for name, geometry in zip(hoist.convs, hoist.geometries, strict=True):
-        try:
-            module: Any = model.get_submodule(name)
-            now = geometry_of(module, "conv", 0, 0)
-        except (AttributeError, Refusal) as error:
-            raise PlanError(f"{name!r}, whose padding the plan moves, is no convolution of this model") from error
-        kept = (now.in_channels, now.out_channels, now.kernel, now.stride, now.dilation, now.groups)
-        told = (geometry.in_channels, geometry.out_channels, geometry.kernel, geometry.stride, geometry.dilation)
-        if kept != (*told, geometry.groups):
-            raise PlanError(f"{name!r} is another convolution than the one whose padding the plan moves")
-        module.__dict__[BEFORE] = Padding(now.padding, now.mode, now.stages)
+    modules: list[Any] = []
+    try:
+        modules += [model.get_submodule(name) for name in convs]
+        now = [geometry_of(module, "conv", 0, 0) for module in modules]
+        after = hoisted(now)
+    except (AttributeError, Refusal) as error:
+        raise PlanError(f"the padding of {', '.join(convs)} cannot move to the first of them: {error}") from error
+    for module, before, geometry in zip(modules, now, after, strict=True):
+        module.__dict__[BEFORE] = Padding(before.padding, before.mode, before.stages)
         _pad(module, geometry)
 
 

@@ -11,7 +11,7 @@ from torch.fx import Node
 from nmconv import graph
 from nmconv.errors import RewriteError
 from nmconv.graph import MethodTrace, MethodTracer, Op, is_inplace, leaf_op, trace_methods
-from nmconv.planning import Place, Site, Sum
+from nmconv.planning import Activation, Change, Place, Sum
 from nmconv.surgery._classes import Method, rewritten
 from nmconv.surgery._source import method_source, return_changed_lists
 
@@ -23,28 +23,30 @@ class Edit:
     """What is to be done to one method.
 
     Attributes:
-        remove: Sites whose calls go.
-        others: Sites of the owner's other methods whose calls go: if this one calls those, they are inlined here.
+        remove: Activation calls that go.
+        others: Those of the owner's other methods that go: if this one calls those, they are inlined here.
         insert: Pairs of a place and the name of the child that is called on its value.
         sums: Additions that go.
+        copied: Those of them in whose place a copy of the operand is left.
     """
 
     takes: str
-    remove: list[Site] = field(default_factory=list)
-    others: list[Site] = field(default_factory=list)
+    remove: list[Activation] = field(default_factory=list)
+    others: list[Activation] = field(default_factory=list)
     insert: list[tuple[Place, str]] = field(default_factory=list)
     sums: list[Sum] = field(default_factory=list)
+    copied: set[Sum] = field(default_factory=set)
 
 
 def rewrite(
-    model: nn.Module, edits: Mapping[tuple[str, str], Edit], sites: Sequence[Site]
+    model: nn.Module, edits: Mapping[tuple[str, str], Edit], calls: Sequence[Change]
 ) -> dict[tuple[str, str], Method | RewriteError]:
     """Methods with their edits done.
 
     Args:
         model: Read only.
         edits: What to do, by the qualified name of the method's owner and the method's name.
-        sites: All sites of the plan.
+        calls: Every activation call of the model, and what becomes of it.
 
     Returns:
         For each the method, or a RewriteError: if the method cannot be traced faithfully, if a call the plan names is
@@ -56,22 +58,24 @@ def rewrite(
     made: dict[tuple[str, str], Method | RewriteError] = {}
     for (where, edit), trace in zip(edits.items(), trace_methods(model, asked), strict=True):
         try:
-            made[where] = trace if isinstance(trace, RewriteError) else _edited(model, *where, edit, sites, trace)
+            made[where] = trace if isinstance(trace, RewriteError) else _edited(model, *where, edit, calls, trace)
         except RewriteError as error:
             made[where] = error
     return made
 
 
-def _edited(model: nn.Module, path: str, method: str, edit: Edit, sites: Sequence[Site], trace: MethodTrace) -> Method:
+def _edited(
+    model: nn.Module, path: str, method: str, edit: Edit, calls: Sequence[Change], trace: MethodTrace
+) -> Method:
     owner = model.get_submodule(path)
     mutated = return_changed_lists(owner, method, trace)
     for tracer, modes, training in _graphs(trace):
-        _drop_sums(tracer, edit.sums, path, owner)
+        _drop_sums(tracer, edit, path, owner)
         for place, child in edit.insert:
             _insert(tracer, place, child)
         for site in edit.remove:
             if site.modes in modes:
-                _check_steps(tracer, site, modes, training, model, sites)
+                _check_steps(tracer, site, modes, training, model, calls)
                 _remove(tracer, site, training, model)
         for site in edit.others:
             if site.modes in modes and _node_of(tracer, site, training, model) is not None:
@@ -87,7 +91,7 @@ def _graphs(trace: MethodTrace) -> Iterable[tuple[MethodTracer, tuple[str, ...],
     return [(trace.eval, ("both", "eval"), False), (trace.train, ("both", "train"), True)]
 
 
-def _calls(tracer: MethodTracer, site: Site, model: nn.Module) -> dict[int, Node]:
+def _calls(tracer: MethodTracer, site: Activation, model: nn.Module) -> dict[int, Node]:
     """The calls of the site's activation in the graph, by number."""
     module = None if site.function else model.get_submodule(site.name)
     return {
@@ -99,12 +103,12 @@ def _calls(tracer: MethodTracer, site: Site, model: nn.Module) -> dict[int, Node
     }
 
 
-def _node_of(tracer: MethodTracer, site: Site, training: bool, model: nn.Module) -> Node | None:
+def _node_of(tracer: MethodTracer, site: Activation, training: bool, model: nn.Module) -> Node | None:
     step = site.train_step if training or site.modes == "train" else site.step
     return _calls(tracer, site, model).get(step or 0)
 
 
-def _remove(tracer: MethodTracer, site: Site, training: bool, model: nn.Module) -> None:
+def _remove(tracer: MethodTracer, site: Activation, training: bool, model: nn.Module) -> None:
     node = _node_of(tracer, site, training, model)
     if node is None:
         raise RewriteError(f"{site.id} is not in {site.owner or 'the model'}.{site.method}: was the model changed?")
@@ -130,10 +134,10 @@ def _insert(tracer: MethodTracer, place: Place, child: str) -> None:
     raise RewriteError(f"{place.op}#{place.call} is not in {place.owner}.{place.method}: was the model changed?")
 
 
-def _drop_sums(tracer: MethodTracer, sums: Sequence[Sum], path: str, owner: nn.Module) -> None:
+def _drop_sums(tracer: MethodTracer, edit: Edit, path: str, owner: nn.Module) -> None:
     """Let one operand take the place of each sum, and drop what only the other one was made for."""
     named = {where: node for node, where in tracer.labels.items()}
-    for addition in sums:
+    for addition in edit.sums:
         node = named.get((addition.label, addition.number))
         args = () if node is None or node.kwargs else node.args
         if node is None or len(args) != 2 or not all(isinstance(part, Node) for part in args):
@@ -142,7 +146,7 @@ def _drop_sums(tracer: MethodTracer, sums: Sequence[Sum], path: str, owner: nn.M
             )
         kept = args[addition.keep]
         assert isinstance(kept, Node)
-        if addition.copy:
+        if addition in edit.copied:
             with tracer.graph.inserting_before(node):
                 kept = tracer.graph.call_method("clone", (kept,))
         node.replace_all_uses_with(kept)
@@ -176,16 +180,21 @@ def _writes_to_its_own(owner: nn.Module, node: Node) -> bool:
 
 
 def _check_steps(
-    tracer: MethodTracer, site: Site, modes: tuple[str, ...], training: bool, model: nn.Module, sites: Sequence[Site]
+    tracer: MethodTracer,
+    site: Activation,
+    modes: tuple[str, ...],
+    training: bool,
+    model: nn.Module,
+    calls: Sequence[Change],
 ) -> None:
     """The method's calls of this activation must be those the plan knows: else one stands for several."""
     like = (site.owner, site.method, site.name, site.function)
     known = {
         (other.train_step if training or other.modes == "train" else other.step)
-        for other in sites
+        for other, action in ((change.call, change.action) for change in calls)
         if (other.owner, other.method, other.name, other.function) == like
         and other.modes in modes
-        and other.action != "gone"  # its sum is out of the graph already, and the call with it
+        and action != "gone"  # its sum is out of the graph already, and the call with it
     }
     seen = tracer.first_calls.setdefault(like, set(_calls(tracer, site, model)))
     if seen != known:

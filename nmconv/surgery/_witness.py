@@ -9,9 +9,9 @@ from torch import nn
 
 from nmconv.errors import NmconvError, WitnessError
 from nmconv.graph import is_leaf, recordings_of
-from nmconv.planning import Plan
+from nmconv.planning import Changes, Signature
 from nmconv.recording import ModelRaised, NeedsData, Recording, record_again
-from nmconv.witness import Difference, Group, broken_groups, changes_of, compare
+from nmconv.witness import Difference, Group, allowed_by, broken_groups, compare
 
 __all__ = ["Witness"]
 
@@ -25,6 +25,7 @@ class Witness:
         linear: Whether it may be one of linear layers alone.
         choices: Whether to record it with other truth values among its arguments and at other entry points, too.
         methods: Further methods to record, and example inputs of each.
+        call: What a plan says that it is called with: instead of a guess.
 
     Raises:
         OptionError: If it cannot be called with them.
@@ -39,25 +40,28 @@ class Witness:
         linear: bool = False,
         choices: bool = False,
         methods: Mapping[str, Any] | None = None,
+        call: Signature | None = None,
     ) -> None:
-        self.recordings = recordings_of(model, example_inputs, linear=linear, choices=choices, methods=methods)
+        self.recordings = recordings_of(
+            model, example_inputs, linear=linear, choices=choices, methods=methods, call=call
+        )
         self._model = model
 
     def check(
-        self, result: nn.Module, plan: Plan | None, groups: Iterable[Group] = (), closed: Container[str] = ()
+        self, result: nn.Module, changes: Changes | None, groups: Iterable[Group] = (), closed: Container[str] = ()
     ) -> None:
         """Hold a changed model against the original, the plan and the merges.
 
         Args:
             result: What became of the model.
-            plan: By which it was converted meanwhile, or None.
+            changes: What a plan has done to it meanwhile, or None.
             groups: What was merged meanwhile.
             closed: Methods that raise now.
 
         Raises:
             WitnessError: If it does anything else; the text shows the first difference.
         """
-        changes = changes_of(plan, groups)
+        allowed = allowed_by(changes, groups)
         for before in self.recordings.runs:
             if before.call.method in closed or before.call.other_way:
                 continue
@@ -71,7 +75,7 @@ class Witness:
                 raise self._error(before, found) from error
             except NeedsData as asked:
                 raise self._error(before, Difference(f"it asks for other numbers: {asked}")) from asked
-            difference = compare(before, after, changes)
+            difference = compare(before, after, allowed)
             if difference is not None:
                 raise self._error(before, difference)
 
@@ -91,7 +95,7 @@ class Witness:
     @staticmethod
     def broken_in(run: Recording, groups: Sequence[Group]) -> Mapping[str, str]:
         """The same for one recording."""
-        return broken_groups(run, changes_of(None, groups))
+        return broken_groups(run, allowed_by(None, groups))
 
     def _error(self, before: Recording, found: Difference) -> WitnessError:
         if self._runs_otherwise(before):
@@ -109,7 +113,7 @@ class Witness:
     def _runs_otherwise(self, before: Recording) -> bool:
         """Whether the original itself does something else each time."""
         again = record_again(self._model, before, is_leaf)
-        return compare(before, again, changes_of(None)) is not None
+        return compare(before, again, allowed_by(None)) is not None
 
 
 def _named(model: nn.Module) -> str:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-from nmconv.planning import Hoist, Plan, Site, Sum
+from nmconv.planning import Change, Changes, Sum
 from nmconv.recording import Fact, Recording
 
-__all__ = ["Changes", "Group", "activations", "by_member", "changes_of", "grouped_sums", "settings_of", "sums_of"]
+__all__ = ["Allowed", "Group", "activations", "allowed_by", "by_member", "grouped_sums", "settings_of", "sums_of"]
 
 
 @dataclass(frozen=True)
@@ -32,51 +32,49 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Changes:
-    """All that was to be done.
+class Allowed:
+    """All in which a result may differ.
 
     Attributes:
-        sites: Activations that are dropped, moved, or gone with a branch.
+        changes: Activations that are dropped or moved.
         sums: Additions of which one operand is left.
-        hoists: Runs whose padding has moved.
+        hoists: Convolutions of each run whose padding has moved.
         groups: What was merged.
         rewritten: Qualified names of modules whose methods were written anew.
     """
 
-    sites: tuple[Site, ...] = ()
+    changes: tuple[Change, ...] = ()
     sums: tuple[Sum, ...] = ()
-    hoists: tuple[Hoist, ...] = ()
+    hoists: tuple[tuple[str, ...], ...] = ()
     groups: tuple[Group, ...] = ()
     rewritten: frozenset[str] = field(default_factory=frozenset)
 
 
-def changes_of(plan: Plan | None, groups: Iterable[Group] = ()) -> Changes:
+def allowed_by(changes: Changes | None, groups: Iterable[Group] = ()) -> Allowed:
     """What a plan and merges say."""
     groups = tuple(groups)
     rewritten = {addition.owner for group in groups for _, addition in group.sums}
-    if plan is None:
-        return Changes(groups=groups, rewritten=frozenset(rewritten))
-    rewritten |= {site.owner for site in plan.changes if site.how == "rewrite" or site.function}
-    rewritten |= {site.place.owner for site in plan.changes if site.place is not None and site.place.how == "rewrite"}
-    rewritten |= {branch.sum.owner for branch in plan.branches}
-    return Changes(
-        sites=tuple(site for site in plan.sites if site.action in ("drop", "move")),
-        sums=tuple(branch.sum for branch in plan.branches),
-        hoists=tuple(hoist for hoist in plan.hoists if not hoist.why),
-        groups=groups,
-        rewritten=frozenset(rewritten),
-    )
+    if changes is None:
+        return Allowed(groups=groups, rewritten=frozenset(rewritten))
+    for change in changes.made:
+        if change.call.how == "rewrite" or change.call.function:
+            rewritten.add(change.call.owner)
+        if change.place is not None and change.place.how == "rewrite":
+            rewritten.add(change.place.owner)
+    rewritten |= {addition.owner for addition in changes.sums}
+    return Allowed(changes.made, changes.sums, changes.hoists, groups, frozenset(rewritten))
 
 
-def activations(recording: Recording, sites: Sequence[Site]) -> Iterator[tuple[Node, Site]]:
-    """The calls in a recording that are those of sites, each with its site."""
+def activations(recording: Recording, changes: Sequence[Change]) -> Iterator[tuple[Node, Change]]:
+    """The calls in a recording that are those of changes, each with its change."""
     training = recording.call.training
-    wanted: dict[tuple[str, str, str | None, int], Site] = {}
-    for site in sites:
-        if site.modes in ("both", "train" if training else "eval"):
-            number = site.train_call if training and site.train_call is not None else site.call
-            owner, name = (recording.names.get(path, path) for path in (site.owner, site.name))
-            wanted[owner, name, site.function, number] = site
+    wanted: dict[tuple[str, str, str | None, int], Change] = {}
+    for change in changes:
+        call = change.call
+        if call.modes in ("both", "train" if training else "eval"):
+            number = call.train_call if training and call.train_call is not None else call.call
+            owner, name = (recording.names.get(path, path) for path in (call.owner, call.name))
+            wanted[owner, name, call.function, number] = change
     asked = {(owner, function) for owner, _, function, _ in wanted if function}
     names = {(owner, name) for owner, name, function, _ in wanted if not function}
     times: Counter[tuple[int, str, str | None]] = Counter()
@@ -92,11 +90,11 @@ def activations(recording: Recording, sites: Sequence[Site]) -> Iterator[tuple[N
             name = path
         else:
             continue
-        call = (id(fact.frame), name, kind)
-        times[call] += 1
-        site_found = wanted.get((path, name, kind, times[call]))
-        if site_found is not None:
-            yield node, site_found
+        made = (id(fact.frame), name, kind)
+        times[made] += 1
+        found = wanted.get((path, name, kind, times[made]))
+        if found is not None:
+            yield node, found
 
 
 # What operators are called in a forward, and in a recording of it.

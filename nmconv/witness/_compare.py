@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from nmconv.recording import Fact, Recording
-from nmconv.witness._changes import Changes, activations
+from nmconv.witness._changes import Allowed, activations
 from nmconv.witness._values import Table, Values, expected_values, values_of
 
 __all__ = ["Difference", "broken_groups", "compare"]
@@ -31,39 +31,39 @@ class Difference:
     second: str = ""
 
 
-def compare(original: Recording, result: Recording, changes: Changes) -> Difference | None:
+def compare(original: Recording, result: Recording, allowed: Allowed) -> Difference | None:
     """Hold a result's recording against the original's and what was to be done.
 
     Returns:
         None where they agree, or the first difference.
     """
     table: Table = {}
-    found = values_of(result, changes, table, _added(original, changes), original.names)
-    wanted = expected_values(original, changes, table, found.moved)
+    found = values_of(result, allowed, table, _added(original, allowed), original.names)
+    wanted = expected_values(original, allowed, table, found.moved)
     broken = {**found.broken, **wanted.broken}
     if broken:
         head, why = next(iter(broken.items()))
         return Difference(f"the convolution merged at {head} is none here: {why}")
-    missing = _missing_sites(original, changes)
+    missing = _missing_sites(original, allowed)
     if missing:
         return Difference(f"the model never makes the call {missing} that the plan changes")
     if found.results != wanted.results:
         return _first_difference(original, result, wanted, found)
-    return _other_shape(original, result, wanted, found, changes)
+    return _other_shape(original, result, wanted, found, allowed)
 
 
-def broken_groups(recording: Recording, changes: Changes) -> Mapping[str, str]:
+def broken_groups(recording: Recording, allowed: Allowed) -> Mapping[str, str]:
     """From the heads of groups that are not one convolution in a recording of the original to why."""
-    return expected_values(recording, changes, {}, {}).broken
+    return expected_values(recording, allowed, {}, {}).broken
 
 
-def _added(original: Recording, changes: Changes) -> dict[str, frozenset[str]]:
+def _added(original: Recording, allowed: Allowed) -> dict[str, frozenset[str]]:
     """Where moved activations are called, and of which classes they are."""
     found: dict[str, set[str]] = {}
-    for node, site in activations(original, [site for site in changes.sites if site.place is not None]):
-        place, settings = site.place, original.facts[node].settings
+    for node, change in activations(original, [change for change in allowed.changes if change.place is not None]):
+        place, settings = change.place, original.facts[node].settings
         assert place is not None
-        name = settings[1] if settings else site.kind
+        name = settings[1] if settings else change.call.kind
         if place.how == "slot":
             found.setdefault(f"{place.owner}.{place.op}", set()).add(name)
         else:
@@ -73,14 +73,15 @@ def _added(original: Recording, changes: Changes) -> dict[str, frozenset[str]]:
     return {path: frozenset(names) for path, names in found.items()}
 
 
-def _missing_sites(original: Recording, changes: Changes) -> str:
+def _missing_sites(original: Recording, allowed: Allowed) -> str:
     """A site that a recording of the whole model does not have though its owner ran, or ""."""
     mode = "train" if original.call.training else "eval"
     ran = {frame.path for frame in original.frames}
-    met = {site.id for _, site in activations(original, changes.sites)}
-    for site in changes.sites:
-        if site.modes in ("both", mode) and original.names.get(site.owner, site.owner) in ran and site.id not in met:
-            return site.id
+    met = {change.call.id for _, change in activations(original, allowed.changes)}
+    for change in allowed.changes:
+        call = change.call
+        if call.modes in ("both", mode) and original.names.get(call.owner, call.owner) in ran and call.id not in met:
+            return call.id
     return ""
 
 
@@ -129,12 +130,12 @@ def _plain(form: object) -> str:
 
 
 def _other_shape(
-    original: Recording, result: Recording, wanted: Values, found: Values, changes: Changes
+    original: Recording, result: Recording, wanted: Values, found: Values, allowed: Allowed
 ) -> Difference | None:
     """A value of another shape than it had, outside of runs whose padding moved."""
-    if not changes.hoists:
+    if not allowed.hoists:
         return None
-    inside = _inside_hoists(original, changes)
+    inside = _inside_hoists(original, allowed)
     shapes = {number: result.facts[node].shapes for node, number in found.numbers.items()}
     for node in wanted.live:
         fact = original.facts[node]
@@ -147,15 +148,15 @@ def _other_shape(
     return None
 
 
-def _inside_hoists(original: Recording, changes: Changes) -> set[Node]:
+def _inside_hoists(original: Recording, allowed: Allowed) -> set[Node]:
     """What lies between the first and the last convolution of runs whose padding moved, the first included."""
     by_name: dict[str, list[Node]] = {}
     for node, fact in original.facts.items():
         by_name.setdefault(fact.label, []).append(node)
     found: set[Node] = set()
-    for hoist in changes.hoists:
-        firsts = set(by_name.get(hoist.convs[0], ()))
-        for last in by_name.get(hoist.convs[-1], ()):
+    for hoist in allowed.hoists:
+        firsts = set(by_name.get(hoist[0], ()))
+        for last in by_name.get(hoist[-1], ()):
             found |= _between(original, firsts, last)
     return found
 

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from nmconv.planning import Sum
 from nmconv.recording import TENSOR, Fact, Read, Recording, hook_sees, unknown
-from nmconv.witness._changes import Changes, Group, activations, by_member, grouped_sums, settings_of, sums_of
+from nmconv.witness._changes import Allowed, Group, activations, by_member, grouped_sums, settings_of, sums_of
 
 __all__ = ["Content", "Table", "Values", "expected_values", "values_of"]
 
@@ -42,33 +42,33 @@ class Values:
 
 
 def values_of(
-    recording: Recording, changes: Changes, table: Table, added: Mapping[str, frozenset[str]], names: Mapping[str, str]
+    recording: Recording, allowed: Allowed, table: Table, added: Mapping[str, frozenset[str]], names: Mapping[str, str]
 ) -> Values:
     """The values of a result.
 
     Args:
         recording: Of the result.
-        changes: What was done.
+        allowed: What was done.
         table: Shared with what it is compared with.
         added: From the names of modules that call moved activations to the classes of these.
         names: Of the original's recording: a module that was registered several times may have lost its first name.
     """
-    return _Numbering(recording, changes, table, set(), {}, {}, added, {}, names=names).values()
+    return _Numbering(recording, allowed, table, set(), {}, {}, added, {}, names=names).values()
 
 
-def expected_values(recording: Recording, changes: Changes, table: Table, moved: Mapping[Content, int]) -> Values:
+def expected_values(recording: Recording, allowed: Allowed, table: Table, moved: Mapping[Content, int]) -> Values:
     """The values of the original with the changes made.
 
     Args:
         recording: Of the original.
-        changes: What was to be done.
+        allowed: What was to be done.
         table: Shared with the result's.
         moved: From the result's values: what activations were put behind.
     """
-    dropped = {node for node, _ in activations(recording, changes.sites)}
-    sums = sums_of(recording, changes.sums)
-    grouped = grouped_sums(recording, changes.groups, sums)
-    return _Numbering(recording, changes, table, dropped, sums, grouped, {}, moved).values()
+    dropped = {node for node, _ in activations(recording, allowed.changes)}
+    sums = sums_of(recording, allowed.sums)
+    grouped = grouped_sums(recording, allowed.groups, sums)
+    return _Numbering(recording, allowed, table, dropped, sums, grouped, {}, moved).values()
 
 
 class _Numbering:
@@ -77,7 +77,7 @@ class _Numbering:
     def __init__(
         self,
         recording: Recording,
-        changes: Changes,
+        allowed: Allowed,
         table: Table,
         dropped: set[Node],
         sums: Mapping[Node, Sum],
@@ -91,15 +91,15 @@ class _Numbering:
         self._names = names or {}
         self._recording = recording
         self._facts = recording.facts
-        self._changes = changes
+        self._allowed = allowed
         self._table = table
         self._dropped = dropped
         self._sums = sums
         self._added = added
         self._moved = moved
-        self._hoisted = frozenset(name for hoist in changes.hoists for name in hoist.convs)
+        self._hoisted = frozenset(name for hoist in allowed.hoists for name in hoist)
         self._fixed = _fixed_nodes(recording)
-        self._groups = by_member(changes.groups)
+        self._groups = by_member(allowed.groups)
         self._group: dict[Node, Group] = {}
         self._members: dict[str, list[Node]] = {}
         self._entries: dict[str, dict[Content, Node]] = {}
@@ -151,7 +151,7 @@ class _Numbering:
             self._made.moved[contents[0]] = number
             return number
         path = fact.frame.path
-        method = "" if path in self._changes.rewritten else fact.method
+        method = "" if path in self._allowed.rewritten else fact.method
         given: Any = frozenset(contents) if node.target is unknown else contents
         settings = settings_of(fact, self._hoisted)
         label, form = fact.label, fact.form
