@@ -5,8 +5,10 @@ from nmconv.recording._context import context_kept, context_now
 from nmconv.recording._copy import meta_copy, real_copy, shared_on_copy
 from nmconv.recording._inputs import Inputs, given_inputs, guessed_inputs
 from nmconv.recording._methods import enclosed, unwrapped
+from nmconv.recording._nodes import TENSOR, hook_sees, unknown
+from nmconv.recording._noted import is_recording
 from nmconv.recording._record import ENTRY_POINTS, Failure, Recordings, record, record_again, record_call
-from nmconv.recording._recorder import TENSOR, Recorder, hook_sees, is_recording, unknown
+from nmconv.recording._recorder import Recorder
 from nmconv.recording._records import Call, Fact, Frame, Lines, Read, Recording, Spec
 
 __all__ = [

@@ -19,9 +19,11 @@ from nmconv.recording._asking import asks_for
 from nmconv.recording._context import context_kept
 from nmconv.recording._copy import meta_copy
 from nmconv.recording._inputs import Inputs, other_choices, other_sizes
+from nmconv.recording._nodes import TENSOR
+from nmconv.recording._noted import noted
 from nmconv.recording._outcomes import Outcomes, remembered
 from nmconv.recording._real import real_run
-from nmconv.recording._recorder import TENSOR, Recorder, noted
+from nmconv.recording._recorder import Recorder
 from nmconv.recording._records import Call, Frame, Recording, Spec
 
 __all__ = ["ENTRY_POINTS", "Failure", "Recordings", "record", "record_again", "record_call"]
