@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +22,7 @@ _ABOUT = frozenset(
      "__repr__", "_set_grad_enabled")
 )  # fmt: skip
 _INSIDE = ("torch._refs", "torch._prims", "torch._meta_registrations", "torch._decomp", "torch._inductor")
+_BETWEEN = ("torch", "torch._ops", "torch.overrides")  # who calls through these is behind them
 
 
 def label_of(func: Any) -> str:
@@ -39,6 +41,9 @@ def not_recorded(func: Any) -> bool:
     return name in _ABOUT
 
 
-def is_inside(level: int = 2) -> bool:
+def is_inside() -> bool:
     """Whether torch's own code calls, in computing what compiled code gives on the meta device."""
-    return (sys._getframe(level).f_globals.get("__name__") or "").startswith(_INSIDE)
+    at: FrameType | None = sys._getframe(2)
+    while at is not None and at.f_globals.get("__name__") in _BETWEEN:
+        at = at.f_back
+    return at is not None and (at.f_globals.get("__name__") or "").startswith(_INSIDE)
