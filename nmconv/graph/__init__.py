@@ -3,7 +3,6 @@
 from nmconv.graph._analysis import Called
 from nmconv.graph._branches import Residual, residuals
 from nmconv.graph._callable import callable_methods
-from nmconv.graph._chance import chance_restored
 from nmconv.graph._choices import chosen_by
 from nmconv.graph._elements import Element, Join, LinearRun, Step, elements_from, steps_of, text_of, without_end
 from nmconv.graph._fingerprint import fingerprint
@@ -48,7 +47,6 @@ __all__ = [
     "averages",
     "before_hoisting",
     "callable_methods",
-    "chance_restored",
     "check_hooks",
     "chosen_by",
     "elements_from",

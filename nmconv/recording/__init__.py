@@ -1,6 +1,7 @@
 """A model's own run, recorded: on meta tensors, on a copy, with every function that it called."""
 
 from nmconv.recording._answers import Answers, ModelRaised, NeedsData
+from nmconv.recording._chance import Chance, chance_restored, is_chance
 from nmconv.recording._context import context_kept, context_now
 from nmconv.recording._copy import meta_copy, real_copy, shared_on_copy
 from nmconv.recording._inputs import Inputs, given_inputs, guessed_inputs
@@ -16,6 +17,7 @@ __all__ = [
     "TENSOR",
     "Answers",
     "Call",
+    "Chance",
     "Fact",
     "Failure",
     "Frame",
@@ -28,12 +30,14 @@ __all__ = [
     "Recording",
     "Recordings",
     "Spec",
+    "chance_restored",
     "context_kept",
     "context_now",
     "enclosed",
     "given_inputs",
     "guessed_inputs",
     "hook_sees",
+    "is_chance",
     "is_recording",
     "meta_copy",
     "real_copy",
