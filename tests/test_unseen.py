@@ -9,6 +9,7 @@ from oracle import assert_same, dropped
 from torch import nn
 
 import nmconv
+from nmconv.graph import recordings_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit.script:FutureWarning", "ignore:.*jit:DeprecationWarning", "ignore::nmconv.NoEffectWarning"
@@ -161,6 +162,12 @@ def test_a_call_besides_forward():
     type(model).features = features
     merged = nmconv.merge(model, gate="always", methods={"features": X.double()})
     assert_near(merged.features(X.double()), model.features(X.double()))
+
+
+def test_what_torch_computes_inside_is_no_node():
+    recording = recordings_of(straight(scripted), X).runs[0]
+    functions = [fact.label for node, fact in recording.facts.items() if node.op == "call_function"]
+    assert functions == ["unknown", "relu", "mean"]
 
 
 def test_what_is_called_in_a_transform():
