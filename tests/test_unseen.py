@@ -1,5 +1,7 @@
 """Functions that a recording cannot see into: what comes before and after them is read all the same."""
 
+from functools import cache
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,10 @@ import nmconv
 from nmconv.graph import recordings_of
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*torch.jit.script:FutureWarning", "ignore:.*jit:DeprecationWarning", "ignore::nmconv.NoEffectWarning"
+    "ignore:.*torch.jit.script:FutureWarning",
+    "ignore:.*jit:DeprecationWarning",
+    "ignore::nmconv.NoEffectWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf",  # torch.compile's own
 )
 X = torch.rand(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -29,14 +34,13 @@ def vmapped(x):
     return torch.vmap(plain)(x)
 
 
+@cache
+def script():
+    return torch.jit.script(plain)
+
+
 def scripted(x):
     return script()(x)
-
-
-def script(made=[]):  # noqa: B006  it takes a second
-    if not made:
-        made.append(torch.jit.script(plain))
-    return made[0]
 
 
 def with_tangents(x):
@@ -59,7 +63,9 @@ class Squared(torch.autograd.Function):
         return 2 * x * gradient
 
 
+compiled = torch.compile(plain, backend="eager")
 UNSEEN = {
+    "compiled": compiled,
     "vmap": vmapped,
     "scripted": scripted,
     "jvp": with_tangents,

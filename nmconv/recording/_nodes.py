@@ -27,7 +27,7 @@ def hook_sees(*_: Any) -> None:
 
 
 def unknown(*_: Any) -> None:
-    """What stands in a recording for whatever made a tensor out of sight: compiled code, other threads."""
+    """What stands in a recording for whatever made a tensor out of sight: scripted code, other threads."""
 
 
 class Nodes:

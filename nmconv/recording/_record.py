@@ -14,6 +14,7 @@ from nmconv.errors import OptionError
 from nmconv.recording._answers import Answers, ModelRaised, NeedsData
 from nmconv.recording._asking import asks_for
 from nmconv.recording._chance import chance_seeded
+from nmconv.recording._compiled import uncompiled
 from nmconv.recording._context import context_kept
 from nmconv.recording._copy import meta_copy
 from nmconv.recording._inputs import Inputs, other_choices, other_sizes
@@ -220,7 +221,7 @@ def _recorded(
         copy.model.train(call.training)
     recorder = Recorder(copy, call, path, is_leaf, told, answers, outcomes)
     autocast = torch.autocast(call.autocast) if call.autocast else nullcontext()
-    with chance_seeded(), context_kept(), torch.inference_mode(False), autocast:
+    with chance_seeded(), uncompiled(), context_kept(), torch.inference_mode(False), autocast:
         return recorder.run()
 
 
@@ -231,7 +232,7 @@ def _add(found: Recordings, model: nn.Module, call: Call, inputs: Inputs, is_lea
         if any(value.is_meta for value in model.parameters()):
             text = f"{asked} decides what it does, and a model on the meta device has no data"
             raise ModelRaised(RuntimeError(text)) from None
-        with chance_seeded():
+        with chance_seeded(), uncompiled():
             answers = real_run(model, call, path, inputs.real, is_leaf)
         try:
             made = record_call(model, call, path, is_leaf, answers)

@@ -294,7 +294,7 @@ class _Numbering:
                 at = list(self._entries[head].values())[-1]
                 broken[head] = f"{self._facts[at].label} is given something else than what comes before it gives"
             elif len(nodes) > 1 and nodes[0] in reached:
-                broken[head] = "something out of sight, such as a compiled function, may read a value inside of it"
+                broken[head] = "something out of sight, such as a scripted function, may read a value inside of it"
         for node in self._made.live:
             if node not in self._group:
                 self._check_reads(self._facts[node].reads, self._where(node))
