@@ -3,7 +3,6 @@
 from nmconv.graph._analysis import Called, flows_of
 from nmconv.graph._branches import Residual, copied_sums, residuals
 from nmconv.graph._call import signature_of
-from nmconv.graph._chance import chance_restored
 from nmconv.graph._choices import chosen_by
 from nmconv.graph._elements import (
     Element,
@@ -58,7 +57,6 @@ __all__ = [
     "act_kind",
     "averages",
     "before_hoisting",
-    "chance_restored",
     "check_hooks",
     "chosen_by",
     "copied_sums",

@@ -11,8 +11,7 @@ from typing import Any
 from torch import nn
 
 from nmconv.errors import RewriteError
-from nmconv.graph._chance import is_chance
-from nmconv.recording import enclosed
+from nmconv.recording import enclosed, is_chance
 
 __all__ = ["frozen_attributes"]
 

@@ -13,7 +13,7 @@ from nmconv.graph import _zoo
 from nmconv.graph._flow import ActCall, Flow, FlowNode, Frame
 from nmconv.graph._modules import act_kind, is_conv, leaf_op, slot_of
 from nmconv.graph._ops import ACT_KINDS, CALLS, MAKES_NEW, READS_SHAPE, Op, is_inplace
-from nmconv.recording import Fact, Read, Recording, hook_sees
+from nmconv.recording import Fact, Read, Recording, hook_sees, unknown
 from nmconv.recording import Frame as Ran
 
 __all__ = ["lower"]
@@ -57,6 +57,7 @@ class _Lowering:
         self.filled: dict[Read, int] = {}  # what was made of numbers alone, once something has written to it
         self.parts: dict[Node, list[Node]] = {}  # slices of a node's memory
         self.base: dict[Node, Node] = {}
+        self.reachable = 0  # how many values something out of sight may have read
 
     def run(self) -> Flow:
         recording = self.recording
@@ -64,19 +65,24 @@ class _Lowering:
         for at, (node, fact) in enumerate(recording.facts.items()):
             while waiting and waiting[0].start <= at:
                 self._begin(waiting.pop(0))
+            if node.target is unknown:
+                self.reachable = len(self.nodes)
             self._step(node, fact)
         for ran in waiting:
             self._begin(ran)
         self._resolve(recording.output[1])
         returned = dict.fromkeys(self.now[node] for node, _ in recording.output[1] if node in self.now)
-        if recording.asked:  # where data decided, it may have been against what would have got to an output
-            read = {source for node in self.nodes for source in node.inputs}
-            returned |= dict.fromkeys(node.index for node in self.nodes if node.index not in read and node.inputs)
+        # where data decided, it may have been against what would have got to an output
+        end = len(self.nodes) if recording.asked else self.reachable
+        read = {source for node in self.nodes for source in node.inputs}
+        returned |= dict.fromkeys(node.index for node in self.nodes[:end] if node.index not in read and node.inputs)
         output = next(iter(reversed(recording.graph.nodes)), None)
         if returned and output is not None:
             self._add(FlowNode(0, Op.OUTPUT, list(returned), output))
         for node in (*recording.sized, *(node for node, _ in recording.stored.values())):
             self._expose(node)
+        for made in self.nodes[: self.reachable]:
+            made.exposed = True
         odd: set[str] = set()
         for ran, frame in self.frames.items():
             if ran.result is not None:

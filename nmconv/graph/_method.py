@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from nmconv.errors import RewriteError
-from nmconv.graph._chance import Chance
 from nmconv.graph._constants import frozen_attributes
 from nmconv.graph._frozen import NoFrozenTensors, check_returned
 from nmconv.graph._records import Arguments
@@ -18,7 +17,7 @@ from nmconv.graph._stored import Stored
 from nmconv.graph._stubs import Stubs
 from nmconv.graph._takes import arguments_from
 from nmconv.graph._tracer import MethodTracer
-from nmconv.recording import context_kept
+from nmconv.recording import Chance, context_kept
 
 __all__ = ["Method", "MethodTrace", "trace_methods"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from nmconv.graph import chance_restored
+from nmconv.recording import chance_restored
 
 __all__ = ["called", "outputs"]
 

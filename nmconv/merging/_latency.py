@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from nmconv.graph import Join, Step, chance_restored
+from nmconv.graph import Join, Step
 from nmconv.merging._brackets import Node, Segment
 from nmconv.merging._called import called
 from nmconv.merging._module import channels_last, conv_module, laid_out
 from nmconv.planning import Geometry, Refusal, composed
+from nmconv.recording import chance_restored
 from nmconv.surgery import copy_of
 from nmconv.timing import Summed, drawn, interleaved, noise, ratios, runner
 

@@ -1,12 +1,15 @@
 """A model's own run, recorded: on meta tensors, on a copy, with every function that it called."""
 
 from nmconv.recording._answers import Answers, ModelRaised, NeedsData
+from nmconv.recording._chance import Chance, chance_restored, is_chance
 from nmconv.recording._context import context_kept, context_now
 from nmconv.recording._copy import Copy, check_copy, meta_copy, real_copy, shared_on_copy, structure_copy
 from nmconv.recording._inputs import Inputs, given_inputs, guessed_inputs
 from nmconv.recording._methods import enclosed, unwrapped
+from nmconv.recording._nodes import TENSOR, hook_sees, unknown
+from nmconv.recording._noted import is_recording
 from nmconv.recording._record import ENTRY_POINTS, Failure, Recordings, record, record_again, record_call
-from nmconv.recording._recorder import TENSOR, Recorder, hook_sees, is_recording, unknown
+from nmconv.recording._recorder import Recorder
 from nmconv.recording._records import Call, Fact, Frame, Lines, Read, Recording, Spec
 
 __all__ = [
@@ -14,6 +17,7 @@ __all__ = [
     "TENSOR",
     "Answers",
     "Call",
+    "Chance",
     "Copy",
     "Fact",
     "Failure",
@@ -27,6 +31,7 @@ __all__ = [
     "Recording",
     "Recordings",
     "Spec",
+    "chance_restored",
     "check_copy",
     "context_kept",
     "context_now",
@@ -34,6 +39,7 @@ __all__ = [
     "given_inputs",
     "guessed_inputs",
     "hook_sees",
+    "is_chance",
     "is_recording",
     "meta_copy",
     "real_copy",

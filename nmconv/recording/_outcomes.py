@@ -82,7 +82,7 @@ def outcome_of_norm(value: Tensor, tensors: Sequence[Tensor], counter: Tensor | 
 def key_of_module(module: nn.Module, fact: Fact, tensors: Sequence[Tensor]) -> Any:
     """What decides the outcome of a call of one of torch's own leaves, or None for others."""
     own_forward = not type(module).forward.__module__.startswith("torch.nn.modules.")
-    if own_forward or module._modules or fact.form[1]:
+    if own_forward or module._modules or fact.form[1] or _is_transformed():
         return None
     own = tuple((value.shape, value.dtype) for value in module._parameters.values() if value is not None)
     return (
@@ -98,9 +98,14 @@ def key_of_module(module: nn.Module, fact: Fact, tensors: Sequence[Tensor]) -> A
 
 def key_of_function(function: Any, fact: Fact, tensors: Sequence[Tensor]) -> Any:
     """What decides the outcome of a call of a function, or None where there is no tensor to go by."""
-    if not tensors or not all(type(value) in (Tensor, nn.Parameter) for value in tensors):
+    if not tensors or _is_transformed() or not all(type(value) in (Tensor, nn.Parameter) for value in tensors):
         return None
     return function, fact.form, fact.context, tuple(map(_kind, tensors))
+
+
+def _is_transformed() -> bool:
+    """Whether a transform such as ``torch.vmap`` is running, in which tensors are more than they show."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _kind(value: Tensor) -> tuple[Any, ...]:

@@ -13,8 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from nmconv.recording._answers import Answers, ModelRaised
 from nmconv.recording._copy import real_copy
-from nmconv.recording._recorder import label_of, not_recorded, wrap
+from nmconv.recording._functions import label_of, not_recorded
 from nmconv.recording._records import Call, map_tensors
+from nmconv.recording._wrapping import wrap
 
 __all__ = ["real_run"]
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import random
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,12 +13,16 @@ from torch import nn
 from nmconv.errors import OptionError
 from nmconv.recording._answers import Answers, ModelRaised, NeedsData
 from nmconv.recording._asking import asks_for
+from nmconv.recording._chance import chance_seeded
+from nmconv.recording._compiled import uncompiled
 from nmconv.recording._context import context_kept
 from nmconv.recording._copy import meta_copy
 from nmconv.recording._inputs import Inputs, other_choices, other_sizes
+from nmconv.recording._nodes import TENSOR
+from nmconv.recording._noted import noted
 from nmconv.recording._outcomes import Outcomes, remembered
 from nmconv.recording._real import real_run
-from nmconv.recording._recorder import TENSOR, Recorder, noted
+from nmconv.recording._recorder import Recorder
 from nmconv.recording._records import Call, Frame, Recording, Spec
 
 __all__ = ["ENTRY_POINTS", "Failure", "Recordings", "record", "record_again", "record_call"]
@@ -29,7 +30,6 @@ __all__ = ["ENTRY_POINTS", "Failure", "Recordings", "record", "record_again", "r
 # Methods besides forward by which timm's models are called.
 ENTRY_POINTS = ("forward_features", "forward_head", "forward_intermediates")
 _OTHER = ("other size", "other batch")
-_drawing = threading.RLock()
 IsLeaf = Callable[[nn.Module], bool]
 
 
@@ -137,7 +137,7 @@ def _record_other_ways(found: Recordings, run: Recording, model: nn.Module, is_l
         return
     asking = replace(run.call, asks=True)
     one, two = (record_call(model, replace(each.call, asks=True), "", is_leaf, Answers()) for each in (run, others[0]))
-    known = one.questions.keys() | two.questions.keys()
+    known = dict.fromkeys((*one.questions, *two.questions))
     same = one.lost == two.lost
     found.lost = tuple(position for position, roots in one.lost if not same or not roots)
     todo = [
@@ -149,8 +149,8 @@ def _record_other_ways(found: Recordings, run: Recording, model: nn.Module, is_l
         call = replace(asking, name=f"{asking.name}, other sizes in {place}", other_way=sites)
         with suppress(ModelRaised, NeedsData):
             found.runs.append(record_call(model, call, "", is_leaf, Answers()))
-            new = found.runs[-1].questions.keys() - known
-            known |= new
+            new = [site for site in found.runs[-1].questions if site not in known]
+            known |= dict.fromkeys(new)
             todo += [sites | {site} for site in new]
 
 
@@ -221,7 +221,7 @@ def _recorded(
         copy.model.train(call.training)
     recorder = Recorder(copy, call, path, is_leaf, told, answers, outcomes)
     autocast = torch.autocast(call.autocast) if call.autocast else nullcontext()
-    with _chance(), context_kept(), torch.inference_mode(False), autocast:
+    with chance_seeded(), uncompiled(), context_kept(), torch.inference_mode(False), autocast:
         return recorder.run()
 
 
@@ -232,7 +232,7 @@ def _add(found: Recordings, model: nn.Module, call: Call, inputs: Inputs, is_lea
         if any(value.is_meta for value in model.parameters()):
             text = f"{asked} decides what it does, and a model on the meta device has no data"
             raise ModelRaised(RuntimeError(text)) from None
-        with _chance():
+        with chance_seeded(), uncompiled():
             answers = real_run(model, call, path, inputs.real, is_leaf)
         try:
             made = record_call(model, call, path, is_leaf, answers)
@@ -305,23 +305,3 @@ def _cannot_be_called(model: nn.Module, inputs: Inputs, error: Exception, method
     way = "give others" if inputs.real is not None else "pass example_inputs that it can be called with"
     name = f"{method} of this {type(model).__name__}" if method else f"this {type(model).__name__}"
     return OptionError(f"{name} cannot be called with {given} ({type(error).__name__}: {text}): {way}")
-
-
-@contextmanager
-def _chance() -> Iterator[None]:
-    """Seed Python's and numpy's generators, and put them back; on the meta device nothing draws from torch's.
-
-    They are all threads': one recording at a time has them.
-    """
-    numpy = sys.modules.get("numpy")
-    with _drawing:
-        before = random.getstate(), None if numpy is None else numpy.random.get_state()
-        random.seed(0)
-        if numpy is not None:
-            numpy.random.seed(0)
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            if numpy is not None:
-                numpy.random.set_state(before[1])

@@ -280,6 +280,7 @@ class _Numbering:
         broken = self._made.broken
         called = {fact.label for node, fact in self._facts.items() if node.op == "call_module"}
         called |= {frame.path for frame in self._recording.frames}
+        reached = set(self._made_before_unknown())
         for head, nodes in self._members.items():
             missing = self._group[nodes[0]].members - called
             if missing and self._expected:
@@ -292,6 +293,8 @@ class _Numbering:
             elif len(self._entries[head]) != 1:
                 at = list(self._entries[head].values())[-1]
                 broken[head] = f"{self._facts[at].label} is given something else than what comes before it gives"
+            elif len(nodes) > 1 and nodes[0] in reached:
+                broken[head] = "something out of sight, such as a scripted function, may read a value inside of it"
         for node in self._made.live:
             if node not in self._group:
                 self._check_reads(self._facts[node].reads, self._where(node))
@@ -299,6 +302,11 @@ class _Numbering:
             reads = self._recording.output[1] if kind == "returned" else ()
             reads = (self._recording.stored[name],) if kind == "stored" else reads
             self._check_reads(reads, f"what is {kind}")
+
+    def _made_before_unknown(self) -> list[Node]:
+        """Whatever a maker of an unknown tensor may have read: when that was made is not known."""
+        order = list(self._facts)
+        return order[: max((at for at, node in enumerate(order) if node.target is unknown), default=0)]
 
     def _where(self, node: Node) -> str:
         fact = self._facts[node]
