@@ -6,6 +6,7 @@ from nmconv.graph._callable import callable_methods
 from nmconv.graph._chance import chance_restored
 from nmconv.graph._choices import chosen_by
 from nmconv.graph._elements import Element, Join, LinearRun, Step, elements_from, steps_of, text_of, without_end
+from nmconv.graph._expressions import Expression, expressions_of
 from nmconv.graph._fingerprint import fingerprint
 from nmconv.graph._geometry import BEFORE, PADS, Padding, averages, before_hoisting, check_hooks, geometry_of, norm_of
 from nmconv.graph._method import Method, MethodTrace, trace_methods
@@ -30,6 +31,7 @@ __all__ = [
     "THROUGH",
     "Called",
     "Element",
+    "Expression",
     "Hop",
     "Join",
     "LinearRun",
@@ -52,6 +54,7 @@ __all__ = [
     "check_hooks",
     "chosen_by",
     "elements_from",
+    "expressions_of",
     "fingerprint",
     "geometry_of",
     "has_plain_weight",

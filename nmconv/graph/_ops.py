@@ -13,6 +13,8 @@ from torch.fx import Node
 __all__ = [
     "ACT_KINDS",
     "ACT_MODULES",
+    "AFFINE",
+    "BENDING",
     "CALLS",
     "INPLACE_ARG",
     "MAKES_NEW",
@@ -151,6 +153,59 @@ _METHOD_NAMES: dict[Op, str] = {
 CALLS: dict[str, Op] = {
     name: op for table in (_FUNCTION_NAMES, _METHOD_NAMES) for op, names in table.items() for name in names.split()
 } | {form: Op.ACT for name in _ACT_NAMES for form in (name, f"{name}_")}
+# What gives each element's own value times or plus numbers, and what bends it; all differentiable.
+AFFINE = frozenset(["add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "neg", "clone", "contiguous"])
+BENDING = frozenset(
+    [
+        "sigmoid",
+        "sigmoid_",
+        "tanh",
+        "tanh_",
+        "relu",
+        "relu_",
+        "relu6",
+        "hardtanh",
+        "hardtanh_",
+        "hardsigmoid",
+        "leaky_relu",
+        "leaky_relu_",
+        "elu",
+        "elu_",
+        "selu",
+        "selu_",
+        "celu",
+        "celu_",
+        "gelu",
+        "silu",
+        "hardswish",
+        "mish",
+        "softplus",
+        "softsign",
+        "logsigmoid",
+        "tanhshrink",
+        "clamp",
+        "clamp_",
+        "clamp_min",
+        "clamp_max",
+        "exp",
+        "erf",
+        "erfc",
+        "log",
+        "log1p",
+        "expm1",
+        "sqrt",
+        "rsqrt",
+        "pow",
+        "square",
+        "abs",
+        "atan",
+        "sin",
+        "cos",
+        "reciprocal",
+        "minimum",
+        "maximum",
+    ]
+)
 # What is of no kind above and certainly no view of its input.
 MAKES_NEW = frozenset(
     [

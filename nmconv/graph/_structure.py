@@ -87,12 +87,14 @@ class _Builder:
             keys: dict[int, _Key] = {}
             far, near = local_hashes(flow), local_hashes(flow, near=True)
             for node in flow.nodes:
-                if node.op in (Op.ACT, Op.PARAM) and node.act is not None:
+                if node.op in (Op.ACT, Op.PARAM, Op.DEAD) and node.act is not None:
                     key = self._key(node, mode, (far.get(node.index, 0), near.get(node.index, 0)))
                     keys[node.index] = key
                     self._see(key, node, node.index in part.copies, mode)
                     if node.op is Op.PARAM:
                         self.constant.add(key)
+                    elif node.op is Op.DEAD:
+                        self.seen[key].skip = node.why
             self._take_chains(part, keys, mode, ends)
             if mode == "eval":
                 self._note_stages(flow)

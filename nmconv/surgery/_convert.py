@@ -283,6 +283,7 @@ _SEEN = (  # how a reason begins, and the same of one activation and of several
     ("nothing that is returned", "reaches no output", "reach no output"),
     ("stands before a chain", "stands before a chain", "stand before chains"),
     ("the forward never calls it", "is never called", "are never called"),
+    ("inside an activation", "is a part of another activation", "are parts of other activations"),
     ("a part of", "is a part of one indivisible layer", "are parts of indivisible layers"),
 )
 
@@ -301,8 +302,8 @@ def _no_sites(structure: Structure, linear: bool) -> str:
         for words, count in counts.items()
     ]
     what = ", ".join(seen) or (
-        "it calls none that nmconv knows; one that a forward works out by hand, such as x * torch.sigmoid(x), is not "
-        "recognised: call nn.SiLU or F.silu"
+        "it calls none that nmconv knows; of those that a forward works out by hand, such as x * torch.sigmoid(x), it "
+        "knows expressions in one value, within one forward, of which nobody reads a part"
     )
     return f"{text}: {what}" if linear else f"{text}: {what}; linear=True counts linear layers as well"
 

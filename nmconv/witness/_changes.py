@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
+from nmconv.graph import expressions_of
 from nmconv.planning import Hoist, Plan, Site, Sum
-from nmconv.recording import Fact, Recording
+from nmconv.recording import Fact, Read, Recording
 
 __all__ = ["Changes", "Group", "activations", "by_member", "changes_of", "grouped_sums", "settings_of", "sums_of"]
 
@@ -68,8 +69,8 @@ def changes_of(plan: Plan | None, groups: Iterable[Group] = ()) -> Changes:
     )
 
 
-def activations(recording: Recording, sites: Sequence[Site]) -> Iterator[tuple[Node, Site]]:
-    """The calls in a recording that are those of sites, each with its site."""
+def activations(recording: Recording, sites: Sequence[Site]) -> Iterator[tuple[Node, Site, tuple[Read, ...]]]:
+    """The calls in a recording that are those of sites, each with its site and what it is given, the value first."""
     training = recording.call.training
     wanted: dict[tuple[str, str, str | None, int], Site] = {}
     for site in sites:
@@ -80,15 +81,17 @@ def activations(recording: Recording, sites: Sequence[Site]) -> Iterator[tuple[N
     asked = {(owner, function) for owner, _, function, _ in wanted if function}
     names = {(owner, name) for owner, name, function, _ in wanted if not function}
     times: Counter[tuple[int, str, str | None]] = Counter()
+    by_hand = expressions_of(recording) if asked else {}
     for node, fact in recording.facts.items():
         path = fact.frame.path
+        function = by_hand[node].kind if node in by_hand else fact.label.rstrip("_")
         if node.op == "call_module":
             key, kind = (path, fact.label), None
             if key not in names:
                 continue
             name = fact.label
-        elif node.op == "call_function" and (path, fact.label.rstrip("_")) in asked:
-            kind = fact.label.rstrip("_")
+        elif node.op == "call_function" and (path, function) in asked:
+            kind = function
             name = path
         else:
             continue
@@ -96,7 +99,7 @@ def activations(recording: Recording, sites: Sequence[Site]) -> Iterator[tuple[N
         times[call] += 1
         site_found = wanted.get((path, name, kind, times[call]))
         if site_found is not None:
-            yield node, site_found
+            yield node, site_found, (by_hand[node].base,) if node in by_hand else fact.reads
 
 
 # What operators are called in a forward, and in a recording of it.

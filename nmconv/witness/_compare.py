@@ -60,7 +60,7 @@ def broken_groups(recording: Recording, changes: Changes) -> Mapping[str, str]:
 def _added(original: Recording, changes: Changes) -> dict[str, frozenset[str]]:
     """Where moved activations are called, and of which classes they are."""
     found: dict[str, set[str]] = {}
-    for node, site in activations(original, [site for site in changes.sites if site.place is not None]):
+    for node, site, _ in activations(original, [site for site in changes.sites if site.place is not None]):
         place, settings = site.place, original.facts[node].settings
         assert place is not None
         name = settings[1] if settings else site.kind
@@ -77,7 +77,7 @@ def _missing_sites(original: Recording, changes: Changes) -> str:
     """A site that a recording of the whole model does not have though its owner ran, or ""."""
     mode = "train" if original.call.training else "eval"
     ran = {frame.path for frame in original.frames}
-    met = {site.id for _, site in activations(original, changes.sites)}
+    met = {site.id for _, site, _ in activations(original, changes.sites)}
     for site in changes.sites:
         if site.modes in ("both", mode) and original.names.get(site.owner, site.owner) in ran and site.id not in met:
             return site.id
