@@ -14,6 +14,7 @@ from nmconv.graph._modules import LEAF, THROUGH, act_kind, hooks_of, is_activati
 from nmconv.graph._ops import PLAIN_ACTS, Op, is_inplace
 from nmconv.graph._recordings import inputs_of, is_leaf, recordings_of
 from nmconv.graph._records import UnknownNumber
+from nmconv.graph._register import Registration, register, registered_names
 from nmconv.graph._runs import linear_runs
 from nmconv.graph._shapes import Shapes, shapes_of
 from nmconv.graph._structure import read
@@ -40,6 +41,7 @@ __all__ = [
     "MethodTracer",
     "Op",
     "Padding",
+    "Registration",
     "Residual",
     "Shapes",
     "Spot",
@@ -72,6 +74,8 @@ __all__ = [
     "pads_same",
     "read",
     "recordings_of",
+    "register",
+    "registered_names",
     "residuals",
     "shapes_of",
     "steps_of",

@@ -15,6 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from nmconv.graph._modules import hooks_of
+from nmconv.graph._register import registered_kind
 from nmconv.graph._zoo import is_frozen_norm, pads_same
 from nmconv.planning import Geometry, Refusal, Stage, diagonal, padded
 
@@ -83,6 +84,7 @@ def geometry_of(module: nn.Module, kind: str, channels: int, rank: int) -> Geome
     Raises:
         Refusal: If it is no convolution with fixed numbers, and why.
     """
+    _check_not_registered(module)
     if kind == "norm":
         _check_norm(module)
         return diagonal(channels, rank)
@@ -149,6 +151,7 @@ def norm_of(module: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, Tens
 
 def _check_norm(module: Any) -> None:
     """Refuse a norm whose statistics depend on the input."""
+    _check_not_registered(module)
     if not (isinstance(module, (_BatchNorm, _InstanceNorm)) or is_frozen_norm(module)):
         raise Refusal(f"{type(module).__name__} has no fixed scale in eval mode")
     unused = isinstance(module, _InstanceNorm) and not module.track_running_stats  # though it may have them
@@ -156,6 +159,13 @@ def _check_norm(module: Any) -> None:
         raise Refusal(
             f"a {type(module).__name__} goes by no running statistics, so that its scale depends on the input"
         )
+
+
+def _check_not_registered(module: nn.Module) -> None:
+    """Refuse a module of which nothing is known but what the user said."""
+    kind = registered_kind(module)
+    if kind:
+        raise Refusal(f"{type(module).__name__} is registered as {kind!r}, and its numbers are not known")
 
 
 def _of_pool(module: Any, channels: int, rank: int) -> Geometry:

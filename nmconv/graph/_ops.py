@@ -24,6 +24,7 @@ __all__ = [
     "SUMS",
     "Op",
     "is_inplace",
+    "is_torchs",
 ]
 
 SUMS = ("add", "add_")  # what additions are called in a forward
@@ -278,3 +279,9 @@ def is_inplace(node: Node, module: nn.Module | None, label: str) -> bool:
     if position is not None and len(node.args) > position and node.args[position] is True:
         return True
     return label.endswith("_") and not label.startswith("_")
+
+
+def is_torchs(cls: type[nn.Module]) -> bool:
+    """Whether torch itself wrote the class's forward, and what a convolution's calls."""
+    methods = (getattr(cls, name, None) for name in ("forward", "_conv_forward"))
+    return all((getattr(method, "__module__", None) or "").startswith("torch.") for method in methods if method)
