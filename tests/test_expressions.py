@@ -3,6 +3,7 @@
 import copy
 import math
 import threading
+import warnings
 from functools import partial
 
 import pytest
@@ -457,6 +458,123 @@ def test_what_lay_around_a_dropped_one_merges():
     merged = nmconv.merge(converted, gate="always", example_inputs=X)
     torch.testing.assert_close(merged(X), converted(X), atol=1e-5, rtol=1e-4)
     assert [run.convs for run in nmconv.find_runs(model, example_inputs=X)] == [("stem", "block.a")]
+
+
+class Shaped(nn.Module):
+    """A forward that is given its activation: by hand, or as one call."""
+
+    def __init__(self, forward, act):
+        super().__init__()
+        self.a, self.b, self.c, self.n = conv(), conv(), conv(), nn.BatchNorm2d(4)
+        self.blocks = nn.ModuleList([conv(), conv()])
+        self._forward, self._act = forward, act
+
+    def forward(self, x):
+        return self._forward(self, self._act, x)
+
+
+class Helped(Shaped):
+    """A method of the module's own makes the call."""
+
+    def helper(self, x):
+        return self._act(x)
+
+    def forward(self, x):
+        return self.c(F.relu(self.b(self.helper(self.a(x)))))
+
+
+class HelpedTwice(Helped):
+    """The same, called twice: one decision would change both."""
+
+    def forward(self, x):
+        return self.c(self.helper(self.b(self.helper(self.a(x)))))
+
+
+def in_a_loop(s, act, x):
+    for block in s.blocks:
+        x = act(block(x))
+    return s.c(x)
+
+
+def residual(s, act, x):
+    x = act(s.a(x))
+    return s.c(act(x + s.b(x)))
+
+
+def preactivated(s, act, x):
+    x = s.a(x)
+    return x + s.c(act(s.n(s.b(act(s.n(x))))))
+
+
+def branching(s, act, x):
+    x = act(s.a(x)) if x.shape[0] > 1 else s.a(x)
+    return s.c(act(s.b(x)))
+
+
+def in_a_context(s, act, x):
+    with torch.autocast("cpu", enabled=False):
+        x = act(s.a(x))
+    return s.c(act(s.b(x)))
+
+
+def squeeze_excite(s, act, x):
+    x = act(s.a(x))
+    x = x * torch.sigmoid(s.b(act(s.blocks[0](x.mean((2, 3), keepdim=True)))))
+    return s.c(act(x))
+
+
+def two_outputs(s, act, x):
+    x = act(s.a(x))
+    return x, act(s.b(x))
+
+
+def twice(s, act, x):
+    y = s.a(x)
+    return s.c(act(y + 0) + s.b(act(y + 0)))
+
+
+def overwritten_later(s, act, x):
+    y = s.a(x)
+    z = act(y)
+    z += 1
+    return s.c(z) + s.b(y)
+
+
+FORWARDS = {
+    "parallel": lambda s, act, x: s.c(act(s.a(x) + s.b(x))),
+    **{
+        forward.__name__: forward
+        for forward in (in_a_loop, residual, preactivated, branching, in_a_context, squeeze_excite, two_outputs, twice)
+    },
+    "overwritten later": overwritten_later,
+}
+PAIRS = {
+    "out of place": (swish, F.silu),
+    "in-place": (lambda x: x.mul_(torch.sigmoid(x)), partial(F.silu, inplace=True)),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("name", [*FORWARDS, "Helped", "HelpedTwice"])
+def test_by_hand_is_planned_as_by_a_call(name, pair):
+    """The same sites, reasons, copies and refusals, and the same outputs whatever goes."""
+    found = []
+    for act in PAIRS[pair]:
+        torch.manual_seed(0)
+        cls = {"Helped": Helped, "HelpedTwice": HelpedTwice}.get(name, Shaped)
+        model = cls(FORWARDS.get(name), act).eval()
+        for relocate in (False, True):
+            plan = nmconv.make_plan(model, "2:1", relocate=relocate, example_inputs=X)
+            rest = plan.edit({site.id: "drop" for site in plan.sites if site.is_real and not site.locked})
+            told = [(site.id, site.kind, site.convs, site.role, site.action, site.reason) for site in plan.sites]
+            told += [(site.copy, site.inplace, bool(site.locked), site.how) for site in plan.sites]
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", nmconv.NoEffectWarning)
+                outputs = [nmconv.apply_plan(model, each, example_inputs=X)(X.clone()) for each in (plan, rest)]
+            found.append((told, outputs))
+    for by_hand, by_call in zip(found[:2], found[2:], strict=True):
+        assert by_hand[0] == by_call[0]
+        torch.testing.assert_close(by_hand[1], by_call[1])
 
 
 class Classifier(nn.Module):

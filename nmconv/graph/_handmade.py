@@ -13,7 +13,7 @@ from torch.fx import Node
 from nmconv.graph._ops import AFFINE, BENDING
 from nmconv.recording import Answers, Call, ModelRaised, NeedsData, Recording, Spec, record_call
 
-__all__ = ["is_handmade_activation", "is_plain"]
+__all__ = ["is_handmade_activation", "is_plain", "settings_of"]
 
 _SIMPLE = (bool, int, float, str, type(None))
 _OWN = frozenset(nn.Module().__dict__)
@@ -32,7 +32,7 @@ def is_handmade_activation(module: nn.Module) -> bool:
         return False
     if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or cls.forward is nn.Module.forward:
         return False
-    key = _settings_of(module)
+    key = settings_of(module)
     if key is None or getattr(_asking, "on", False):
         return False
     known = _known.setdefault(cls, {})
@@ -45,14 +45,14 @@ def is_handmade_activation(module: nn.Module) -> bool:
     return known[key]
 
 
-def _settings_of(module: nn.Module) -> tuple[Any, ...] | None:
+def settings_of(module: nn.Module) -> tuple[Any, ...] | None:
     """All that its class does not say of a module, if that is numbers, texts and parts of the same sort."""
     settings = {name: value for name, value in vars(module).items() if name not in _OWN}
     if module._buffers or module._forward_hooks or "forward" in settings:
         return None
     if not all(isinstance(value, _SIMPLE) for value in settings.values()):
         return None
-    parts = [(name, part, _settings_of(part)) for name, part in module._modules.items() if part is not None]
+    parts = [(name, part, settings_of(part)) for name, part in module._modules.items() if part is not None]
     if any(known is None for _, _, known in parts):
         return None
     own = ((name, type(value), value) for name, value in settings.items())

@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import Node
 
 from nmconv.graph import _zoo
+from nmconv.graph._crops import crop_of_call, is_crop
 from nmconv.graph._expressions import EXPRESSION, Expression, expressions_of
 from nmconv.graph._flow import ActCall, Flow, FlowNode, Frame
 from nmconv.graph._modules import act_kind, is_conv, leaf_op, slot_of
@@ -112,7 +113,7 @@ class _Lowering:
         sources = [source for source in node.all_input_nodes if source in self.now]
         module = self.modules[fact.label] if node.op == "call_module" else None
         by_hand = self.expressions.get(node)
-        op = Op.ACT if by_hand is not None else self._op(fact, module)
+        op = Op.ACT if by_hand is not None else self._op(node, fact, module)
         acts = op is Op.ACT and module is not None  # on whatever: each of its calls counts
         if node.target is hook_sees:
             return
@@ -146,6 +147,7 @@ class _Lowering:
         made.view = made.op in _ALIASING or made.inplace
         # whatever is not known to make new memory may give a view of a part
         made.partial = made.op is Op.OTHER and not inplace and module is None and fact.label not in MAKES_NEW
+        made.partial |= made.op is Op.PAD and self._crops(node, fact, module)
         self._add(made)
         self._remember(node, made)
         if by_hand is not None and not fixed:
@@ -229,10 +231,17 @@ class _Lowering:
         made.act = ActCall(frame, method, module, name, function, *calls)
         made.kind = act_kind(module) if module is not None else ACT_KINDS.get(function or "", EXPRESSION)
 
-    def _op(self, fact: Fact, module: nn.Module | None) -> Op:
+    def _op(self, node: Node, fact: Fact, module: nn.Module | None) -> Op:
         if module is not None:
             return leaf_op(module) or Op.OTHER
-        return CALLS.get(fact.label, Op.OTHER)
+        return Op.PAD if self._crops(node, fact, None) else CALLS.get(fact.label, Op.OTHER)
+
+    def _crops(self, node: Node, fact: Fact, module: nn.Module | None) -> bool:
+        """Whether a call gives a view of its input without the border."""
+        if module is not None:
+            return is_crop(module)
+        shapes = self.recording.facts[fact.reads[0][0]].shapes if len(fact.reads) == 1 else ()
+        return len(shapes) == 1 and crop_of_call(fact.label, node.args, shapes[0]) is not None
 
     def _refine(self, made: FlowNode, node: Node, fact: Fact) -> None:
         """Turn ambiguous operators into what they are here."""

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from nmconv.graph import _zoo
+from nmconv.graph._crops import is_crop
 from nmconv.graph._handmade import is_handmade_activation
 from nmconv.graph._ops import ACT_MODULES, MODULES, Op, is_torchs
 from nmconv.graph._register import registered_op
@@ -36,6 +37,8 @@ def leaf_op(module: nn.Module) -> Op | None:
         return op if "forward" not in module.__dict__ else None
     if op in (None, Op.ACT) and is_handmade_activation(module):
         return Op.ACT
+    if op is None and is_crop(module):
+        return Op.PAD
     if op is not None or isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return None
     if _zoo.is_opaque(cls):
