@@ -246,7 +246,7 @@ class _Builder:
         self.mixed |= self.constant & self.owned
         for key in self.constant:
             self.seen[key].skip = self.seen[key].skip or "it activates a parameter, not what a convolution makes"
-        for key in self.mixed:
+        for key in sorted(self.mixed, key=index.__getitem__):  # a set has another order in each process
             self.leading[key] = "its module is called in surroundings that differ, and one decision must serve all"
         stays = {key: reason for key, reason in self.leading.items() if key not in self.owned or key in self.mixed}
         self.arguments = _calls(flows)
