@@ -30,6 +30,18 @@ _FUNCTIONS: dict[Any, tuple[str, bool]] = {
     if hasattr(space, kind + suffix)
 }
 
+# By hand: what may be done to a value on the way to a product or quotient, and what that may come to.
+_ON_THE_WAY = {"sigmoid", "hardsigmoid", "relu6", "softplus", "tanh", "erf", "exp", "pow", "neg", "add", "rsub", "rdiv"}
+_ON_THE_WAY |= {"hardtanh", "clamp"}  # nn.ReLU6 calls the first
+_PRODUCTS = {"mul", "div"}
+_BY_HAND: list[tuple[str, Callable[[Tensor], Tensor]]] = [
+    ("silu", F.silu),
+    ("hardswish", F.hardswish),
+    ("mish", F.mish),
+    ("gelu", F.gelu),
+    ("gelu", lambda x: F.gelu(x, approximate="tanh")),
+]
+
 _TORCH_CLASSES = {nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU}
 _TORCH_CLASSES |= {nn.CELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Mish, nn.Softplus}
 _TIMM_MODULES = ("timm.layers.activations", "timm.layers.activations_me")
@@ -236,12 +248,15 @@ class _Watch(TorchFunctionMode):
     """Numbers module and functional activation calls and asks about each, just before it runs, whether to drop it.
 
     A mode is off while its own handler runs, so the ``torch.relu_`` inside ``F.relu(inplace=True)`` is not a call here.
+    A product or quotient is a call, too, if all its operands are made from one value, and it gives what one of
+    ``_BY_HAND`` makes of that.
     """
 
     def __init__(self, drops: Callable[[_Watch, nn.Module | str, int, bool], bool]):
         super().__init__()
         self.stack: list[_Frame] = []
         self._drops = drops
+        self._made: dict[int, tuple[Tensor, Tensor, int]] = {}  # from a tensor to what it is made from, as that was
 
     def __enter__(self) -> _Watch:
         original = nn.Module.__call__
@@ -272,7 +287,34 @@ class _Watch(TorchFunctionMode):
             inplace = inplace or bool(kwargs.get("inplace", False))  # F.* hand it on by keyword, however it was passed
             if self._counted(kind, inplace):
                 return _identity(args, kwargs, inplace)
-        return func(*args, **kwargs)
+        name = getattr(func, "__name__", "").strip("_")
+        sources = self._sources(args) if name in _ON_THE_WAY | _PRODUCTS else []
+        if sources and name in _PRODUCTS:
+            made = func(*[arg.clone() if isinstance(arg, Tensor) else arg for arg in args], **kwargs)
+            for source in sources:
+                kind = _kind_by_hand(made, source)
+                if kind:
+                    inplace = func.__name__.endswith("_") and args[0] is source
+                    if self._counted(kind, inplace):
+                        return source if inplace else source.clone()
+                    return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if sources and not any(result is arg for arg in args):
+            self._made[id(result)] = (result, sources[0], sources[0]._version)
+        return result
+
+    def _sources(self, args: Iterable[Any]) -> list[Tensor]:
+        """The values that all tensors among the arguments are made from, as they still are, the last one first."""
+        ways = [list(self._way(arg)) for arg in args if isinstance(arg, Tensor)]
+        return [one for one in ways[0] if all(any(one is other for other in way) for way in ways)] if ways else []
+
+    def _way(self, value: Tensor) -> Iterator[Tensor]:
+        while True:
+            yield value
+            made, source, version = self._made.get(id(value), (None, value, 0))
+            if made is not value or source._version != version:
+                return
+            value = source
 
     def _counted(self, target: nn.Module | str, inplace: bool) -> bool:
         """Counts a call in the innermost frame (outside all modules there is none) and says whether to drop it."""
@@ -281,6 +323,14 @@ class _Watch(TorchFunctionMode):
         counts = self.stack[-1].counts
         counts[target] += 1
         return self._drops(self, target, counts[target], inplace)
+
+
+def _kind_by_hand(made: Tensor, source: Tensor) -> str:
+    if made.is_meta or made.shape != source.shape or not source.is_floating_point():
+        return ""
+    tolerance = 1e-2 if source.dtype in (torch.half, torch.bfloat16) else 1e-5
+    near = {"rtol": tolerance, "atol": tolerance}
+    return next((kind for kind, function in _BY_HAND if torch.allclose(made, function(source), **near)), "")
 
 
 def _index(model: nn.Module, sites: list[SiteLike]) -> dict[tuple[nn.Module, nn.Module | str, int, bool], int]:

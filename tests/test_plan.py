@@ -33,6 +33,7 @@ from nmconv import (
     PlanError,
     RatioError,
 )
+from nmconv.graph import read, recordings_of
 
 
 def label(value: Any) -> str | None:
@@ -1236,3 +1237,23 @@ def test_a_merged_model_is_not_converted():
         nmconv.convert(merged, "2:1")
     with pytest.raises(nmconv.AlreadyConvertedError, match="merged already"):
         nmconv.make_plan(nn.Sequential(merged), "2:1")
+
+
+def test_a_plan_says_the_same_in_every_process():
+    """What is called in surroundings that differ is a set, whose order goes by the process' hashes."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(8))
+            self.acts = nn.ModuleList(nn.ReLU() for _ in range(8))
+
+        def forward(self, x):
+            for layer, act in zip(self.convs, self.acts, strict=True):
+                x = layer(torch.tanh(act(layer(x))))
+            return x
+
+    model = Shared()
+    leading = [index for index, _ in read(model, recordings_of(model, torch.rand(2, 4, 5, 5))).leading]
+    assert len(leading) == 8
+    assert leading == sorted(leading)

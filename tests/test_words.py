@@ -111,26 +111,26 @@ def test_what_is_not_on_the_list_is_no_site_and_its_conv_has_none(act):
     expect(nn.Sequential(conv(), act, conv(), nn.ReLU(), conv(), nn.ReLU()), "3 drop 2 A0 \n 5 keep 4 A0", convs=3)
 
 
-def test_a_swish_by_hand_is_a_gate_and_no_site():
+def test_a_swish_by_hand_is_a_site_and_no_gate():
     def forward(self, x):
         x = self.c1(x)
         x = x * torch.sigmoid(x)
         return self.a3(self.c3(self.a2(self.c2(x))))
 
-    expect(net(forward, **convs("c1 c2 c3"), **relus("a2 a3")), "a2 drop c2 A0 \n a3 keep c3 A0", convs=3)
+    text = ":silu drop c1 A0 \n a2 keep c2 A0 \n a3 keep c3 A1"
+    expect(net(forward, **convs("c1 c2 c3"), **relus("a2 a3")), text, convs=3)
 
 
 @pytest.mark.parametrize("form", ["x * relu6(x + 3) / 6", "x * (relu6(x + 3) / 6)"])
-def test_a_hard_swish_by_hand_is_a_gate_and_no_site(form):
+def test_a_hard_swish_by_hand_is_a_site_and_no_gate(form):
     def forward(self, x):
         x = self.c1(x)
         x = eval(form, {"x": x, "relu6": F.relu6})
         return self.a3(self.c3(self.a2(self.c2(x))))
 
-    plan = expect(
-        net(forward, **convs("c1 c2 c3"), **relus("a2 a3")), ":relu6 skip - - \n a2 drop c2 A0 \n a3 keep c3 A0"
-    )
-    assert "gate" in skipped(plan, ":relu6#1")
+    text = ":relu6 skip - - \n :hardswish drop c1 A0 \n a2 keep c2 A0 \n a3 keep c3 A1"
+    plan = expect(net(forward, **convs("c1 c2 c3"), **relus("a2 a3")), text)
+    assert "inside" in skipped(plan, ":relu6#1")
 
 
 FUNCTIONS = {

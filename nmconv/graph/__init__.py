@@ -15,6 +15,7 @@ from nmconv.graph._elements import (
     text_of,
     without_end,
 )
+from nmconv.graph._expressions import Expression, expressions_of
 from nmconv.graph._fingerprint import fingerprint
 from nmconv.graph._geometry import BEFORE, PADS, Padding, averages, before_hoisting, check_hooks, geometry_of, norm_of
 from nmconv.graph._method import Method, MethodTrace, trace_methods
@@ -22,6 +23,7 @@ from nmconv.graph._modules import LEAF, THROUGH, act_kind, hooks_of, is_activati
 from nmconv.graph._ops import PLAIN_ACTS, Op, is_inplace
 from nmconv.graph._recordings import inputs_of, is_leaf, recordings_of
 from nmconv.graph._records import UnknownNumber
+from nmconv.graph._register import Registration, register, registered_names
 from nmconv.graph._runs import linear_runs
 from nmconv.graph._shapes import Shapes, shapes_of
 from nmconv.graph._structure import read
@@ -40,6 +42,7 @@ __all__ = [
     "THROUGH",
     "Called",
     "Element",
+    "Expression",
     "Hop",
     "Join",
     "LinearRun",
@@ -48,6 +51,7 @@ __all__ = [
     "MethodTracer",
     "Op",
     "Padding",
+    "Registration",
     "Residual",
     "Shapes",
     "Spot",
@@ -61,6 +65,7 @@ __all__ = [
     "chosen_by",
     "copied_sums",
     "elements_from",
+    "expressions_of",
     "fingerprint",
     "flows_of",
     "geometry_of",
@@ -79,6 +84,8 @@ __all__ = [
     "pads_same",
     "read",
     "recordings_of",
+    "register",
+    "registered_names",
     "residuals",
     "shapes_of",
     "signature_of",

@@ -14,9 +14,11 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from nmconv.graph._crops import crop_of_module
 from nmconv.graph._modules import hooks_of
+from nmconv.graph._register import registered_kind
 from nmconv.graph._zoo import is_frozen_norm, pads_same
-from nmconv.planning import Geometry, Refusal, Stage, diagonal, padded
+from nmconv.planning import Geometry, Refusal, Stage, cropped, diagonal, padded
 
 __all__ = [
     "BEFORE",
@@ -33,6 +35,12 @@ __all__ = [
 PADS = "_nmconv_pads"  # on a convolution whose padding was changed and that torch's attributes cannot say: its Geometry
 BEFORE = "_nmconv_padding"  # on a convolution whose padding was hoisted: the Padding it had
 
+_PADS = (
+    nn.modules.padding._ConstantPadNd,
+    nn.modules.padding._ReflectionPadNd,
+    nn.modules.padding._ReplicationPadNd,
+    nn.modules.padding._CircularPadNd,
+)
 _AVERAGES: dict[type[nn.Module], int] = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}  # and their spatial axes
 
 
@@ -83,6 +91,7 @@ def geometry_of(module: nn.Module, kind: str, channels: int, rank: int) -> Geome
     Raises:
         Refusal: If it is no convolution with fixed numbers, and why.
     """
+    _check_not_registered(module)
     if kind == "norm":
         _check_norm(module)
         return diagonal(channels, rank)
@@ -149,6 +158,7 @@ def norm_of(module: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, Tens
 
 def _check_norm(module: Any) -> None:
     """Refuse a norm whose statistics depend on the input."""
+    _check_not_registered(module)
     if not (isinstance(module, (_BatchNorm, _InstanceNorm)) or is_frozen_norm(module)):
         raise Refusal(f"{type(module).__name__} has no fixed scale in eval mode")
     unused = isinstance(module, _InstanceNorm) and not module.track_running_stats  # though it may have them
@@ -156,6 +166,13 @@ def _check_norm(module: Any) -> None:
         raise Refusal(
             f"a {type(module).__name__} goes by no running statistics, so that its scale depends on the input"
         )
+
+
+def _check_not_registered(module: nn.Module) -> None:
+    """Refuse a module of which nothing is known but what the user said."""
+    kind = registered_kind(module)
+    if kind:
+        raise Refusal(f"{type(module).__name__} is registered as {kind!r}, and its numbers are not known")
 
 
 def _of_pool(module: Any, channels: int, rank: int) -> Geometry:
@@ -172,14 +189,23 @@ def per_axis(value: Any, rank: int) -> tuple[int, ...]:
 
 
 def _of_pad(module: Any, channels: int, rank: int) -> Geometry:
-    if getattr(module, "value", 0) != 0:
-        raise Refusal(f"{type(module).__name__} pads with {module.value}")
+    kind = type(module).__name__
+    if not isinstance(module, _PADS):
+        crop = crop_of_module(module, rank)
+        if crop is None:
+            raise Refusal(f"{kind} does more than crop the {rank} spatial axes")
+        return cropped(channels, crop)
     pads = list(module.padding)
     pairs = [(pads[at], pads[at + 1]) for at in reversed(range(0, len(pads), 2))]
-    if len(pairs) != rank or any(extent < 0 for pair in pairs for extent in pair):
-        raise Refusal(f"{type(module).__name__} does more than pad the {rank} spatial axes")
     names = {"Reflection": "reflect", "Replication": "replicate", "Circular": "circular"}
-    kind = next(
+    mode = next(
         (mode for name, mode in names.items() if any(name in c.__name__ for c in type(module).__mro__)), "zeros"
     )
-    return padded(channels, pairs, kind if any(map(any, pairs)) else "zeros")
+    if len(pairs) != rank or (mode != "zeros" and any(extent < 0 for pair in pairs for extent in pair)):
+        raise Refusal(f"{kind} does more than pad the {rank} spatial axes")
+    if getattr(module, "value", 0) != 0 and any(extent > 0 for pair in pairs for extent in pair):
+        raise Refusal(f"{kind} pads with {module.value}")
+    kept = [(max(left, 0), max(right, 0)) for left, right in pairs]
+    made = padded(channels, kept, mode if any(map(any, kept)) else "zeros")
+    crop = tuple((max(-left, 0), max(-right, 0)) for left, right in pairs)
+    return replace(made, crop=crop) if any(map(any, crop)) else made

@@ -10,6 +10,8 @@ from torch import nn
 from torch.fx import Node
 
 from nmconv.graph import _zoo
+from nmconv.graph._crops import crop_of_call, is_crop
+from nmconv.graph._expressions import EXPRESSION, Expression, expressions_of
 from nmconv.graph._flow import ActCall, Flow, FlowNode, Frame
 from nmconv.graph._modules import act_kind, is_conv, leaf_op, slot_of
 from nmconv.graph._ops import ACT_KINDS, CALLS, MAKES_NEW, READS_SHAPE, Op, is_inplace
@@ -46,6 +48,7 @@ class _Lowering:
         self.linear = linear
         self.modules = dict(model.named_modules())
         self.parameters = {name for name, _ in model.named_parameters()}
+        self.expressions = expressions_of(recording)
         self.nodes: list[FlowNode] = []
         self.frames: dict[Ran, Frame] = {}
         self.calls: Counter[tuple[Frame | None, str]] = Counter()
@@ -115,7 +118,8 @@ class _Lowering:
         self._resolve(fact.reads)
         sources = [source for source in node.all_input_nodes if source in self.now]
         module = self.modules[fact.label] if node.op == "call_module" else None
-        op = self._op(fact, module)
+        by_hand = self.expressions.get(node)
+        op = Op.ACT if by_hand is not None else self._op(node, fact, module)
         acts = op is Op.ACT and module is not None  # on whatever: each of its calls counts
         if node.target is hook_sees:
             return
@@ -130,6 +134,8 @@ class _Lowering:
         first = out if out in self.now else node.args[0] if node.args else None
         inplace = out in self.now or (is_inplace(node, module, fact.label) and self._holds(first))
         inputs = [self.now[source] for source in sorted(sources, key=lambda source: source is not first)]
+        if by_hand is not None:
+            inplace, inputs = by_hand.overwrites, [self.now[by_hand.base[0]]]
         made = FlowNode(
             0, op, inputs, node, frame=frame, module=module, method=fact.method, lines=fact.lines, shape=shape,
             inplace=inplace,
@@ -147,8 +153,11 @@ class _Lowering:
         made.view = made.op in _ALIASING or made.inplace
         # whatever is not known to make new memory may give a view of a part
         made.partial = made.op is Op.OTHER and not inplace and module is None and fact.label not in MAKES_NEW
+        made.partial |= made.op is Op.PAD and self._crops(node, fact, module)
         self._add(made)
         self._remember(node, made)
+        if by_hand is not None and not fixed:
+            self._fold(by_hand)
 
     def _resolve(self, reads: Iterable[Read]) -> None:
         """Let what was made of numbers alone, and written to since, hold what was written."""
@@ -161,6 +170,13 @@ class _Lowering:
                 self.filled[node, writer] = filled.index
                 self.nodes.append(filled)
             self.now[node] = self.filled[node, writer]
+
+    def _fold(self, by_hand: Expression) -> None:
+        """Let the calls inside of an activation be none of the network's own."""
+        for node in by_hand.inner:
+            inner = self.nodes[self.made[node]]
+            inner.op, inner.inputs = Op.DEAD, []
+            inner.why = "inside an activation that the forward works out by hand"
 
     def _holds(self, value: Any) -> bool:
         """Whether it is tensor data, or may be: a call by keywords does not say what comes first."""
@@ -208,7 +224,8 @@ class _Lowering:
         frame, module = made.frame, made.module
         if frame is None:
             return
-        function = None if module is not None else fact.label.rstrip("_")
+        by_hand = self.expressions.get(made.origin)
+        function = None if module is not None else by_hand.kind if by_hand is not None else fact.label.rstrip("_")
         name = frame.path
         if module is not None:
             name = fact.label if made.label.startswith("/") else _join(frame.path, made.label)
@@ -218,12 +235,19 @@ class _Lowering:
         self.acts[frame, what, method] += 1
         calls = self.acts[frame, what], self.acts[frame, what, method]
         made.act = ActCall(frame, method, module, name, function, *calls)
-        made.kind = act_kind(module) if module is not None else ACT_KINDS[function or ""]
+        made.kind = act_kind(module) if module is not None else ACT_KINDS.get(function or "", EXPRESSION)
 
-    def _op(self, fact: Fact, module: nn.Module | None) -> Op:
+    def _op(self, node: Node, fact: Fact, module: nn.Module | None) -> Op:
         if module is not None:
             return leaf_op(module) or Op.OTHER
-        return CALLS.get(fact.label, Op.OTHER)
+        return Op.PAD if self._crops(node, fact, None) else CALLS.get(fact.label, Op.OTHER)
+
+    def _crops(self, node: Node, fact: Fact, module: nn.Module | None) -> bool:
+        """Whether a call gives a view of its input without the border."""
+        if module is not None:
+            return is_crop(module)
+        shapes = self.recording.facts[fact.reads[0][0]].shapes if len(fact.reads) == 1 else ()
+        return len(shapes) == 1 and crop_of_call(fact.label, node.args, shapes[0]) is not None
 
     def _refine(self, made: FlowNode, node: Node, fact: Fact) -> None:
         """Turn ambiguous operators into what they are here."""

@@ -138,4 +138,5 @@ def _traced_once(method: Method, stubs: Stubs, root: nn.Module) -> MethodTracer:
     changed = stored.changed()
     if changed:
         raise RewriteError(f"it stores attributes ({', '.join(changed[:3])})")
+    tracer.note_expressions()
     return tracer

@@ -7,8 +7,10 @@ from typing import Any
 from torch import nn
 
 from nmconv.graph import _zoo
+from nmconv.graph._crops import is_crop
 from nmconv.graph._handmade import is_handmade_activation
-from nmconv.graph._ops import ACT_MODULES, MODULES, Op
+from nmconv.graph._ops import ACT_MODULES, MODULES, Op, is_torchs
+from nmconv.graph._register import registered_op
 
 __all__ = ["LEAF", "THROUGH", "act_kind", "hooks_of", "is_activation", "is_conv", "is_sequential", "leaf_op", "slot_of"]
 
@@ -21,28 +23,27 @@ def leaf_op(module: nn.Module) -> Op | None:
     """The module's kind, or None if it is to be looked into.
 
     A subclass that brings a forward of its own is looked into like any module (it may do more than its base), unless
-    timm or torchvision wrote it and it is known, or it is an activation written by hand.
+    timm or torchvision wrote it and it is known, or it is an activation written by hand. What is registered is known:
+    with :func:`nmconv.register` as what that says, with timm's ``register_notrace_module`` as a leaf.
     """
     cls = type(module)
     if THROUGH in module.__dict__:
         return None
-    known = _zoo.module_op(cls)
+    known = registered_op(module) or _zoo.module_op(cls)
     if known is not None:
         return known
     op = next((op for base in cls.__mro__ if (op := MODULES.get(base)) is not None), None)
-    if op is not None and (_is_torchs(cls) or getattr(cls, LEAF, False) or LEAF in module.__dict__):
+    if op is not None and (is_torchs(cls) or getattr(cls, LEAF, False) or LEAF in module.__dict__):
         return op if "forward" not in module.__dict__ else None
     if op in (None, Op.ACT) and is_handmade_activation(module):
         return Op.ACT
+    if op is None and is_crop(module):
+        return Op.PAD
     if op is not None or isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return None
-    return Op.OTHER if _is_torchs(cls) and cls.__module__.startswith(("torch.nn.", "torch.ao.nn.")) else None
-
-
-def _is_torchs(cls: type[nn.Module]) -> bool:
-    """Whether torch itself wrote the class's forward, and what a convolution's calls."""
-    methods = (getattr(cls, name, None) for name in ("forward", "_conv_forward"))
-    return all((getattr(method, "__module__", None) or "").startswith("torch.") for method in methods if method)
+    if _zoo.is_opaque(cls):
+        return Op.OTHER
+    return Op.OTHER if is_torchs(cls) and cls.__module__.startswith(("torch.nn.", "torch.ao.nn.")) else None
 
 
 def act_kind(module: nn.Module) -> str:
@@ -50,7 +51,7 @@ def act_kind(module: nn.Module) -> str:
     known = _zoo.act_kind(type(module))
     if known is not None:
         return known
-    if not _is_torchs(type(module)):
+    if not is_torchs(type(module)):
         return type(module).__name__
     return next(kind for base in type(module).__mro__ if (kind := ACT_MODULES.get(base)) is not None)
 
@@ -61,8 +62,8 @@ def is_activation(module: nn.Module) -> bool:
 
 
 def is_conv(module: nn.Module) -> bool:
-    """Whether the module's class derives from a convolution, with or without a forward of its own."""
-    return any(MODULES.get(base) is Op.CONV for base in type(module).__mro__)
+    """Whether the module's class derives from a convolution, whatever its forward, or is registered as one."""
+    return registered_op(module) is Op.CONV or any(MODULES.get(base) is Op.CONV for base in type(module).__mro__)
 
 
 def hooks_of(module: nn.Module) -> list[Any]:

@@ -13,6 +13,8 @@ from torch.fx import Node
 __all__ = [
     "ACT_KINDS",
     "ACT_MODULES",
+    "AFFINE",
+    "BENDING",
     "CALLS",
     "INPLACE_ARG",
     "MAKES_NEW",
@@ -22,6 +24,7 @@ __all__ = [
     "SUMS",
     "Op",
     "is_inplace",
+    "is_torchs",
 ]
 
 SUMS = ("add", "add_")  # what additions are called in a forward
@@ -151,6 +154,59 @@ _METHOD_NAMES: dict[Op, str] = {
 CALLS: dict[str, Op] = {
     name: op for table in (_FUNCTION_NAMES, _METHOD_NAMES) for op, names in table.items() for name in names.split()
 } | {form: Op.ACT for name in _ACT_NAMES for form in (name, f"{name}_")}
+# What gives each element's own value times or plus numbers, and what bends it; all differentiable.
+AFFINE = frozenset(["add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "neg", "clone", "contiguous"])
+BENDING = frozenset(
+    [
+        "sigmoid",
+        "sigmoid_",
+        "tanh",
+        "tanh_",
+        "relu",
+        "relu_",
+        "relu6",
+        "hardtanh",
+        "hardtanh_",
+        "hardsigmoid",
+        "leaky_relu",
+        "leaky_relu_",
+        "elu",
+        "elu_",
+        "selu",
+        "selu_",
+        "celu",
+        "celu_",
+        "gelu",
+        "silu",
+        "hardswish",
+        "mish",
+        "softplus",
+        "softsign",
+        "logsigmoid",
+        "tanhshrink",
+        "clamp",
+        "clamp_",
+        "clamp_min",
+        "clamp_max",
+        "exp",
+        "erf",
+        "erfc",
+        "log",
+        "log1p",
+        "expm1",
+        "sqrt",
+        "rsqrt",
+        "pow",
+        "square",
+        "abs",
+        "atan",
+        "sin",
+        "cos",
+        "reciprocal",
+        "minimum",
+        "maximum",
+    ]
+)
 # What is of no kind above and certainly no view of its input.
 MAKES_NEW = frozenset(
     [
@@ -223,3 +279,9 @@ def is_inplace(node: Node, module: nn.Module | None, label: str) -> bool:
     if position is not None and len(node.args) > position and node.args[position] is True:
         return True
     return label.endswith("_") and not label.startswith("_")
+
+
+def is_torchs(cls: type[nn.Module]) -> bool:
+    """Whether torch itself wrote the class's forward, and what a convolution's calls."""
+    methods = (getattr(cls, name, None) for name in ("forward", "_conv_forward"))
+    return all((getattr(method, "__module__", None) or "").startswith("torch.") for method in methods if method)

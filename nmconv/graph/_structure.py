@@ -87,12 +87,14 @@ class _Builder:
             keys: dict[int, _Key] = {}
             far, near = local_hashes(flow), local_hashes(flow, near=True)
             for node in flow.nodes:
-                if node.op in (Op.ACT, Op.PARAM) and node.act is not None:
+                if node.op in (Op.ACT, Op.PARAM, Op.DEAD) and node.act is not None:
                     key = self._key(node, mode, (far.get(node.index, 0), near.get(node.index, 0)))
                     keys[node.index] = key
                     self._see(key, node, node.index in part.copies, mode)
                     if node.op is Op.PARAM:
                         self.constant.add(key)
+                    elif node.op is Op.DEAD:
+                        self.seen[key].skip = node.why
             self._take_chains(part, keys, mode, ends)
             if mode == "eval":
                 self._note_stages(flow)
@@ -246,7 +248,7 @@ class _Builder:
         self.mixed |= self.constant & self.owned
         for key in self.constant:
             self.seen[key].skip = self.seen[key].skip or "it activates a parameter, not what a convolution makes"
-        for key in self.mixed:
+        for key in sorted(self.mixed, key=index.__getitem__):  # a set has another order in each process
             self.leading[key] = "its module is called in surroundings that differ, and one decision must serve all"
         stays = {key: reason for key, reason in self.leading.items() if key not in self.owned or key in self.mixed}
         self.arguments = _calls(flows)

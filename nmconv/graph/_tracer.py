@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType, FunctionType
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch.fx import Graph, Node, Tracer
 from torch.fx.node import map_arg
 from torch.fx.proxy import Proxy, TraceError
 
-from nmconv.graph._ops import ACT_KINDS
+from nmconv.graph._expressions import Operation, expressions_in, is_elementwise, operation_of_module
+from nmconv.graph._ops import ACT_KINDS, is_inplace
 from nmconv.graph._proxy import AttributeProxy, TensorProxy
 from nmconv.graph._records import Arguments, containers, map_given
 from nmconv.recording import context_now
@@ -70,6 +71,8 @@ class MethodTracer(Tracer):
         self.acts: dict[Node, MethodAct] = {}
         self.first_calls: dict[Any, set[int]] = {}
         self._calls: Counter[Any] = Counter()
+        self._methods: dict[Node, str] = {}  # of calls that may be parts of expressions
+        self._inner: dict[Node, frozenset[Node]] = {}
         self._names = {id(part): name for name, part in root.named_modules()}
         self._tensors: dict[int, str] = {}
         self.tensor_attrs = {}
@@ -126,6 +129,32 @@ class MethodTracer(Tracer):
                 self.graph.erase_node(node)
         return self
 
+    def note_expressions(self) -> None:
+        """Let activations that the method works out by hand be calls like all others, and be counted with them."""
+        found = expressions_in({node: self._operation(node) for node in self.graph.nodes})
+        self._inner = {node: each.inner for node, each in found.items()}
+        self.acts |= {node: MethodAct(self._methods[node], "", each.kind, 0) for node, each in found.items()}
+        steps: Counter[MethodAct] = Counter()
+        for node in self.graph.nodes if found else ():
+            if node in self.acts:
+                act = replace(self.acts.pop(node), step=0)
+                steps[act] += 1
+                self.acts[node] = replace(act, step=steps[act])
+
+    def given_to(self, node: Node) -> Any:
+        """What an activation call is applied to."""
+        parts = {node, *self._inner.get(node, ())}
+        if len(parts) == 1:
+            return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))
+        (value,) = {source for part in parts for source in part.all_input_nodes} - parts - self._numbers
+        return value
+
+    def erase_act(self, node: Node) -> None:
+        """Erase an activation call that nobody reads any more."""
+        for part in (node, *sorted(self._inner.get(node, ()), reverse=True)):
+            self.graph.erase_node(part)
+            self.acts.pop(part, None)
+
     # -- what the copy's parts ask ------------------------------------------------------------------------------------
 
     def call_part(self, part: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -135,6 +164,7 @@ class MethodTracer(Tracer):
             raise TraceError(f"a {type(part).__name__} is called that is no submodule")
         proxy = self.create_proxy("call_module", name, args, kwargs)
         self._label(proxy.node, name)
+        self._methods[proxy.node] = self._running()
         if id(part) in self._activations:
             self._note_act(proxy.node, name, None)
         return proxy
@@ -195,6 +225,8 @@ class MethodTracer(Tracer):
             label = self.label_of(node)
             if node in self._given and node not in self._numbers:
                 self._label(node, label)
+            if is_elementwise(label, node.args, node.kwargs):
+                self._methods[node] = self._running()
             if label.rstrip("_") in ACT_KINDS:
                 self._note_act(node, "", label.rstrip("_"))
         return proxy
@@ -203,6 +235,23 @@ class MethodTracer(Tracer):
         """What a call is called in a recording."""
         name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
         return _LABELS.get(name, name)
+
+    def _operation(self, node: Node) -> Operation | None:
+        """What a call does, if that may be a part of an expression: its numbers must be known."""
+        method = self._methods.get(node)
+        numbers = self._numbers.intersection(node.all_input_nodes)
+        if method is None or not numbers <= self.known.keys():
+            return None
+        reads = tuple((source, None) for source in node.all_input_nodes if source not in numbers)
+        if node.op == "call_module":
+            part = self.root.get_submodule(str(node.target))
+            return operation_of_module(
+                node, (type(part).__module__, type(part).__qualname__, part.extra_repr()), method, reads
+            )
+        function: Any = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
+        arguments = map_arg((node.args, node.kwargs), lambda source: self.known.get(source, source))
+        label = self.label_of(node)
+        return Operation(label, method, reads, function, arguments, is_inplace(node, None, label))
 
     def is_number(self, node: Node) -> bool:
         """Whether the node is a number computed from shapes."""

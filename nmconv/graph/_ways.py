@@ -123,7 +123,9 @@ def spot_of(flow: Flow, node: FlowNode) -> Spot:
         inner = node.frame is not None and node.module is node.frame.module and is_norm_act(node.module)
         return Spot(owner, NORM if inner else node.label, node.number)
     if node.label not in SUMS:
-        return Spot(owner, f"{node.label}()", node.number)
+        by_hand = node.act is not None and node.act.function != node.label.rstrip("_")
+        number = flow.recording.facts[node.origin].number if by_hand else node.number
+        return Spot(owner, f"{node.label}()", number)  # of a product, which parameters have, too: all are counted
     sums = [at for at, other in enumerate(flow.nodes) if other.frame is node.frame and _is_sum(other)]
     return Spot(owner, SUM, sums.index(node.index) + 1, len(sums))
 

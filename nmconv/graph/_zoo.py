@@ -21,6 +21,7 @@ __all__ = [
     "has_plain_weight",
     "is_frozen_norm",
     "is_norm_act",
+    "is_opaque",
     "module_op",
     "pads_same",
     "stage_names",
@@ -86,6 +87,17 @@ def _path(cls: type[nn.Module]) -> str:
 def module_op(cls: type[nn.Module]) -> Op | None:
     """What a timm or torchvision class is, or None if it is to be looked into like any other."""
     return _TABLE.get(_path(cls))
+
+
+def is_opaque(cls: type[nn.Module]) -> bool:
+    """Whether a class was given to timm's ``register_notrace_module``, by others than timm.
+
+    timm's own are there because fx cannot trace them; a recording can look into them.
+    """
+    if cls.__module__.partition(".")[0] in ("timm", "torchvision"):
+        return False
+    ask = getattr(sys.modules.get("timm.layers"), "is_notrace_module", None)
+    return ask is not None and bool(ask(cls))
 
 
 def act_kind(cls: type[nn.Module]) -> str | None:

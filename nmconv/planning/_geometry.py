@@ -16,6 +16,7 @@ __all__ = [
     "Refusal",
     "Stage",
     "composed",
+    "cropped",
     "diagonal",
     "hoisted",
     "identity",
@@ -167,6 +168,11 @@ def padded(channels: int, padding: Sequence[tuple[int, int]], mode: str) -> Geom
     return replace(identity(channels, len(padding)), padding=tuple(padding), mode=mode)
 
 
+def cropped(channels: int, crop: Sequence[tuple[int, int]]) -> Geometry:
+    """Leaving out the border alone, as a convolution."""
+    return replace(identity(channels, len(crop)), crop=tuple(crop))
+
+
 @lru_cache(maxsize=1024)  # blocks are alike, and every sub-run of a run is asked for
 def composed(one: Geometry, two: Geometry, *, exact: bool = True) -> Geometry:
     """The convolution that does what ``one`` and then ``two`` do, at every size and up to the border.
@@ -187,7 +193,11 @@ def composed(one: Geometry, two: Geometry, *, exact: bool = True) -> Geometry:
         raise Refusal(f"{one.out_channels} channels come in where {two.in_channels} are expected")
     mode = _mode((one, two))
     kernel, dilation, padding, stages = [], [], [], []
+    if (two.crop and one.bounded) or (one.crop and two.bounded):
+        raise Refusal("a crop meets biases that end at the border")
     for axis, step in enumerate(one.stride):
+        if exact and two.is_padded(axis) and one.crop and any(one.crop[axis]):
+            raise Refusal("a padded convolution follows a crop")
         if exact and two.is_padded(axis):
             constant = one.bias or (any(one.bounded) and not one.bounded[axis])  # also where the axis is padded
             more_zeros = one.mode == two.mode == "zeros" and not constant  # beyond zeros only more of them
@@ -209,6 +219,7 @@ def composed(one: Geometry, two: Geometry, *, exact: bool = True) -> Geometry:
         padding.append((0, 0) if line else (left + step * left2, right + step * right2))
     after = two if exact else None
     bias, bounded = _borders([(one.bias, one.bounded, after), (two.bias, two.bounded, None)])
+    padding, crop = _less(padding, _crops(one, two))
     return Geometry(
         in_channels=one.in_channels,
         out_channels=two.out_channels,
@@ -221,7 +232,7 @@ def composed(one: Geometry, two: Geometry, *, exact: bool = True) -> Geometry:
         stages=tuple(stages) if any(stages) else (),
         bounded=bounded,
         bias=bias,
-        crop=_crops(one, two),
+        crop=crop,
     )
 
 
@@ -231,6 +242,18 @@ def _crops(one: Geometry, two: Geometry) -> tuple[tuple[int, int], ...]:
     pairs = zip(one.crop or none, two.crop or none, one.stride, strict=True)
     found = tuple((left + step * left2, right + step * right2) for (left, right), (left2, right2), step in pairs)
     return found if any(map(any, found)) else ()
+
+
+def _less(
+    padding: list[tuple[int, int]], crop: tuple[tuple[int, int], ...]
+) -> tuple[list[tuple[int, int]], tuple[tuple[int, int], ...]]:
+    """Padding that is left out again was never needed: what is left of both."""
+    if not crop:
+        return padding, crop
+    both = [tuple(map(min, pads, cuts)) for pads, cuts in zip(padding, crop, strict=True)]
+    pads = [(left - a, right - b) for (left, right), (a, b) in zip(padding, both, strict=True)]
+    cuts = tuple((left - a, right - b) for (left, right), (a, b) in zip(crop, both, strict=True))
+    return pads, cuts if any(map(any, cuts)) else ()
 
 
 def joined(branches: Sequence[Geometry]) -> Geometry:

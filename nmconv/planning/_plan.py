@@ -185,6 +185,7 @@ class Plan:
         hoists: Linear runs whose padding moves to their first convolution (``hoist_padding=True``).
         kernels: Linear runs, or parts of them, that :func:`nmconv.fit` makes one convolution of.
         branches: Residual branches that go.
+        registered: Classes of the model that :func:`nmconv.register` told of, each with its kind.
         call: What the model was called with when the plan was made, or None if that cannot be put into words. Two plans
             that differ in it only are equal.
     """
@@ -199,6 +200,7 @@ class Plan:
     hoists: tuple[Hoist, ...] = ()
     kernels: tuple[Kernel, ...] = ()
     branches: tuple[Branch, ...] = ()
+    registered: tuple[tuple[str, str], ...] = ()
     call: Signature | None = field(default=None, compare=False)
 
     def __deepcopy__(self, memo: object) -> Plan:

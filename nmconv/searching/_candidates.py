@@ -195,7 +195,9 @@ class Network:
         site = next((site for site in self.plan.sites if site.id == name), None)
         if site is None:
             return None
-        return PLAIN_ACTS[site.kind]() if site.function else self.model.get_submodule(site.name)
+        if site.function:  # one without settings stands for those that are no module without
+            return PLAIN_ACTS.get(site.kind, nn.SiLU)()
+        return self.model.get_submodule(site.name)
 
     def nodes_behind(self, convs: Iterable[str]) -> list[Node]:
         """Some convolutions with what follows each; nothing if one is in no linear run."""

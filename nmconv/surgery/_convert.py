@@ -11,7 +11,16 @@ from typing import Any
 from torch import nn
 
 from nmconv.errors import ModelTypeError, NoEffectWarning, NoSitesError, PlanError
-from nmconv.graph import copied_sums, fingerprint, flows_of, read, recordings_of, signature_of, takes_by_forward
+from nmconv.graph import (
+    copied_sums,
+    fingerprint,
+    flows_of,
+    read,
+    recordings_of,
+    registered_names,
+    signature_of,
+    takes_by_forward,
+)
 from nmconv.planning import Changes, Keep, Options, Plan, Structure, changes_of, draw_up, listed
 from nmconv.recording import Recordings
 from nmconv.surgery._apply import Known, Surgery
@@ -205,6 +214,12 @@ def carried_over(model: nn.Module, plan: Plan, recordings: Recordings) -> Carrie
     Raises:
         PlanError: If the plan is for another model, or changes what this one does not have.
     """
+    missing = [pair for pair in plan.registered if pair not in registered_names(model)]
+    for name, kind in missing[:1]:
+        raise PlanError(
+            f"the plan was made with {name} registered as {kind!r}, which it is not here, or the model has none: call "
+            f"nmconv.register({name.rpartition('.')[2]}, {kind!r}) first"
+        )
     structure = read(model, recordings, linear=dict(plan.options).get("linear") == "True")
     found = fingerprint(model, structure)
     if found != plan.fingerprint:
@@ -244,7 +259,7 @@ def _planned(
     """The plan, hoists included; what it does; the methods written for it."""
     structure = read(model, recordings, linear=options.linear)
     plan, known = _drawn_up(model, structure, options)
-    plan = replace(plan, call=signature_of(model, recordings))
+    plan = replace(plan, call=signature_of(model, recordings), registered=registered_names(model))
     if options.hoist:
         trial = outline_of(model)
         Surgery(trial, changes_of(plan, structure), known, {}).commit()
@@ -306,6 +321,7 @@ _SEEN = (  # how a reason begins, and the same of one activation and of several
     ("nothing that is returned", "reaches no output", "reach no output"),
     ("stands before a chain", "stands before a chain", "stand before chains"),
     ("the forward never calls it", "is never called", "are never called"),
+    ("inside an activation", "is a part of another activation", "are parts of other activations"),
     ("a part of", "is a part of one indivisible layer", "are parts of indivisible layers"),
 )
 
@@ -324,8 +340,8 @@ def _no_sites(structure: Structure, linear: bool) -> str:
         for words, count in counts.items()
     ]
     what = ", ".join(seen) or (
-        "it calls none that nmconv knows; one that a forward works out by hand, such as x * torch.sigmoid(x), is not "
-        "recognised: call nn.SiLU or F.silu"
+        "it calls none that nmconv knows; of those that a forward works out by hand, such as x * torch.sigmoid(x), it "
+        "knows expressions in one value, within one forward, of which nobody reads a part"
     )
     return f"{text}: {what}" if linear else f"{text}: {what}; linear=True counts linear layers as well"
 

@@ -112,15 +112,14 @@ def _remove(tracer: MethodTracer, site: Activation, training: bool, model: nn.Mo
     node = _node_of(tracer, site, training, model)
     if node is None:
         raise RewriteError(f"{site.id} is not in {site.owner or 'the model'}.{site.method}: was the model changed?")
-    value = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))
+    value = tracer.given_to(node)
     if not isinstance(value, Node):
         raise RewriteError(f"{site.id} is called on something that is no tensor")
     if site.copy:
         with tracer.graph.inserting_before(node):
             value = tracer.graph.call_method("clone", (value,))
     node.replace_all_uses_with(value)
-    tracer.graph.erase_node(node)
-    del tracer.acts[node]
+    tracer.erase_act(node)
 
 
 def _insert(tracer: MethodTracer, place: Place, child: str) -> None:

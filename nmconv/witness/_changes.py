@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
+from nmconv.graph import expressions_of
 from nmconv.planning import Change, Changes, Sum
-from nmconv.recording import Fact, Recording
+from nmconv.recording import Fact, Read, Recording
 
 __all__ = ["Allowed", "Group", "activations", "allowed_by", "by_member", "grouped_sums", "settings_of", "sums_of"]
 
@@ -65,8 +66,8 @@ def allowed_by(changes: Changes | None, groups: Iterable[Group] = ()) -> Allowed
     return Allowed(changes.made, changes.sums, changes.hoists, groups, frozenset(rewritten))
 
 
-def activations(recording: Recording, changes: Sequence[Change]) -> Iterator[tuple[Node, Change]]:
-    """The calls in a recording that are those of changes, each with its change."""
+def activations(recording: Recording, changes: Sequence[Change]) -> Iterator[tuple[Node, Change, tuple[Read, ...]]]:
+    """The calls in a recording that are those of changes, each with its change and what it is given, value first."""
     training = recording.call.training
     wanted: dict[tuple[str, str, str | None, int], Change] = {}
     for change in changes:
@@ -78,15 +79,17 @@ def activations(recording: Recording, changes: Sequence[Change]) -> Iterator[tup
     asked = {(owner, function) for owner, _, function, _ in wanted if function}
     names = {(owner, name) for owner, name, function, _ in wanted if not function}
     times: Counter[tuple[int, str, str | None]] = Counter()
+    by_hand = expressions_of(recording) if asked else {}
     for node, fact in recording.facts.items():
         path = fact.frame.path
+        function = by_hand[node].kind if node in by_hand else fact.label.rstrip("_")
         if node.op == "call_module":
             key, kind = (path, fact.label), None
             if key not in names:
                 continue
             name = fact.label
-        elif node.op == "call_function" and (path, fact.label.rstrip("_")) in asked:
-            kind = fact.label.rstrip("_")
+        elif node.op == "call_function" and (path, function) in asked:
+            kind = function
             name = path
         else:
             continue
@@ -94,7 +97,7 @@ def activations(recording: Recording, changes: Sequence[Change]) -> Iterator[tup
         times[made] += 1
         found = wanted.get((path, name, kind, times[made]))
         if found is not None:
-            yield node, found
+            yield node, found, (by_hand[node].base,) if node in by_hand else fact.reads
 
 
 # What operators are called in a forward, and in a recording of it.

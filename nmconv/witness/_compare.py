@@ -60,7 +60,7 @@ def broken_groups(recording: Recording, allowed: Allowed) -> Mapping[str, str]:
 def _added(original: Recording, allowed: Allowed) -> dict[str, frozenset[str]]:
     """Where moved activations are called, and of which classes they are."""
     found: dict[str, set[str]] = {}
-    for node, change in activations(original, [change for change in allowed.changes if change.place is not None]):
+    for node, change, _ in activations(original, [change for change in allowed.changes if change.place is not None]):
         place, settings = change.place, original.facts[node].settings
         assert place is not None
         name = settings[1] if settings else change.call.kind
@@ -77,7 +77,7 @@ def _missing_sites(original: Recording, allowed: Allowed) -> str:
     """A site that a recording of the whole model does not have though its owner ran, or ""."""
     mode = "train" if original.call.training else "eval"
     ran = {frame.path for frame in original.frames}
-    met = {change.call.id for _, change in activations(original, allowed.changes)}
+    met = {change.call.id for _, change, _ in activations(original, allowed.changes)}
     for change in allowed.changes:
         call = change.call
         if call.modes in ("both", mode) and original.names.get(call.owner, call.owner) in ran and call.id not in met:

@@ -53,7 +53,7 @@ def values_of(
         added: From the names of modules that call moved activations to the classes of these.
         names: Of the original's recording: a module that was registered several times may have lost its first name.
     """
-    return _Numbering(recording, allowed, table, set(), {}, {}, added, {}, names=names).values()
+    return _Numbering(recording, allowed, table, {}, {}, {}, added, {}, names=names).values()
 
 
 def expected_values(recording: Recording, allowed: Allowed, table: Table, moved: Mapping[Content, int]) -> Values:
@@ -65,7 +65,7 @@ def expected_values(recording: Recording, allowed: Allowed, table: Table, moved:
         table: Shared with the result's.
         moved: From the result's values: what activations were put behind.
     """
-    dropped = {node for node, _ in activations(recording, allowed.changes)}
+    dropped = {node: given for node, _, given in activations(recording, allowed.changes)}
     sums = sums_of(recording, allowed.sums)
     grouped = grouped_sums(recording, allowed.groups, sums)
     return _Numbering(recording, allowed, table, dropped, sums, grouped, {}, moved).values()
@@ -79,7 +79,7 @@ class _Numbering:
         recording: Recording,
         allowed: Allowed,
         table: Table,
-        dropped: set[Node],
+        dropped: Mapping[Node, tuple[Read, ...]],
         sums: Mapping[Node, Sum],
         grouped: Mapping[Node, Group],
         added: Mapping[str, frozenset[str]],
@@ -133,7 +133,7 @@ class _Numbering:
     def _number(self, node: Node, fact: Fact) -> None:
         if node in self._dropped or self._hands_on(node, fact):
             self._through.add(node)
-            self._contents[node] = self._content(fact.reads[0])
+            self._contents[node] = self._content(self._dropped.get(node, fact.reads)[0])
         elif node in self._sums:
             self._contents[node] = self._content(fact.reads[self._sums[node].keep])
         else:
@@ -260,7 +260,7 @@ class _Numbering:
             if node in self._sums:
                 left: tuple[Read, ...] = (fact.reads[self._sums[node].keep],)
             else:
-                left = fact.reads
+                left = self._dropped.get(node, fact.reads)
             todo += [part for read in left for part in read if part is not None]
             todo += [part for part in fact.before if part is not None]
         return found
