@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import calls_of
 from oracle import assert_same, dropped, record
 from torch import nn
 
@@ -144,15 +145,17 @@ def check_dropped(model, x=X):
 def test_a_product_with_its_own_sigmoid_is_silu(name):
     model = net(SILU[name])
     assert real(model) == [("block:silu#1", "SiLU"), ("block:silu#2", "SiLU")]
-    assert not any(site.inplace for site in plan_of(model).sites)
+    assert not any(call.inplace for call in calls_of(model, plan_of(model)).values())
     check_dropped(model)
 
 
 @pytest.mark.parametrize("name", INPLACE)
 def test_in_place_on_the_value_is_silu_in_place(name):
     model = net(INPLACE[name])
-    sites = [site for site in plan_of(model).sites if site.is_real]
-    assert [(site.id, site.inplace) for site in sites] == [("block:silu#1", True), ("block:silu#2", True)]
+    plan = plan_of(model)
+    calls = calls_of(model, plan)
+    found = [(site.id, calls[site.id].inplace) for site in plan.sites if site.is_real]
+    assert found == [("block:silu#1", True), ("block:silu#2", True)]
     with torch.no_grad():
         check_dropped(model)
 
@@ -554,6 +557,10 @@ PAIRS = {
 }
 
 
+def made_of(call):
+    return call.copy, call.inplace, call.how
+
+
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("name", [*FORWARDS, "Helped", "HelpedTwice"])
 def test_by_hand_is_planned_as_by_a_call(name, pair):
@@ -567,7 +574,8 @@ def test_by_hand_is_planned_as_by_a_call(name, pair):
             plan = nmconv.make_plan(model, "2:1", relocate=relocate, example_inputs=X)
             rest = plan.edit({site.id: "drop" for site in plan.sites if site.is_real and not site.locked})
             told = [(site.id, site.kind, site.convs, site.role, site.action, site.reason) for site in plan.sites]
-            told += [(site.copy, site.inplace, bool(site.locked), site.how) for site in plan.sites]
+            calls = calls_of(model, plan, X)
+            told += [(site.locked != "", *made_of(calls[site.id])) for site in plan.sites]
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", nmconv.NoEffectWarning)
                 outputs = [nmconv.apply_plan(model, each, example_inputs=X)(X.clone()) for each in (plan, rest)]

@@ -27,7 +27,7 @@ def points(names):
 
 
 def plain(x):
-    return x * torch.sigmoid(x) + 0.5
+    return torch.cumsum(x.square(), 1) + 0.5
 
 
 def vmapped(x):
