@@ -16,6 +16,7 @@ from nmconv.errors import (
     PlanError,
     RatioError,
     RemovedParametersWarning,
+    RestoredParametersWarning,
     RewriteError,
     WitnessError,
 )
@@ -25,7 +26,7 @@ from nmconv.io import load, save
 from nmconv.merging import Merge, Run, find_runs, fold_norms, get_merges, merge
 from nmconv.planning import Counts, Kernel, Plan, Ratio, Site, Unit, Untraced
 from nmconv.searching import Candidate, Sensitivity, search, sensitivity
-from nmconv.surgery import apply_plan, convert, get_plan, make_plan
+from nmconv.surgery import apply_plan, convert, get_plan, make_plan, restore
 from nmconv.verifying import verify
 
 __version__ = "0.1.0"
@@ -53,6 +54,7 @@ __all__ = [
     "Ratio",
     "RatioError",
     "RemovedParametersWarning",
+    "RestoredParametersWarning",
     "RewriteError",
     "Run",
     "Sensitivity",
@@ -74,6 +76,7 @@ __all__ = [
     "merge",
     "recalibrate_norms",
     "register",
+    "restore",
     "save",
     "search",
     "sensitivity",

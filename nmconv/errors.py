@@ -16,6 +16,7 @@ __all__ = [
     "PlanError",
     "RatioError",
     "RemovedParametersWarning",
+    "RestoredParametersWarning",
     "RewriteError",
     "WitnessError",
 ]
@@ -103,3 +104,7 @@ class FoldedNormWarning(UserWarning):
 
 class RemovedParametersWarning(UserWarning):
     """A model changed in place has lost parameters, which an optimizer that was made before still holds."""
+
+
+class RestoredParametersWarning(UserWarning):
+    """Parameters of a converted model are read again, which an optimizer that was made meanwhile may not have."""

@@ -23,11 +23,10 @@ from nmconv.fitting._watch import Watch
 from nmconv.graph import recordings_of
 from nmconv.merging import get_merges, groups_of
 from nmconv.planning import Kernel, Plan, Refusal, shrunk
-from nmconv.surgery import Witness, WorkingCopy, carried_over, check_plain, get_plan
+from nmconv.surgery import FITTED, Witness, WorkingCopy, carried_over, check_plain, get_plan
 
 __all__ = ["fit", "fit_units", "get_fit"]
 
-_MARK = "_nmconv_fit"
 _LOST = (
     "there is no linear run around it that a fit could change (a transposed convolution, or a norm without running "
     "statistics, ends one)"
@@ -120,7 +119,7 @@ def fit(
         report = _Fitting(result, reference, images, ridges, loss, keep_norms, downstream).run(default, recalibrate)
         if seen is not None:
             seen.check(result, None, groups_of(*get_merges(result)))
-    result.__dict__[_MARK] = report
+    result.__dict__[FITTED] = report
     return work.finish()
 
 
@@ -155,7 +154,7 @@ def fit_units(model: nn.Module, reference: nn.Module, images: Images) -> tuple[U
 
 def get_fit(model: nn.Module) -> Fit | None:
     """What :func:`fit` did to a model, or None."""
-    found = check_plain(model, "ask", compiled=True).__dict__.get(_MARK)
+    found = check_plain(model, "ask", compiled=True).__dict__.get(FITTED)
     return found if isinstance(found, Fit) else None
 
 

@@ -17,7 +17,7 @@ from nmconv.io._problems import Damaged, Foreign, Unread
 from nmconv.io._replay import replay
 from nmconv.io._state import fill, sources_of, state_of
 from nmconv.merging import groups_of
-from nmconv.surgery import Witness, WorkingCopy, carried_over, check_examples, check_model
+from nmconv.surgery import Readers, Witness, WorkingCopy, carried_over, check_examples, check_model
 
 __all__ = ["load"]
 
@@ -63,7 +63,7 @@ def load(
     name = os.fspath(path)
     try:
         with opened(path) as file:
-            work = _loaded(model, file, inplace, example_inputs, witness)
+            work, readers = _loaded(model, file, inplace, example_inputs, witness)
     except WitnessError as error:
         raise WitnessError(f"{name}: {_short(error)}", error.module, error.first, error.second) from error
     except Damaged as error:
@@ -76,10 +76,15 @@ def load(
         raise FileError(
             f"{name}: {_short(error)}; give the model that was saved as it was before nmconv.convert and nmconv.merge"
         ) from error
-    return work.finish()
+    result = work.finish()
+    if readers is not None:
+        readers.freeze_unread(result)
+    return result
 
 
-def _loaded(model: nn.Module, file: File, inplace: bool, example_inputs: Any, witness: bool) -> WorkingCopy:
+def _loaded(
+    model: nn.Module, file: File, inplace: bool, example_inputs: Any, witness: bool
+) -> tuple[WorkingCopy, Readers | None]:
     content = from_text(file.text)
     check_content(content)
     plan, groups = content.plan, groups_of(*content.merges)
@@ -101,14 +106,16 @@ def _loaded(model: nn.Module, file: File, inplace: bool, example_inputs: Any, wi
     if recordings is not None and owners:
         flows = [flow for training in (False, True) for flow in flows_of(model, recordings, training=training)]
         takes = takes_by_forward(flows, owners)
-    work = WorkingCopy(model, inplace=inplace, numbers=True)
+    work, readers = WorkingCopy(model, inplace=inplace, numbers=True), None
+    if carried is not None and recordings is not None and not content.merges:
+        readers = Readers(model, carried.changes, recordings)
     homes = replay(work.model, content, carried, takes)
     sources = sources_of(state_of(work.model), file, content.aliases)
     if seen is not None:
         closed = {name for merges in content.merges for merge in merges for name in merge.closed}
         seen.check(work.model, None if carried is None else carried.changes, groups, closed)
     fill(work.model, file, sources, homes)
-    return work
+    return work, readers
 
 
 def _short(error: Exception) -> str:

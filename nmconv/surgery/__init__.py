@@ -1,19 +1,22 @@
 """Changing models: doing what a plan says, and nothing else."""
 
 from nmconv.surgery._classes import Method, rewritten
-from nmconv.surgery._convert import Carried, apply_plan, carried_over, change, convert, get_plan, make_plan
-from nmconv.surgery._guard import MERGED, check_examples, check_has_run, check_model, check_plain
+from nmconv.surgery._convert import Carried, apply_plan, carried_over, change, convert, get_plan, make_plan, restore
+from nmconv.surgery._guard import FITTED, MERGED, check_examples, check_has_run, check_model, check_plain
 from nmconv.surgery._hoist import is_known, pad
+from nmconv.surgery._restore import Readers
 from nmconv.surgery._rewrite import Edit, rewrite
 from nmconv.surgery._source import shown_parameters
 from nmconv.surgery._witness import Witness
 from nmconv.surgery._working import WorkingCopy, copy_of, outline_of
 
 __all__ = [
+    "FITTED",
     "MERGED",
     "Carried",
     "Edit",
     "Method",
+    "Readers",
     "Witness",
     "WorkingCopy",
     "apply_plan",
@@ -30,6 +33,7 @@ __all__ = [
     "make_plan",
     "outline_of",
     "pad",
+    "restore",
     "rewrite",
     "rewritten",
     "shown_parameters",

@@ -13,7 +13,7 @@ from nmconv.graph import PLAIN_ACTS, is_activation, is_sequential
 from nmconv.planning import Activation, Change, Changes, Place
 from nmconv.surgery._classes import Method, rewritten
 from nmconv.surgery._hoist import hoist_padding
-from nmconv.surgery._identity import identity_for, keeps_something, passing
+from nmconv.surgery._identity import ADDED, WAS, identity_for, keeps_something, passing
 from nmconv.surgery._rewrite import Edit, rewrite
 
 __all__ = ["Known", "Surgery"]
@@ -113,8 +113,10 @@ class Surgery:
             moved.inplace = False  # what it is applied to now may have other readers
         owner = self._module(place.owner)
         if place.how == "slot":
+            vars(moved)[WAS] = owner._modules[place.op]
             self._slots.append((owner, place.op, moved))
             return
+        vars(moved)[ADDED] = True
         taken = {*owner._modules, *(name for parent, name, *_ in self._added if parent is owner)}
         name = next(name for number in range(len(taken) + 1) if (name := f"moved_act{number or ''}") not in taken)
         self._added.append((owner, name, moved, place.op if place.how == "insert" else None))

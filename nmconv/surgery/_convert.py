@@ -21,15 +21,16 @@ from nmconv.graph import (
     signature_of,
     takes_by_forward,
 )
-from nmconv.planning import Changes, Keep, Options, Plan, Structure, changes_of, draw_up, listed
+from nmconv.planning import Changes, Keep, Options, Plan, Signature, Structure, changes_of, draw_up, listed
 from nmconv.recording import Recordings
 from nmconv.surgery._apply import Known, Surgery
-from nmconv.surgery._guard import MARK, check_examples, check_model, plan_of
+from nmconv.surgery._guard import FROZEN, MARK, check_examples, check_has_run, check_model, check_plain, plan_of
 from nmconv.surgery._hoist import find_hoists
+from nmconv.surgery._restore import Readers, original_of, thaw, unconvert
 from nmconv.surgery._witness import Witness
 from nmconv.surgery._working import WorkingCopy, outline_of
 
-__all__ = ["Carried", "apply_plan", "carried_over", "change", "convert", "get_plan", "make_plan"]
+__all__ = ["Carried", "apply_plan", "carried_over", "change", "convert", "get_plan", "make_plan", "restore"]
 
 
 def make_plan(
@@ -54,19 +55,26 @@ def make_plan(
     Raises: as :func:`convert` does.
     """
     options = _options(ratio, keep, relocate, include, exclude, linear, hoist_padding, example_inputs)
-    check_model(model)
+    check_plain(model, "plan for")
+    check_has_run(model)
     options.check()
-    recordings = recordings_of(model, example_inputs, both_sizes=False, linear=options.linear)
-    return _planned(model, options, example_inputs, recordings)[0]
+    original, earlier = original_of(model), plan_of(model)
+    call = None if earlier is None else earlier.call
+    recordings = recordings_of(original, example_inputs, both_sizes=False, linear=options.linear, call=call)
+    return _planned(original, options, example_inputs, recordings, call)[0]
 
 
 def apply_plan(
     model: nn.Module, plan: Plan, *, example_inputs: Any = None, inplace: bool = False, witness: bool = True
 ) -> nn.Module:
-    """Convert a model as a plan says.
+    """Convert a model as a plan says, or take a converted model from its plan to another one.
+
+    Of a converted model the original's structure comes back first: what goes or moves is what the plan
+    says, whatever the earlier one said. Weights, buffers, heads and settings stay as they are, parameters the same
+    objects. What :func:`nmconv.get_fit` tells is forgotten.
 
     Args:
-        model: The model the plan was made for, or one of the same structure.
+        model: The model the plan was made for, or one of the same structure, converted or not.
         plan: From :func:`make_plan`, ``Plan.edit`` or ``Plan.from_json``.
         example_inputs: As for :func:`convert`. None: what the plan was made with.
         inplace: Change ``model`` itself instead of a copy.
@@ -79,23 +87,29 @@ def apply_plan(
         PlanError: If the plan is for another model, or changes what it does not have.
         OptionError: If the model cannot be called with ``example_inputs``.
         ModelTypeError: If ``model`` is no plain module.
-        AlreadyConvertedError: If it was converted before.
+        AlreadyConvertedError: If a part of it was converted by itself.
+        MergeError, FitError: If it was merged, or fitted in merged form.
         WitnessError: If the result would do anything else than the plan says; the model is as it was.
+
+    Warns:
+        RestoredParametersWarning: If parameters are read again that the earlier plan had left unread.
     """
-    check_model(model)
+    check_plain(model, "convert")
+    check_has_run(model)
     check_examples(example_inputs)
     if not isinstance(plan, Plan):
         raise PlanError(f"{type(plan).__name__} is no Plan; make one with nmconv.make_plan or Plan.from_json")
     linear = dict(plan.options).get("linear") == "True"
-    seen = Witness(model, example_inputs, linear=linear, call=plan.call) if witness else None
+    original = original_of(model)
+    seen = Witness(original, example_inputs, linear=linear, call=plan.call) if witness else None
     recordings = (
-        recordings_of(model, example_inputs, both_sizes=False, linear=linear, call=plan.call)
+        recordings_of(original, example_inputs, both_sizes=False, linear=linear, call=plan.call)
         if seen is None
         else seen.recordings
     )
-    carried = carried_over(model, plan, recordings)
+    carried = carried_over(original, plan, recordings)
     if carried.changes.hoists:
-        outline = outline_of(model)
+        outline = outline_of(original)
         Surgery(outline, replace(carried.changes, hoists=()), {}, carried.takes).commit()
         movable = {hoist.convs for hoist in find_hoists(outline, example_inputs, plan.call) if not hoist.why}
         for convs in carried.changes.hoists:
@@ -103,7 +117,7 @@ def apply_plan(
                 raise PlanError(
                     f"the plan moves padding to {convs[0]} from {', '.join(convs[1:])}: that is no linear run"
                 )
-    return _applied(model, plan, carried, {}, inplace, seen)
+    return _applied(model, original, plan, carried, {}, inplace, seen, recordings)
 
 
 def convert(
@@ -170,7 +184,7 @@ def convert(
         else seen.recordings
     )
     plan, carried, known = _planned(model, options, example_inputs, recordings)
-    return _applied(model, plan, carried, known, inplace, seen)
+    return _applied(model, model, plan, carried, known, inplace, seen, recordings)
 
 
 def _options(
@@ -254,7 +268,11 @@ def get_plan(model: nn.Module) -> Plan | None:
 
 
 def _planned(
-    model: nn.Module, options: Options, example_inputs: Any, recordings: Recordings
+    model: nn.Module,
+    options: Options,
+    example_inputs: Any,
+    recordings: Recordings,
+    call: Signature | None = None,
 ) -> tuple[Plan, Carried, Known]:
     """The plan, hoists included; what it does; the methods written for it."""
     structure = read(model, recordings, linear=options.linear)
@@ -263,7 +281,7 @@ def _planned(
     if options.hoist:
         trial = outline_of(model)
         Surgery(trial, changes_of(plan, structure), known, {}).commit()
-        plan = replace(plan, hoists=find_hoists(trial, example_inputs))
+        plan = replace(plan, hoists=find_hoists(trial, example_inputs, call))
     return plan, Carried(changes_of(plan, structure)), known
 
 
@@ -346,20 +364,73 @@ def _no_sites(structure: Structure, linear: bool) -> str:
     return f"{text}: {what}" if linear else f"{text}: {what}; linear=True counts linear layers as well"
 
 
+def restore(model: nn.Module, *, example_inputs: Any = None, inplace: bool = False) -> nn.Module:
+    """Give a converted model the structure that it had before: activations, paddings and branches come back.
+
+    Weights, buffers, new heads and settings stay as they are, and parameters the same objects.
+
+    Args:
+        model: Converted by :func:`convert` or :func:`apply_plan`, trained since or not; not merged.
+        example_inputs: As for :func:`convert`. None: what its plan was made with.
+        inplace: Change ``model`` itself instead of a copy.
+
+    Raises:
+        PlanError: If it was not converted.
+        MergeError, FitError: If it was merged, or fitted in merged form.
+        WitnessError: If the converted model is not the restored one less what its plan says.
+
+    Warns:
+        RestoredParametersWarning: If parameters are read again that the plan had left unread.
+
+    Example:
+        >>> from torch import nn
+        >>> import nmconv
+        >>> net = nmconv.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()), "2:1")
+        >>> nmconv.restore(net)[1]
+        ReLU()
+    """
+    check_plain(model, "restore")
+    check_examples(example_inputs)
+    plan = plan_of(model)
+    if plan is None:
+        raise PlanError(f"this {type(model).__name__} was not converted: there is nothing to restore")
+    original = original_of(model)
+    linear = dict(plan.options).get("linear") == "True"
+    seen = Witness(original, example_inputs, linear=linear, call=plan.call)
+    seen.check(model, carried_over(original, plan, seen.recordings).changes)
+    work, frozen = WorkingCopy(model, inplace=inplace), vars(model).get(FROZEN, ())
+    unconvert(work.model)
+    result = work.finish()
+    thaw(result, frozen)
+    return result
+
+
 def _applied(
-    model: nn.Module, plan: Plan, carried: Carried, known: Known, inplace: bool, witness: Witness | None
+    model: nn.Module,
+    original: nn.Module,
+    plan: Plan,
+    carried: Carried,
+    known: Known,
+    inplace: bool,
+    witness: Witness | None,
+    recordings: Recordings,
 ) -> nn.Module:
-    if not plan.changes_any:
+    if not plan.changes_any and original is model:
         warnings.warn(
             f"nothing to change in this {type(model).__name__} at {plan.ratio}: every unit has few enough activations",
             NoEffectWarning,
             stacklevel=3,
         )
-    work = WorkingCopy(model, inplace=inplace)
+    work, frozen = WorkingCopy(model, inplace=inplace), vars(model).get(FROZEN, ())
+    readers = Readers(original, carried.changes, recordings)
+    unconvert(work.model)
     change(work.model, plan, carried, known)
-    if witness is not None and plan.changes_any:
+    if witness is not None and (plan.changes_any or original is not model):
         witness.check(work.model, carried.changes)
-    return work.finish()
+    result = work.finish()
+    thaw(result, frozen)
+    readers.freeze_unread(result)
+    return result
 
 
 def change(model: nn.Module, plan: Plan, carried: Carried, known: Known | None = None) -> None:

@@ -12,10 +12,22 @@ from torch.utils._pytree import tree_leaves
 from nmconv.errors import AlreadyConvertedError, ModelTypeError, OptionError
 from nmconv.planning import Plan
 
-__all__ = ["MARK", "MERGED", "check_examples", "check_has_run", "check_model", "check_plain", "plan_of"]
+__all__ = [
+    "FITTED",
+    "FROZEN",
+    "MARK",
+    "MERGED",
+    "check_examples",
+    "check_has_run",
+    "check_model",
+    "check_plain",
+    "plan_of",
+]
 
 MARK = "_nmconv_plan"
 MERGED = "_nmconv_merges"  # what was merged, a tuple for each call of merge
+FITTED = "_nmconv_fit"  # what a fit did
+FROZEN = "_nmconv_frozen"  # names of parameters that require no gradients since nobody reads them
 _WRAPPERS = {
     "DistributedDataParallel": "model.module before wrapping",
     "DataParallel": "model.module before wrapping",
@@ -94,8 +106,9 @@ def check_model(model: Any) -> nn.Module:
         if plan is not None and plan.changes_any:
             raise AlreadyConvertedError(
                 f"{repr(name) + ' in the model' if name else 'the model'} was converted already (nmconv.get_plan gives "
-                f"its plan, at {plan.ratio}): a second conversion would count from what the first has left; make one "
-                "plan for the original model instead"
+                f"its plan, at {plan.ratio}): a second conversion would count from what the first has left; go on with "
+                "nmconv.apply_plan(model, nmconv.make_plan(model, ...)), which count from the original, or call "
+                "nmconv.restore first"
             )
         if MERGED in module.__dict__:
             raise AlreadyConvertedError(

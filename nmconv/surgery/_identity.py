@@ -10,7 +10,10 @@ from torch import nn
 from nmconv.graph import hooks_of
 from nmconv.surgery._classes import Method, rewritten
 
-__all__ = ["Copy", "identity_for", "keeps_something", "passing"]
+__all__ = ["ADDED", "WAS", "Copy", "identity_for", "is_passing", "keeps_something", "passing"]
+
+WAS = "_nmconv_was"  # on what stands in a slot: the module that stood there
+ADDED = "_nmconv_added"  # on a module for which there was no slot
 
 
 class Copy(nn.Identity):
@@ -35,12 +38,20 @@ def passing(cls: type[nn.Module], *, copies: bool) -> type[nn.Module]:
     return rewritten(cls, (_COPIES if copies else _KEEPS,))
 
 
+def is_passing(module: nn.Module) -> bool:
+    """Whether it is an activation with such a forward."""
+    methods = getattr(type(module), "_nmconv_methods", ())
+    return any(method in methods for method in (_COPIES, _KEEPS))
+
+
 def identity_for(act: nn.Module, *, copies: bool) -> nn.Module:
     """A module to put in an activation's place: ``nn.Identity``, or one of its class that shares all that it has."""
     if keeps_something(act):
         still = copy.copy(act)
         still.__class__ = passing(type(act), copies=copies)
+        vars(still)[WAS] = act
         return still
     identity = Copy() if copies else nn.Identity()
     identity.training = act.training
+    vars(identity)[WAS] = act
     return identity

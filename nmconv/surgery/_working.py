@@ -126,11 +126,9 @@ class WorkingCopy:
         for pair in self._pairs:
             own |= {id(value): pair.before[key] for key, value in pair.copied.items() if key in pair.before}
         own |= {id(pair.twin): pair.own for pair in self._pairs} | {id(twin): tensor for twin, tensor in self._tensors}
-        known = {id(pair.twin) for pair in self._pairs}
         for module in self.model.modules():
-            if id(module) not in known:
+            if id(module) not in own:
                 _hold_only(own, module)
-                known.add(id(module))
                 own |= {id(value): value for value in (module, *module.parameters(), *module.buffers())}
         steps = [(pair, _attributes(pair, own)) for pair in self._pairs]
         with torch.no_grad():
@@ -139,6 +137,8 @@ class WorkingCopy:
                     mine, its = (vars(module)[space] for module in (pair.own, pair.twin))
                     _take(mine, {name: own.get(id(value), value) for name, value in its.items()})
                 vars(pair.own).update(attributes)
+                for key in [key for key in pair.copied if key.startswith(_OURS) and key not in vars(pair.twin)]:
+                    vars(pair.own).pop(key, None)
                 if type(pair.twin) is not type(pair.own):
                     object.__setattr__(pair.own, "__class__", type(pair.twin))
             for twin, tensor in self._tensors if self._numbers else ():
@@ -177,7 +177,10 @@ def _attributes(pair: _Pair, own: Mapping[int, Any]) -> dict[str, Any]:
 
 
 def _take(mine: dict[str, Any], its: dict[str, Any]) -> None:
-    """Make a dict equal to another one, in order."""
+    """Make a dict equal to another one, in order; a module that takes another's place takes its mode."""
+    for name, part in its.items():
+        if isinstance(part, nn.Module) and isinstance(mine.get(name, part), nn.Module):
+            part.training = mine.get(name, part).training
     if list(mine) != list(its):
         mine.clear()
     mine.update(its)
