@@ -103,10 +103,10 @@ def test_targets_where_the_plan_has_taken_a_sum_out() -> None:
 
 def test_numbers() -> None:
     def join(number: int, label: str = "add", owner: str = "m", *inside: Any) -> Join:
-        return Join((tuple(inside), ()), owner, "", label, number)
+        return Join((tuple(inside), ()), owner, label, number)
 
     def gone(number: int, label: str = "add", owner: str = "m") -> Sum:
-        return Sum(owner, "", label, number, 0)
+        return Sum(owner, label, number, 0)
 
     sums = Sums([gone(2), gone(5), gone(1, "iadd"), gone(1, owner="n")])
     kept = [number for number in range(1, 8) if number not in (2, 5)]

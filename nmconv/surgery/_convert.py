@@ -359,7 +359,8 @@ def _no_sites(structure: Structure, linear: bool) -> str:
     ]
     what = ", ".join(seen) or (
         "it calls none that nmconv knows; of those that a forward works out by hand, such as x * torch.sigmoid(x), it "
-        "knows expressions in one value, within one forward, of which nobody reads a part"
+        "knows expressions in one value, within one forward, of which nobody reads a part; nmconv.register tells it of "
+        "activation modules"
     )
     return f"{text}: {what}" if linear else f"{text}: {what}; linear=True counts linear layers as well"
 

@@ -83,10 +83,11 @@ class WorkingCopy:
         self._original = model
         self._inplace = inplace
         self._numbers = numbers
-        if not inplace:
-            self.model = copy_of(model, spare)
-            return
-        made = real_copy(model) if numbers else structure_copy(model)
+        with torch.inference_mode(False), torch.no_grad():  # or its parameters could never be trained
+            if not inplace:
+                self.model = copy_of(model, spare)
+                return
+            made = real_copy(model) if numbers else structure_copy(model)
         self.model = made.model
         self._pairs = [
             _Pair(own, twin, dict(vars(own)), dict(vars(twin)))
