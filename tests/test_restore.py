@@ -95,8 +95,7 @@ quiet = pytest.mark.filterwarnings("ignore::nmconv.RestoredParametersWarning")
 
 
 @quiet
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(("name", "inplace"), [(name, at % 2 == 1) for at, name in enumerate(PLANS)])
 def test_restored_it_is_the_original_with_these_weights(name, inplace):
     model = net()
     before, modules = structure(model), dict(model.named_modules())
@@ -111,10 +110,12 @@ def test_restored_it_is_the_original_with_these_weights(name, inplace):
         assert dict(model.named_modules()) == modules  # the very objects
 
 
+NAMES = list(PLANS)
+PAIRS = [(NAMES[at], NAMES[(at + step) % len(NAMES)], step == 1) for at in range(len(NAMES)) for step in (1, 2)]
+
+
 @quiet
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("one", PLANS)
-@pytest.mark.parametrize("two", PLANS)
+@pytest.mark.parametrize(("one", "two", "inplace"), PAIRS)
 def test_from_one_plan_to_another(one, two, inplace):
     model = net()
     fresh = trained(copy.deepcopy(model))
@@ -171,7 +172,7 @@ def test_what_happened_meanwhile_stays(way, tmp_path):
 
 
 @quiet
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "resnetv2_50", "densenet121", "regnety_002"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100", "resnetv2_50"])
 def test_networks_of_timm(name):
     model = zoo.build(f"timm/{name}", "cpu").eval()
     x, before = torch.rand(2, 3, 64, 64), structure(model)
