@@ -691,6 +691,18 @@ HOSTILE: dict[str, tuple[Callable[[Any], None], str]] = {
     "a third operand": (of_sum(keep=2), "operand 2"),
     "a sum with arguments": (of_sum(takes='[["T"], {}]'), "other fields"),
     "a method": (of_site(method="restore"), "other fields"),
+    "code in a guard": (
+        of_merge(guards=[{"owner": "head", "argument": "__import__('os').abort()", "value": "1"}]),
+        "no argument",
+    ),
+    "code behind a flag": (
+        of_merge(guards=[{"owner": "head", "argument": "self.x or __import__('os').abort()", "value": "1"}]),
+        "no argument",
+    ),
+    "a guard that is no JSON": (of_merge(guards=[{"owner": "head", "argument": "x", "value": "{"}]), "cannot be done"),
+    "a guard of nobody": (of_merge(guards=[{"owner": "nobody", "argument": "x", "value": "1"}]), "does not have"),
+    "a closed forward": (of_merge(closed=["forward"]), "closes"),
+    "a closed method of Module's": (of_merge(closed=["state_dict"]), "closes"),
     "a site's owner": (of_site(owner="__class__"), "says twice"),
     "a site elsewhere": (of_site(site="__class__:relu#1"), "does not make"),
     "a site's call": (of_site(site="rep.act#-5"), "no site's id"),

@@ -92,6 +92,22 @@ class Attribute(Base):
         return self.b(y)
 
 
+class Activates(Base):
+    """The same with an activation that can go; the last one is never called."""
+
+    doubled = False
+
+    def __init__(self):
+        super().__init__()
+        self.r, self.s = nn.ReLU(), nn.ReLU()
+
+    def forward(self, x):
+        y = self.r(self.a(x))
+        if self.doubled:
+            y = y * 2
+        return self.s(self.b(y))
+
+
 class Features(Base):
     def forward_features(self, x):
         return self.b(self.a(x))
@@ -187,12 +203,28 @@ def test_contexts_that_a_forward_asks_for_end_a_run():
     assert run.why == "b is given something else than what comes before it gives (eval, no_grad)"
 
 
-def test_an_attribute_that_skips_a_step_ends_a_run():
-    net = Attribute()
-    with pytest.warns(nmconv.NoEffectWarning):
-        merged = nmconv.merge(net, gate="always", example_inputs=X)
-    net.doubled = merged.doubled = True
-    assert close(merged(X), net(X))
+@pytest.mark.parametrize("way", ["merged", "live", "loaded", "fitted"])
+def test_a_flag_that_adds_a_step_is_guarded(way, tmp_path):
+    """What it would do lies inside of one convolution now: with the flag set it raises, and without it is right."""
+    net = Attribute().eval()
+    if way == "fitted":
+        plan = nmconv.make_plan(Activates(), "2:1", example_inputs=X)
+        net = Activates().eval()
+        merged = nmconv.fit(nmconv.apply_plan(net, plan), torch.rand(16, *X.shape[1:]), reference=net, kernel="exact")
+    else:
+        merged = nmconv.merge(net, gate="always", example_inputs=X, live=way == "live")
+    if way == "loaded":
+        nmconv.save(merged, tmp_path / "model")
+        merged = nmconv.load(Attribute().eval(), tmp_path / "model")
+    assert len(nmconv.get_merges(merged)[0][0].convs) == 2
+    if way != "fitted":
+        assert close(merged(X), net(X))
+    merged(X)
+    merged.doubled = True
+    with pytest.raises(nmconv.MergeError, match=r"the model was merged by nmconv for self\.doubled=False"):
+        merged(X)
+    merged.doubled = False
+    merged(X)
 
 
 def test_entry_points_are_right_or_raise(tmp_path):

@@ -202,6 +202,7 @@ class _Fitting:
         self._downstream = downstream
         self._held = True if images.held else None  # where divergences are measured
         self._wanted: Outputs = []
+        self._flags: tuple[tuple[str, str], ...] = ()
 
     def units(self, default: Kernel | None) -> tuple[UnitFit, ...]:
         """Fit all units, in the order of execution."""
@@ -209,6 +210,7 @@ class _Fitting:
         assert plan is not None
         first, ahead = self._images.first(), self._downstream
         units = Units(self._model, self._reference, plan, default, first, downstream=ahead)
+        self._flags = units.flags
         fits: list[UnitFit] = []
         todo = list(units.found)
         while todo:
@@ -294,7 +296,7 @@ class _Fitting:
             least = min(answer.judged for answer in tried)
             best = next(answer for answer in tried if answer.judged <= _WITHIN * least)
             rows = fitted.of(best.size)
-            norm = form.install(best.size, best.line, rows if self._keep_norms else None).norm
+            norm = form.install(best.size, best.line, rows if self._keep_norms else None, self._flags).norm
         positions, unknowns = fitted.rows, best.line.weight.shape[1]
         return UnitFit(
             convs=unit.convs,

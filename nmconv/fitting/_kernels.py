@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from nmconv.merging import (
     norms_behind,
     record,
     trains,
+    with_flags,
     write_methods,
 )
 from nmconv.planning import Geometry, Kernel, Refusal, shrunk, taps_kept
@@ -97,7 +98,7 @@ class Merged:
         device = self._like.device
         return Line(rows.to(device), self._composed.bias.reshape(groups, -1).to(device))
 
-    def install(self, size: Sequence[int], line: Line, rows: Rows | None) -> Merge:
+    def install(self, size: Sequence[int], line: Line, rows: Rows | None, flags: Iterable[tuple[str, str]]) -> Merge:
         """Put the convolution into the model.
 
         Args:
@@ -105,6 +106,7 @@ class Merged:
             line: What it computes.
             rows: What it is given: the unit's last norm stays behind it, with the statistics of its output, which it
                 passes on as it is in eval mode. None: no norm stays.
+            flags: That must stay as they are, see :class:`nmconv.graph.LinearRun`.
 
         Returns:
             What was done.
@@ -116,6 +118,7 @@ class Merged:
             if pass_through(self._model.get_submodule(self._norm), mean, variance.flatten()):
                 removed = tuple(name for name in made.removed if name != self._norm)
                 made = replace(made, norm=self._norm, removed=removed)
+        (made,) = with_flags(self._model, [made], flags)
         methods, _ = write_methods(self._model, [made], self._takes)
         install(self._model, [made], {made.head: self.conv(size, line, made.trainable)}, methods)
         return made

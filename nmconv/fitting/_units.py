@@ -63,6 +63,7 @@ class Units:
 
     Attributes:
         found: In order of execution.
+        flags: By which the model goes another way inside of its linear runs, see :class:`nmconv.graph.LinearRun`.
 
     Raises:
         FitError: If the plan names kernels for convolutions that do not follow one another.
@@ -88,6 +89,8 @@ class Units:
             for number, run in enumerate(linear_runs(reference, example_inputs=example_inputs, sizes=False))
             for conv in _convs(run.elements)
         }
+        self._runs = linear_runs(model, example_inputs=example_inputs, sizes=False)
+        self.flags = tuple(dict.fromkeys(flag for run in self._runs for flag in run.flags))
         self.found = tuple(self._find(plan, default, downstream))
 
     def renewed(self, units: Iterable[Unit], gone: Sequence[Sum]) -> list[Unit]:
@@ -108,7 +111,7 @@ class Units:
         there, dropped = self._there, self._dropped
         kernels = {kernel.convs: kernel for kernel in plan.kernels}
         found: list[Unit] = []
-        for run in linear_runs(self._model, example_inputs=self._examples, sizes=False):
+        for run in self._runs:
             for part, kernel in _parts(self._sums.in_reference(run.elements), kernels, there):
                 unit = self._unit(part, kernel)
                 if kernel is not None:

@@ -78,11 +78,13 @@ class LinearRun:
         elements: In order of execution.
         crossed: Qualified names of modules that begin or end inside the run: their hooks would see other values.
         source: Shape of the input without the batch, where it can be known: ``(channels, *sizes)``.
+        flags: By which forwards go another way between its values: names of a module, and of its bool, number or text.
     """
 
     elements: tuple[Element, ...]
     crossed: tuple[str, ...] = ()
     source: tuple[int, ...] | None = None
+    flags: tuple[tuple[str, str], ...] = ()
 
 
 def steps_of(elements: Iterable[Element]) -> Iterator[Step]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -20,7 +20,7 @@ from nmconv.graph._ops import SUMS, Op
 from nmconv.graph._recordings import recordings_of
 from nmconv.graph._structure import alike
 from nmconv.graph._takes import takes_of
-from nmconv.graph._turns import turns_between
+from nmconv.graph._turns import flags_between, turns_between
 from nmconv.graph._ways import is_plain_sum
 from nmconv.recording import Recordings
 
@@ -67,6 +67,7 @@ class _Value:
     source: int
     elements: list[Element]
     nodes: list[int]
+    flags: set[tuple[str, str]] = field(default_factory=set)  # by which another way may be taken inside
 
     @property
     def ended(self) -> bool:
@@ -108,6 +109,9 @@ class _Finder:
             return True
         return turns_between(value, node, sized=bool(self.lost))
 
+    def _flags(self, index: int, reader: int) -> set[tuple[str, str]]:
+        return set(flags_between(self.flow.nodes[index], self.flow.nodes[reader]))
+
     def _values(self, calls: Callers) -> dict[int, _Value]:
         values: dict[int, _Value] = {}
         for node in self.flow.nodes:
@@ -137,7 +141,8 @@ class _Finder:
         before = node.inputs[0]
         value = _going(values, before)
         if value is not None and self._single(before) and not self._turns(before, node.index):
-            return _Value(value.source, [*value.elements, *elements], [*value.nodes, node.index])
+            flags = value.flags | self._flags(before, node.index)
+            return _Value(value.source, [*value.elements, *elements], [*value.nodes, node.index], flags)
         return _Value(before, elements, [node.index])
 
     def _sum(self, node: FlowNode, values: dict[int, _Value]) -> _Value | None:
@@ -162,14 +167,17 @@ class _Finder:
         inside = set(nodes)
         value = _going(values, source)
         readers = self.readers[source]
+        flags = set[tuple[str, str]]().union(*(part.flags for part in parts if part is not None))
+        flags = flags.union(*(self._flags(index, node.index) for index in node.inputs))
+        flags = flags.union(*(self._flags(source, reader) for reader in readers))
         if (
             value
             and inside.issuperset(readers)
             and not self.flow.nodes[source].exposed
             and not any(self._turns(source, reader) for reader in readers)
         ):
-            return _Value(value.source, [*value.elements, join], [*value.nodes, *nodes])
-        return _Value(source, [join], nodes)
+            return _Value(value.source, [*value.elements, join], [*value.nodes, *nodes], value.flags | flags)
+        return _Value(source, [join], nodes, flags)
 
     def _first_overwritten(self, node: FlowNode) -> bool:
         """Whether the sum overwrites memory that others have a name for: it may only write to new memory of its own."""
@@ -243,7 +251,8 @@ class _Finder:
                 if at == 0 and not _starts_with_conv(part) and self._written_before(value.nodes, value.source):
                     part = _from_first_conv(part)
                 if any(step.kind == "conv" for step in steps_of(part)):
-                    found.append((index, LinearRun(tuple(part), self._crossed(value), shape)))
+                    flags = tuple(sorted(value.flags))
+                    found.append((index, LinearRun(tuple(part), self._crossed(value), shape, flags)))
         return iter(run for _, run in sorted(found, key=lambda pair: pair[0]))
 
     def _crossed(self, value: _Value) -> tuple[str, ...]:

@@ -13,42 +13,63 @@ from typing import Any
 
 from torch import nn
 
-from nmconv.graph._flow import FlowNode, ancestors
+from nmconv.graph._flow import FlowNode, Frame, ancestors
 from nmconv.graph._parsed import NoSource, conditions, goes_one_way, parsed
 from nmconv.recording import Lines
 
-__all__ = ["turns_between"]
+__all__ = ["flags_between", "turns_between"]
 
 _FLAGS = (bool, int, float, str)
+_ENDING = (ast.Return, ast.Break, ast.Continue)
 
 
 def turns_between(value: FlowNode, node: FlowNode, *, sized: bool) -> bool:
     """Whether a forward may do something else between a value and a node that reads it.
 
     What differs by sizes, modes and contexts recordings show. What is left are the jumps of the forward that both are
-    made in: those that go by an optional argument or by a flag (a bool, a number or a text on the module). What a
-    module does with submodules that it has or has not is no choice of its caller's.
+    made in: those that go by an optional argument, and those that may end the forward by a flag (a bool, a number or a
+    text on the module). Other flags are for :func:`flags_between`. What a module does with submodules that it has or
+    has not is no choice of its caller's.
 
     Args:
         value: What is read.
         node: What reads it.
         sized: Whether jumps that go by variables count, too: these may hold numbers that were made of sizes.
     """
+    frame, met = _met_between(value, node)
+    return frame is not None and any(jump.counts(frame.module, sized=sized) for jump in met)
+
+
+def flags_between(value: FlowNode, node: FlowNode) -> tuple[tuple[str, str], ...]:
+    """The flags by which a forward goes another way between the two without ending: its module's name, and theirs."""
+    frame, met = _met_between(value, node)
+    if frame is None:
+        return ()
+    names = dict.fromkeys(name for jump in met for name in sorted(jump.settings))
+    return tuple((frame.path, name) for name in names if type(_held(frame.module, name)) in _FLAGS)
+
+
+def _met_between(value: FlowNode, node: FlowNode) -> tuple[Frame | None, list[_Jump]]:
+    """The innermost forward that both are made in, and the jumps that are met between them."""
     ways = [[*ancestors(each.frame)] for each in (value, node)]
     shared = {id(frame) for frame in ways[0]} & {id(frame) for frame in ways[1]}
     lines = [value.lines, node.lines]
     for side, way in enumerate(ways):
         for frame in way:
-            if id(frame) in shared:  # the innermost that both are called from
+            if id(frame) in shared:
                 if side:
-                    return _may_turn(frame.module, *lines, sized=sized)
+                    return frame, _met(*lines)
                 break
             lines[side] = frame.lines
-    return False
+    return None, []
 
 
-def _may_turn(module: nn.Module, first: Lines, then: Lines, *, sized: bool) -> bool:
-    """The same for two places in a module's methods: where a value is made, and where it is read."""
+def _held(module: nn.Module, name: str) -> Any:
+    return module.__dict__.get(name, inspect.getattr_static(type(module), name, None))
+
+
+def _met(first: Lines, then: Lines) -> list[_Jump]:
+    """The jumps between two places in a module's methods: where a value is made, and where it is read."""
     level = 0
     met: list[_Jump] = []
     while level < min(len(first), len(then)) and first[level] == then[level]:
@@ -64,7 +85,7 @@ def _may_turn(module: nn.Module, first: Lines, then: Lines, *, sized: bool) -> b
     met += [jump for code, _ in (*first, *then) for jump in _jumps(code) if jump.anywhere]
     met += [jump for code, line in behind for jump in _jumps(code) if jump.end > line]
     met += [jump for code, line in before for jump in _jumps(code) if jump.start <= line]
-    return any(jump.counts(module, sized=sized) for jump in met)
+    return met
 
 
 @dataclass(frozen=True)
@@ -75,7 +96,8 @@ class _Jump:
         start: Its first line.
         end: And its last.
         optional: Whether it goes by an optional argument, or by data.
-        flags: Names of attributes of the module that it goes by.
+        flags: Names of attributes of the module that it goes by, if it may end the forward.
+        settings: The same, if it may not.
         variable: Whether it goes by a variable, or picks by one.
         anywhere: Whether it also decides on what is called elsewhere, or goes by whatever else is given (``**more``).
         loops: Whether it is a loop.
@@ -86,6 +108,7 @@ class _Jump:
     end: int
     optional: bool
     flags: frozenset[str] = frozenset()
+    settings: frozenset[str] = frozenset()
     variable: bool = False
     anywhere: bool = False
     loops: bool = False
@@ -102,8 +125,8 @@ class _Jump:
 
     def counts(self, module: nn.Module, *, sized: bool) -> bool:
         """Whether another way may be taken in calls of this module."""
-        held = (module.__dict__.get(name, inspect.getattr_static(type(module), name, None)) for name in self.flags)
-        return self.optional or (sized and self.variable) or any(type(value) in _FLAGS for value in held)
+        by_flag = any(type(_held(module, name)) in _FLAGS for name in self.flags)
+        return self.optional or (sized and self.variable) or by_flag
 
 
 def _around(code: CodeType, *lines: int) -> list[_Jump]:
@@ -126,12 +149,13 @@ def _jumps(code: CodeType) -> tuple[_Jump, ...]:
     optional |= {part.arg for part, value in zip(given.kwonlyargs, given.kw_defaults, strict=True) if value}
     rest = {part.arg for part in (given.vararg, given.kwarg) if part}
     optional |= rest
+    returned = {id(part) for last in ast.walk(function) if isinstance(last, ast.Return) for part in ast.walk(last)}
     found = []
     mentioned = Counter(_own_names(function, own))
     for node, test in conditions(function):
         names = {part.id for part in ast.walk(test) if isinstance(part, ast.Name)}
         by_given, is_loop = not names.isdisjoint(optional), isinstance(node, (ast.For, ast.While))
-        ends = any(isinstance(part, (ast.Return, ast.Break)) for part in ast.walk(node))
+        ends = id(node) in returned or any(isinstance(part, _ENDING) for part in ast.walk(node))
         same = is_loop or (not ends and _calls_the_same(node, own))
         flags = frozenset() if same else frozenset(_own_names(test, own)) - {"training"}
         called = {id(part.func) for part in ast.walk(node) if isinstance(part, ast.Call)}
@@ -142,7 +166,8 @@ def _jumps(code: CodeType) -> tuple[_Jump, ...]:
         )
         anywhere = (by_given and shared) or not names.isdisjoint(rest)
         by_variable = not (names - {own}).isdisjoint(code.co_varnames) and not _asks_for_none(test)
-        found.append(_Jump(node.lineno, node.end_lineno, by_given, flags, by_variable, anywhere, is_loop))
+        which = (flags, frozenset[str]()) if ends else (frozenset[str](), flags)
+        found.append(_Jump(node.lineno, node.end_lineno, by_given, *which, by_variable, anywhere, is_loop))
     for part in ast.walk(function):
         if isinstance(part, ast.Subscript) and any(_is_own(inner, own) for inner in ast.walk(part.value)):
             picks = any(isinstance(inner, ast.Name) and inner.id in code.co_varnames for inner in ast.walk(part.slice))

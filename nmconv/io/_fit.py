@@ -11,6 +11,7 @@ from nmconv.graph import Op, averages, elements_from, is_norm_act, leaf_op, step
 from nmconv.io._problems import Damaged, Foreign
 from nmconv.merging import Merge
 from nmconv.planning import Geometry
+from nmconv.recording import ENTRY_POINTS
 
 __all__ = ["check_merges"]
 
@@ -39,8 +40,11 @@ def check_merges(model: nn.Module, merges: Sequence[Merge]) -> None:
         if merge.norm and not _is_norm(_module(modules, merge.norm)):
             raise Foreign(f"it keeps the norm {merge.norm!r}, which is a {type(modules[merge.norm]).__name__} here")
         _check_ends(modules, merge)
-        for addition in merge.sums:
-            _module(modules, addition.owner)
+        for owner in (*(addition.owner for addition in merge.sums), *(guard.owner for guard in merge.guards)):
+            _module(modules, owner)
+        for name in merge.closed:
+            if name not in ENTRY_POINTS:
+                raise Damaged(f"the merged {merge.head!r} closes {name!r}, which no merge does")
         if merge.live:
             _check_factors(merge)
 

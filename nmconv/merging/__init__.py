@@ -3,6 +3,7 @@
 from nmconv.merging._algebra import Affine
 from nmconv.merging._asking import get_merges
 from nmconv.merging._brackets import Node, Segment, nodes_of
+from nmconv.merging._guards import with_flags
 from nmconv.merging._install import install, norms_behind, record, trains, write_methods
 from nmconv.merging._interior import interior_affine, interior_geometry
 from nmconv.merging._merge import find_runs, fold_norms, merge
@@ -37,5 +38,6 @@ __all__ = [
     "norms_behind",
     "record",
     "trains",
+    "with_flags",
     "write_methods",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import keyword
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -18,7 +19,7 @@ from nmconv.merging._seen import groups_of
 from nmconv.recording import ENTRY_POINTS, Frame, Recording
 from nmconv.surgery import Method, Witness, rewritten, shown_parameters
 
-__all__ = ["Closed", "check_argument", "guard", "guarded"]
+__all__ = ["Closed", "check_argument", "guard", "guarded", "with_flags"]
 
 _PLAIN = (type(None), bool, int, float, str)
 
@@ -53,6 +54,27 @@ def guarded(model: nn.Module, witness: Witness | None, merges: Sequence[Merge]) 
             each for frame, crossed in frames for each in _guards_of(model, frame, runs, crossed=crossed)
         )
         found.append(replace(merge, guards=tuple(guards), closed=tuple(dict.fromkeys(closed.get(merge.head, ())))))
+    return found
+
+
+def with_flags(model: nn.Module, merges: Iterable[Merge], flags: Iterable[tuple[str, str]]) -> list[Merge]:
+    """The merges, each with the flags around it that must stay as they are.
+
+    Args:
+        model: That has them.
+        merges: To be made.
+        flags: Of the runs that they are parts of, see :class:`nmconv.graph.LinearRun`.
+    """
+    flags = sorted(set(flags))
+    found = []
+    for merge in merges:
+        members = (merge.head, *merge.removed)
+        guards = [
+            Guard(path, f"self.{name}", json.dumps(getattr(model.get_submodule(path), name)))
+            for path, name in flags
+            if any(not path or member.startswith(f"{path}.") for member in members)
+        ]
+        found.append(replace(merge, guards=tuple(dict.fromkeys((*merge.guards, *guards)))))
     return found
 
 
@@ -196,8 +218,13 @@ def _checking(module: nn.Module, owner: str, arguments: dict[str, str]) -> Metho
         passed.append(f"{parameter.name}={parameter.name}" if named else stars + parameter.name)
     own = parameters[0].name
     lines = [f"def forward({', '.join(shown)}):"]
-    for name, value in arguments.items():
-        bound[f"_expected_{name}"] = json.loads(value)
-        lines.append(f"    _argument({name}, _expected_{name}, {owner!r}, {name!r})")
+    known = {parameter.name for parameter in parameters[1:]}
+    for at, (name, value) in enumerate(arguments.items()):
+        flag = name.removeprefix("self.")
+        if name not in known and not (flag != name and flag.isidentifier() and not keyword.iskeyword(flag)):
+            raise MergeError(f"{owner or 'the model'} has no argument {name!r} that could be checked")
+        bound[f"_expected_{at}"] = json.loads(value)
+        shown_as = name if name in known else f"{own}.{flag}"
+        lines.append(f"    _argument({shown_as}, _expected_{at}, {owner!r}, {name!r})")
     lines.append(f"    return type({own})._nmconv_base.forward({', '.join([own, *passed])})")
     return Method.with_globals("forward", "\n".join(lines) + "\n", bound)

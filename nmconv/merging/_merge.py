@@ -30,7 +30,7 @@ from nmconv.merging._brackets import Node, Price, Segment, bracket, nodes_of
 from nmconv.merging._called import outputs
 from nmconv.merging._checks import check_made, check_mode, check_options
 from nmconv.merging._describe import described, parameters_of
-from nmconv.merging._guards import guarded
+from nmconv.merging._guards import guarded, with_flags
 from nmconv.merging._install import bake, install, record, trains, write_methods
 from nmconv.merging._latency import LatencyGate, is_slower
 from nmconv.merging._live import affine_of_nodes, why_not_live
@@ -354,7 +354,8 @@ class _Merging:
 
     def _carry_out(self, work: WorkingCopy) -> None:
         convs: dict[str, nn.Module] = {}
-        self._merges = guarded(self._model, self._witness, self._merges)
+        flags = (flag for run in self._found for flag in run.flags)
+        self._merges = with_flags(self._model, guarded(self._model, self._witness, self._merges), flags)
         merges, last = self._merges, is_channels_last(self._model)
         for segment, merge in zip(self.segments, merges, strict=True):
             like = like_of(self._named(merge.head))

@@ -11,11 +11,11 @@ __all__ = ["Guard", "Merge", "Run"]
 
 @dataclass(frozen=True)
 class Guard:
-    """An argument that a merged model must be called with as it was when it was merged.
+    """An argument or a flag that must be as it was when a model was merged.
 
     Attributes:
-        owner: Qualified name of the module whose forward takes it.
-        argument: Its name.
+        owner: Qualified name of the module whose forward takes or reads it.
+        argument: Its name; ``self.scaled`` for a bool, number or text on the module.
         value: What it must be, as JSON: None, text, a number or a truth value.
     """
 
@@ -38,7 +38,7 @@ class Merge:
         live: Whether the factors stay parameters and the kernel is computed from them on the fly.
         factors: Where it is live, what the kernel is computed from, as JSON.
         norm: Qualified name of the norm of the run that stays behind it, or "".
-        guards: Arguments by which forwards choose what happens inside the run.
+        guards: Arguments and flags by which forwards choose what happens inside the run.
         closed: Methods of the model that read values inside the run, and raise now.
     """
 
