@@ -22,6 +22,7 @@ _MARK, _VERSION = "nmconv_activation_stats", 1
 _AGAIN = "nmconv.activation_stats"
 _RELUS = ("ReLU", "ReLU6")  # constant wherever the input is not positive
 _STILL = 1e-12  # variance of a channel over the mean of all channels' variances
+_ROUNDING = 1e-24  # variance of what is constant over its squared mean, as it comes out in float64
 _COLUMNS = ("positive", "dead", "mean", "variance", "sparsity", "rank", "gradient")
 
 
@@ -180,11 +181,8 @@ def stats_of(model: str, images: int, sites: Mapping[str, Observed], sums: Mappi
         sites: By id.
         sums: Of each.
     """
-    return ActivationStats(
-        model,
-        images,
-        tuple(_stats(site, sums[name]) for name, site in sites.items() if sums[name].positions and sums[name].given),
-    )
+    seen = [name for name in sites if sums[name].positions and sums[name].given]
+    return ActivationStats(model, images, tuple(_stats(sites[name], sums[name]) for name in seen))
 
 
 def _stats(site: Observed, sums: Sums) -> SiteStats:
@@ -192,6 +190,7 @@ def _stats(site: Observed, sums: Sums) -> SiteStats:
     channels = len(sums.mean)
     covariance = sums.scatter / sums.positions
     variances = covariance.diagonal()
+    variances = variances.where(variances > _ROUNDING * sums.mean.square(), 0.0)
     mean, trace = sums.mean.mean(), variances.sum()
     still = sums.positive == 0 if site.kind in _RELUS else variances <= _STILL * variances.mean()
     return SiteStats(
