@@ -32,9 +32,9 @@ class Measured:
 
     def __init__(self, model: nn.Module, sites: Mapping[bool, Sequence[Observed]]) -> None:
         self._model = model
-        self.sites = {site.id: site for training in (True, False) for site in sites.get(training, ())}
-        order = dict.fromkeys(site.id for training in (False, True) for site in sites.get(training, ()))
-        self.sites = {name: self.sites[name] for name in order}
+        self.sites: dict[str, Observed] = {}
+        for site in (*sites.get(False, ()), *sites.get(True, ())):
+            self.sites.setdefault(site.id, site)
         self.watch = SiteWatch(model, sites, given=self._given, made=self._made)
         self.scale = 0.0
         self.clear()
@@ -55,7 +55,7 @@ class Measured:
         sums = self.sums[site.id]
         with torch.no_grad():
             sums.add_output(value.detach())
-        if self.scale and value.requires_grad:
+        if self.scale and value.requires_grad and value.dim():
             scale = self.scale
             sums.images += len(value)
             value.register_hook(lambda gradient: sums.add_gradient(gradient, scale))

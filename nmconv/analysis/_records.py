@@ -150,9 +150,12 @@ class ActivationStats:
         with drawn(where, width=max(6.0, 0.16 * len(rows))) as axes:
             for each, suffix in ((self, "a"), (beside, "b")):
                 if each is not None:
-                    values = [row[f"{column}_{suffix}"] for row in rows]
+                    values = {at: row[f"{column}_{suffix}"] for at, row in enumerate(rows)}
+                    there = {at: value for at, value in values.items() if not math.isnan(value)}
                     label = f"{each.model}, {len(each.sites)} activations"
-                    axes.plot(range(len(rows)), values, marker="o" if suffix == "a" else "x", markersize=4, label=label)
+                    axes.plot(
+                        [*there], [*there.values()], marker="o" if suffix == "a" else "x", markersize=4, label=label
+                    )
             axes.set_xticks(range(len(rows)), [row["site"] for row in rows], rotation=90, fontsize="xx-small")
             axes.set(ylabel={"rank": "effective rank", "dead": "dead channels"}.get(column, column))
             axes.legend(fontsize="small")
