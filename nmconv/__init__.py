@@ -1,5 +1,6 @@
 """nmconv: N:M proportional units (arXiv 1709.06247) for any CNN, one call, source untouched."""
 
+from nmconv.analysis import CKA, ActivationRecorder, ActivationStats, SiteStats, activation_stats, cka
 from nmconv.errors import (
     AlreadyConvertedError,
     FileError,
@@ -32,6 +33,9 @@ from nmconv.verifying import verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "CKA",
+    "ActivationRecorder",
+    "ActivationStats",
     "AlreadyConvertedError",
     "Candidate",
     "Counts",
@@ -59,11 +63,14 @@ __all__ = [
     "Run",
     "Sensitivity",
     "Site",
+    "SiteStats",
     "Unit",
     "UnitFit",
     "Untraced",
     "WitnessError",
+    "activation_stats",
     "apply_plan",
+    "cka",
     "convert",
     "find_runs",
     "fit",

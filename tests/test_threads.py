@@ -171,7 +171,8 @@ import sys, torch
 before = set(sys.modules)
 import nmconv
 new = set(sys.modules) - before
-heavy = ("triton", "timm", "torch.export", "torch.utils.benchmark", "torch.utils.cpp", "torch.utils.flop_counter")
+heavy = ("triton", "timm", "matplotlib", "torch.export", "torch.distributed.nn", "torch.utils.benchmark")
+heavy += ("torch.utils.cpp", "torch.utils.flop_counter")
 print(sorted(name for name in new if name.startswith(heavy)))
 """
 

@@ -1,6 +1,6 @@
 """Fitting converted models to what they were made from: least squares on a few hundred images, no training."""
 
-from nmconv.fitting._data import Images, check_finite, check_takes, read_images
+from nmconv.fitting._data import Images, check_finite, check_takes, home_of, read_batches, read_images, taking
 from nmconv.fitting._divergence import Loss, NotFiniteError, check_loss, divergence, outputs_of
 from nmconv.fitting._fit import fit, fit_units, get_fit
 from nmconv.fitting._kernels import Merged, sizes_asked
@@ -8,6 +8,7 @@ from nmconv.fitting._moments import Moments
 from nmconv.fitting._patches import columns_of, patches
 from nmconv.fitting._recalibrate import eval_mode, recalibrate_norms
 from nmconv.fitting._records import Divergence, Fit, UnitFit
+from nmconv.fitting._running import Running
 from nmconv.fitting._samples import is_direct
 from nmconv.fitting._solve import RIDGES, Answer, solved
 from nmconv.fitting._units import Unit
@@ -23,6 +24,7 @@ __all__ = [
     "Merged",
     "Moments",
     "NotFiniteError",
+    "Running",
     "Unit",
     "UnitFit",
     "Watch",
@@ -35,11 +37,14 @@ __all__ = [
     "fit",
     "fit_units",
     "get_fit",
+    "home_of",
     "is_direct",
     "outputs_of",
     "patches",
+    "read_batches",
     "read_images",
     "recalibrate_norms",
     "sizes_asked",
     "solved",
+    "taking",
 ]

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from nmconv.errors import FitError, NmconvError, OptionError
 from nmconv.merging import is_finite
 
-__all__ = ["Images", "check_finite", "check_takes", "home_of", "read_images", "taking"]
+__all__ = ["Images", "check_finite", "check_takes", "home_of", "read_batches", "read_images", "taking"]
 
 _BATCH = 64  # images
+_EMPTY = "data holds no images: give a loader or an iterable that has not been read to its end"
 _MOST = 4 * 2**30  # bytes of images kept in memory; more are read again by index where the data can do that
 
 
@@ -81,18 +82,15 @@ def read_images(data: Any, model: nn.Module, *, holdout: float = 0.0, key: str |
     home = home_of(model)
     split = _Split(holdout)
     kept = _Kept()
-    if isinstance(data, Tensor) and data.dim():
-        data = data.split(_BATCH)
-    elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        data = DataLoader(data, _BATCH, collate_fn=_collated)
+    data = _in_batches(data)
     again = _reader(data, key)
-    for batch in _batches(data, key):
+    for batch, _ in _batches(data, key):
         for part, held in split.take(batch):
             kept.add(part, held)
         if kept.size > _MOST and again is not None:
             return again(holdout, home)
     if not split.index:
-        raise OptionError("data holds no images: give a loader or an iterable that has not been read to its end")
+        raise OptionError(_EMPTY)
     if holdout and not split.held:
         raise OptionError(
             f"data holds {split.index} images, too few to hold out {holdout} of them: give more, or another holdout"
@@ -143,11 +141,42 @@ class _Split:
         return [(part, held) for part, held in parts if len(part)]
 
 
-def _batches(data: Any, key: str | None) -> Iterator[Tensor]:
+def read_batches(data: Any, key: str | None = None) -> Iterator[tuple[Tensor, Any]]:
+    """Batches as they come, none of them kept, each with what the loss is to be given besides the output.
+
+    Args:
+        data: As for :func:`read_images`.
+        key: The same.
+
+    Yields:
+        Images, and y of an (x, y) pair; of a dict the whole of it; else None.
+
+    Raises:
+        OptionError: If there are no images, or they are something else.
+    """
+    empty = True
+    for images, target in _batches(_in_batches(data), key):
+        if len(images):
+            empty = False
+            yield images, target
+    if empty:
+        raise OptionError(_EMPTY)
+
+
+def _in_batches(data: Any) -> Any:
+    if isinstance(data, Tensor) and data.dim():
+        return data.split(_BATCH)
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        return DataLoader(data, _BATCH, collate_fn=_collated)
+    return data
+
+
+def _batches(data: Any, key: str | None) -> Iterator[tuple[Tensor, Any]]:
     if isinstance(data, (str, bytes, Mapping, Tensor)) or not isinstance(data, Iterable):
         raise OptionError(f"data={data!r:.80}: give a tensor of images, or a loader or iterable of batches")
     for batch in data:
-        yield _images_of(batch, key)
+        pair = isinstance(batch, (tuple, list)) and len(batch) > 1
+        yield _images_of(batch, key), batch[1] if pair else batch if isinstance(batch, Mapping) else None
 
 
 def _collated(parts: Any) -> Any:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
 from nmconv.errors import FitError
 from nmconv.fitting._data import taking
+from nmconv.fitting._running import Running
 from nmconv.graph import NORM, SUM, Spot
 
 __all__ = ["Watch"]
@@ -25,7 +23,7 @@ class _Enough(BaseException):
     """All that was asked for has been seen: the rest of the forward need not run."""
 
 
-class Watch:
+class Watch(Running):
     """Runs a model and returns what comes by at some spots, and what some modules are given.
 
     Hooks are on the model only between ``__enter__`` and ``__exit__``, and do something only while :meth:`run` runs.
@@ -50,31 +48,16 @@ class Watch:
         replace: Mapping[Spot, Replace] | None = None,
         operands: Mapping[Spot, int] | None = None,
     ) -> None:
-        self._model = model
+        super().__init__(model)
         self._spots = tuple(dict.fromkeys(spots))
         self._inputs = tuple(dict.fromkeys(inputs))
         self._whole = whole
         self._replace = dict(replace or {})
         self._operands = dict(operands or {})
-        self._hooks = ExitStack()  # takes off every hook, whatever happens while it does
-        self._runs = False
-        self._stack: list[str] = []
-        self._counts: dict[tuple[str, str], int] = {}
         self._seen: dict[Any, Tensor] = {}
         self._sums = {spot.owner for spot in self._spots if spot.label == SUM}
         self._calls = {(spot.owner, spot.label[:-2]) for spot in self._spots if spot.label.endswith("()")}
         self.output: Any = None
-
-    def __enter__(self) -> Watch:
-        try:
-            self._hook()
-        except BaseException:
-            self._hooks.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hooks.close()
 
     def run(self, images: Tensor) -> dict[Any, Tensor]:
         """One forward without gradients, of a copy of the images: some models overwrite their input.
@@ -84,15 +67,12 @@ class Watch:
         Raises:
             FitError: If a spot did not come by, or a sum's forward made another number of sums than it was recorded to.
         """
-        self._stack, self._counts, self._seen = [], {}, {}
-        self._runs = True
+        self._seen = {}
         try:
-            with torch.no_grad(), taking(self._model, images), _Functions(self):
+            with torch.no_grad(), taking(self._model, images), self.running():
                 self.output = self._model(images.clone())
         except _Enough:
             pass
-        finally:
-            self._runs = False
         missing = [key for key in (*self._spots, *self._inputs) if key not in self._seen]
         if missing:
             raise FitError(
@@ -109,12 +89,7 @@ class Watch:
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def _hook(self) -> None:
-        names = {id(module): name for name, module in reversed(list(self._model.named_modules()))}
-        for module in dict.fromkeys(self._model.modules()):
-            name = names[id(module)]
-            self._add(module.register_forward_pre_hook(self._entering(name), prepend=True))
-            # Also when a forward fails: the stack must fit again.
-            self._add(module.register_forward_hook(self._leaving, always_call=True))
+        super()._hook()
         for name in self._inputs:
             module = self._model.get_submodule(name)
             self._add(module.register_forward_pre_hook(self._given(name), with_kwargs=True))
@@ -127,23 +102,6 @@ class Watch:
             elif spot.label != SUM and not spot.label.endswith("()"):
                 inner = spot.label[1:] if spot.label.startswith("/") else f"{spot.owner}.{spot.label}".lstrip(".")
                 self._add(self._model.get_submodule(inner).register_forward_hook(self._result(spot)))
-
-    def _add(self, handle: RemovableHandle) -> None:
-        self._hooks.callback(handle.remove)
-
-    def _entering(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            if not self._runs:
-                return
-            self._stack.append(name)
-            for key in [key for key in self._counts if key[0] == name]:
-                del self._counts[key]
-
-        return hook
-
-    def _leaving(self, *_: object) -> None:
-        if self._stack:
-            self._stack.pop()
 
     def _given(self, key: Spot | str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -172,14 +130,9 @@ class Watch:
 
         return hook
 
-    def _count(self, owner: str, label: str) -> int:
-        key = (owner, label)
-        self._counts[key] = self._counts.get(key, 0) + 1
-        return self._counts[key]
-
     # -- functions ----------------------------------------------------------------------------------------------------
 
-    def calling(self, name: str, args: Any) -> None:
+    def calling(self, name: str, args: Any, kwargs: Any) -> None:
         """A function of this name is called, in the forward that is running."""
         owner = self._stack[-1] if self._stack and name in _SUMS else None
         number = self._counts.get((owner or "", SUM), 0) + 1
@@ -212,17 +165,3 @@ class Watch:
         self._seen[key] = value.detach().clone()
         if not self._whole and all(key in self._seen for key in (*self._spots, *self._inputs)):
             raise _Enough
-
-
-class _Functions(TorchFunctionMode):
-    """Tells a watch of every function that is called on tensors."""
-
-    def __init__(self, watch: Watch) -> None:
-        super().__init__()
-        self._watch = watch
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(function, "__name__", "")
-        self._watch.calling(name, args)
-        result = function(*args, **(kwargs or {}))
-        return self._watch.called(name, result)

@@ -17,6 +17,7 @@ from nmconv.graph._elements import (
 )
 from nmconv.graph._expressions import Expression, expressions_of
 from nmconv.graph._fingerprint import fingerprint
+from nmconv.graph._flow import Flow
 from nmconv.graph._geometry import BEFORE, PADS, Padding, averages, before_hoisting, check_hooks, geometry_of, norm_of
 from nmconv.graph._method import Method, MethodTrace, trace_methods
 from nmconv.graph._modules import LEAF, THROUGH, act_kind, hooks_of, is_activation, is_sequential, leaf_op
@@ -43,6 +44,7 @@ __all__ = [
     "Called",
     "Element",
     "Expression",
+    "Flow",
     "Hop",
     "Join",
     "LinearRun",

@@ -20,9 +20,11 @@ from nmconv.planning._plan import Branch, Counts, Hoist, Kernel, Plan, Site, Sum
 from nmconv.planning._planner import Options, draw_up
 from nmconv.planning._policies import Keep, Unit
 from nmconv.planning._ratio import Ratio
+from nmconv.planning._saved import number, read_json, write_json
 from nmconv.planning._selection import listed
 from nmconv.planning._signature import Signature, TensorSpec, to_signature
 from nmconv.planning._structure import Activation, Chain, Item, Place, Structure, Untraced
+from nmconv.planning._table import table
 
 __all__ = [
     "Activation",
@@ -59,9 +61,13 @@ __all__ = [
     "identity",
     "joined",
     "listed",
+    "number",
     "padded",
+    "read_json",
     "shrunk",
+    "table",
     "taps_kept",
     "to_plain",
     "to_signature",
+    "write_json",
 ]

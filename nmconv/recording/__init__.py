@@ -4,6 +4,7 @@ from nmconv.recording._answers import Answers, ModelRaised, NeedsData
 from nmconv.recording._chance import Chance, chance_restored, is_chance
 from nmconv.recording._context import context_kept, context_now
 from nmconv.recording._copy import Copy, check_copy, meta_copy, real_copy, shared_on_copy, structure_copy
+from nmconv.recording._functions import label_of
 from nmconv.recording._inputs import Inputs, given_inputs, guessed_inputs
 from nmconv.recording._methods import enclosed, unwrapped
 from nmconv.recording._nodes import TENSOR, hook_sees, unknown
@@ -41,6 +42,7 @@ __all__ = [
     "hook_sees",
     "is_chance",
     "is_recording",
+    "label_of",
     "meta_copy",
     "real_copy",
     "record",

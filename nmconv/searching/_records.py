@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import secrets
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nmconv.errors import FileError
+from nmconv.planning import number, read_json, write_json
 
 __all__ = ["COSTS", "Candidate", "Sensitivity"]
 
@@ -93,17 +90,7 @@ class Sensitivity:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all of it to one JSON file, as a whole or not at all; what is NaN is null there."""
-        name = os.fspath(path)
-        temporary = f"{name}.{secrets.token_hex(4)}.tmp"
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                json.dump({"nmconv_sensitivity": _VERSION, **_plain(asdict(self))}, file, indent=1, allow_nan=False)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, name)
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)
+        write_json(path, {"nmconv_sensitivity": _VERSION, **asdict(self)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Sensitivity:
@@ -113,19 +100,13 @@ class Sensitivity:
             FileError: If it is something else.
             OSError: If it cannot be opened.
         """
-        name = os.fspath(path)
+        data = read_json(path, "nmconv_sensitivity", _VERSION, "nmconv.sensitivity")
         try:
-            with open(name, encoding="utf-8") as file:
-                data = json.load(file)
-            if data.pop("nmconv_sensitivity") != _VERSION:
-                raise FileError(f"{name}: a table of another version: measure anew with nmconv.sensitivity")
             found = [_candidate(row) for row in data.pop("candidates")]
-            totals = {name: _number(value) for name, value in data.pop("totals").items()}
+            totals = {name: number(value) for name, value in data.pop("totals").items()}
             return cls(**data, totals=totals, candidates=found)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            if isinstance(error, FileError):
-                raise
-            raise FileError(f"{name} is no table of nmconv.sensitivity ({error}): measure anew") from error
+            raise FileError(f"{os.fspath(path)} is no table of nmconv.sensitivity ({error}): measure anew") from error
 
     def plot(self, cost: str = "multiply_adds", axes: Any = None) -> Any:
         """Loss over what is saved, one point a candidate; needs matplotlib. Gives the axes."""
@@ -145,19 +126,6 @@ class Sensitivity:
 
 def _candidate(row: dict[str, Any]) -> Candidate:
     values: dict[str, Any] = {
-        key: tuple(map(_number, value)) if isinstance(value, list) else _number(value) for key, value in row.items()
+        key: tuple(map(number, value)) if isinstance(value, list) else number(value) for key, value in row.items()
     }
     return Candidate(**values)
-
-
-def _number(value: Any) -> Any:
-    return math.nan if value is None else value
-
-
-def _plain(value: Any) -> Any:
-    """Nested lists and dicts without what JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,69 @@
+"""Tables in one JSON file each: written as a whole or not at all, and read with every fault named."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from contextlib import suppress
+from typing import Any
+
+from nmconv.errors import FileError
+
+__all__ = ["number", "read_json", "write_json"]
+
+
+def write_json(path: str | os.PathLike[str], data: dict[str, Any]) -> None:
+    """Write nested plain data to a file, as a whole or not at all; numbers that are not finite are null there."""
+    name = os.fspath(path)
+    temporary = f"{name}.{secrets.token_hex(4)}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(_plain(data), file, indent=1, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, name)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def read_json(path: str | os.PathLike[str], mark: str, version: int, again: str) -> dict[str, Any]:
+    """Read what :func:`write_json` wrote, without the mark.
+
+    Args:
+        path: The file.
+        mark: The key under which the version stands.
+        version: The one that is read.
+        again: What makes such a file, for messages: ``nmconv.sensitivity``.
+
+    Raises:
+        FileError: If it is something else, or of another version.
+        OSError: If it cannot be opened.
+    """
+    name = os.fspath(path)
+    with open(name, encoding="utf-8") as file:
+        try:
+            data = json.load(file)
+        except ValueError as error:
+            raise FileError(f"{name} is no table of {again} ({error}): measure anew") from error
+    if not isinstance(data, dict) or mark not in data:
+        raise FileError(f"{name} is no table of {again} (it has no {mark!r}): measure anew")
+    if data.pop(mark) != version:
+        raise FileError(f"{name}: a table of another version: measure anew with {again}")
+    return data
+
+
+def number(value: Any) -> Any:
+    """NaN for null; else the value."""
+    return math.nan if value is None else value
+
+
+def _plain(value: Any) -> Any:
+    """Nested lists and dicts without what JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
