@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 import nmconv
+from nmconv.graph import linear_runs, steps_of
 
 results = pytest.importorskip("examples.results", reason="it needs timm and torchvision")
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def candidate(unit, size, saves, at):
@@ -107,3 +109,18 @@ def test_the_picture_is_the_same_each_time(tmp_path):
         results.plot(rows, tmp_path / name)
     assert (tmp_path / "one.svg").read_text() == (tmp_path / "two.svg").read_text()
     assert "random" in (tmp_path / "one.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    "name", ["imagenet-0-latency-0.75", "lite0-1-multiply_adds-0.65", "resnet20-0-activations-0.5"]
+)
+def test_a_shipped_plan_can_be_carried_out(name):
+    """It fits its network, drops what it says, and each of its kernels is for convolutions that follow one another."""
+    plan = nmconv.Plan.from_json((DOCS / f"plans/{name}.json").read_text())
+    network = "resnet20" if name.startswith("resnet20") else "tf_efficientnet_lite0"
+    model = nmconv.apply_plan(results.finetune.build(network, 10), plan)
+    assert len(nmconv.get_plan(model).changes) == len(plan.changes) > 0
+    runs = [[step.name for step in steps_of(run.elements) if step.kind == "conv"] for run in linear_runs(model)]
+    for kernel in plan.kernels:
+        convs = list(kernel.convs)
+        assert any(run[at : at + len(convs)] == convs for run in runs for at in range(len(run))), convs
