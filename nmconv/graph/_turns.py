@@ -156,7 +156,8 @@ def _jumps(code: CodeType) -> tuple[_Jump, ...]:
         names = {part.id for part in ast.walk(test) if isinstance(part, ast.Name)}
         by_given, is_loop = not names.isdisjoint(optional), isinstance(node, (ast.For, ast.While))
         ends = id(node) in returned or any(isinstance(part, _ENDING) for part in ast.walk(node))
-        same = is_loop or (not ends and _calls_the_same(node, own))
+        ends = ends and not is_loop  # what ends it is a jump inside
+        same = not ends and _calls_the_same(node, own)
         flags = frozenset() if same else frozenset(_own_names(test, own)) - {"training"}
         called = {id(part.func) for part in ast.walk(node) if isinstance(part, ast.Call)}
         shared = any(
