@@ -25,7 +25,7 @@ from nmconv.io import load, save
 from nmconv.merging import Merge, Run, find_runs, fold_norms, get_merges, merge
 from nmconv.planning import Counts, Kernel, Plan, Ratio, Site, Unit, Untraced
 from nmconv.searching import Candidate, Sensitivity, search, sensitivity
-from nmconv.surgery import apply_plan, convert, get_plan, make_plan
+from nmconv.surgery import apply_plan, convert, get_plan, get_slopes, make_plan, set_slope
 from nmconv.verifying import verify
 
 __version__ = "0.1.0"
@@ -69,6 +69,7 @@ __all__ = [
     "get_fit",
     "get_merges",
     "get_plan",
+    "get_slopes",
     "load",
     "make_plan",
     "merge",
@@ -77,5 +78,6 @@ __all__ = [
     "save",
     "search",
     "sensitivity",
+    "set_slope",
     "verify",
 ]

@@ -24,6 +24,7 @@ from nmconv.graph import (
 from nmconv.planning import Changes, Keep, Options, Plan, Structure, changes_of, draw_up, listed
 from nmconv.recording import Recordings
 from nmconv.surgery._apply import Known, Surgery
+from nmconv.surgery._gradual import check_can_be_gradual, check_hoists_nothing
 from nmconv.surgery._guard import MARK, check_examples, check_model, plan_of
 from nmconv.surgery._hoist import find_hoists
 from nmconv.surgery._witness import Witness
@@ -61,13 +62,20 @@ def make_plan(
 
 
 def apply_plan(
-    model: nn.Module, plan: Plan, *, example_inputs: Any = None, inplace: bool = False, witness: bool = True
+    model: nn.Module,
+    plan: Plan,
+    *,
+    gradual: bool = False,
+    example_inputs: Any = None,
+    inplace: bool = False,
+    witness: bool = True,
 ) -> nn.Module:
     """Convert a model as a plan says.
 
     Args:
         model: The model the plan was made for, or one of the same structure.
         plan: From :func:`make_plan`, ``Plan.edit`` or ``Plan.from_json``.
+        gradual: As for :func:`convert`.
         example_inputs: As for :func:`convert`. None: what the plan was made with.
         inplace: Change ``model`` itself instead of a copy.
         witness: As for :func:`convert`.
@@ -77,7 +85,7 @@ def apply_plan(
 
     Raises:
         PlanError: If the plan is for another model, or changes what it does not have.
-        OptionError: If the model cannot be called with ``example_inputs``.
+        OptionError: If the model cannot be called with ``example_inputs``, or if the plan cannot be done by degrees.
         ModelTypeError: If ``model`` is no plain module.
         AlreadyConvertedError: If it was converted before.
         WitnessError: If the result would do anything else than the plan says; the model is as it was.
@@ -94,6 +102,8 @@ def apply_plan(
         else seen.recordings
     )
     carried = carried_over(model, plan, recordings)
+    if gradual:
+        check_can_be_gradual(model, plan, carried.changes)
     if carried.changes.hoists:
         outline = outline_of(model)
         Surgery(outline, replace(carried.changes, hoists=()), {}, carried.takes).commit()
@@ -103,7 +113,7 @@ def apply_plan(
                 raise PlanError(
                     f"the plan moves padding to {convs[0]} from {', '.join(convs[1:])}: that is no linear run"
                 )
-    return _applied(model, plan, carried, {}, inplace, seen)
+    return _applied(model, plan, carried, {}, gradual, inplace, seen)
 
 
 def convert(
@@ -116,6 +126,7 @@ def convert(
     exclude: str | Iterable[str] = (),
     linear: bool = False,
     hoist_padding: bool = False,
+    gradual: bool = False,
     example_inputs: Any = None,
     inplace: bool = False,
     witness: bool = True,
@@ -138,6 +149,11 @@ def convert(
         hoist_padding: Move the padding of each linear run (what lies between kept activations) to its first
             convolution, so that :func:`nmconv.merge` can make one convolution of it, exactly, after training. What
             the border of inner maps sees changes with that.
+        gradual: Let activations go by degrees while the model trains: each site that the plan drops mixes its input x
+            and y = act(x) by a slope s of its own, ``lerp(y, x, s)`` (VanillaNet's deep training, arXiv 2305.12972,
+            section 3.1; of a ReLU it makes a Leaky ReLU). At s = 0, where it begins, the model is the original to the
+            bit, at s = 1 the hard conversion. A moved activation appears in its new place as it goes from its old one.
+            :class:`nmconv.Gradual` or :func:`nmconv.set_slope` set s, ``Gradual.finish`` leaves the hard conversion.
         example_inputs: What the model is called with: a tensor, a tuple of arguments, or a dict of keyword arguments.
             Only their structure, shapes and dtypes are used.
         inplace: Convert ``model`` itself instead of a copy.
@@ -150,7 +166,9 @@ def convert(
 
     Raises:
         RatioError, PatternError, OptionError: For an argument that is none, or if the model cannot be called with
-            ``example_inputs`` or, where there are none, with one image batch; nothing has been touched then.
+            ``example_inputs`` or, where there are none, with one image batch; nothing has been touched then. Also for
+            ``gradual=True`` together with ``hoist_padding=True``, since padding moves at once, and with a random
+            activation (RReLU).
         NoSitesError: If no activation of the model belongs to a convolution.
         ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted.
         AlreadyConvertedError: If it was converted before.
@@ -163,6 +181,7 @@ def convert(
     options = _options(ratio, keep, relocate, include, exclude, linear, hoist_padding, example_inputs)
     check_model(model)
     options.check()
+    check_hoists_nothing(gradual and options.hoist)
     seen = Witness(model, example_inputs, linear=options.linear) if witness else None
     recordings = (
         recordings_of(model, example_inputs, both_sizes=False, linear=options.linear)
@@ -170,7 +189,9 @@ def convert(
         else seen.recordings
     )
     plan, carried, known = _planned(model, options, example_inputs, recordings)
-    return _applied(model, plan, carried, known, inplace, seen)
+    if gradual:
+        check_can_be_gradual(model, plan, carried.changes)
+    return _applied(model, plan, carried, known, gradual, inplace, seen)
 
 
 def _options(
@@ -347,7 +368,13 @@ def _no_sites(structure: Structure, linear: bool) -> str:
 
 
 def _applied(
-    model: nn.Module, plan: Plan, carried: Carried, known: Known, inplace: bool, witness: Witness | None
+    model: nn.Module,
+    plan: Plan,
+    carried: Carried,
+    known: Known,
+    gradual: bool,
+    inplace: bool,
+    witness: Witness | None,
 ) -> nn.Module:
     if not plan.changes_any:
         warnings.warn(
@@ -356,17 +383,19 @@ def _applied(
             stacklevel=3,
         )
     work = WorkingCopy(model, inplace=inplace)
-    change(work.model, plan, carried, known)
+    change(work.model, plan, carried, known, gradual=gradual)
     if witness is not None and plan.changes_any:
         witness.check(work.model, carried.changes)
     return work.finish()
 
 
-def change(model: nn.Module, plan: Plan, carried: Carried, known: Known | None = None) -> None:
+def change(
+    model: nn.Module, plan: Plan, carried: Carried, known: Known | None = None, *, gradual: bool = False
+) -> None:
     """Do to a working copy what a plan says, unchecked.
 
     Raises:
         RewriteError: If a method cannot be rewritten; nothing is changed then.
     """
-    Surgery(model, carried.changes, {} if known is None else known, carried.takes).commit()
+    Surgery(model, carried.changes, {} if known is None else known, carried.takes, gradual=gradual).commit()
     model.__dict__[MARK] = plan
