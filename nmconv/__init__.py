@@ -17,6 +17,7 @@ from nmconv.errors import (
     RatioError,
     RemovedParametersWarning,
     RewriteError,
+    SlopeWarning,
     WitnessError,
 )
 from nmconv.fitting import Fit, UnitFit, fit, get_fit, recalibrate_norms
@@ -26,6 +27,7 @@ from nmconv.merging import Merge, Run, find_runs, fold_norms, get_merges, merge
 from nmconv.planning import Counts, Kernel, Plan, Ratio, Site, Unit, Untraced
 from nmconv.searching import Candidate, Sensitivity, search, sensitivity
 from nmconv.surgery import apply_plan, convert, get_plan, get_slopes, make_plan, set_slope
+from nmconv.training import Gradual
 from nmconv.verifying import verify
 
 __version__ = "0.1.0"
@@ -38,6 +40,7 @@ __all__ = [
     "Fit",
     "FitError",
     "FoldedNormWarning",
+    "Gradual",
     "InternalError",
     "Kernel",
     "Merge",
@@ -57,6 +60,7 @@ __all__ = [
     "Run",
     "Sensitivity",
     "Site",
+    "SlopeWarning",
     "Unit",
     "UnitFit",
     "Untraced",

@@ -17,6 +17,7 @@ __all__ = [
     "RatioError",
     "RemovedParametersWarning",
     "RewriteError",
+    "SlopeWarning",
     "WitnessError",
 ]
 
@@ -103,3 +104,7 @@ class FoldedNormWarning(UserWarning):
 
 class RemovedParametersWarning(UserWarning):
     """A model changed in place has lost parameters, which an optimizer that was made before still holds."""
+
+
+class SlopeWarning(UserWarning):
+    """A gradual model whose slopes reach 1 too late for its norms' statistics, or that is finished before they do."""

@@ -50,7 +50,9 @@ def mixed_into(x: Tensor, y: Tensor, slope: Tensor) -> Tensor:
     if _is_watched(x, y, slope):
         watched: Tensor = handle_torch_function(mixed_into, (x, y, slope), x, y, slope)
         return watched
-    return x.copy_(mixed(x, y, slope))
+    # copy_ would give x a gradient of zeros that is contiguous, and -0 + y is y for every y, zeros included
+    made = mixed(x, y, slope)
+    return x.fill_(-0.0).add_(made)
 
 
 def _is_watched(*tensors: Tensor) -> bool:

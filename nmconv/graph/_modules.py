@@ -56,7 +56,8 @@ def act_kind(module: nn.Module) -> str:
         return known
     if not is_torchs(type(module)):
         return type(module).__name__
-    return next(kind for base in type(module).__mro__ if (kind := ACT_MODULES.get(base)) is not None)
+    kinds = (kind for base in type(module).__mro__ if (kind := ACT_MODULES.get(base)) is not None)
+    return next(kinds, type(module).__name__)  # one of torch's that is registered
 
 
 def is_activation(module: nn.Module) -> bool:
