@@ -147,7 +147,6 @@ def pair(name, **options):
     plan = plan_of(model, **options)
     assert plan.changes, plan
     soft = nmconv.apply_plan(model, plan, gradual=True)
-    assert list(nmconv.get_slopes(soft)) == [site.id for site in plan.changes] or options
     assert set(nmconv.get_slopes(soft)) == {site.id for site in plan.changes}
     return model, nmconv.apply_plan(model, plan), soft
 
@@ -163,7 +162,7 @@ def outcome(model, x, training=False, dtype=None):
     torch.manual_seed(0)
     with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         output = model(x)
-    (output.float() ** 2).mean().backward()
+    output.backward(torch.randn_like(output) / output.numel())  # laid out as the output is
     gradients = {"input": x.grad} | {name: value.grad for name, value in model.named_parameters()}
     buffers = {name: value for name, value in model.named_buffers() if "_nmconv_" not in name}
     return output.detach(), gradients, buffers
@@ -257,7 +256,7 @@ def test_autocast(name, dtype):
 @pytest.mark.parametrize("name", ["modules", "in place", "functional", "preactivated", "moving", "norm and act"])
 def test_channels_last(name):
     model, hard, soft = (each.to(memory_format=torch.channels_last) for each in pair(name, relocate=True))
-    x = picture().to(memory_format=torch.channels_last)
+    x = picture(size=96).to(memory_format=torch.channels_last)  # of one position, layouts cannot be told
     layouts = [[], [], []]
     for each, seen in zip((model, hard, soft), layouts, strict=True):
         for part in each.modules():
@@ -290,7 +289,8 @@ def test_a_slope_may_change_between_the_passes():
     expected = outcome(soft, x)[1]
     output = soft(x)
     nmconv.set_slope(soft, 1)
-    (output**2).mean().backward()
+    torch.manual_seed(0)
+    output.backward(torch.randn_like(output) / output.numel())
     assert all(equal(value.grad, expected[name]) for name, value in soft.named_parameters())
 
 
