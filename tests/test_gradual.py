@@ -1,9 +1,12 @@
 """Gradual conversion: at slope 0 a model is the original to the bit, at slope 1 the hard conversion."""
 
 import copy
+import doctest
 import io
 import json
 import pickle
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors
@@ -712,3 +715,79 @@ def follows(rank, folder):
 def test_two_processes(tmp_path):
     mp.spawn(follows, (tmp_path,), nprocs=2)
     assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()
+
+
+# -- the docs ----------------------------------------------------------------------------------------------------------
+
+
+def snippet(heading):
+    """The code below a heading of docs/training.md."""
+    text = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    return text.partition(f"## {heading}\n")[2].partition("```python\n")[2].partition("```")[0]
+
+
+def trained(model, begin, after, end, count):
+    """A loop that a trainer runs; the slopes on the way."""
+    found = []
+    begin()
+    for n in range(1, 11):
+        model(picture()).square().mean().backward()
+        count(n)
+        after()
+        found.append(min(nmconv.get_slopes(model).values()))
+    end()
+    return found
+
+
+def test_the_callback_for_lightning():
+    _, hard, soft = pair("modules")
+    lightning = SimpleNamespace(Callback=object)
+    space = {"lightning": lightning, "nmconv": nmconv}
+    exec(snippet("Lightning"), space)
+    callback = space["GradualCallback"](schedule="linear", end=0.5)
+    module = nn.ModuleDict({"net": soft})
+    trainer = SimpleNamespace(estimated_stepping_batches=10, global_step=0)
+    found = trained(
+        soft,
+        lambda: callback.on_fit_start(trainer, module),
+        lambda: callback.on_train_batch_end(trainer, module, None, None, 0),
+        lambda: callback.on_train_end(trainer, module),
+        lambda n: setattr(trainer, "global_step", n),
+    )
+    assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1, 1, 1])
+    assert repr(soft) == repr(hard)
+
+
+def test_the_callback_for_the_trainer_of_hugging_face():
+    _, hard, soft = pair("modules")
+    space = {"transformers": SimpleNamespace(TrainerCallback=object), "nmconv": nmconv}
+    exec(snippet("Hugging Face Trainer"), space)
+    callback = space["GradualCallback"](soft, schedule="linear", end=0.5)
+    state = SimpleNamespace(max_steps=10, global_step=0)
+    found = trained(
+        soft,
+        lambda: callback.on_train_begin(None, state, None, model=soft, optimizer=None),
+        lambda: callback.on_step_end(None, state, None, model=soft, optimizer=None),
+        lambda: callback.on_train_end(None, state, None, model=soft, optimizer=None),
+        lambda n: setattr(state, "global_step", n),
+    )
+    assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1, 1, 1])
+    assert repr(soft) == repr(hard)
+
+
+@pytest.mark.parametrize(
+    "documented", [nmconv.Gradual, nmconv.get_slopes, nmconv.set_slope], ids=lambda one: one.__name__
+)
+def test_examples_run(documented):
+    found = doctest.DocTestFinder(recurse=False).find(documented, globs={})
+    assert found and all(test.examples for test in found)
+    for test in found:
+        assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_norms_are_recalibrated_while_it_is_gradual():
+    _, _, soft = pair("modules")
+    nmconv.set_slope(soft, 0.5)
+    before = soft[1].running_mean.clone()
+    nmconv.recalibrate_norms(soft, picture(16))
+    assert not torch.equal(soft[1].running_mean, before) and set(nmconv.get_slopes(soft).values()) == {0.5}
