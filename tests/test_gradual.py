@@ -592,14 +592,20 @@ def test_finished_is_converted(name, relocate):
     nmconv.verify(built(name), soft)
 
 
-def test_wrapped_models_are_finished_inside():
+def test_a_schedule_takes_the_model_inside():
     _, _, soft = pair("modules")
-    schedule = nmconv.Gradual(nn.DataParallel(soft), 1)
-    schedule.step_update(1)
-    assert set(nmconv.get_slopes(soft).values()) == {1.0}
+    wrapped = nn.DataParallel(soft)
+    nmconv.set_slope(wrapped, 0.5)
     with pytest.raises(nmconv.ModelTypeError, match=r"model\.module"):
-        schedule.finish()
-    assert nmconv.get_slopes(soft)
+        nmconv.Gradual(wrapped, 1)
+    with pytest.raises(nmconv.ModelTypeError, match=r"model\._orig_mod"):
+        nmconv.Gradual(nn.ModuleDict({"net": torch.compile(soft)}), 1)
+    assert set(nmconv.get_slopes(soft).values()) == {0.5}
+    soft.compile(backend="eager")
+    schedule = nmconv.Gradual(soft, 1)
+    schedule.step_update(1)
+    schedule.finish()
+    assert nmconv.get_slopes(soft) == {}
 
 
 # -- the schedule ------------------------------------------------------------------------------------------------------

@@ -32,8 +32,8 @@ class Gradual:
     micro-batch where gradients are accumulated.
 
     Args:
-        model: What ``nmconv.convert(..., gradual=True)`` or ``apply_plan`` returned. It may be wrapped and compiled
-            afterwards: slopes are set in place, and nothing is compiled anew.
+        model: What ``nmconv.convert(..., gradual=True)`` or ``apply_plan`` returned, or a module that holds it. What
+            wraps it, or is compiled from it, need not be known: slopes are set in place, and nothing is compiled anew.
         total_steps: How many updates there will be.
         schedule: ``"cosine"`` or ``"linear"``.
         start: At which part of them the slopes begin to rise.
@@ -43,7 +43,7 @@ class Gradual:
 
     Raises:
         OptionError: If an option is none, or if a model is not gradual, or a follower has other sites.
-        ModelTypeError: If ``model`` is no module.
+        ModelTypeError: If ``model`` is no module, or wrapped, compiled (``model.compile()`` will do) or scripted.
 
     Warns:
         SlopeWarning: If ``end`` is above 0.9: norms' running statistics lag behind a model that changes to the end.
@@ -74,6 +74,8 @@ class Gradual:
     ) -> None:
         self._told = _checked({"total_steps": total_steps, "schedule": schedule, "start": start, "end": end, "step": 0})
         self._models = [model, *([followers] if isinstance(followers, nn.Module) else followers)]
+        for each in self._models:
+            check_plain(each, "schedule", compiled=True)
         sites = check_gradual(model, "schedule")
         for follower in self._models[1:]:
             if check_gradual(follower, "let follow").keys() != sites.keys():
@@ -131,7 +133,7 @@ class Gradual:
         Optimizers keep the parameters that they have. A second call does nothing.
 
         Raises:
-            ModelTypeError: If one of them is wrapped or compiled: give :class:`Gradual` the model inside.
+            ModelTypeError: If a part of one of them was wrapped or compiled meanwhile.
 
         Warns:
             SlopeWarning: If the slopes were not 1 yet, so that the outputs change now.
