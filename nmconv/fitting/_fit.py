@@ -100,7 +100,7 @@ def fit(
     default = None if kernel is None else _kernel(kernel)
     plan = get_plan(check_plain(model, "fit"))
     check_plain(reference, "compare with")
-    check_finished(model, "fit", FitError)
+    check_finished(model, FitError)
     if plan is None:
         raise FitError(
             f"this {type(model).__name__} was not converted: give what nmconv.apply_plan or convert returned"

@@ -36,7 +36,7 @@ def check_made(model: nn.Module, todo: str) -> None:
     """
     check_plain(model, todo)
     check_has_run(model)
-    check_finished(model, todo, MergeError)
+    check_finished(model, MergeError)
 
 
 def check_mode(model: nn.Module, todo: str) -> None:

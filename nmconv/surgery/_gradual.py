@@ -268,13 +268,13 @@ def check_gradual(model: nn.Module, todo: str) -> dict[str, float]:
     return found
 
 
-def check_finished(model: nn.Module, todo: str, error: type[NmconvError]) -> None:
+def check_finished(model: nn.Module, error: type[NmconvError]) -> None:
     """Refuse a gradual model, with an error of that class."""
     site = next((site for _, _, site, _ in _slopes(model)), None)
     if site is not None:
         raise error(
-            f"this {type(model).__name__} is gradual, {site} and others are mixed: call finish() first, as in "
-            f"nmconv.Gradual(model, 1).finish(), then {todo} it"
+            f"this {type(model).__name__} is gradual ({site} and others are mixed): call finish() first, as "
+            "nmconv.Gradual(model, 1, end=0).finish() does"
         )
 
 

@@ -85,9 +85,9 @@ class Witness:
     def _slopes(self, result: nn.Module, changes: Changes | None) -> tuple[int | None, ...]:
         """The slopes at which a result is compared: a gradual one at both ends."""
         found = get_slopes(result)
-        if not found:
+        if not found or changes is None:
             return (None,)
-        sites = {change.call.id for change in changes.made} if changes is not None else set()
+        sites = {change.call.id for change in changes.made}
         if found.keys() != sites:
             one = min(found.keys() ^ sites)
             raise self._error(self.recordings.runs[0], Difference(f"{one} is not mixed though the plan changes it"))
