@@ -10,13 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import safetensors
+import test_random_nets as random_nets
 import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 import torchvision
+from hypothesis import HealthCheck, given, settings, strategies
 from nets import conv, net
+from oracle import assert_same
 from safetensors.torch import save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -454,6 +457,30 @@ def test_an_activation_in_two_slots():
 
 
 @pytest.mark.parametrize("act", [nn.ReLU, nn.PReLU])
+def test_one_module_with_a_site_in_each_mode(act):
+    def forward(self, x):
+        x = self.one(x)
+        if self.training:
+            x.clamp_(-1, 1)
+        x = self.act(x)
+        return self.two(x) + self.aux(x) if self.training else self.two(x)
+
+    aux = nn.Sequential(conv(), nn.ReLU(), conv())
+    model = net(forward, one=conv(3), two=conv(), act=act(), aux=aux).eval()
+    plan = nmconv.make_plan(model, "1:1")
+    plan = plan.edit({site.id: "drop" for site in plan.sites if site.is_real})
+    hard, soft = nmconv.apply_plan(model, plan), nmconv.apply_plan(model, plan, gradual=True)
+    assert nmconv.get_slopes(soft) == {"act#1": 0.0, "act#1(train)": 0.0, "aux.1#1(train)": 0.0}
+    for training, site in ((False, "act#1"), (True, "act#1(train)")):
+        same(outcome(soft, picture(), training), outcome(model, picture(), training))
+        nmconv.set_slope(soft, {site: 1, "aux.1#1(train)": 1})
+        same(outcome(soft, picture(), training), outcome(hard, picture(), training))
+        nmconv.set_slope(soft, {"aux.1#1(train)": 0})
+    nmconv.Gradual(soft, 1, end=0).finish()
+    assert repr(soft) == repr(hard)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.PReLU])
 def test_hooks_stay(act):
     model, seen = plain(act).eval(), []
     handle = model[2].register_forward_hook(lambda module, args, output: seen.append(output))
@@ -837,3 +864,30 @@ def test_norms_are_recalibrated_while_it_is_gradual():
     before = soft[1].running_mean.clone()
     nmconv.recalibrate_norms(soft, picture(16))
     assert not torch.equal(soft[1].running_mean, before) and set(nmconv.get_slopes(soft).values()) == {0.5}
+
+
+# -- random networks ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(source=random_nets.sources(), ratio=strategies.sampled_from(("2:1", "3:1", "100:1")), move=strategies.booleans())
+def test_random_nets(source, ratio, move):
+    model, x = random_nets.build(source), random_nets.picture()
+    try:
+        plan = random_nets.quiet(nmconv.make_plan, model, ratio, relocate=move, example_inputs=x)
+    except nmconv.NoSitesError:
+        return
+    hard = random_nets.quiet(nmconv.apply_plan, model, plan, example_inputs=x)
+    soft = random_nets.quiet(nmconv.apply_plan, model, plan, gradual=True, example_inputs=x)
+    for slope, reference in ((0, model), (1, hard)) if plan.changes else ():
+        nmconv.set_slope(soft, slope)
+        for training in (False, True):
+            (found, buffers, _), (expected, others, _) = (random_nets.run(each, training) for each in (soft, reference))
+            assert_same(found, expected)
+            assert_same({name: value for name, value in buffers.items() if "_nmconv_" not in name}, others)
+        found, error = random_nets.gradients(soft)
+        expected, _ = random_nets.gradients(reference)
+        if expected is not None:
+            assert error is None and expected.keys() <= found.keys()
+            for name, value in found.items():
+                torch.testing.assert_close(value, expected.get(name, torch.zeros_like(value)), rtol=1e-4, atol=1e-6)

@@ -29,8 +29,8 @@ from nmconv.surgery._rewrite import Edit, rewrite
 
 __all__ = ["Known", "Surgery"]
 
-# An activation, its class, how it is made gradual, its site's id, and where the slope is.
-_Begun = tuple[nn.Module, type[nn.Module], tuple[str, bool], str, torch.device]
+# An activation, its class, how it is made gradual, its sites and their slopes, and where these are.
+_Begun = tuple[nn.Module, type[nn.Module], tuple[str, bool], Mixing, torch.device]
 # Methods written before, and why others could not be: by owner and method, with the edit they are for.
 Known = dict[tuple[str, str], tuple[Edit, Method | RewriteError]]
 
@@ -56,6 +56,7 @@ class Surgery:
         self._hard = Surgery(model, changes, known, takes) if gradual else None
         self._mixing: dict[str, Mixing] = {}  # of the sites in methods, by owner
         self._begun: list[_Begun] = []
+        self._begun_in: dict[tuple[nn.Module, str], int] = {}  # from slots to positions among them
         self._model = model
         self._changes = changes
         self._known = {} if gradual else known
@@ -151,11 +152,16 @@ class Surgery:
 
     def _begin(self, act: nn.Module, holder: nn.Module, slot: str, call: Activation) -> None:
         """Let an activation go by degrees: in its place where that is what the hard conversion changes, else a copy."""
+        at = self._begun_in.setdefault((holder, slot), len(self._begun))
+        if at < len(self._begun):  # the other mode's call of the same module
+            made, cls, _, mixing, device = self._begun[at]
+            mixing = {**mixing, call.id: slope_name(len(mixing))}
+            self._begun[at] = (made, cls, ("drop", call.copy), mixing, device)
+            return
         alone = keeps_something(act) and self._is_alone(act)
         made = act if alone else own_copy(act)
-        self._begun.append(
-            (made, dropping(type(act)), ("drop", call.copy), call.id, device_near(self._model, call.name))
-        )
+        device = device_near(self._model, call.name)
+        self._begun.append((made, dropping(type(act)), ("drop", call.copy), {call.id: slope_name(0)}, device))
         if not alone:
             self._slots.append((holder, slot, made))
 
@@ -167,7 +173,7 @@ class Surgery:
         if self._hard is not None:
             moved = own_copy(moved)
             device = device_near(self._model, place.owner)
-            self._begun.append((moved, appearing(type(moved)), ("move", False), call.id, device))
+            self._begun.append((moved, appearing(type(moved)), ("move", False), {call.id: slope_name(0)}, device))
         if place.how == "slot":
             self._slots.append((owner, place.op, moved))
             return

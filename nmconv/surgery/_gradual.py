@@ -53,10 +53,17 @@ Mixing = dict[str, str]  # from the ids of sites to the names of their slopes' b
 
 def drops(module: Any, input: Tensor) -> Tensor:
     """The forward of an activation that goes: at slope 1 it hands on ``input``, any shape."""
-    slope = getattr(module, f"{_BUFFER}0")
+    slope = _slope_now(module)
     made = type(module)._nmconv_base.forward(module, held(input, slope, 1))
     into = getattr(module, "inplace", False) is True
     return mixed_into(input, made, slope) if into else mixed(input, made, slope)
+
+
+def _slope_now(module: Any) -> Tensor:
+    """The slope of an activation's one site, or of that which is called in its mode."""
+    other = getattr(module, f"{_BUFFER}1", None) if module.training else None
+    slope: Tensor = getattr(module, f"{_BUFFER}0") if other is None else other
+    return slope
 
 
 def appears(module: Any, input: Tensor) -> Tensor:
@@ -110,19 +117,19 @@ def own_copy(act: nn.Module) -> nn.Module:
     return made
 
 
-def begin(module: nn.Module, cls: type[nn.Module], how: tuple[str, bool], site: str, device: torch.device) -> None:
+def begin(module: nn.Module, cls: type[nn.Module], how: tuple[str, bool], mixing: Mixing, device: torch.device) -> None:
     """Make an activation gradual.
 
     Args:
         module: The activation.
         cls: What :func:`dropping` or :func:`appearing` made of its class.
         how: ``"drop"`` or ``"move"``, and whether the identity that takes its place in the end must copy.
-        site: The site's id.
-        device: Where its slope is.
+        mixing: Its site and the slope; two where it is called in eval mode otherwise than in train mode.
+        device: Where these are.
     """
     module.__class__ = cls
     module.__dict__[GRADUAL] = how
-    add_slopes(module, {site: slope_name(0)}, device)
+    add_slopes(module, mixing, device)
 
 
 def begin_methods(
