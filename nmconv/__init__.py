@@ -19,6 +19,7 @@ from nmconv.errors import (
     RemovedParametersWarning,
     RestoredParametersWarning,
     RewriteError,
+    SlopeWarning,
     WitnessError,
 )
 from nmconv.fitting import Fit, UnitFit, fit, get_fit, recalibrate_norms
@@ -27,7 +28,8 @@ from nmconv.io import load, save
 from nmconv.merging import Merge, Run, find_runs, fold_norms, get_merges, merge
 from nmconv.planning import Counts, Kernel, Plan, Ratio, Site, Unit, Untraced
 from nmconv.searching import Candidate, Sensitivity, search, sensitivity
-from nmconv.surgery import apply_plan, convert, get_plan, make_plan, restore
+from nmconv.surgery import apply_plan, convert, get_plan, get_slopes, make_plan, restore, set_slope
+from nmconv.training import Gradual
 from nmconv.verifying import verify
 
 __version__ = "0.1.0"
@@ -43,6 +45,7 @@ __all__ = [
     "Fit",
     "FitError",
     "FoldedNormWarning",
+    "Gradual",
     "InternalError",
     "Kernel",
     "Merge",
@@ -64,6 +67,7 @@ __all__ = [
     "Sensitivity",
     "Site",
     "SiteStats",
+    "SlopeWarning",
     "Unit",
     "UnitFit",
     "Untraced",
@@ -78,6 +82,7 @@ __all__ = [
     "get_fit",
     "get_merges",
     "get_plan",
+    "get_slopes",
     "load",
     "make_plan",
     "merge",
@@ -87,5 +92,6 @@ __all__ = [
     "save",
     "search",
     "sensitivity",
+    "set_slope",
     "verify",
 ]

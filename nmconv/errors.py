@@ -18,6 +18,7 @@ __all__ = [
     "RemovedParametersWarning",
     "RestoredParametersWarning",
     "RewriteError",
+    "SlopeWarning",
     "WitnessError",
 ]
 
@@ -108,3 +109,7 @@ class RemovedParametersWarning(UserWarning):
 
 class RestoredParametersWarning(UserWarning):
     """Parameters of a converted model are read again, which an optimizer that was made meanwhile may not have."""
+
+
+class SlopeWarning(UserWarning):
+    """A gradual model whose slopes reach 1 too late for its norms' statistics, or that is finished before they do."""

@@ -361,3 +361,26 @@ def test_data_parallel_training_does_not_wait(tmp_path):
         if value.grad is not None:
             torch.testing.assert_close(value.grad, one[name])
             assert torch.equal(one[name], other[name])
+
+
+@quiet
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_finished_gradual_model_is_restored(inplace):
+    model = net()
+    before = structure(model)
+    soft = nmconv.convert(model, "3:1", keep="first", relocate=True, gradual=True, example_inputs=X)
+    for call in (nmconv.restore, nmconv.make_plan):
+        with pytest.raises(nmconv.NmconvError, match=r"call finish\(\) first"):
+            call(soft)
+    nmconv.set_slope(soft, 0.5)
+    nmconv.Gradual(soft, 1, end=0).finish()
+    found = nmconv.restore(soft, inplace=inplace)
+    assert structure(found) == before
+    equal(found, model)
+
+
+def test_parameters_of_a_finished_model_require_no_gradients():
+    soft = nmconv.convert(Slopes(), "4:1", gradual=True, example_inputs=X)
+    assert needs(soft) == needs(Slopes())
+    nmconv.Gradual(soft, 1, end=0).finish()
+    assert needs(soft) == needs(nmconv.convert(Slopes(), "4:1", example_inputs=X))

@@ -23,7 +23,7 @@ from nmconv.fitting._watch import Watch
 from nmconv.graph import recordings_of
 from nmconv.merging import get_merges, groups_of
 from nmconv.planning import Kernel, Plan, Refusal, shrunk
-from nmconv.surgery import FITTED, Witness, WorkingCopy, carried_over, check_plain, get_plan
+from nmconv.surgery import FITTED, Witness, WorkingCopy, carried_over, check_finished, check_plain, get_plan
 
 __all__ = ["fit", "fit_units", "get_fit"]
 
@@ -89,8 +89,8 @@ def fit(
 
     Raises:
         OptionError: For an option that is none, or data without images.
-        FitError: If the model was not converted, or was merged; if the reference is another model's; or if values are
-            not finite. The model is as it was then.
+        FitError: If the model was not converted, was merged, or is gradual and not finished; if the reference is
+            another model's; or if values are not finite. The model is as it was then.
         WitnessError: If the fitted model would do anything else; the model is as it was then.
         ModelTypeError: If one of the models is no module, or wrapped, compiled or scripted.
     """
@@ -99,6 +99,7 @@ def fit(
     default = None if kernel is None else _kernel(kernel)
     plan = get_plan(check_plain(model, "fit"))
     check_plain(reference, "compare with")
+    check_finished(model, FitError)
     if plan is None:
         raise FitError(
             f"this {type(model).__name__} was not converted: give what nmconv.apply_plan or convert returned"

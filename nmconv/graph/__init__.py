@@ -20,6 +20,7 @@ from nmconv.graph._fingerprint import fingerprint
 from nmconv.graph._flow import Flow
 from nmconv.graph._geometry import BEFORE, PADS, Padding, averages, before_hoisting, check_hooks, geometry_of, norm_of
 from nmconv.graph._method import Method, MethodTrace, trace_methods
+from nmconv.graph._mixing import GRADUAL, held, mixed, mixed_into
 from nmconv.graph._modules import LEAF, THROUGH, act_kind, hooks_of, is_activation, is_sequential, leaf_op
 from nmconv.graph._ops import PLAIN_ACTS, Op, is_inplace
 from nmconv.graph._recordings import inputs_of, is_leaf, recordings_of
@@ -35,6 +36,7 @@ from nmconv.graph._zoo import has_plain_weight, is_frozen_norm, is_norm_act, pad
 
 __all__ = [
     "BEFORE",
+    "GRADUAL",
     "LEAF",
     "NORM",
     "PADS",
@@ -72,6 +74,7 @@ __all__ = [
     "flows_of",
     "geometry_of",
     "has_plain_weight",
+    "held",
     "hooks_of",
     "inputs_of",
     "is_activation",
@@ -82,6 +85,8 @@ __all__ = [
     "is_sequential",
     "leaf_op",
     "linear_runs",
+    "mixed",
+    "mixed_into",
     "norm_of",
     "pads_same",
     "read",

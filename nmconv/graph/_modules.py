@@ -9,6 +9,7 @@ from torch import nn
 from nmconv.graph import _zoo
 from nmconv.graph._crops import is_crop
 from nmconv.graph._handmade import is_handmade_activation
+from nmconv.graph._mixing import GRADUAL
 from nmconv.graph._ops import ACT_MODULES, MODULES, Op, is_torchs
 from nmconv.graph._register import registered_op
 
@@ -29,6 +30,8 @@ def leaf_op(module: nn.Module) -> Op | None:
     cls = type(module)
     if THROUGH in module.__dict__:
         return None
+    if GRADUAL in module.__dict__:
+        return Op.ACT
     known = registered_op(module) or _zoo.module_op(cls)
     if known is not None:
         return known
@@ -53,7 +56,8 @@ def act_kind(module: nn.Module) -> str:
         return known
     if not is_torchs(type(module)):
         return type(module).__name__
-    return next(kind for base in type(module).__mro__ if (kind := ACT_MODULES.get(base)) is not None)
+    kinds = (kind for base in type(module).__mro__ if (kind := ACT_MODULES.get(base)) is not None)
+    return next(kinds, type(module).__name__)  # one of torch's that is registered
 
 
 def is_activation(module: nn.Module) -> bool:

@@ -149,9 +149,13 @@ class MethodTracer(Tracer):
         (value,) = {source for part in parts for source in part.all_input_nodes} - parts - self._numbers
         return value
 
+    def parts_of(self, node: Node) -> list[Node]:
+        """An activation call, and what it is worked out from, in order."""
+        return sorted((node, *self._inner.get(node, ())))
+
     def erase_act(self, node: Node) -> None:
         """Erase an activation call that nobody reads any more."""
-        for part in (node, *sorted(self._inner.get(node, ()), reverse=True)):
+        for part in reversed(self.parts_of(node)):
             self.graph.erase_node(part)
             self.acts.pop(part, None)
 

@@ -24,6 +24,13 @@ def check_content(content: Content) -> None:
     Raises:
         Damaged: At the first thing that no file of ours says.
     """
+    for site, slope in content.slopes:
+        _hold(0 <= slope <= 1, f"slopes says {slope} of {site!r}")
+    sites = set() if content.plan is None else {site.id for site in content.plan.changes}
+    _hold(not content.slopes or {site for site, _ in content.slopes} == sites, "slopes has other sites than the plan")
+    plan = content.plan
+    at_once = content.merges or (plan is not None and (plan.branches or any(not each.why for each in plan.hoists)))
+    _hold(not (content.slopes and at_once), "it has slopes, and what happens at once")
     for number, merges in enumerate(content.merges):
         for merge in merges:
             _check_merge(merge, f"merges[{number}], {merge.head!r}")

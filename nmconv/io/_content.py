@@ -28,12 +28,14 @@ class Content:
         plan: That it was converted by, or None.
         merges: What was merged, one tuple for each call of merge.
         aliases: Pairs of a name in the state dict and the name under which its tensor is in the file.
+        slopes: Of a gradual model, pairs of a site's id and its slope.
     """
 
     model: str
     plan: Plan | None
     merges: tuple[tuple[Merge, ...], ...]
     aliases: tuple[tuple[str, str], ...]
+    slopes: tuple[tuple[str, float], ...] = ()
 
 
 def to_text(content: Content) -> str:
@@ -47,6 +49,8 @@ def to_text(content: Content) -> str:
         "merges": [[asdict(merge) for merge in merges] for merges in content.merges],
         "aliases": content.aliases,
     }
+    if content.slopes:
+        rest["slopes"] = content.slopes
     return json.dumps({"format": _FORMAT, "nmconv": __version__, **rest})
 
 
@@ -68,7 +72,7 @@ def from_text(text: str) -> Content:
     if data["format"] != _FORMAT:
         raise Unread(f"it has format {data['format']}, and this nmconv reads {_FORMAT}{_written(data)}")
     names = {"format", "nmconv", "model", "plan", "merges", "aliases"}
-    if data.keys() != names:
+    if data.keys() - {"slopes"} != names:
         raise Damaged(f"its metadata has other fields than {', '.join(sorted(names))}")
     try:
         plan = None if data["plan"] is None else Plan.from_json(json.dumps(data["plan"]))
@@ -77,6 +81,7 @@ def from_text(text: str) -> Content:
             plan=plan,
             merges=from_plain(tuple[tuple[Merge, ...], ...], data["merges"], "merges"),
             aliases=from_plain(tuple[tuple[str, str], ...], data["aliases"], "aliases"),
+            slopes=from_plain(tuple[tuple[str, float], ...], data.get("slopes", []), "slopes"),
         )
     except (PlanError, TypeError, ValueError, RecursionError) as error:
         raise Damaged(f"{error}{_written(data)}") from error

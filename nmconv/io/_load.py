@@ -17,7 +17,7 @@ from nmconv.io._problems import Damaged, Foreign, Unread
 from nmconv.io._replay import replay
 from nmconv.io._state import fill, sources_of, state_of
 from nmconv.merging import groups_of
-from nmconv.surgery import Readers, Witness, WorkingCopy, carried_over, check_examples, check_model
+from nmconv.surgery import Readers, Witness, WorkingCopy, carried_over, check_examples, check_model, set_slope
 
 __all__ = ["load"]
 
@@ -115,6 +115,8 @@ def _loaded(
         closed = {name for merges in content.merges for merge in merges for name in merge.closed}
         seen.check(work.model, None if carried is None else carried.changes, groups, closed)
     fill(work.model, file, sources, homes)
+    if content.slopes:
+        set_slope(work.model, dict(content.slopes))
     return work, readers
 
 

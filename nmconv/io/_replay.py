@@ -45,7 +45,7 @@ def replay(model: nn.Module, content: Content, carried: Carried | None, takes: M
     homes: Homes = {}
     try:
         if content.plan is not None and carried is not None:
-            change(model, content.plan, carried)
+            change(model, content.plan, carried, gradual=bool(content.slopes))
         for merges in content.merges:
             check_merges(model, merges)
             _merge(model, merges, takes, homes)

@@ -19,7 +19,7 @@ from nmconv.io._content import KEY, Content, to_text
 from nmconv.io._file import DTYPES
 from nmconv.io._state import state_of
 from nmconv.merging import get_merges
-from nmconv.surgery import check_plain, get_plan
+from nmconv.surgery import check_plain, get_plan, get_slopes
 
 __all__ = ["save"]
 
@@ -52,7 +52,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 "whole model"
             )
     tensors, aliases = _distinct(state_of(model))
-    content = Content(type(model).__name__, get_plan(model), get_merges(model), aliases)
+    content = Content(
+        type(model).__name__, get_plan(model), get_merges(model), aliases, tuple(get_slopes(model).items())
+    )
     metadata = {KEY: to_text(content)}
 
     def write(temporary: str) -> None:

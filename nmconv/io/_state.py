@@ -14,6 +14,7 @@ from nmconv.errors import ModelTypeError
 from nmconv.io._file import Entry, File, kind_of
 from nmconv.io._problems import Damaged, Foreign
 from nmconv.io._replay import Homes
+from nmconv.surgery import is_slope
 
 __all__ = ["fill", "sources_of", "state_of"]
 
@@ -124,7 +125,7 @@ def _materialise(model: nn.Module, homes: Homes) -> None:
     ]
     made: dict[int, tuple[Tensor, Tensor]] = {}  # the old one lives as long as its id is a key
     for name, buffer in model.named_buffers():
-        if buffer.is_meta and name not in state_of(model):
+        if buffer.is_meta and name not in state_of(model) and not is_slope(name):
             raise ModelTypeError(
                 f"the buffer {name!r} is on the meta device and in no state dict, so that no file has its numbers: "
                 "build the model on the CPU"

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from nmconv.errors import MergeError, OptionError
-from nmconv.surgery import check_examples, check_has_run, check_plain
+from nmconv.surgery import check_examples, check_finished, check_has_run, check_plain
 from nmconv.timing import BACKENDS
 
 __all__ = ["check_made", "check_mode", "check_options"]
@@ -30,9 +30,13 @@ def check_options(gate: str, min_gain: float, backend: str, example_inputs: Any)
 
 
 def check_made(model: nn.Module, todo: str) -> None:
-    """Refuse what is no plain model, or has lazy modules that never ran, with ModelTypeError."""
+    """Refuse what is no plain model, or has lazy modules that never ran, with ModelTypeError.
+
+    And what is gradual, with MergeError.
+    """
     check_plain(model, todo)
     check_has_run(model)
+    check_finished(model, MergeError)
 
 
 def check_mode(model: nn.Module, todo: str) -> None:

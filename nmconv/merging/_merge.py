@@ -96,7 +96,8 @@ def merge(
         OptionError: For a gate, gain or backend that is none, or a latency gate without ``example_inputs``,
             or if these are none, or if the model cannot be called with them or, where there are none, with a guess.
         ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted, or has lazy modules that never ran.
-        MergeError: If it, or a part of a run, is in train mode; or if a merged run differs from its original.
+        MergeError: If it, or a part of a run, is in train mode; if it is gradual and not finished; or if a merged run
+            differs from its original.
         WitnessError: If the merged model would do anything else than the original; the model is as it was.
 
     Warns:
@@ -178,6 +179,7 @@ def find_runs(
     Raises:
         OptionError: If ``example_inputs`` are none, or if the model cannot be called with them.
         ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted.
+        MergeError: If it is gradual and not finished.
 
     Warns:
         NoEffectWarning: If none of the convolutions that the model calls could be followed.

@@ -1,7 +1,18 @@
 """Changing models: doing what a plan says, and nothing else."""
 
 from nmconv.surgery._classes import Method, rewritten
-from nmconv.surgery._convert import Carried, apply_plan, carried_over, change, convert, get_plan, make_plan, restore
+from nmconv.surgery._convert import (
+    Carried,
+    apply_plan,
+    carried_over,
+    change,
+    convert,
+    finish,
+    get_plan,
+    make_plan,
+    restore,
+)
+from nmconv.surgery._gradual import check_finished, check_gradual, get_slopes, is_gradual, is_slope, set_slope
 from nmconv.surgery._guard import FITTED, MERGED, check_examples, check_has_run, check_model, check_plain
 from nmconv.surgery._hoist import is_known, pad
 from nmconv.surgery._restore import Readers
@@ -23,18 +34,25 @@ __all__ = [
     "carried_over",
     "change",
     "check_examples",
+    "check_finished",
+    "check_gradual",
     "check_has_run",
     "check_model",
     "check_plain",
     "convert",
     "copy_of",
+    "finish",
     "get_plan",
+    "get_slopes",
+    "is_gradual",
     "is_known",
+    "is_slope",
     "make_plan",
     "outline_of",
     "pad",
     "restore",
     "rewrite",
     "rewritten",
+    "set_slope",
     "shown_parameters",
 ]

@@ -6,18 +6,31 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from nmconv.errors import PlanError, RewriteError
 from nmconv.graph import PLAIN_ACTS, is_activation, is_sequential
 from nmconv.planning import Activation, Change, Changes, Place
 from nmconv.surgery._classes import Method, rewritten
+from nmconv.surgery._gradual import (
+    Mixing,
+    appearing,
+    begin,
+    begin_methods,
+    device_near,
+    dropping,
+    own_copy,
+    slope_name,
+)
 from nmconv.surgery._hoist import hoist_padding
 from nmconv.surgery._identity import ADDED, WAS, identity_for, keeps_something, passing
 from nmconv.surgery._rewrite import Edit, rewrite
 
 __all__ = ["Known", "Surgery"]
 
+# An activation, its class, how it is made gradual, its sites and their slopes, and where these are.
+_Begun = tuple[nn.Module, type[nn.Module], tuple[str, bool], Mixing, torch.device]
 # Methods written before, and why others could not be: by owner and method, with the edit they are for.
 Known = dict[tuple[str, str], tuple[Edit, Method | RewriteError]]
 
@@ -30,15 +43,23 @@ class Surgery:
         changes: Of this model.
         known: Methods that were written for the same edits before; new ones are added.
         takes: Of each module whose forward makes a sum that goes, the structure of that forward's arguments.
+        gradual: Whether activations do not go, or move, but are mixed with their inputs.
 
     Raises:
         PlanError: If the changes name what the model does not have.
+        RewriteError: If an activation has a class that cannot be made gradual.
     """
 
-    def __init__(self, model: nn.Module, changes: Changes, known: Known, takes: Mapping[str, str]) -> None:
+    def __init__(
+        self, model: nn.Module, changes: Changes, known: Known, takes: Mapping[str, str], *, gradual: bool = False
+    ) -> None:
+        self._hard = Surgery(model, changes, known, takes) if gradual else None
+        self._mixing: dict[str, Mixing] = {}  # of the sites in methods, by owner
+        self._begun: list[_Begun] = []
+        self._begun_in: dict[tuple[nn.Module, str], int] = {}  # from slots to positions among them
         self._model = model
         self._changes = changes
-        self._known = known
+        self._known = {} if gradual else known
         self._edits: dict[tuple[str, str], Edit] = {}
         self._slots: list[tuple[nn.Module, str, nn.Module]] = []
         self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
@@ -54,6 +75,7 @@ class Surgery:
             for (other, name), its in self._edits.items():
                 if other == owner and name != method:
                     edit.others += its.remove
+            edit.mixing = self._mixing.get(owner, {})
 
     def failures(self) -> dict[tuple[str, str], RewriteError]:
         """Write all new methods; for each that cannot be written, by owner and method, why."""
@@ -69,13 +91,9 @@ class Surgery:
         Raises:
             RewriteError: If a method cannot be written; nothing is changed then.
         """
-        for error in self.failures().values():
-            raise error
-        methods: dict[str, tuple[Method, ...]] = {}
-        for owner, name in self._edits:
-            made = self._known[owner, name][1]
-            assert isinstance(made, Method)
-            methods[owner] = (*methods.get(owner, ()), made)
+        methods = self._methods()
+        hard = {} if self._hard is None else self._hard._methods()
+        devices = {owner: device_near(self._model, owner) for owner in self._mixing}
         for parent, slot, module in self._slots:
             parent._modules[slot] = module
         for parent, name, module, behind in self._added:
@@ -84,9 +102,29 @@ class Surgery:
             module.__class__ = cls
         for owner, found in methods.items():
             module = self._model.get_submodule(owner)
-            module.__class__ = rewritten(type(module), found)
+            if owner in self._mixing:
+                begin_methods(module, found, hard[owner], self._mixing[owner], devices[owner])
+            else:
+                module.__class__ = rewritten(type(module), found)
+        for begun in self._begun:
+            begin(*begun)
         for convs in self._changes.hoists:
             hoist_padding(self._model, convs)
+
+    def _methods(self) -> dict[str, tuple[Method, ...]]:
+        """All new methods by owner.
+
+        Raises:
+            RewriteError: If one cannot be written.
+        """
+        for error in self.failures().values():
+            raise error
+        methods: dict[str, tuple[Method, ...]] = {}
+        for owner, name in self._edits:
+            made = self._known[owner, name][1]
+            assert isinstance(made, Method)
+            methods[owner] = (*methods.get(owner, ()), made)
+        return methods
 
     def _take_out(self, change: Change) -> None:
         call = change.call
@@ -97,21 +135,46 @@ class Surgery:
             if is_sequential(holder) and call.owner == parent:  # the call's number tells which slot
                 slots = [name for name, child in holder._modules.items() if child is act]
                 slot = slots[call.call - 1] if call.call <= len(slots) else slot
-            if keeps_something(act) and self._is_alone(act):
+            if self._hard is not None:
+                self._begin(act, holder, slot, call)
+            elif keeps_something(act) and self._is_alone(act):
                 self._classes.append((act, passing(type(act), copies=call.copy)))
             else:
                 self._slots.append((holder, slot, identity_for(act, copies=call.copy)))
         else:
             self._module(call.owner)
             self._edit(call.owner, call.method, call.takes).remove.append(call)
+            if self._hard is not None:
+                mixing = self._mixing.setdefault(call.owner, {})
+                mixing[call.id] = slope_name(len(mixing))
         if change.place is not None:
             self._put(call, change.place, act)
+
+    def _begin(self, act: nn.Module, holder: nn.Module, slot: str, call: Activation) -> None:
+        """Let an activation go by degrees: in its place where that is what the hard conversion changes, else a copy."""
+        at = self._begun_in.setdefault((holder, slot), len(self._begun))
+        if at < len(self._begun):  # the other mode's call of the same module
+            made, cls, _, mixing, device = self._begun[at]
+            mixing = {**mixing, call.id: slope_name(len(mixing))}
+            self._begun[at] = (made, cls, ("drop", call.copy), mixing, device)
+            return
+        alone = keeps_something(act) and self._is_alone(act)
+        made = act if alone else own_copy(act)
+        device = device_near(self._model, call.name)
+        self._begun.append((made, dropping(type(act)), ("drop", call.copy), {call.id: slope_name(0)}, device))
+        if not alone:
+            vars(made)[WAS] = act
+            self._slots.append((holder, slot, made))
 
     def _put(self, call: Activation, place: Place, act: nn.Module | None) -> None:
         moved: Any = PLAIN_ACTS[call.kind]() if act is None else copy.copy(act)
         if getattr(moved, "inplace", False):
             moved.inplace = False  # what it is applied to now may have other readers
         owner = self._module(place.owner)
+        if self._hard is not None:
+            moved = own_copy(moved)
+            device = device_near(self._model, place.owner)
+            self._begun.append((moved, appearing(type(moved)), ("move", False), {call.id: slope_name(0)}, device))
         if place.how == "slot":
             vars(moved)[WAS] = owner._modules[place.op]
             self._slots.append((owner, place.op, moved))

@@ -24,13 +24,14 @@ from nmconv.graph import (
 from nmconv.planning import Changes, Keep, Options, Plan, Signature, Structure, changes_of, draw_up, listed
 from nmconv.recording import Recordings
 from nmconv.surgery._apply import Known, Surgery
+from nmconv.surgery._gradual import check_can_be_gradual, check_hoists_nothing, finish_sites
 from nmconv.surgery._guard import FROZEN, MARK, check_examples, check_has_run, check_model, check_plain, plan_of
 from nmconv.surgery._hoist import find_hoists
 from nmconv.surgery._restore import Readers, original_of, thaw, unconvert
 from nmconv.surgery._witness import Witness
 from nmconv.surgery._working import WorkingCopy, outline_of
 
-__all__ = ["Carried", "apply_plan", "carried_over", "change", "convert", "get_plan", "make_plan", "restore"]
+__all__ = ["Carried", "apply_plan", "carried_over", "change", "convert", "finish", "get_plan", "make_plan", "restore"]
 
 
 def make_plan(
@@ -65,7 +66,13 @@ def make_plan(
 
 
 def apply_plan(
-    model: nn.Module, plan: Plan, *, example_inputs: Any = None, inplace: bool = False, witness: bool = True
+    model: nn.Module,
+    plan: Plan,
+    *,
+    gradual: bool = False,
+    example_inputs: Any = None,
+    inplace: bool = False,
+    witness: bool = True,
 ) -> nn.Module:
     """Convert a model as a plan says, or take a converted model from its plan to another one.
 
@@ -76,6 +83,7 @@ def apply_plan(
     Args:
         model: The model the plan was made for, or one of the same structure, converted or not.
         plan: From :func:`make_plan`, ``Plan.edit`` or ``Plan.from_json``.
+        gradual: As for :func:`convert`.
         example_inputs: As for :func:`convert`. None: what the plan was made with.
         inplace: Change ``model`` itself instead of a copy.
         witness: As for :func:`convert`.
@@ -85,7 +93,7 @@ def apply_plan(
 
     Raises:
         PlanError: If the plan is for another model, or changes what it does not have.
-        OptionError: If the model cannot be called with ``example_inputs``.
+        OptionError: If the model cannot be called with ``example_inputs``, or if the plan cannot be done by degrees.
         ModelTypeError: If ``model`` is no plain module.
         AlreadyConvertedError: If a part of it was converted by itself.
         MergeError, FitError: If it was merged, or fitted in merged form.
@@ -108,6 +116,8 @@ def apply_plan(
         else seen.recordings
     )
     carried = carried_over(original, plan, recordings)
+    if gradual:
+        check_can_be_gradual(original, plan, carried.changes)
     if carried.changes.hoists:
         outline = outline_of(original)
         Surgery(outline, replace(carried.changes, hoists=()), {}, carried.takes).commit()
@@ -117,7 +127,7 @@ def apply_plan(
                 raise PlanError(
                     f"the plan moves padding to {convs[0]} from {', '.join(convs[1:])}: that is no linear run"
                 )
-    return _applied(model, original, plan, carried, {}, inplace, seen, recordings)
+    return _applied(model, original, plan, carried, {}, gradual, inplace, seen, recordings)
 
 
 def convert(
@@ -130,6 +140,7 @@ def convert(
     exclude: str | Iterable[str] = (),
     linear: bool = False,
     hoist_padding: bool = False,
+    gradual: bool = False,
     example_inputs: Any = None,
     inplace: bool = False,
     witness: bool = True,
@@ -152,6 +163,11 @@ def convert(
         hoist_padding: Move the padding of each linear run (what lies between kept activations) to its first
             convolution, so that :func:`nmconv.merge` can make one convolution of it, exactly, after training. What
             the border of inner maps sees changes with that.
+        gradual: Let activations go by degrees while the model trains: each site that the plan drops mixes its input x
+            and y = act(x) by a slope s of its own, ``lerp(y, x, s)`` (VanillaNet's deep training, arXiv 2305.12972,
+            section 3.1; of a ReLU it makes a Leaky ReLU). At s = 0, where it begins, the model is the original to the
+            bit, at s = 1 the hard conversion. A moved activation appears in its new place as it goes from its old one.
+            :class:`nmconv.Gradual` or :func:`nmconv.set_slope` set s, ``Gradual.finish`` leaves the hard conversion.
         example_inputs: What the model is called with: a tensor, a tuple of arguments, or a dict of keyword arguments.
             Only their structure, shapes and dtypes are used.
         inplace: Convert ``model`` itself instead of a copy.
@@ -164,7 +180,9 @@ def convert(
 
     Raises:
         RatioError, PatternError, OptionError: For an argument that is none, or if the model cannot be called with
-            ``example_inputs`` or, where there are none, with one image batch; nothing has been touched then.
+            ``example_inputs`` or, where there are none, with one image batch; nothing has been touched then. Also for
+            ``gradual=True`` together with ``hoist_padding=True``, since padding moves at once, and with a random
+            activation (RReLU).
         NoSitesError: If no activation of the model belongs to a convolution.
         ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted.
         AlreadyConvertedError: If it was converted before.
@@ -177,6 +195,7 @@ def convert(
     options = _options(ratio, keep, relocate, include, exclude, linear, hoist_padding, example_inputs)
     check_model(model)
     options.check()
+    check_hoists_nothing(gradual and options.hoist)
     seen = Witness(model, example_inputs, linear=options.linear) if witness else None
     recordings = (
         recordings_of(model, example_inputs, both_sizes=False, linear=options.linear)
@@ -184,7 +203,9 @@ def convert(
         else seen.recordings
     )
     plan, carried, known = _planned(model, options, example_inputs, recordings)
-    return _applied(model, model, plan, carried, known, inplace, seen, recordings)
+    if gradual:
+        check_can_be_gradual(model, plan, carried.changes)
+    return _applied(model, model, plan, carried, known, gradual, inplace, seen, recordings)
 
 
 def _options(
@@ -412,6 +433,7 @@ def _applied(
     plan: Plan,
     carried: Carried,
     known: Known,
+    gradual: bool,
     inplace: bool,
     witness: Witness | None,
     recordings: Recordings,
@@ -425,20 +447,37 @@ def _applied(
     work, frozen = WorkingCopy(model, inplace=inplace), vars(model).get(FROZEN, ())
     readers = Readers(original, carried.changes, recordings)
     unconvert(work.model)
-    change(work.model, plan, carried, known)
+    change(work.model, plan, carried, known, gradual=gradual)
     if witness is not None and (plan.changes_any or original is not model):
         witness.check(work.model, carried.changes)
     result = work.finish()
     thaw(result, frozen)
-    readers.freeze_unread(result)
+    if not gradual:
+        readers.freeze_unread(result)
     return result
 
 
-def change(model: nn.Module, plan: Plan, carried: Carried, known: Known | None = None) -> None:
+def finish(model: nn.Module) -> None:
+    """Leave of a gradual model what a hard conversion leaves, in place, whatever the slopes are.
+
+    Raises:
+        ModelTypeError: If it is no plain module.
+    """
+    finish_sites(model)
+    plan = plan_of(model)
+    if plan is not None and any(site.kind == "PReLU" for site in plan.changes):
+        original, linear = original_of(model), dict(plan.options).get("linear") == "True"
+        recordings = recordings_of(original, both_sizes=False, linear=linear, call=plan.call)
+        Readers(original, carried_over(original, plan, recordings).changes, recordings).freeze_unread(model)
+
+
+def change(
+    model: nn.Module, plan: Plan, carried: Carried, known: Known | None = None, *, gradual: bool = False
+) -> None:
     """Do to a working copy what a plan says, unchecked.
 
     Raises:
         RewriteError: If a method cannot be rewritten; nothing is changed then.
     """
-    Surgery(model, carried.changes, {} if known is None else known, carried.takes).commit()
+    Surgery(model, carried.changes, {} if known is None else known, carried.takes, gradual=gradual).commit()
     model.__dict__[MARK] = plan

@@ -12,12 +12,14 @@ from nmconv.errors import (
     AlreadyConvertedError,
     FitError,
     MergeError,
+    PlanError,
     RestoredParametersWarning,
 )
 from nmconv.graph import BEFORE, LEAF, PADS, is_leaf
 from nmconv.planning import Changes
 from nmconv.recording import Recording, Recordings, record_again
 from nmconv.surgery._classes import is_rewritten
+from nmconv.surgery._gradual import check_finished
 from nmconv.surgery._guard import FITTED, FROZEN, MARK, MERGED, plan_of
 from nmconv.surgery._hoist import UNPADDED
 from nmconv.surgery._identity import ADDED, WAS, is_passing
@@ -33,6 +35,7 @@ def original_of(model: nn.Module) -> nn.Module:
         MergeError, FitError: If it was merged, or fitted in merged form: what went into a convolution is gone.
         AlreadyConvertedError: If only a part of it was converted or merged.
     """
+    check_finished(model, PlanError)
     for name, module in model.named_modules():
         plan = plan_of(module)
         if MERGED in module.__dict__:

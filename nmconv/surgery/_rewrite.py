@@ -10,7 +10,17 @@ from torch.fx import Node
 
 from nmconv import graph
 from nmconv.errors import RewriteError
-from nmconv.graph import MethodTrace, MethodTracer, Op, is_inplace, leaf_op, trace_methods
+from nmconv.graph import (
+    MethodTrace,
+    MethodTracer,
+    Op,
+    held,
+    is_inplace,
+    leaf_op,
+    mixed,
+    mixed_into,
+    trace_methods,
+)
 from nmconv.planning import Activation, Change, Place, Sum
 from nmconv.surgery._classes import Method, rewritten
 from nmconv.surgery._source import method_source, return_changed_lists
@@ -28,6 +38,7 @@ class Edit:
         insert: Pairs of a place and the name of the child that is called on its value.
         sums: Additions that go.
         copied: Those of them in whose place a copy of the operand is left.
+        mixing: From the ids of calls that do not go but are mixed with their inputs to the names of their slopes.
     """
 
     takes: str
@@ -36,6 +47,7 @@ class Edit:
     insert: list[tuple[Place, str]] = field(default_factory=list)
     sums: list[Sum] = field(default_factory=list)
     copied: set[Sum] = field(default_factory=set)
+    mixing: dict[str, str] = field(default_factory=dict)
 
 
 def rewrite(
@@ -76,10 +88,10 @@ def _edited(
         for site in edit.remove:
             if site.modes in modes:
                 _check_steps(tracer, site, modes, training, model, calls)
-                _remove(tracer, site, training, model)
+                _take_out(tracer, site, training, model, edit)
         for site in edit.others:
             if site.modes in modes and _node_of(tracer, site, training, model) is not None:
-                _remove(tracer, site, training, model)
+                _take_out(tracer, site, training, model, edit)
     made = method_source(owner, method, trace, mutated)
     rewritten(type(owner), (made,))  # that it can be done, and compiles
     return made
@@ -108,18 +120,35 @@ def _node_of(tracer: MethodTracer, site: Activation, training: bool, model: nn.M
     return _calls(tracer, site, model).get(step or 0)
 
 
-def _remove(tracer: MethodTracer, site: Activation, training: bool, model: nn.Module) -> None:
+def _take_out(tracer: MethodTracer, site: Activation, training: bool, model: nn.Module, edit: Edit) -> None:
     node = _node_of(tracer, site, training, model)
     if node is None:
         raise RewriteError(f"{site.id} is not in {site.owner or 'the model'}.{site.method}: was the model changed?")
     value = tracer.given_to(node)
     if not isinstance(value, Node):
         raise RewriteError(f"{site.id} is called on something that is no tensor")
+    if site.id in edit.mixing:
+        _mix(tracer, node, value, edit.mixing[site.id], into=site.inplace)
+        return
     if site.copy:
         with tracer.graph.inserting_before(node):
             value = tracer.graph.call_method("clone", (value,))
     node.replace_all_uses_with(value)
     tracer.erase_act(node)
+
+
+def _mix(tracer: MethodTracer, act: Node, value: Node, slope: str, *, into: bool) -> None:
+    """Mix what an activation call gives with its input."""
+    parts = tracer.parts_of(act)
+    with tracer.graph.inserting_before(parts[0]):
+        number = tracer.graph.get_attr(slope)
+        given = tracer.graph.call_function(held, (value, number, 1))
+    for part in parts:
+        part.replace_input_with(value, given)
+    with tracer.graph.inserting_after(act):
+        made = tracer.graph.call_function(mixed_into if into else mixed, (value, act, number))
+    act.replace_all_uses_with(made)
+    made.args = (value, act, number)
 
 
 def _insert(tracer: MethodTracer, place: Place, child: str) -> None:

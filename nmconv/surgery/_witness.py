@@ -11,6 +11,7 @@ from nmconv.errors import NmconvError, WitnessError
 from nmconv.graph import is_leaf, recordings_of
 from nmconv.planning import Changes, Signature
 from nmconv.recording import ModelRaised, NeedsData, Recording, record_again
+from nmconv.surgery._gradual import get_slopes
 from nmconv.witness import Difference, Group, allowed_by, broken_groups, compare
 
 __all__ = ["Witness"]
@@ -62,6 +63,7 @@ class Witness:
             WitnessError: If it does anything else; the text shows the first difference.
         """
         allowed = allowed_by(changes, groups)
+        slopes = self._slopes(result, changes)
         for before in self.recordings.runs:
             if before.call.method in closed or before.call.other_way:
                 continue
@@ -75,9 +77,21 @@ class Witness:
                 raise self._error(before, found) from error
             except NeedsData as asked:
                 raise self._error(before, Difference(f"it asks for other numbers: {asked}")) from asked
-            difference = compare(before, after, allowed)
-            if difference is not None:
-                raise self._error(before, difference)
+            for slope in slopes:
+                difference = compare(before, after, allowed, slope)
+                if difference is not None:
+                    raise self._error(before, difference)
+
+    def _slopes(self, result: nn.Module, changes: Changes | None) -> tuple[int | None, ...]:
+        """The slopes at which a result is compared: a gradual one at both ends."""
+        found = get_slopes(result)
+        if not found or changes is None:
+            return (None,)
+        sites = {change.call.id for change in changes.made}
+        if found.keys() != sites:
+            one = min(found.keys() ^ sites)
+            raise self._error(self.recordings.runs[0], Difference(f"{one} is not mixed though the plan changes it"))
+        return (0, 1)
 
     def broken(self, groups: Sequence[Group]) -> dict[str, str]:
         """From the heads of groups that are not one convolution in every recording to why."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
@@ -31,14 +31,22 @@ class Difference:
     second: str = ""
 
 
-def compare(original: Recording, result: Recording, allowed: Allowed) -> Difference | None:
+def compare(original: Recording, result: Recording, allowed: Allowed, slope: int | None = None) -> Difference | None:
     """Hold a result's recording against the original's and what was to be done.
+
+    Args:
+        original: Before.
+        result: After.
+        allowed: What was to be done.
+        slope: Of a gradual result, 0 or 1: it must do what the original does, or what a hard conversion does.
 
     Returns:
         None where they agree, or the first difference.
     """
     table: Table = {}
-    found = values_of(result, allowed, table, _added(original, allowed), original.names)
+    found = values_of(result, allowed, table, _added(original, allowed), original.names, slope)
+    if slope == 0:
+        allowed = replace(allowed, changes=())
     wanted = expected_values(original, allowed, table, found.moved)
     broken = {**found.broken, **wanted.broken}
     if broken:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from nmconv.graph import held, mixed, mixed_into
 from nmconv.planning import Sum
 from nmconv.recording import TENSOR, Fact, Read, Recording, hook_sees, unknown
 from nmconv.witness._changes import Allowed, Group, activations, by_member, grouped_sums, settings_of, sums_of
@@ -19,6 +20,7 @@ Content = tuple[int, "int | None"]  # what a tensor holds: the value it was made
 
 _COPIES = ("clone", "contiguous")
 _ADDS_NOTHING = tuple(("tuple", ("tuple", *pair), ("dict",)) for pair in ((TENSOR, 0), (0, TENSOR)))
+_MIXES = (mixed, mixed_into)
 _CHANCE = ("drop", "rand", "bernoulli", "normal", "uniform", "multinomial", "exponential")
 
 
@@ -42,7 +44,12 @@ class Values:
 
 
 def values_of(
-    recording: Recording, allowed: Allowed, table: Table, added: Mapping[str, frozenset[str]], names: Mapping[str, str]
+    recording: Recording,
+    allowed: Allowed,
+    table: Table,
+    added: Mapping[str, frozenset[str]],
+    names: Mapping[str, str],
+    slope: int | None = None,
 ) -> Values:
     """The values of a result.
 
@@ -52,8 +59,31 @@ def values_of(
         table: Shared with what it is compared with.
         added: From the names of modules that call moved activations to the classes of these.
         names: Of the original's recording: a module that was registered several times may have lost its first name.
+        slope: At which a gradual result is looked at: 0 or 1.
     """
-    return _Numbering(recording, allowed, table, {}, {}, {}, added, {}, names=names).values()
+    chosen = {} if slope is None else _chosen(recording, allowed, added, slope)
+    return _Numbering(recording, allowed, table, chosen, {}, {}, added, {}, names=names, slope=slope).values()
+
+
+def _chosen(
+    recording: Recording, allowed: Allowed, added: Mapping[str, frozenset[str]], slope: int
+) -> dict[Node, tuple[Read, ...]]:
+    """The calls of a gradual result that give what they are given at a slope, each with that."""
+    found: dict[Node, tuple[Read, ...]] = {}
+    if slope == 1:
+        found |= {node: given for node, _, given in activations(recording, allowed.changes)}
+    for node, fact in recording.facts.items():
+        if node.target is held or (slope == 0 and _is_one_of(added, node, fact)):
+            found[node] = fact.reads[:1]
+        elif node.target in _MIXES:
+            found[node] = fact.reads[1 - slope : 2 - slope]
+    return found
+
+
+def _is_one_of(added: Mapping[str, frozenset[str]], node: Node, fact: Fact) -> bool:
+    """Whether a call is one of an activation that was put there."""
+    classes = added.get(fact.label) if node.op == "call_module" else None
+    return classes is not None and fact.settings[1] in classes
 
 
 def expected_values(recording: Recording, allowed: Allowed, table: Table, moved: Mapping[Content, int]) -> Values:
@@ -86,8 +116,10 @@ class _Numbering:
         moved: Mapping[Content, int],
         *,
         names: Mapping[str, str] | None = None,
+        slope: int | None = None,
     ) -> None:
         self._expected = names is None
+        self._slope = slope
         self._names = names or {}
         self._recording = recording
         self._facts = recording.facts
@@ -131,7 +163,11 @@ class _Numbering:
     # -- values -------------------------------------------------------------------------------------------------------
 
     def _number(self, node: Node, fact: Fact) -> None:
-        if node in self._dropped or self._hands_on(node, fact):
+        if node.target in _MIXES and self._slope is not None and not self._is_selected(node, fact):
+            number = self._content(fact.reads[1])[0] if self._slope == 0 else self._new_number(node, fact)
+            self._made.numbers[node] = number
+            self._contents[node] = (number, None)
+        elif node in self._dropped or self._hands_on(node, fact):
             self._through.add(node)
             self._contents[node] = self._content(self._dropped.get(node, fact.reads)[0])
         elif node in self._sums:
@@ -167,6 +203,12 @@ class _Numbering:
             key = (*key, fact.number)  # two draws are two values
         return self._numbered(key)
 
+    def _is_selected(self, node: Node, fact: Fact) -> bool:
+        """Whether a mix gives one of the values that it was given, as it should, and writes to nothing."""
+        if self._slope == 0:
+            return node.target is not mixed_into
+        return self._content(fact.reads[0]) == self._content(fact.reads[1])
+
     def _group_number(self, node: Node, fact: Fact, group: Group) -> int:
         """That of the last node of a group is the group's."""
         entries = self._entries.setdefault(group.head, {})
@@ -200,8 +242,7 @@ class _Numbering:
         return None if node is None else self._made.numbers.get(node)
 
     def _is_added(self, node: Node, fact: Fact) -> bool:
-        classes = self._added.get(fact.label) if node.op == "call_module" else None
-        return classes is not None and fact.settings[1] in classes
+        return _is_one_of(self._added, node, fact)
 
     def _hands_on(self, node: Node, fact: Fact) -> bool:
         """Whether a call gives what it was given, or a copy of it, or adds nothing to it."""
