@@ -1703,3 +1703,34 @@ def test_hooks_weight_norm_and_checkpointing_change_nothing():
     nn.utils.parametrizations.weight_norm(model.layer1[0].conv1)
     nn.utils.parametrizations.spectral_norm(model.layer2[0].conv1)
     assert nmconv.make_plan(model).sites == wanted
+
+
+def test_a_unit_ends_before_what_the_next_block_begins_with():
+    """A dropout that hands on the very tensor is no end: the shortcut beside it reads the value itself."""
+
+    class Next(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.c, self.n, self.shortcut = nn.Dropout(0.0), conv(), nn.BatchNorm2d(4), nn.Identity()
+
+        def forward(self, x):
+            return self.n(self.c(self.drop(x))) + self.shortcut(x)
+
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.r, self.b, self.n = conv(), nn.Hardswish(), conv(), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.n(self.b(self.r(self.a(x))))
+
+    model = nn.Sequential(First(), Next(), conv(), nn.ReLU()).eval()
+    plan = nmconv.make_plan(model, "2:1", relocate=True)
+    assert [(site.id, site.action, site.behind) for site in plan.sites] == [
+        ("0.r#1", "move", "0.b"),
+        ("3#1", "keep", ""),
+    ]
+    x = torch.rand(2, 4, 8, 8)
+    first = F.hardswish(model[0].n(model[0].b(model[0].a(x))))
+    expected = model[3](model[2](model[1](first)))
+    assert torch.equal(nmconv.apply_plan(model, plan)(x), expected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from nmconv.graph import _zoo
-from nmconv.graph._flow import Flow
+from nmconv.graph._flow import Flow, ancestors
 from nmconv.graph._modules import is_sequential
 from nmconv.graph._ops import Op
 from nmconv.graph._parallel import summands
@@ -66,6 +66,9 @@ class Ends:
             if node.op is Op.ADD:
                 return self._join(conv, at, reader)
             if node.op not in _ALONG and not (node.op is Op.GATED and node.inputs[0] == at):
+                break
+            # A dropout of the next block may hand on the very tensor: others that read it seem to read that.
+            if node.op in (Op.DROP, Op.PASS) and node.frame not in ancestors(flow.nodes[at].frame):
                 break
             at = reader
         return at
