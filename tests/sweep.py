@@ -67,12 +67,14 @@ def row_of(job: tuple[str, int]) -> dict[str, Any]:
 def write_table(rows: list[dict[str, Any]], path: Path) -> None:
     """The rows as a page."""
     totals = Counter(row["result"] for row in rows)
+    every = len(zoo.all_names())
+    left_out = "" if len(rows) == every else ": the others were not run on it, and are left out"
     commit = subprocess.run(["git", "log", "-1", "--format=%h", "--", "nmconv"], capture_output=True, text=True)
     lines = [
         "# Both zoos, every name",
         "",
         f"Written by `python tests/sweep.py` on commit {commit.stdout.strip()} of `nmconv/`, {len(rows)} of "
-        f"{len(zoo.all_names())} names: the others were not run on it, and are left out. The versions it ran with: "
+        f"{every} names{left_out}. The versions it ran with: "
         f"torch {torch.__version__.partition('+')[0]}, timm {zoo.timm.__version__}, "
         f"torchvision {zoo.torchvision.__version__.partition('+')[0]}.",
         "",
