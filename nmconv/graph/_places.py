@@ -68,7 +68,8 @@ class Ends:
             if node.op not in _ALONG and not (node.op is Op.GATED and node.inputs[0] == at):
                 break
             # A dropout of the next block may hand on the very tensor: others that read it seem to read that.
-            if node.op in (Op.DROP, Op.PASS) and node.frame not in ancestors(flow.nodes[at].frame):
+            around = [*ancestors(flow.nodes[at].frame)]
+            if node.op in (Op.DROP, Op.PASS) and node.frame not in around:
                 break
             at = reader
         return at
