@@ -183,7 +183,7 @@ def _take(mine: dict[str, Any], its: dict[str, Any]) -> None:
     """Make a dict equal to another one, in order; a module that takes another's place takes its mode."""
     for name, part in its.items():
         if isinstance(part, nn.Module) and isinstance(mine.get(name, part), nn.Module):
-            part.training = mine.get(name, part).training
+            vars(part)["training"] = mine.get(name, part).training
     if list(mine) != list(its):
         mine.clear()
     mine.update(its)
