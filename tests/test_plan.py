@@ -496,7 +496,7 @@ def test_a_converted_model_is_not_converted_again():
     before = untouched(model)
     for ratio in ("2:1", "1:1"):
         for inplace in (False, True):
-            with pytest.raises(AlreadyConvertedError, match="get_plan.*apply_plan"):
+            with pytest.raises(AlreadyConvertedError, match=r"get_plan.*apply_plan"):
                 nmconv.convert(model, ratio, inplace=inplace)
     assert untouched(model) == before
     assert nmconv.make_plan(model, "3:1") == nmconv.make_plan(staged(), "3:1")
