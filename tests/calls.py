@@ -11,6 +11,5 @@ from nmconv.planning import Activation
 
 def calls_of(model: nn.Module, plan: nmconv.Plan, example_inputs: Any = None) -> dict[str, Activation]:
     """From the id of every site to the call, as the analysis of the model finds it anew."""
-    linear = dict(plan.options).get("linear") == "True"
-    recordings = recordings_of(model, example_inputs, both_sizes=False, linear=linear, call=plan.call)
-    return {call.id: call for call in read(model, recordings, linear=linear).activations}
+    recordings = recordings_of(model, example_inputs, both_sizes=False, linear=plan.linear, call=plan.call)
+    return {call.id: call for call in read(model, recordings, linear=plan.linear).activations}

@@ -2,9 +2,7 @@
 
 import copy
 import doctest
-import io
 import json
-import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 import torchvision
+from copies import pickled, saved
 from hypothesis import HealthCheck, given, settings, strategies
 from nets import conv, net
 from oracle import assert_same
@@ -352,17 +351,6 @@ def test_what_is_not_gradual_has_no_slopes():
 
 
 # -- copies, files, devices --------------------------------------------------------------------------------------------
-
-
-def pickled(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-def saved(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 def emptied(model):

@@ -2,13 +2,13 @@
 
 import copy
 import io
-import pickle
 import warnings
 
 import pytest
 import timm
 import torch
 import torchvision
+from copies import pickled, saved
 from merge_nets import assert_agree, assert_near, convs_of, merge, picture, settle, statistics
 from test_merge_usage import SHAPES, Block, Net, original
 from torch import nn
@@ -88,18 +88,7 @@ def test_what_torchvision_offers():
 # Copies and files ----------------------------------------------------------------------------------------------------
 
 
-def dumped(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-def saved(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, dumped, saved, copy.copy])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved, copy.copy])
 @pytest.mark.parametrize("live", [True, False])
 def test_copies(model, duplicate, live):
     merged = merge(model, live=live)

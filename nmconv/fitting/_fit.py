@@ -125,9 +125,8 @@ def fit(
 
 
 def _check_reference(reference: nn.Module, plan: Plan) -> None:
-    linear = dict(plan.options).get("linear") == "True"
     try:
-        carried_over(reference, plan, recordings_of(reference, both_sizes=False, linear=linear, call=plan.call))
+        carried_over(reference, plan, recordings_of(reference, both_sizes=False, linear=plan.linear, call=plan.call))
     except (PlanError, OptionError) as error:
         raise FitError(f"the reference is another model than the one that was converted: {error}") from error
 

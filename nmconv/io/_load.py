@@ -88,7 +88,7 @@ def _loaded(
     content = from_text(file.text)
     check_content(content)
     plan, groups = content.plan, groups_of(*content.merges)
-    linear = plan is not None and dict(plan.options).get("linear") == "True"
+    linear = plan is not None and plan.linear
     call = None if plan is None else plan.call
     owners = [addition.owner for group in groups for _, addition in group.sums]
     seen, recordings, carried = None, None, None

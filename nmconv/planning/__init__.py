@@ -15,7 +15,7 @@ from nmconv.planning._geometry import (
     shrunk,
     taps_kept,
 )
-from nmconv.planning._plain import from_plain, to_plain
+from nmconv.planning._plain import from_plain
 from nmconv.planning._plan import Branch, Counts, Hoist, Kernel, Plan, Site, Sum
 from nmconv.planning._planner import Options, draw_up
 from nmconv.planning._policies import Keep, Unit
@@ -67,7 +67,6 @@ __all__ = [
     "shrunk",
     "table",
     "taps_kept",
-    "to_plain",
     "to_signature",
     "write_json",
 ]

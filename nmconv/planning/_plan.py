@@ -207,6 +207,11 @@ class Plan:
         return self  # nothing in it can change
 
     @property
+    def linear(self) -> bool:
+        """Whether linear layers count as convolutions in it."""
+        return dict(self.options).get("linear") == "True"
+
+    @property
     def counts(self) -> Counts:
         """Totals in eval mode."""
         real = [site for site in self.sites if site.is_real and site.modes != "train"]

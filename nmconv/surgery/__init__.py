@@ -1,10 +1,9 @@
 """Changing models: doing what a plan says, and nothing else."""
 
+from nmconv.surgery._carried import Carried, carried_over
 from nmconv.surgery._classes import Method, rewritten
 from nmconv.surgery._convert import (
-    Carried,
     apply_plan,
-    carried_over,
     change,
     convert,
     finish,
@@ -12,7 +11,7 @@ from nmconv.surgery._convert import (
     make_plan,
     restore,
 )
-from nmconv.surgery._gradual import check_finished, check_gradual, get_slopes, is_gradual, is_slope, set_slope
+from nmconv.surgery._gradual import check_finished, check_gradual, get_slopes, is_slope, set_slope
 from nmconv.surgery._guard import FITTED, MERGED, check_examples, check_has_run, check_model, check_plain
 from nmconv.surgery._hoist import is_known, pad
 from nmconv.surgery._restore import Readers
@@ -44,7 +43,6 @@ __all__ = [
     "finish",
     "get_plan",
     "get_slopes",
-    "is_gradual",
     "is_known",
     "is_slope",
     "make_plan",

@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from nmconv.errors import ModelTypeError, NoEffectWarning, NoSitesError, PlanError
-from nmconv.graph import (
-    copied_sums,
-    fingerprint,
-    flows_of,
-    read,
-    recordings_of,
-    registered_names,
-    signature_of,
-    takes_by_forward,
-)
-from nmconv.planning import Changes, Keep, Options, Plan, Signature, Structure, changes_of, draw_up, listed
+from nmconv.errors import ModelTypeError, NoEffectWarning, PlanError
+from nmconv.graph import recordings_of
+from nmconv.planning import Keep, Options, Plan, listed
 from nmconv.recording import Recordings
 from nmconv.surgery._apply import Known, Surgery
+from nmconv.surgery._carried import Carried, carried_over
 from nmconv.surgery._gradual import check_can_be_gradual, check_hoists_nothing, finish_sites
 from nmconv.surgery._guard import FROZEN, MARK, check_examples, check_has_run, check_model, check_plain, plan_of
 from nmconv.surgery._hoist import find_hoists
+from nmconv.surgery._planned import planned
 from nmconv.surgery._restore import Readers, original_of, thaw, unconvert
 from nmconv.surgery._witness import Witness
 from nmconv.surgery._working import WorkingCopy, outline_of
 
-__all__ = ["Carried", "apply_plan", "carried_over", "change", "convert", "finish", "get_plan", "make_plan", "restore"]
+__all__ = ["apply_plan", "change", "convert", "finish", "get_plan", "make_plan", "restore"]
 
 
 def make_plan(
@@ -62,7 +54,7 @@ def make_plan(
     original, earlier = original_of(model), plan_of(model)
     call = None if earlier is None else earlier.call
     recordings = recordings_of(original, example_inputs, both_sizes=False, linear=options.linear, call=call)
-    return _planned(original, options, example_inputs, recordings, call)[0]
+    return planned(original, options, example_inputs, recordings, call)[0]
 
 
 def apply_plan(
@@ -107,11 +99,10 @@ def apply_plan(
     check_examples(example_inputs)
     if not isinstance(plan, Plan):
         raise PlanError(f"{type(plan).__name__} is no Plan; make one with nmconv.make_plan or Plan.from_json")
-    linear = dict(plan.options).get("linear") == "True"
     original = original_of(model)
-    seen = Witness(original, example_inputs, linear=linear, call=plan.call) if witness else None
+    seen = Witness(original, example_inputs, linear=plan.linear, call=plan.call) if witness else None
     recordings = (
-        recordings_of(original, example_inputs, both_sizes=False, linear=linear, call=plan.call)
+        recordings_of(original, example_inputs, both_sizes=False, linear=plan.linear, call=plan.call)
         if seen is None
         else seen.recordings
     )
@@ -202,7 +193,7 @@ def convert(
         if seen is None
         else seen.recordings
     )
-    plan, carried, known = _planned(model, options, example_inputs, recordings)
+    plan, carried, known = planned(model, options, example_inputs, recordings)
     if gradual:
         check_can_be_gradual(model, plan, carried.changes)
     return _applied(model, model, plan, carried, known, gradual, inplace, seen, recordings)
@@ -230,53 +221,6 @@ def _options(
     )
 
 
-@dataclass(frozen=True)
-class Carried:
-    """A plan carried over to a model.
-
-    Attributes:
-        changes: What it does to the model.
-        takes: Of each module whose forward makes a sum that goes, the structure of that forward's arguments.
-    """
-
-    changes: Changes
-    takes: Mapping[str, str] = field(default_factory=dict)
-
-
-def carried_over(model: nn.Module, plan: Plan, recordings: Recordings) -> Carried:
-    """What a plan does to a model, found anew in its recordings.
-
-    Raises:
-        PlanError: If the plan is for another model, or changes what this one does not have.
-    """
-    missing = [pair for pair in plan.registered if pair not in registered_names(model)]
-    for name, kind in missing[:1]:
-        raise PlanError(
-            f"the plan was made with {name} registered as {kind!r}, which it is not here, or the model has none: call "
-            f"nmconv.register({name.rpartition('.')[2]}, {kind!r}) first"
-        )
-    structure = read(model, recordings, linear=dict(plan.options).get("linear") == "True")
-    found = fingerprint(model, structure)
-    if found != plan.fingerprint:
-        raise PlanError(
-            f"this plan is for a {plan.model} with fingerprint {plan.fingerprint}, the model is a "
-            f"{type(model).__name__} with {found}: other layers, or a forward that does something else with them; make "
-            "a plan for this model with nmconv.make_plan"
-        )
-    for kernel in plan.kernels:
-        for name in kernel.convs:
-            try:
-                model.get_submodule(name.partition(":")[0])
-            except AttributeError as error:
-                raise PlanError(f"the model has no module {name!r} of which the plan makes a kernel") from error
-    if not plan.branches:
-        return Carried(changes_of(plan, structure))
-    sums = [branch.sum for branch in plan.branches]
-    flows = [flow for training in (False, True) for flow in flows_of(model, recordings, training=training)]
-    copied = copied_sums(flows, sums)
-    return Carried(changes_of(plan, structure, copied), takes_by_forward(flows, [each.owner for each in sums]))
-
-
 def get_plan(model: nn.Module) -> Plan | None:
     """The plan that a model was converted by, or None if it was not.
 
@@ -286,104 +230,6 @@ def get_plan(model: nn.Module) -> Plan | None:
     if not isinstance(model, nn.Module):
         raise ModelTypeError(f"{type(model).__name__} is no nn.Module: give the model itself")
     return plan_of(model)
-
-
-def _planned(
-    model: nn.Module,
-    options: Options,
-    example_inputs: Any,
-    recordings: Recordings,
-    call: Signature | None = None,
-) -> tuple[Plan, Carried, Known]:
-    """The plan, hoists included; what it does; the methods written for it."""
-    structure = read(model, recordings, linear=options.linear)
-    plan, known = _drawn_up(model, structure, options)
-    plan = replace(plan, call=signature_of(model, recordings), registered=registered_names(model))
-    if options.hoist:
-        trial = outline_of(model)
-        Surgery(trial, changes_of(plan, structure), known, {}).commit()
-        plan = replace(plan, hoists=find_hoists(trial, example_inputs, call))
-    return plan, Carried(changes_of(plan, structure)), known
-
-
-def _drawn_up(model: nn.Module, structure: Structure, options: Options) -> tuple[Plan, Known]:
-    """The plan, with what cannot be rewritten locked; the methods written to find that out."""
-    if not any(item.act is not None for chain in structure.chains for item in chain.items):
-        raise NoSitesError(_no_sites(structure, options.linear))
-    identity = fingerprint(model, structure)
-    locked: dict[int, str] = {}
-    known: Known = {}
-    while True:
-        plan = draw_up(structure, options, identity, locked)
-        changes = changes_of(plan, structure)
-        failures = Surgery(model, changes, known, {}).failures()
-        if not failures:
-            break
-        for index, change in enumerate(changes.calls):
-            call, place = change.call, change.place
-            rewritten = [(call.owner, call.method)] if call.how == "rewrite" and change.action != "keep" else []
-            rewritten += [(place.owner, place.method)] if place is not None else []
-            for where in rewritten:
-                if where in failures:
-                    locked[index] = str(failures[where])
-    everything = _all_dropped(changes)
-    if everything is None:
-        return plan, known
-    failures = Surgery(model, everything, {}, {}).failures()  # so that whoever edits the plan knows what can be dropped
-    for index, change in enumerate(changes.calls):
-        call = change.call
-        if change.action == "keep" and (call.owner, call.method) in failures and call.how == "rewrite":
-            locked[index] = str(failures[call.owner, call.method])
-    return draw_up(structure, options, identity, locked), known
-
-
-def _all_dropped(changes: Changes) -> Changes | None:
-    """The same with every site dropped whose method is left alone, or None if there is no such site."""
-    touched = {(change.call.owner, change.call.method) for change in changes.made}
-    calls = tuple(
-        replace(change, action="drop")
-        if change.action == "keep"
-        and change.call.how == "rewrite"
-        and (change.call.owner, change.call.method) not in touched
-        else change
-        for change in changes.calls
-    )
-    return None if calls == changes.calls else replace(changes, calls=calls)
-
-
-_SEEN = (  # how a reason begins, and the same of one activation and of several
-    ("gate", "is a gate", "are gates"),
-    ("it activates a linear layer", "follows a linear layer", "follow linear layers"),
-    ("the value before it", "follows a value with other readers", "follow values with other readers"),
-    ("it activates a parameter", "is of a parameter", "are of parameters"),
-    ("no convolution next to it", "has no convolution next to it", "have no convolution next to them"),
-    ("nothing that is returned", "reaches no output", "reach no output"),
-    ("stands before a chain", "stands before a chain", "stand before chains"),
-    ("the forward never calls it", "is never called", "are never called"),
-    ("inside an activation", "is a part of another activation", "are parts of other activations"),
-    ("a part of", "is a part of one indivisible layer", "are parts of indivisible layers"),
-)
-
-
-def _no_sites(structure: Structure, linear: bool) -> str:
-    text = f"no activation of this {structure.model} belongs to a convolution"
-    if structure.untraced:
-        parts = "; ".join(f"{part.name or 'the model itself'}: {part.reason}" for part in structure.untraced[:3])
-        hints = dict.fromkeys(part.hint for part in structure.untraced)
-        return f"{text} that runs ({parts}). {'. '.join(hints)}"
-    leading = dict(structure.leading)
-    reasons = [leading.get(at, act.skip) for at, act in enumerate(structure.activations)]
-    counts = Counter(next((words for words in _SEEN if reason.startswith(words[0])), reason) for reason in reasons)
-    seen = [
-        f"{count} stay{'s' * (count == 1)}: {words}" if isinstance(words, str) else f"{count} {words[1 + (count > 1)]}"
-        for words, count in counts.items()
-    ]
-    what = ", ".join(seen) or (
-        "it calls none that nmconv knows; of those that a forward works out by hand, such as x * torch.sigmoid(x), it "
-        "knows expressions in one value, within one forward, of which nobody reads a part; nmconv.register tells it of "
-        "activation modules"
-    )
-    return f"{text}: {what}" if linear else f"{text}: {what}; linear=True counts linear layers as well"
 
 
 def restore(model: nn.Module, *, example_inputs: Any = None, inplace: bool = False) -> nn.Module:
@@ -417,8 +263,7 @@ def restore(model: nn.Module, *, example_inputs: Any = None, inplace: bool = Fal
     if plan is None:
         raise PlanError(f"this {type(model).__name__} was not converted: there is nothing to restore")
     original = original_of(model)
-    linear = dict(plan.options).get("linear") == "True"
-    seen = Witness(original, example_inputs, linear=linear, call=plan.call)
+    seen = Witness(original, example_inputs, linear=plan.linear, call=plan.call)
     seen.check(model, carried_over(original, plan, seen.recordings).changes)
     work, frozen = WorkingCopy(model, inplace=inplace), vars(model).get(FROZEN, ())
     unconvert(work.model)
@@ -466,8 +311,8 @@ def finish(model: nn.Module) -> None:
     finish_sites(model)
     plan = plan_of(model)
     if plan is not None and any(site.kind == "PReLU" for site in plan.changes):
-        original, linear = original_of(model), dict(plan.options).get("linear") == "True"
-        recordings = recordings_of(original, both_sizes=False, linear=linear, call=plan.call)
+        original = original_of(model)
+        recordings = recordings_of(original, both_sizes=False, linear=plan.linear, call=plan.call)
         Readers(original, carried_over(original, plan, recordings).changes, recordings).freeze_unread(model)
 
 

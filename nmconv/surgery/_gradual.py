@@ -33,7 +33,6 @@ __all__ = [
     "dropping",
     "finish_sites",
     "get_slopes",
-    "is_gradual",
     "is_slope",
     "own_copy",
     "set_slope",
@@ -180,11 +179,6 @@ def _slopes(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, float]]:
     for module in model.modules():
         for name, (site, value) in module.__dict__.get(_SLOPES, {}).items():
             yield module, name, site, value
-
-
-def is_gradual(model: nn.Module) -> bool:
-    """Whether a model, or a part of it, has gradual sites that are not finished."""
-    return next(_slopes(model), None) is not None
 
 
 def is_slope(name: str) -> bool:

@@ -26,11 +26,11 @@ from nmconv.graph import (
 from nmconv.planning import Geometry, Hoist, Refusal, Signature, hoisted
 from nmconv.surgery._classes import Method, rewritten
 
-__all__ = ["UNPADDED", "find_hoists", "hoist_padding", "is_known", "pad", "padded_forward"]
+__all__ = ["SETTINGS", "UNPADDED", "find_hoists", "hoist_padding", "is_known", "pad", "padded_forward"]
 
 
 UNPADDED = "_nmconv_unpadded"  # on a convolution whose padding was moved: the settings that it had
-_SETTINGS = ("padding", "padding_mode", "_reversed_padding_repeated_twice", "same_pad")
+SETTINGS = ("padding", "padding_mode", "_reversed_padding_repeated_twice", "same_pad")  # in which a convolution says it
 
 
 def find_hoists(model: nn.Module, example_inputs: Any, call: Signature | None = None) -> tuple[Hoist, ...]:
@@ -104,7 +104,7 @@ def hoist_padding(model: nn.Module, convs: Sequence[str]) -> None:
         raise PlanError(f"the padding of {', '.join(convs)} cannot move to the first of them: {error}") from error
     for module, before, geometry in zip(modules, now, after, strict=True):
         module.__dict__[BEFORE] = Padding(before.padding, before.mode, before.stages)
-        module.__dict__[UNPADDED] = {name: vars(module)[name] for name in _SETTINGS if name in vars(module)}
+        module.__dict__[UNPADDED] = {name: vars(module)[name] for name in SETTINGS if name in vars(module)}
         _pad(module, geometry)
 
 

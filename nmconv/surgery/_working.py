@@ -13,15 +13,14 @@ from torch import Tensor, nn
 
 from nmconv.errors import ModelTypeError, RemovedParametersWarning
 from nmconv.recording import check_copy, real_copy, shared_on_copy, structure_copy
+from nmconv.surgery._hoist import SETTINGS
 
 __all__ = ["WorkingCopy", "copy_of", "outline_of"]
 
 _OURS = "_nmconv_"
-# What surgery sets of a convolution's own attributes: where its padding moves, and where it becomes a live merge.
 _SPACES = ("_modules", "_parameters", "_buffers")
-_SETTINGS: tuple[str, ...] = ("padding", "padding_mode", "_reversed_padding_repeated_twice", "same_pad", "geometry")
-# And of a module that gets a slope.
-_SETTINGS += ("_non_persistent_buffers_set",)
+# What surgery sets besides: where a padding moves, where a live merge is, and where a slope is.
+_SETTINGS = (*SETTINGS, "geometry", "_non_persistent_buffers_set")
 
 
 def copy_of(model: nn.Module, spare: Iterable[Tensor | nn.Module] = ()) -> nn.Module:
