@@ -1,0 +1,59 @@
+"""What decides how a model is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides what a model becomes, besides its weights, its teacher and the pictures."""
+
+    epochs: int = 10
+    batch_size: int = 128  # pictures an update, of all processes together
+    accumulate: int = 1  # forward passes an update, of one process
+    opt: str = "sgd"  # any of timm's optimizers; "sgd" is Nesterov's
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+    schedule: str = "cosine"  # any of timm's schedulers
+    warmup: float = 0.5  # epochs, of the above
+    seed: int = 0  # of the order of the pictures and their augmentation
+    augment: str = "shift"  # "shift" and mirror decoded pictures; "timm": timm's transforms; "none"
+    auto_augment: str = ""  # timm's words for it, such as "rand-m9-mstd0.5"
+    erase: float = 0.0  # probability of timm's random erasing
+    mixup: float = 0.0  # alpha of timm's mixup, of half of the batches where CutMix is on too
+    cutmix: float = 0.0  # alpha of timm's CutMix
+    smoothing: float = 0.0  # of the labels
+    ema: float = 0.0  # decay of timm's average of the weights; 0 for none
+    distill: float = 0.0  # weight of the teacher's answers in the loss; the labels have the rest
+    temperature: float = 4.0
+    precision: str = "no"  # accelerate's words for it: "no", "bf16", "fp16"
+
+    def check(self, pictures: int, processes: int, teacher: bool, device: torch.device) -> None:
+        """Raise if the recipe cannot be followed.
+
+        Raises:
+            ValueError: It names the field, and what would do.
+        """
+        if teacher != (self.distill > 0):
+            raise ValueError("distillation needs both: a teacher, and a weight above 0 in the recipe")
+        if pictures < self.batch_size:
+            raise ValueError(f"{pictures} pictures do not fill a batch of {self.batch_size}")
+        parts = processes * self.accumulate
+        if self.batch_size % parts:
+            raise ValueError(f"batch_size={self.batch_size} is not divisible by {parts} forward passes an update")
+        if self.batch_size // parts % 2 and (self.mixup or self.cutmix):
+            raise ValueError(f"timm mixes pairs of pictures: an even batch size, not {self.batch_size // parts}")
+        if self.augment not in ("shift", "timm", "none"):
+            raise ValueError(f"augment={self.augment!r}: give 'shift', 'timm' or 'none'")
+        if self.augment != "timm" and (self.auto_augment or self.erase):
+            raise ValueError(f"auto_augment and erase are timm's: augment='timm', not {self.augment!r}")
+        if self.precision == "bf16" and device.type == "cpu" and not fast_bf16():
+            raise ValueError("precision='bf16': this CPU has no instructions for it, and is many times slower with it")
+
+
+def fast_bf16() -> bool:
+    """Whether this CPU computes in bfloat16."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

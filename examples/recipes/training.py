@@ -1,0 +1,286 @@
+"""The one training loop of the examples: on one device or many, stopped and continued at any moment."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+import nmconv
+
+from . import checkpoint
+from .batches import Share, batches, chance, in_order, mixed
+from .pictures import Data, Pictures
+from .recipe import Recipe
+
+Log = dict[str, Any]
+
+
+class Wrapped(nn.Module):
+    """What accelerate prepares, so that the model itself keeps its own forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)
+
+
+def accelerator_for(recipe: Recipe, device: str = "", compiled: bool = False, log: Path | None = None) -> Accelerator:
+    """accelerate's view of this process: `torchrun` decides how many there are. `device` is "cpu", or "" for the best.
+
+    One process may train several models in turn, each in its own precision, which accelerate holds once a process.
+    """
+    AcceleratorState._reset_state()
+    return Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=recipe.precision,
+        gradient_accumulation_steps=recipe.accumulate,
+        step_scheduler_with_optimizer=False,
+        dynamo_backend="inductor" if compiled else "no",
+        log_with="tensorboard" if log else None,
+        project_dir=log,
+    )
+
+
+def evaluate(
+    model: nn.Module, pictures: Pictures, limit: int | None = None, batch_size: int = 250, share: Share = Share()
+) -> float:
+    """Top-1 accuracy in percent, of all pictures or the first `limit`; leaves the model in eval mode.
+
+    With a share of several processes, which all must call it, the accuracy is that of all pictures.
+    """
+    model.eval()
+    pictures = pictures.first(limit)
+    right = torch.zeros((), device=next(model.parameters()).device)
+    with torch.inference_mode():
+        for images, labels in in_order(model, pictures, batch_size, share):
+            right += (model(images).argmax(1) == labels).sum()
+    if share.processes > 1:
+        right = right.clone()
+        torch.distributed.all_reduce(right)
+    return 100 * float(right) / len(pictures)
+
+
+def loss_of(logits: Tensor, labels: Tensor, targets: Tensor | None, recipe: Recipe) -> Tensor:
+    """Cross entropy with class numbers or shares; with the teacher's logits as `targets`, partly the divergence from
+    its softened answers (Hinton et al., arXiv 1503.02531)."""
+    smoothing = 0.0 if labels.is_floating_point() else recipe.smoothing  # timm's mixup has smoothed already
+    loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    if targets is None:
+        return loss
+    student, teacher = (F.log_softmax(x / recipe.temperature, 1) for x in (logits, targets))
+    apart = F.kl_div(student, teacher, log_target=True, reduction="batchmean") * recipe.temperature**2
+    return torch.lerp(loss, apart, recipe.distill)
+
+
+def train(
+    model: nn.Module,
+    data: Data,
+    recipe: Recipe,
+    *,
+    out: Path | None = None,
+    teacher: nn.Module | None = None,
+    gradual: dict[str, Any] | None = None,
+    after_step: Callable[[int, nn.Module], None] | None = None,
+    device: str = "cpu",
+    compiled: bool = False,
+    workers: int = 0,
+    probe: int | None = 2000,
+    every: float = 60.0,
+    log_dir: Path | None = None,
+) -> Log:
+    """Train a model, in place.
+
+    Args:
+        model: Any; it is left in eval mode, on its device. With an average of the weights (`recipe.ema`), it is left
+            with that average.
+        data: Its train split is learnt from; the split held back is classified after each epoch, or else the test one.
+        recipe: How.
+        out: A folder for checkpoints, one after each epoch and each `every` seconds; a run found there goes on.
+        teacher: What `recipe.distill` refers to; it is put into eval mode.
+        gradual: Of a gradual model: options of `nmconv.Gradual`. It is finished in the end.
+        after_step: Called with the number of updates made and the model, after each.
+        device: "cpu", or "" for the best there is.
+        compiled: By `torch.compile`.
+        workers: Processes that decode pictures.
+        probe: How many pictures are classified after each epoch; None for all.
+        every: See `out`.
+        log_dir: Where TensorBoard's files go.
+
+    Returns:
+        The `losses` and the `curve` of accuracies (percent, of the `probe` pictures), by epoch; and the `seconds`.
+
+    Raises:
+        ValueError: If the recipe cannot be followed, or the checkpoint is of another run or damaged.
+    """
+    accelerator = accelerator_for(recipe, device, compiled, log_dir)
+    share = Share(accelerator.process_index, accelerator.num_processes, workers)
+    recipe.check(len(data.train), share.processes, teacher is not None, accelerator.device)
+    run = _Run(model, data, recipe, teacher, gradual, accelerator, out)
+    shown = data.valid or data.test
+    if log_dir:
+        accelerator.init_trackers("tensorboard")
+    clock = time.perf_counter()
+
+    def keep() -> None:
+        nonlocal clock
+        run.log["seconds"] += time.perf_counter() - clock
+        clock = time.perf_counter()
+        if accelerator.is_main_process:
+            run.write()
+
+    steps = recipe.epochs * run.updates
+    with torch.random.fork_rng(), progress(accelerator, steps, run.step) as advance:
+        while run.step < steps:
+            epoch = run.step // run.updates
+            parts = batches(model, data.train, recipe, epoch, run.step % run.updates, share)
+            for _ in range(run.step % run.updates, run.updates):
+                run.update(parts, share)
+                if after_step is not None:
+                    after_step(run.step, model)
+                advance(run.accuracy)
+                if run.step % run.updates and time.perf_counter() - clock > every:
+                    keep()
+                    accelerator.print(f"step {run.step} of {steps}, {run.log['seconds']:.0f} s", flush=True)
+            run.log["losses"].append(run.total / run.updates)
+            run.log["curve"].append(evaluate(run.shown, shown, probe, share=share))
+            run.total = 0.0
+            keep()
+            numbers = {"loss": run.log["losses"][-1], "accuracy": run.log["curve"][-1]}
+            if log_dir:
+                accelerator.log(numbers, step=run.step)
+            words = f"loss {numbers['loss']:.4f}, accuracy {numbers['accuracy']:.2f} %, {run.log['seconds']:.0f} s"
+            accelerator.print(f"epoch {epoch + 1} of {recipe.epochs}: {words}", flush=True)
+    accelerator.end_training()
+    run.finish()
+    model.eval()
+    return run.log
+
+
+class _Run:
+    """A run's state: all that a checkpoint holds."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        recipe: Recipe,
+        teacher: nn.Module | None,
+        gradual: dict[str, Any] | None,
+        accelerator: Accelerator,
+        out: Path | None,
+    ) -> None:
+        model.to(accelerator.device, memory_format=torch.channels_last)  # on a CPU, too: a third faster or more
+        self.model, self.recipe, self.accelerator = model, recipe, accelerator
+        self.teacher = None if teacher is None else teacher.eval().to(accelerator.device)
+        self.classes = len(data.classes)
+        self.updates = len(data.train) // recipe.batch_size
+        steps = recipe.epochs * self.updates
+        optimizer = create_optimizer_v2(
+            model, opt=recipe.opt, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay
+        )
+        self.scheduler, _ = create_scheduler_v2(
+            optimizer,
+            recipe.schedule,
+            num_epochs=recipe.epochs,
+            warmup_epochs=recipe.warmup,
+            step_on_epochs=False,
+            updates_per_epoch=self.updates,
+        )
+        self.ema = ModelEmaV3(model, decay=recipe.ema) if recipe.ema else None
+        followers = [self.ema.module] if self.ema else []
+        self.slopes = None if gradual is None else nmconv.Gradual(model, steps, followers=followers, **gradual)
+        self.prepared, self.optimizer = accelerator.prepare(Wrapped(model), optimizer)
+        self.step, self.total = 0, 0.0  # updates made, and the sum of this epoch's losses
+        self.accuracy = 0.0  # of the batch
+        self.log: Log = {"losses": [], "curve": [], "seconds": 0.0}
+        self._task = {"recipe": asdict(recipe), "pictures": len(data.train), "gradual": gradual}
+        self._path = None if out is None else out / "checkpoint.pt"
+        self._read()
+
+    @property
+    def shown(self) -> nn.Module:
+        """What is evaluated."""
+        return self.ema.module if self.ema else self.model
+
+    def update(self, parts: Iterator[tuple[Tensor, Tensor]], share: Share) -> None:
+        """One update of the weights."""
+        recipe, accelerator = self.recipe, self.accelerator
+        self.prepared.train()
+        for part in range(recipe.accumulate):
+            images, labels = next(parts)
+            numbers = (self.step, part, share.rank)
+            images, answers = mixed(images, labels, recipe, self.classes, *numbers)
+            with chance(recipe.seed, 1, *numbers), accelerator.accumulate(self.prepared):  # dropout and the like
+                with torch.no_grad(), accelerator.autocast():
+                    targets = None if self.teacher is None else self.teacher(images).float()
+                logits = self.prepared(images)
+                loss = loss_of(logits, answers, targets, recipe)
+                accelerator.backward(loss)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            self.total += float(accelerator.reduce(loss.detach(), "mean")) / recipe.accumulate
+            self.accuracy = 100 * float((logits.argmax(1) == labels).float().mean())
+        self.step += 1
+        self.scheduler.step_update(self.step)
+        if self.slopes is not None:
+            self.slopes.step_update(self.step)
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.step)
+
+    def write(self) -> None:
+        """Write the checkpoint, where one is wanted."""
+        if self._path is not None:
+            state = {name: part.state_dict() for name, part in self._parts().items()}
+            checkpoint.write(
+                self._path, {"task": self._task, "step": self.step, "total": self.total, "log": self.log, **state}
+            )
+
+    def finish(self) -> None:
+        """Leave the model as it is meant to be used."""
+        if self.slopes is not None:
+            self.slopes.finish()
+        if self.ema is not None:
+            self.model.load_state_dict(self.ema.module.state_dict())
+
+    def _read(self) -> None:
+        saved = None if self._path is None else checkpoint.read(self._path, self.accelerator.device)
+        if saved is None:
+            return
+        if saved["task"] != self._task:
+            raise ValueError(f"{self._path} is of another run: {saved['task']} instead of {self._task}")
+        for name, part in self._parts().items():
+            part.load_state_dict(saved[name])
+        self.step, self.total, self.log = saved["step"], saved["total"], saved["log"]
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        more = {"ema": self.ema and self.ema.module, "slopes": self.slopes, "scaler": self.accelerator.scaler}
+        return parts | {name: part for name, part in more.items() if part is not None}
+
+
+@contextmanager
+def progress(accelerator: Accelerator, steps: int, step: int) -> Iterator[Callable[[float], None]]:
+    """A bar with the batches' accuracy and the time left, on a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    hidden = not (accelerator.is_main_process and sys.stdout.isatty())
+    with Progress(*columns, *times, disable=hidden) as bar:
+        task = bar.add_task("train", total=steps, completed=step)
+        yield lambda accuracy: bar.update(task, advance=1, description=f"train: {accuracy:4.1f} %")

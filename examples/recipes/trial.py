@@ -1,0 +1,142 @@
+"""One trial of a sweep: a configuration, trained and measured, and its row on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+import time
+import warnings
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import nmconv
+
+from .batches import inputs
+from .checkpoint import replacing
+from .networks import build
+from .pictures import Data, load_data
+from .recipe import Recipe
+from .training import evaluate, train
+
+
+@dataclass(frozen=True)
+class Trial:
+    """All that decides a trial's row, but for the machine."""
+
+    model: str = "cifar_resnet20"
+    options: dict[str, Any] = field(default_factory=dict)  # of what builds the model, such as {"width": 0.5}
+    ratio: str = "1:1"
+    keep: str = "last"
+    relocate: bool = False
+    gradual: bool = False
+    drop: tuple[str, ...] = ()  # instead of a ratio: patterns of the activations that go
+    slope: float = 0.0  # of Leaky ReLUs in place of all ReLUs
+    recipe: Recipe = Recipe()  # its seed draws the weights, too
+    dataset: str = "cifar10"  # a folder below the folder of the data
+    size: int = 32
+    images: int = 0  # 0 for all that are not held back
+    held_back: int = 5000
+
+    @property
+    def name(self) -> str:
+        """The start of the configuration's SHA-256."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    def data(self, root: Path) -> Data:
+        return load_data(root / self.dataset, self.size, self.images, held_back=self.held_back)
+
+    def network(self, classes: int) -> nn.Module:
+        """With new weights."""
+        model = build(self.model, classes, seed=self.recipe.seed, **self.options)
+        if self.slope:
+            for path, module in list(model.named_modules()):
+                if isinstance(module, nn.ReLU):
+                    model.set_submodule(path, nn.LeakyReLU(self.slope, module.inplace))
+        if self.drop:
+            plan = unchanged(model)
+            gone = [site.id for site in plan.sites if any(fnmatch(site.id, pattern) for pattern in self.drop)]
+            return nmconv.apply_plan(model, plan.edit(dict.fromkeys(gone, "drop")), gradual=self.gradual, inplace=True)
+        if self.ratio == "1:1":
+            return model
+        options = {"keep": self.keep, "relocate": self.relocate, "gradual": self.gradual}
+        return nmconv.convert(model, self.ratio, **options, inplace=True)
+
+
+def unchanged(model: nn.Module) -> nmconv.Plan:
+    """The plan that keeps all."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", nmconv.NoEffectWarning)
+        return nmconv.make_plan(model, "1:1")
+
+
+def trial_from(told: dict[str, Any]) -> Trial:
+    """What `asdict(trial)` was made of."""
+    return Trial(**{**told, "drop": tuple(told["drop"]), "recipe": Recipe(**told["recipe"])})
+
+
+def run(trial: Trial, root: Path, rows: Path, work: Path) -> dict[str, Any]:
+    """The trial's row: from the folder `rows`, or else trained, measured, and written there.
+
+    Checkpoints and the network after each epoch go to `work / trial.name`; a trial that was stopped goes on.
+    """
+    path = rows / f"{trial.name}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    out = work / trial.name
+    data = trial.data(root)
+    model = trial.network(len(data.classes))
+    updates = len(data.train) // trial.recipe.batch_size
+
+    def snapshot(step: int, model: nn.Module) -> None:
+        if step % updates == 0:
+            with replacing(out / f"epoch-{step // updates}.pt") as file:
+                torch.save(model.state_dict(), file)
+
+    gradual = {} if trial.gradual else None
+    log = train(model, data, trial.recipe, out=out, gradual=gradual, after_step=snapshot)
+    row = {"name": trial.name, "trial": asdict(trial), **measured(model, data), **log, **made_on()}
+    with replacing(path) as file:
+        file.write((json.dumps(row, indent=1) + "\n").encode())
+    return row
+
+
+def measured(model: nn.Module, data: Data) -> dict[str, Any]:
+    """Accuracies in percent on all pictures held back and all of the test set, and what the network costs."""
+    image = inputs(model, data.test.first(1).images)
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        model.eval()(image)
+    stats = nmconv.activation_stats(model, image.repeat(2, 1, 1, 1))
+    plan = nmconv.get_plan(model) or unchanged(model)
+    return {
+        "held_back": evaluate(model, data.valid),
+        "test": evaluate(model, data.test),
+        "convolutions": plan.counts.convs,
+        "activations": plan.counts.activations_after,
+        "activation_values": sum(site.values for site in stats.sites) // 2,  # of one picture
+        "multiply_adds": flops.get_total_flops() // 2,
+        "parameters": sum(each.numel() for each in model.parameters()),
+    }
+
+
+def made_on() -> dict[str, Any]:
+    """The code and the machine."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+    return {
+        "commit": commit,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "when": time.strftime("%Y-%m-%d"),
+    }
