@@ -1,0 +1,49 @@
+"""The trials behind docs/study.md."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .recipe import Recipe
+from .trial import Trial
+
+RECIPE = Recipe(epochs=8, lr=0.1, precision="bf16")
+BLOCKS = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in (0, 1, 2)]
+
+# A unit ends at an addition, so that a block of two convolutions is 2:1 or 1:1: other ratios are made by hand, with the
+# activations behind additions going first.
+THREE_TO_TWO = tuple(f"{block}.act2#1" for block in BLOCKS[::2])
+FOUR_TO_ONE = ("layer*.act2#1", *(f"{block}.act1#1" for block in BLOCKS[::2]))
+
+RATIOS = {
+    "1:1": Trial(recipe=RECIPE),
+    "2:1 first": Trial(ratio="2:1", keep="first", recipe=RECIPE),
+    "2:1 last": Trial(ratio="2:1", keep="last", recipe=RECIPE),
+    "Leaky ReLU 0.1": Trial(slope=0.1, recipe=RECIPE),
+    "3:2 first": Trial(drop=THREE_TO_TWO, recipe=RECIPE),
+    "4:1 first": Trial(drop=FOUR_TO_ONE, recipe=RECIPE),
+}
+
+
+def changed(trial: Trial, **recipe: object) -> Trial:
+    """The trial with other fields of its recipe."""
+    return replace(trial, recipe=replace(trial.recipe, **recipe))
+
+
+def learning_rates() -> list[Trial]:
+    """The recipe's learning rate, chosen on the pictures held back, by the mean of three networks."""
+    some = [replace(RATIOS[name], images=20_000) for name in ("1:1", "2:1 first", "2:1 last")]
+    return [changed(trial, epochs=3, lr=lr, seed=100) for lr in (0.1, 0.05, 0.2) for trial in some]
+
+
+def ratios(seeds: int = 3) -> list[Trial]:
+    """ResNet-20 at six ratios of convolutions to activations."""
+    return [changed(trial, seed=seed) for seed in range(seeds) for trial in RATIOS.values()]
+
+
+def long() -> list[Trial]:
+    """ResNet-20 as it is, trained longer: what is taken to fewer activations afterwards."""
+    return [changed(RATIOS["1:1"], epochs=30, seed=seed) for seed in range(3)]
+
+
+STUDIES = {"learning-rates": learning_rates, "ratios": ratios, "long": long}
