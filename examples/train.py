@@ -34,7 +34,9 @@ import nmconv
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="cifar_resnet20 and the like, a name of timm's or torchvision's, package:function")
+    parser.add_argument(
+        "model", help="cifar_resnet20 and the like, a name of timm's or torchvision's, package:function"
+    )
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
     parser.add_argument("--data-dir", type=Path, required=True, help="an ImageFolder with train/ and test/ or val/")
     parser.add_argument("--dataset", default="", help="a data set of torchvision in --data-dir, such as CIFAR10")
@@ -56,7 +58,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--teacher", type=Path, help="weights of the network to distil from, as for --weights [none]")
     parser.add_argument("--device", default="", help="cpu, or the best there is")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode pictures, with --augment timm [0]")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that decode pictures, with --augment timm [0]"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="to compute with [%(default)s]")
     parser.add_argument("--every", type=float, default=60.0, help="seconds between checkpoints [60]")
     parser.add_argument("--log", action="store_true", help="write for TensorBoard, into --out")
@@ -65,7 +69,9 @@ def parse() -> argparse.Namespace:
     on_gpu = {"precision": "bf16"} if torch.cuda.is_available() else {}
     for field in fields(Recipe):
         default = on_gpu.get(field.name, field.default)
-        recipe.add_argument(f"--{field.name.replace('_', '-')}", type=type(default), default=default, help="[%(default)s]")
+        recipe.add_argument(
+            f"--{field.name.replace('_', '-')}", type=type(default), default=default, help="[%(default)s]"
+        )
     return parser.parse_args()
 
 

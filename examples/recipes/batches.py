@@ -57,7 +57,9 @@ def inputs(model: nn.Module, images: Tensor) -> Tensor:
     return ((images.to(first.device).float() - mean) / std).permute(0, 3, 1, 2)
 
 
-def batches(model: nn.Module, pictures: Pictures, recipe: Recipe, epoch: int, start: int, share: Share) -> Iterator[Batch]:
+def batches(
+    model: nn.Module, pictures: Pictures, recipe: Recipe, epoch: int, start: int, share: Share
+) -> Iterator[Batch]:
     """This process's batches of an epoch, from update number `start` on: `recipe.accumulate` for each update."""
     order = np.random.default_rng((recipe.seed, epoch)).permutation(len(pictures))
     size = recipe.batch_size // (share.processes * recipe.accumulate)

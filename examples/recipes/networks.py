@@ -24,7 +24,9 @@ def resnet(depth: int, classes: int, width: float = 1.0) -> ResNet:
     """The CIFAR network of *Deep Residual Learning* (arXiv 1512.03385, section 4.2), with 1x1 projections: timm's
     ResNet behind a 3x3 convolution. `depth` is 6n + 2."""
     channels = [round(width * each) for each in (16, 32, 64)]
-    net = ResNet(BasicBlock, (depth // 6,) * 3, classes, channels=channels, stem_type="deep", stem_width=channels[0] // 2)
+    net = ResNet(
+        BasicBlock, (depth // 6,) * 3, classes, channels=channels, stem_type="deep", stem_width=channels[0] // 2
+    )
     net.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
     net.maxpool = net.layer4 = nn.Identity()
     net.init_weights()
@@ -32,7 +34,10 @@ def resnet(depth: int, classes: int, width: float = 1.0) -> ResNet:
 
 
 CIFAR_NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    **{f"cifar_resnet{depth}": lambda classes, depth=depth, **more: resnet(depth, classes, **more) for depth in (8, 14, 20, 32)}
+    **{
+        f"cifar_resnet{depth}": lambda classes, depth=depth, **more: resnet(depth, classes, **more)
+        for depth in (8, 14, 20, 32)
+    }
 }
 
 

@@ -136,7 +136,9 @@ def torchvision_data(name: str, root: Path) -> tuple[Any, Any]:
     """The two splits of one of torchvision's data sets, whichever way it names them."""
     cls = getattr(torchvision.datasets, name, None)
     if cls is None:
-        raise ValueError(f"{name!r} is no data set of torchvision: give a name of torchvision.datasets, such as CIFAR10")
+        raise ValueError(
+            f"{name!r} is no data set of torchvision: give a name of torchvision.datasets, such as CIFAR10"
+        )
     takes = inspect.signature(cls).parameters
     if "train" in takes:
         pair = cls(root, train=True), cls(root, train=False)

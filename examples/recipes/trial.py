@@ -83,7 +83,7 @@ def trial_from(told: dict[str, Any]) -> Trial:
     return Trial(**{**told, "drop": tuple(told["drop"]), "recipe": Recipe(**told["recipe"])})
 
 
-def run(trial: Trial, root: Path, rows: Path, work: Path) -> dict[str, Any]:
+def run(trial: Trial, root: Path, rows: Path, work: Path, device: str = "cpu") -> dict[str, Any]:
     """The trial's row: from the folder `rows`, or else trained, measured, and written there.
 
     Checkpoints and the network after each epoch go to `work / trial.name`; a trial that was stopped goes on.
@@ -102,7 +102,7 @@ def run(trial: Trial, root: Path, rows: Path, work: Path) -> dict[str, Any]:
                 torch.save(model.state_dict(), file)
 
     gradual = {} if trial.gradual else None
-    log = train(model, data, trial.recipe, out=out, gradual=gradual, after_step=snapshot)
+    log = train(model, data, trial.recipe, out=out, gradual=gradual, after_step=snapshot, device=device)
     row = {"name": trial.name, "trial": asdict(trial), **measured(model, data), **log, **made_on()}
     with replacing(path) as file:
         file.write((json.dumps(row, indent=1) + "\n").encode())
@@ -130,7 +130,10 @@ def measured(model: nn.Module, data: Data) -> dict[str, Any]:
 def made_on() -> dict[str, Any]:
     """The code and the machine."""
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, cwd=Path(__file__).parent
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
     ).stdout.strip()
     return {
         "commit": commit,
