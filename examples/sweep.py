@@ -1,7 +1,7 @@
 """Train many networks at many ratios, with several seeds, and report what they say: on this machine or a Ray cluster.
 
-    python examples/sweep.py run --data-dir ~/data --models cifar_resnet20 --ratios 1:1 2:1 --keep first last --seeds 3 \
-        --epochs 8 --lr 0.1 --rows out/rows
+    python examples/sweep.py run --data-dir ~/data --models cifar_resnet20 --ratios 1:1 2:1 --keep first last \
+        --seeds 3 --epochs 8 --lr 0.1 --rows out/rows
     python examples/sweep.py run --data-dir ~/data --study ratios --rows docs/study
     python examples/sweep.py report --rows out/rows --plot out/sweep.svg
 

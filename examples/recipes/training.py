@@ -28,6 +28,7 @@ from .pictures import Data, Pictures
 from .recipe import Recipe
 
 Log = dict[str, Any]
+ALONE = Share()
 
 
 class Wrapped(nn.Module):
@@ -59,7 +60,7 @@ def accelerator_for(recipe: Recipe, device: str = "", compiled: bool = False, lo
 
 
 def evaluate(
-    model: nn.Module, pictures: Pictures, limit: int | None = None, batch_size: int = 250, share: Share = Share()
+    model: nn.Module, pictures: Pictures, limit: int | None = None, batch_size: int = 250, share: Share = ALONE
 ) -> float:
     """Top-1 accuracy in percent, of all pictures or the first `limit`; leaves the model in eval mode.
 

@@ -40,7 +40,7 @@ class Trial:
     gradual: bool = False
     drop: tuple[str, ...] = ()  # instead of a ratio: patterns of the activations that go
     slope: float = 0.0  # of Leaky ReLUs in place of all ReLUs
-    recipe: Recipe = Recipe()  # its seed draws the weights, too
+    recipe: Recipe = field(default_factory=Recipe)  # its seed draws the weights, too
     dataset: str = "cifar10"  # a folder below the folder of the data
     size: int = 32
     images: int = 0  # 0 for all that are not held back
