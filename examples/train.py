@@ -108,6 +108,8 @@ def main() -> None:
         log = train(model, data, recipe, out=args.out, teacher=teacher, gradual=gradual, log_dir=log_dir, **options)
     except (nmconv.NmconvError, ValueError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     if not main_process:
         return
     nmconv.save(model, args.out / "model.safetensors")

@@ -54,7 +54,7 @@ def inputs(model: nn.Module, images: Tensor) -> Tensor:
     mean, std = (torch.tensor(config[key], device=first.device) * 255 for key in ("mean", "std"))
     if images.shape[3] == 1:
         mean, std = mean.mean(), std.mean()
-    return ((images.to(first.device).float() - mean) / std).permute(0, 3, 1, 2)
+    return ((images.to(first.device, first.dtype) - mean) / std).permute(0, 3, 1, 2)
 
 
 def batches(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torchvision
 from safetensors import safe_open
 from timm.models import load_state_dict
 from timm.models.resnet import BasicBlock, ResNet
-from torch import nn
+from torch import Tensor, nn
+from torchvision.models.googlenet import BasicConv2d
 
 import nmconv
 
@@ -33,11 +35,84 @@ def resnet(depth: int, classes: int, width: float = 1.0) -> ResNet:
     return net
 
 
+def vgg11_bn(classes: int) -> nn.Module:
+    """VGG-11 with norms and one linear layer, as common for 32x32 pictures: torchvision's, without the other two."""
+    layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["A"], batch_norm=True)
+    net = torchvision.models.VGG(layers, classes)
+    net.avgpool, net.classifier = nn.Identity(), nn.Linear(512, classes)
+    return net
+
+
+def alexnet(classes: int) -> nn.Module:
+    """torchvision's AlexNet with a wider border, smaller pooling and one linear layer, as common for 32x32 pictures."""
+    net = torchvision.models.alexnet(num_classes=classes)
+    net.features[0].padding = (5, 5)
+    for layer in net.features:
+        if isinstance(layer, nn.MaxPool2d):
+            layer.kernel_size = 2
+    net.avgpool, net.classifier = nn.Identity(), nn.Linear(256, classes)
+    return net
+
+
+def densenet(classes: int) -> nn.Module:
+    """DenseNet-BC of 100 layers that grows by 12 (arXiv 1608.06993, section 4): torchvision's behind a 3x3 stem."""
+    net = torchvision.models.DenseNet(12, (16, 16, 16), 24, num_classes=classes)
+    net.features.conv0 = nn.Conv2d(3, 24, 3, padding=1, bias=False)
+    for name in ("norm0", "relu0", "pool0"):
+        delattr(net.features, name)
+    return net
+
+
+def mobilenetv2(classes: int) -> nn.Module:
+    """timm's MobileNetV2 that shrinks 32x32 pictures three times instead of five."""
+    net = timm.create_model("mobilenetv2_100", num_classes=classes)
+    net.conv_stem.stride = (1, 1)
+    net.blocks[1][0].conv_dw.stride = (1, 1)
+    return net
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution of stride 2 beside a max pooling."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = BasicConv2d(inputs, outputs, kernel_size=3, stride=2)
+        self.pool = nn.MaxPool2d(3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.conv(x), self.pool(x)], 1)
+
+
+class Branches(nn.Module):
+    """A 1x1 convolution beside a 3x3 one."""
+
+    def __init__(self, inputs: int, one: int, three: int) -> None:
+        super().__init__()
+        self.one = BasicConv2d(inputs, one, kernel_size=1)
+        self.three = BasicConv2d(inputs, three, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.one(x), self.three(x)], 1)
+
+
+def inception(classes: int) -> nn.Module:
+    """The small Inception of arXiv 1611.03530, figure 3, of torchvision's BasicConv2d."""
+    layers: list[nn.Module] = [BasicConv2d(3, 96, kernel_size=3, padding=1)]
+    channels = 96
+    for part in ([(32, 32), (32, 48), 80], [(112, 48), (96, 64), (80, 80), (48, 96), 96], [(176, 160), (176, 160)]):
+        for each in part:
+            layers.append(Branches(channels, *each) if isinstance(each, tuple) else Downsample(channels, each))
+            channels = sum(each) if isinstance(each, tuple) else channels + each
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
 CIFAR_NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    **{
-        f"cifar_resnet{depth}": lambda classes, depth=depth, **more: resnet(depth, classes, **more)
-        for depth in (8, 14, 20, 32)
-    }
+    **{f"cifar_resnet{depth}": partial(resnet, depth) for depth in (8, 14, 20, 32)},
+    "cifar_vgg11_bn": vgg11_bn,
+    "cifar_alexnet": alexnet,
+    "cifar_densenet": densenet,
+    "cifar_mobilenetv2": mobilenetv2,
+    "cifar_inception": inception,
 }
 
 

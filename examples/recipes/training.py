@@ -168,7 +168,8 @@ def train(
                 accelerator.log(numbers, step=run.step)
             words = f"loss {numbers['loss']:.4f}, accuracy {numbers['accuracy']:.2f} %, {run.log['seconds']:.0f} s"
             accelerator.print(f"epoch {epoch + 1} of {recipe.epochs}: {words}", flush=True)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     run.finish()
     model.eval()
     return run.log

@@ -1,0 +1,138 @@
+"""examples/sweep.py: rows, their report, and Ray."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+for needed in ("timm", "torchvision", "accelerate", "rich", "scipy", "matplotlib"):
+    pytest.importorskip(needed)
+
+from recipes import report
+from recipes.recipe import Recipe
+from recipes.trial import Trial, asdict, trial_from
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def row(accuracy, trial=None, seed=0, **more):
+    trial = report.with_seed(trial or Trial(), seed)
+    counts = {"convolutions": 21, "activations": 19, "activation_values": 1000, "multiply_adds": 4, "parameters": 3}
+    told = json.loads(json.dumps(asdict(trial)))
+    return {"name": trial.name, "trial": told, "test": accuracy, "held_back": accuracy + 1, **counts, **more}
+
+
+HALF = Trial(ratio="2:1", keep="first")
+
+
+def test_a_trials_name_is_its_configuration():
+    assert Trial().name == Trial().name == trial_from(json.loads(json.dumps(asdict(Trial())))).name
+    others = [HALF, Trial(keep="first"), Trial(drop=("a",)), Trial(recipe=Recipe(seed=1)), Trial(options={"width": 2})]
+    assert len({trial.name for trial in [Trial(), *others]}) == 6
+    assert trial_from(json.loads(json.dumps(asdict(others[2])))) == others[2]
+
+
+def test_differences_are_paired_by_seed():
+    """By hand: differences 1, 2, 3 have the mean 2, the deviation 1, and t(0.975, 2) = 4.302653."""
+    rows = [row(each, seed=seed) for seed, each in enumerate((80, 70, 60, 10))]
+    rows += [row(each, HALF, seed) for seed, each in enumerate((81, 72, 63))]
+    one, half = report.table(rows)
+    assert (one["label"], half["label"]) == ("cifar_resnet20 1:1", "cifar_resnet20 2:1 first")
+    assert one["mean"] == 55 and "difference_mean" not in one
+    assert half["difference_mean"] == 2 and half["difference_seeds"] == 3
+    assert half["difference_half"] == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert half["difference_p"] == pytest.approx(0.0741799, rel=1e-5)  # of t = 2·√3 with 2 degrees of freedom
+    assert half["difference_holm"] == half["difference_p"]
+    assert report.table(rows, "held_back")[0]["mean"] == 56
+
+
+def test_one_seed_has_a_difference_and_no_interval():
+    rows = [row(80), row(81, HALF)]
+    line = report.table(rows)[1]
+    assert line["difference_mean"] == 1 and math.isnan(line["difference_half"]) and "difference_holm" not in line
+    assert "+1.00 |" in report.markdown([line])
+
+
+def test_other_recipes_are_other_originals():
+    longer = replace(HALF, recipe=Recipe(epochs=30))
+    assert "difference_mean" not in report.table([row(80), row(81, longer)])[1]
+
+
+def test_holms_correction():
+    assert report.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert report.holm([0.5, 0.9]) == [1, 1]
+    assert report.holm([]) == []
+
+
+def test_the_pareto_front():
+    points = [(3, 90), (1, 80), (2, 79), (2, 85), (4, 90), (1, 70)]
+    assert report.pareto(points) == [1, 3, 0]
+
+
+def test_the_plot(tmp_path):
+    rows = [row(80 + seed, seed=seed) for seed in range(3)] + [row(79, HALF, activations=10)]
+    report.plot(report.table(rows), tmp_path / "plots" / "sweep.svg")
+    assert "cifar_resnet20 2:1 first" in (tmp_path / "plots" / "sweep.svg").read_text()
+
+
+# Ray
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    from PIL import Image
+
+    root, draw = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for split, each in (("train", 12), ("test", 4)):
+        for label in ("ant", "bee"):
+            (root / "pictures" / split / label).mkdir(parents=True)
+            for i in range(each):
+                pixels = draw.integers(0, 256, size=(16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / "pictures" / split / label / f"{i}.png")
+    return root
+
+
+def sweep(*flags, cwd):
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "sweep.py"), *flags],
+        env={**os.environ, "PYTHONPATH": path, "RAY_TRAIN_V2_ENABLED": "0"},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_a_sweep_keeps_its_rows_and_names_what_failed(pictures, tmp_path):
+    pytest.importorskip("ray")
+    flags = ["--data-dir", str(pictures), "--dataset", "pictures", "--size", "16", "--held-back", "4", "--seeds", "1"]
+    flags += ["--epochs", "1", "--batch-size", "4", "--rows", "rows", "--ratios", "1:1", "2:1"]
+    done = sweep("run", *flags, "--models", "cifar_resnet8", "nonsense", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    rows = report.read_rows(tmp_path / "rows")
+    assert sorted(each["activations"] for each in rows) == [4, 7]
+    assert all(each["trial"]["model"] == "cifar_resnet8" and each["name"] for each in rows)
+    failed = sorted((tmp_path / "rows").glob("*.failed.txt"))
+    assert len(failed) == 2 and all("'nonsense' is no network" in each.read_text() for each in failed)
+    assert all(each.name in done.stderr for each in failed)
+
+    before = {path.name: path.read_bytes() for path in (tmp_path / "rows").glob("*.json")}
+    again = sweep("run", *flags, "--models", "cifar_resnet8", cwd=tmp_path)
+    assert again.returncode == 0 and "2 trials, 2 of which have their row" in again.stdout
+    assert {path.name: path.read_bytes() for path in (tmp_path / "rows").glob("*.json")} == before
+
+    told = sweep("report", "--rows", "rows", "--plot", "plot.png", cwd=tmp_path)
+    assert told.returncode == 0 and "| cifar_resnet8 2:1 last | 1 | 4 |" in told.stdout
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_study_that_is_not_there(pictures, tmp_path):
+    done = sweep("run", "--data-dir", str(pictures), "--study", "none", "--rows", "rows", cwd=tmp_path)
+    assert done.returncode == 1 and "give one of learning-rates" in done.stderr and "Traceback" not in done.stderr
