@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-for needed in ("timm", "torchvision", "accelerate", "rich"):
-    pytest.importorskip(needed)
+pytest.importorskip("timm")
+pytest.importorskip("torchvision")
+pytest.importorskip("accelerate")
+pytest.importorskip("rich")
 
 from recipes import batches, checkpoint, networks, pictures
 from recipes.recipe import Recipe

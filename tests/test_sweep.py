@@ -11,8 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-for needed in ("timm", "torchvision", "accelerate", "rich", "scipy", "matplotlib"):
-    pytest.importorskip(needed)
+pytest.importorskip("timm")
+pytest.importorskip("torchvision")
+pytest.importorskip("accelerate")
+pytest.importorskip("rich")
+pytest.importorskip("scipy")
+pytest.importorskip("matplotlib")
 
 from recipes import report
 from recipes.recipe import Recipe

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-for needed in ("timm", "torchvision", "accelerate", "rich"):
-    pytest.importorskip(needed)
+pytest.importorskip("timm")
+pytest.importorskip("torchvision")
+pytest.importorskip("accelerate")
+pytest.importorskip("rich")
 
 from tests import train_process
 
