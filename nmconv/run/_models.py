@@ -62,8 +62,8 @@ class Models:
         if self._left:
             return f"no model was converted: --match names none of {', '.join(dict.fromkeys(self._left))}"
         return (
-            "no model was converted: none was created by timm's or torchvision's builders in this process (a class that "
-            "is called directly is not seen, nor are processes that the script starts: use torchrun -m nmconv.run)"
+            "no model was converted: none was created by timm's or torchvision's builders in this process (a class "
+            "called directly is not seen, nor are processes that the script starts: use torchrun -m nmconv.run)"
         )
 
     def _is_meant(self, name: str) -> bool:
