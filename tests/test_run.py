@@ -33,42 +33,61 @@ def told(done):
 
 # Whole runs: scripts check by themselves what became of their models
 
-TRAIN = """
-import sys
-assert "timm" not in sys.modules and "torchvision" not in sys.modules  # HF_HOME and the like may be set here
-import argparse, os, torch
-from helper import parse  # beside the script, not where the run was started
-from timm.models import create_model, load_checkpoint, safe_model_name
-from timm.task.distillation import DistillationTeacher
+NUMBERS = """
+import torch
 
-args = parse(argparse.ArgumentParser())
-assert sys.argv == ["scripts/train.py", "--model", "test_resnet", "--", "-x"] and args.rest == ["-x"], sys.argv
-assert __name__ == "__main__" and os.path.isabs(__file__) and os.path.samefile(__file__, "scripts/train.py")
-assert sys.path[0] == os.path.dirname(__file__) and sys.modules["__main__"].args is args and __spec__ is None
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, i):
+        return i, __name__
 
-torch.manual_seed(1)
-model = create_model(args.model, pretrained=False, in_chans=3, num_classes=5, drop_rate=0.0, drop_path_rate=None,
-                     drop_block_rate=None, global_pool=None, bn_momentum=None, bn_eps=None, scriptable=True,
-                     checkpoint_path="weights.pth")
-drawn = torch.rand(3)
-teacher = DistillationTeacher("test_resnet", num_classes=5, in_chans=3, pretrained_path="weights.pth")
-torch.manual_seed(1)
-again = create_model(args.model, num_classes=5)
-assert torch.equal(drawn, torch.rand(3)), "numbers that the script draws later are others"
+def check_workers():
+    loader = torch.utils.data.DataLoader(Numbers(), batch_size=2, num_workers=1, multiprocessing_context="spawn")
+    assert [(numbers.tolist(), *names) for numbers, names in loader] == [
+        ([0, 1], "__mp_main__", "__mp_main__"), ([2, 3], "__mp_main__", "__mp_main__")]
+"""
+TRAIN = f"""{NUMBERS}
+def main():
+    import sys
+    assert "timm" not in sys.modules and "torchvision" not in sys.modules  # HF_HOME and the like may be set here
+    import argparse, os
+    from helper import parse  # beside the script, not where the run was started
+    from timm.models import create_model, load_checkpoint, safe_model_name
+    from timm.task.distillation import DistillationTeacher
 
-import nmconv
-assert nmconv.get_plan(model) is not None, "not converted"
-assert all(nmconv.get_plan(each) is None for each in (again, teacher.model)), "only the first was asked for"
-weights = torch.load("weights.pth")
-assert list(weights) == list(model.state_dict()) and all(torch.equal(weights[key], value) for key, value in
-                                                         model.state_dict().items()), "not what the checkpoint has"
-x = torch.rand(2, 3, 32, 32)
-assert not torch.equal(model.eval()(x), teacher.model.eval()(x))
-assert torch.equal(torch.jit.script(model)(x), model(x))
-try:
-    nmconv.convert(model)
-except nmconv.AlreadyConvertedError:
-    sys.exit(7)
+    args = parse(argparse.ArgumentParser())
+    assert sys.argv == ["scripts/train.py", "--model", "test_resnet", "--", "-x"] and args.rest == ["-x"], sys.argv
+    assert __name__ == "__main__" and os.path.isabs(__file__) and os.path.samefile(__file__, "scripts/train.py")
+    assert sys.path[0] == os.path.dirname(__file__) and sys.modules["__main__"].main is main and __spec__ is None
+
+    torch.manual_seed(1)
+    model = create_model(args.model, pretrained=False, in_chans=3, num_classes=5, drop_rate=0.0, drop_path_rate=None,
+                         drop_block_rate=None, global_pool=None, bn_momentum=None, bn_eps=None, scriptable=True,
+                         checkpoint_path="weights.pth")
+    drawn = torch.rand(3)
+    teacher = DistillationTeacher("test_resnet", num_classes=5, in_chans=3, pretrained_path="weights.pth")
+    torch.manual_seed(1)
+    again = create_model(args.model, num_classes=5)
+    assert torch.equal(drawn, torch.rand(3)), "numbers that the script draws later are others"
+
+    check_workers()
+    import nmconv
+    assert nmconv.get_plan(model) is not None, "not converted"
+    assert all(nmconv.get_plan(each) is None for each in (again, teacher.model)), "only the first was asked for"
+    weights = torch.load("weights.pth")
+    assert list(weights) == list(model.state_dict()) and all(torch.equal(weights[key], value) for key, value in
+                                                             model.state_dict().items()), "not what the checkpoint has"
+    x = torch.rand(2, 3, 32, 32)
+    assert not torch.equal(model.eval()(x), teacher.model.eval()(x))
+    assert torch.equal(torch.jit.script(model)(x), model(x))
+    try:
+        nmconv.convert(model)
+    except nmconv.AlreadyConvertedError:
+        sys.exit(7)
+
+if __name__ == "__main__":
+    main()
 """
 
 
@@ -165,37 +184,22 @@ def test_torchvisions_builders_and_an_exception(tmp_path):
     ]
 
 
-SPAWN = """
-import torch
-from torch.utils.data import DataLoader, Dataset
-
-class Numbers(Dataset):
-    def __len__(self):
-        return 4
-    def __getitem__(self, i):
-        return torch.full((3, 32, 32), float(i)), __name__
-
-if __name__ == "__main__":
-    from timm import create_model
-    model = create_model("test_resnet", num_classes=2)
-    for images, names in DataLoader(Numbers(), batch_size=2, num_workers=1, multiprocessing_context="spawn"):
-        print(*names, *images[:, 0, 0, 0].int().tolist(), model(images).shape[1])
-"""
-
-
-@pytest.mark.parametrize("how", ["file", "module"])
-def test_spawned_workers_and_a_saved_plan(tmp_path, how):
+def test_a_module_with_spawned_workers_and_a_saved_plan(tmp_path):
     import timm
 
     (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "__init__.py").write_text("")
-    (tmp_path / "package" / "spawn.py").write_text(SPAWN)
+    (tmp_path / "package" / "train.py").write_text(f"""{NUMBERS}
+if __name__ == "__main__":
+    from timm import create_model
+    model = create_model("test_resnet", num_classes=2)
+    check_workers()
+    import sys
+    assert sys.argv == [__file__, "-m"] and __spec__.name == "package.train", sys.argv
+""")
     plan = nmconv.make_plan(timm.create_model("test_resnet"), "3:1", keep="first")
     (tmp_path / "plan.json").write_text(plan.to_json())
-    command = ["package/spawn.py"] if how == "file" else ["-m", "package.spawn"]
-    done = run(tmp_path, "--plan", "plan.json", "--", *command)
+    done = run(tmp_path, "--plan", "plan.json", "--", "-m", "package.train", "-m")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "__mp_main__ __mp_main__ 0 1 2\n__mp_main__ __mp_main__ 2 3 2\n"
     assert told(done) == [f"test_resnet is converted: {str(plan).splitlines()[0]}"]
 
 
@@ -210,7 +214,8 @@ text = nmconv.get_plan(model).to_json()
 texts = [None, None]
 dist.all_gather_object(texts, text)
 assert texts == [text, text]
-torch.nn.parallel.DistributedDataParallel(model)(torch.rand(2, 3, 32, 32)).square().sum().backward()
+together = torch.nn.parallel.DistributedDataParallel(model)
+together(torch.rand(2, 3, 32, 32)).square().sum().backward()
 first = next(model.parameters()).grad
 sums = first.clone()
 dist.all_reduce(sums)
@@ -278,6 +283,12 @@ def test_a_script_that_ends_well_with_one_does_so(alone):
 def test_a_model_that_cannot_be_converted_stops_the_script(alone):
     with pytest.raises(nmconv.NoSitesError):
         alone("from torch import nn\nbuilt('net', nn.Sequential(nn.Conv2d(3, 3, 1)))\nraise SystemExit(3)")
+
+
+def test_a_script_that_goes_on_without_it_fails_all_the_same(alone):
+    text = "from torch import nn\ntry:\n    built('net', nn.Conv2d(3, 3, 1))\nexcept ValueError:\n    pass\n"
+    with pytest.raises(SystemExit, match="no model was converted: net could not be, and the script went on without"):
+        alone(text)
 
 
 def test_the_options_are_converts(alone):

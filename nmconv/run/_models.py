@@ -35,6 +35,7 @@ class Models:
         self._convert = convert
         self._patterns = tuple(pattern.lower() for pattern in patterns)
         self._left: list[str] = []
+        self._tried: list[str] = []
         self._converted = 0
         self._warned = False
         self._first_step = register_optimizer_step_pre_hook(self._warn)
@@ -48,6 +49,7 @@ class Models:
             self._left.append(name)
             say(f"{name} stays as it is: {self._why()}")
             return model
+        self._tried.append(name)
         plan = self._convert(model)
         self._converted += 1
         self._first_step.remove()
@@ -59,6 +61,8 @@ class Models:
         """What is wrong if no model was converted."""
         if self._converted:
             return None
+        if self._tried:
+            return f"no model was converted: {', '.join(self._tried)} could not be, and the script went on without"
         if self._left:
             return f"no model was converted: --match names none of {', '.join(dict.fromkeys(self._left))}"
         return (
