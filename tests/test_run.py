@@ -173,7 +173,7 @@ raise KeyError("the script's own")
 
 def test_torchvisions_builders_and_an_exception(tmp_path):
     (tmp_path / "ways.py").write_text(TORCHVISION)
-    done = run(tmp_path, "--match", "*", "ways.py")
+    done = run(tmp_path, "--match", "*", "--no-witness", "ways.py")
     assert done.returncode == 1 and done.stderr.endswith('KeyError: "the script\'s own"\n'), done.stderr
     assert [line.split(" is converted: ")[0] for line in told(done)] == [
         "ssdlite320_mobilenet_v3_large",
@@ -329,6 +329,22 @@ def test_what_is_wrong_is_said_before_the_script_runs(alone, capsys, argv, words
 
 def net():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "is_meant"),
+    [
+        ("resnet50", "hf-hub:timm/ResNet50.a1_in1k", True),
+        ("*.a1_in1k", "resnet50.a1_in1k", True),
+        ("hf-hub:timm/*", "hf-hub:timm/resnet50.a1_in1k", True),
+        ("resnet5", "resnet50.a1_in1k", False),
+        ("resnet50.a2_in1k", "resnet50.a1_in1k", False),
+        ("a1_in1k", "resnet50.a1_in1k", False),
+    ],
+)
+def test_names_and_patterns(alone, pattern, name, is_meant):
+    models = Models(lambda model: nmconv.get_plan(nmconv.convert(model, inplace=True)), (pattern,))
+    assert (nmconv.get_plan(models.built(name, net())) is not None) == is_meant
 
 
 def test_training_that_begins_before_a_model_is_converted_is_said_once(alone, capsys):
