@@ -146,6 +146,32 @@ def test_hooks_and_optimizers_go_on():
     assert not torch.equal(model.stem.weight, before)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_handle_removes_the_hook_of_the_model_that_holds_it(inplace):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU())
+    seen = []
+    model[3].handle = model[3].register_forward_hook(lambda *call: seen.append(0), always_call=True)
+    new = nmconv.convert(model, "2:1", inplace=inplace)
+    seen.clear()
+    new(X)
+    assert len(seen) == 1
+    new[3].handle.remove()
+    new(X)
+    assert len(seen) == 1 and len(model[3]._forward_hooks) == (not inplace)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_graph_module_inside_of_another_one(inplace):
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
+    graph = create_feature_extractor(inner, ["3"])
+    new = nmconv.convert(nn.Sequential(nn.Identity(), graph), "2:1", inplace=inplace)
+    x = torch.rand(1, 3, 8, 8)
+    assert torch.equal(new(x)["3"], inner[3](inner[2](inner[0](x))))
+    assert (new[1] is graph) == inplace
+
+
 def test_an_activation_in_two_slots_keeps_its_other_one():
     shared = nn.PReLU()
     torch.manual_seed(0)

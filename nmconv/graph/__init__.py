@@ -32,7 +32,7 @@ from nmconv.graph._structure import read
 from nmconv.graph._takes import takes_by_forward
 from nmconv.graph._tracer import MethodTracer
 from nmconv.graph._ways import NORM, SUM, Hop, Spot, Ways
-from nmconv.graph._zoo import has_plain_weight, is_frozen_norm, is_norm_act, pads_same
+from nmconv.graph._zoo import ZOOS, builders, has_plain_weight, is_frozen_norm, is_norm_act, pads_same
 
 __all__ = [
     "BEFORE",
@@ -43,6 +43,7 @@ __all__ = [
     "PLAIN_ACTS",
     "SUM",
     "THROUGH",
+    "ZOOS",
     "Called",
     "Element",
     "Expression",
@@ -65,6 +66,7 @@ __all__ = [
     "act_kind",
     "averages",
     "before_hoisting",
+    "builders",
     "check_hooks",
     "chosen_by",
     "copied_sums",

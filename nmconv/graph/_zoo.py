@@ -6,16 +6,20 @@ Neither is imported unless the program has done so already: a model of theirs ca
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from nmconv.errors import OptionError
 from nmconv.graph._ops import Op
 
 __all__ = [
     "THROUGH",
+    "ZOOS",
     "act_kind",
+    "builders",
     "classifier_names",
     "default_input_size",
     "has_plain_weight",
@@ -176,3 +180,24 @@ def has_plain_weight(cls: type[nn.Module]) -> bool:
 def is_frozen_norm(module: nn.Module) -> bool:
     """Whether the module is a batch norm that always uses the statistics it holds."""
     return _path(type(module)) in ("torchvision.ops.misc.FrozenBatchNorm2d", "timm.layers.FrozenBatchNormAct2d")
+
+
+_BUILDERS = {  # the function that builds by name, and where the builders are that it looks up
+    "timm": (("timm.models._factory", "create_model"), ("timm.models._registry", "_model_entrypoints")),
+    "torchvision": (("torchvision.models._api", "get_model"), ("torchvision.models._api", "BUILTIN_MODELS")),
+}
+ZOOS = tuple(_BUILDERS)
+
+
+def builders(zoo: str) -> tuple[Callable[..., Any], dict[str, Callable[..., Any]]]:
+    """The function of an imported zoo that builds a model by its name, and the zoo's own registry of builders.
+
+    Raises:
+        OptionError: If this version of the zoo has them elsewhere.
+    """
+    try:
+        by_name, registry = (getattr(sys.modules[module], name) for module, name in _BUILDERS[zoo])
+    except (KeyError, AttributeError) as error:
+        version = getattr(sys.modules[zoo], "__version__", "")
+        raise OptionError(f"{zoo} {version} has no {error}: nmconv knows newer versions of it") from error
+    return by_name, registry

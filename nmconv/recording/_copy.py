@@ -186,17 +186,21 @@ _COPYING = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 
 
 def _copy_by_parts(model: nn.Module, memo: dict[int, Any]) -> None:
-    """Copy modules part by part, in a fifth of a deep copy's time; a ``__deepcopy__`` of their class is not asked."""
+    """Copy modules part by part, in a fifth of a deep copy's time; a ``__deepcopy__`` of their class is not asked.
+
+    Children come first: a module that copies itself (``fx.GraphModule``) looks into those it has.
+    """
     plain = [module for module in model.modules() if _is_copied_plainly(type(module))]
     for module in plain:
         memo[id(module)] = type(module).__new__(type(module))
-    for module in plain:
+    for module in reversed(plain):
         space = vars(memo[id(module)])
         for name, value in vars(module).items():
             if type(value) in (bool, int, float, str, type(None)):
                 space[name] = value
-            elif name in _INTERNAL and type(value) in (dict, OrderedDict):  # of tensors, modules or hooks
-                space[name] = type(value)((key, copy.deepcopy(part, memo)) for key, part in value.items())
+            elif name in _INTERNAL and type(value) in (dict, OrderedDict) and id(value) not in memo:
+                space[name] = memo[id(value)] = type(value)()  # of tensors, modules or hooks; their handles refer to it
+                space[name].update((key, copy.deepcopy(part, memo)) for key, part in value.items())
             else:
                 space[name] = copy.deepcopy(value, memo)
 
