@@ -69,7 +69,7 @@ def members(
 
     Raises:
         ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted.
-        AlreadyConvertedError: If it was converted, or is gradual: call :func:`nmconv.restore` first.
+        AlreadyConvertedError: If it was converted, or is gradual: :func:`nmconv.restore` gives the original back.
         OptionError: If an option is out of range, there are no images, or an activation is random (RReLU).
         PlanError: If a site is unknown, or cannot be dropped.
         NoSitesError: If the model has no activation that can be dropped.
