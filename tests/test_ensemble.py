@@ -440,6 +440,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "every": ({"n": "every"}, nmconv.OptionError, "n='every'"),
     "one": ({"n": True}, nmconv.OptionError, "n=True"),
     "seed": ({"seed": "a"}, nmconv.OptionError, "seed='a'"),
+    "negative": ({"seed": -3}, nmconv.OptionError, "seed=-3"),
     "site": ({"sites": ["3#1", "4#1"]}, nmconv.PlanError, r"no site '4#1'"),
     "kind": ({"sites": "3#1"}, nmconv.OptionError, "sites='3#1': give a list"),
     "no sites": ({"sites": []}, nmconv.OptionError, "sites is empty"),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from nmconv.errors import OptionError
 
@@ -54,7 +55,7 @@ class Averages:
             if share:  # 0 · inf is NaN
                 logits += share * given
                 probabilities += share * given.softmax(1)
-                votes[torch.arange(len(votes)), classes] += share
+                votes += share * one_hot(classes, votes.shape[1])
         self._logits.append(logits.cpu())
         self._probabilities.append(probabilities.cpu())
         self._soft_logits.append(soft.cpu())

@@ -90,8 +90,8 @@ def members(
     check_slope(slope)
     if n != "all" and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
         raise OptionError(f"n={n!r}: give a number of members, 1 or more, or 'all'")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise OptionError(f"seed={seed!r}: give a whole number")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise OptionError(f"seed={seed!r}: give a whole number, 0 or more")
     if recalibrate is not None and recalibrate is data:
         raise OptionError("recalibrate is data itself: give other images, such as some of the training set")
     check_plain(model, "take members of")
