@@ -55,7 +55,7 @@ class Averages:
             if share:  # 0 · inf is NaN
                 logits += share * given
                 probabilities += share * given.softmax(1)
-                votes += share * one_hot(classes, votes.shape[1])
+                votes += share * one_hot(classes, votes.shape[1]).to(votes)
         self._logits.append(logits.cpu())
         self._probabilities.append(probabilities.cpu())
         self._soft_logits.append(soft.cpu())
