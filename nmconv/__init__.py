@@ -1,5 +1,6 @@
 """nmconv: N:M proportional units (arXiv 1709.06247) for any CNN, one call, source untouched."""
 
+from nmconv import ensemble
 from nmconv.analysis import CKA, ActivationRecorder, ActivationStats, SiteStats, activation_stats, cka
 from nmconv.errors import (
     AlreadyConvertedError,
@@ -76,6 +77,7 @@ __all__ = [
     "apply_plan",
     "cka",
     "convert",
+    "ensemble",
     "find_runs",
     "fit",
     "fold_norms",

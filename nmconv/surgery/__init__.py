@@ -11,7 +11,7 @@ from nmconv.surgery._convert import (
     make_plan,
     restore,
 )
-from nmconv.surgery._gradual import check_finished, check_gradual, get_slopes, is_slope, set_slope
+from nmconv.surgery._gradual import check_finished, check_gradual, check_slope, get_slopes, is_slope, set_slope
 from nmconv.surgery._guard import FITTED, MERGED, check_examples, check_has_run, check_model, check_plain
 from nmconv.surgery._hoist import is_known, pad
 from nmconv.surgery._restore import Readers
@@ -38,6 +38,7 @@ __all__ = [
     "check_has_run",
     "check_model",
     "check_plain",
+    "check_slope",
     "convert",
     "copy_of",
     "finish",

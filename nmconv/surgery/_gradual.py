@@ -29,6 +29,7 @@ __all__ = [
     "check_finished",
     "check_gradual",
     "check_hoists_nothing",
+    "check_slope",
     "device_near",
     "dropping",
     "finish_sites",
@@ -240,7 +241,7 @@ def set_slope(model: nn.Module, s: float | Mapping[str, float]) -> None:
         if site not in known:
             few = ", ".join(list(known)[:5])
             raise OptionError(f"{site!r} is no gradual site of this {type(model).__name__}: give one of {few}, …")
-        _check_slope(value)
+        check_slope(value)
     with torch.no_grad():
         for module, name, site, _ in list(_slopes(model)):
             if site in wanted:
@@ -249,7 +250,8 @@ def set_slope(model: nn.Module, s: float | Mapping[str, float]) -> None:
                 module._buffers[name].fill_(value)  # type: ignore[union-attr]
 
 
-def _check_slope(value: Any) -> None:
+def check_slope(value: Any) -> None:
+    """Refuse what is no slope, with OptionError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise OptionError(f"a slope of {value!r}: give a number from 0, the original, to 1, the hard conversion")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from nmconv.errors import OptionError, SlopeWarning
-from nmconv.surgery import check_gradual, check_plain, finish, set_slope
+from nmconv.surgery import check_gradual, check_plain, finish, get_slopes, set_slope
 
 __all__ = ["Gradual"]
 
@@ -28,6 +29,14 @@ class Gradual:
     (1 - cos(π p)) / 2: VanillaNet's deep training (arXiv 2305.12972, section 3.1), whose slope is linear in the epoch.
     A slope depends on n alone, so that it is the same on every rank and after a restart.
 
+    With ``sampling=True`` the model is not mixed: at each update it becomes one member of the ensemble as which
+    :func:`nmconv.ensemble.members` reads a mixed network. Each site is dropped (slope 1) with the scheduled probability
+    and else kept (slope 0), independently of the others. The draw depends on ``seed``, n and the site's id alone: it is
+    the same on every rank, after a restart, for all micro-batches of an update, and where a checkpointed block is
+    recomputed. It leaves global random states alone. From ``end`` on everything is dropped. In eval mode the model
+    stays the member that was drawn last: ``set_slope(model, gradual.slope_at(n))`` makes it the soft network, which
+    stands for the average, and ``gradual.step_update(n)`` the member again.
+
     It has the verbs of a timm scheduler. Call :meth:`step_update` once an update of the optimizer, and not for each
     micro-batch where gradients are accumulated.
 
@@ -39,7 +48,10 @@ class Gradual:
         start: At which part of them the slopes begin to rise.
         end: At which part of them they are 1. What is left adapts weights and norm statistics to the hard conversion.
         followers: Copies of the model that get the same slopes, such as ``ema.module`` of timm's ``ModelEmaV2`` or
-            ``V3``, which averages the state dict: slopes are not in it.
+            ``V3``, which averages the state dict: slopes are not in it. With ``sampling`` they get the scheduled slope,
+            not the draw: weights averaged over many members are evaluated in the network that stands for their average.
+        sampling: Whether to draw a member at each update.
+        seed: Of the draws.
 
     Raises:
         OptionError: If an option is none, or if a model is not gradual, or a follower has other sites.
@@ -71,8 +83,11 @@ class Gradual:
         start: float = 0.0,
         end: float = 0.6,
         followers: Iterable[nn.Module] = (),
+        sampling: bool = False,
+        seed: int = 0,
     ) -> None:
-        self._told = _checked({"total_steps": total_steps, "schedule": schedule, "start": start, "end": end, "step": 0})
+        told = {"total_steps": total_steps, "schedule": schedule, "start": start, "end": end}
+        self._told = _checked({**told, "sampling": sampling, "seed": seed, "step": 0})
         self._models = [model, *([followers] if isinstance(followers, nn.Module) else followers)]
         for each in self._models:
             check_plain(each, "schedule", compiled=True)
@@ -91,7 +106,7 @@ class Gradual:
         self.step_update(0)
 
     def slope_at(self, n: int) -> float:
-        """The slope after ``n`` updates."""
+        """The slope after ``n`` updates; with ``sampling`` the probability that a site is dropped then."""
         start, end = self._told["start"], self._told["end"]
         now = n / self._told["total_steps"]
         if now >= end:
@@ -101,6 +116,8 @@ class Gradual:
     def step_update(self, n: int, metric: Any = None) -> None:
         """Set the slopes to what they are after ``n`` updates of the optimizer; after :meth:`finish` do nothing.
 
+        Nothing else changes them, so call it after the backward pass, in which checkpointed blocks run again.
+
         Args:
             n: How many updates were made.
             metric: Not used; what timm's schedulers take.
@@ -109,8 +126,15 @@ class Gradual:
             OptionError: If ``n`` is no count.
         """
         self._told["step"] = _checked({**self._told, "step": n})["step"]
+        slope = self.slope_at(n)
         for model in () if self._finished else self._models:
-            set_slope(model, self.slope_at(n))
+            drawn = self._told["sampling"] and model is self._models[0]
+            set_slope(model, self._member(get_slopes(model), n) if drawn else slope)
+
+    def _member(self, sites: Iterable[str], n: int) -> dict[str, float]:
+        """The slopes of the member drawn after ``n`` updates; a site's draw has nothing to do with the other sites."""
+        seed, slope = self._told["seed"], self.slope_at(n)
+        return {site: float(random.Random(f"{seed} {n} {site}").random() < slope) for site in sites}
 
     def state_dict(self) -> dict[str, Any]:
         """The options, and how many updates were made: plain data."""
@@ -143,6 +167,8 @@ class Gradual:
         for model in self._models:
             check_plain(model, "finish", compiled=True)
         slope = min(check_gradual(self._models[0], "finish").values())
+        if self._told["sampling"]:  # a member that drops everything may be drawn before the end
+            slope = min(slope, self.slope_at(self._told["step"]))
         if slope < 1:
             warnings.warn(
                 f"the model is finished at a slope of {slope:g}, and its outputs change: train on, or call "
@@ -161,10 +187,12 @@ def _checked(told: dict[str, Any]) -> dict[str, Any]:
     Raises:
         OptionError: At the first that is none.
     """
-    for name, least in (("total_steps", 1), ("step", 0)):
+    for name, least in (("total_steps", 1), ("step", 0), ("seed", 0)):
         value = told[name]
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise OptionError(f"{name}={value!r}: give a whole number, {least} or more")
+    if not isinstance(told["sampling"], bool):
+        raise OptionError(f"sampling={told['sampling']!r}: give True, to draw members, or False, to mix")
     if told["schedule"] not in _SCHEDULES:
         raise OptionError(f"schedule={told['schedule']!r}: give one of {', '.join(map(repr, _SCHEDULES))}")
     for name in ("start", "end"):

@@ -1,0 +1,5 @@
+"""Networks with Leaky ReLUs read as ensembles of networks of different ratios."""
+
+from nmconv.analysis import Ensemble, members
+
+__all__ = ["Ensemble", "members"]
