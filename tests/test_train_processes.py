@@ -51,6 +51,14 @@ def test_two_processes_make_the_updates_of_one(of_two, dtype, bound, accumulate)
     assert found["curve"] == log["curve"]
 
 
+def test_two_processes_draw_the_same_members(of_two):
+    state, _ = train_process.trained(torch.float64, train_process.SAMPLING)
+    other, _ = train_process.trained(torch.float64, {**train_process.SAMPLING, "seed": 8})
+    for name, value in of_two["sampling"]["state"].items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=1e-12)
+    assert any((value - other[name]).abs().max() > 1e-6 for name, value in state.items())
+
+
 @pytest.mark.parametrize("accumulate", [2, 3])
 def test_accumulated_gradients_are_those_of_the_whole_batch(accumulate):
     once, parts = (train_process.trained(torch.float64, accumulate=count)[0] for count in (1, accumulate))

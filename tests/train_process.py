@@ -9,6 +9,10 @@ from recipes.recipe import Recipe
 from recipes.training import train
 from torch import nn
 
+import nmconv
+
+SAMPLING = {"sampling": True, "seed": 5, "end": 0.9}
+
 
 def data():
     draw = torch.Generator().manual_seed(0)
@@ -23,10 +27,13 @@ def network(dtype):
     return nn.Sequential(*parts, nn.Linear(8, 3)).to(dtype)
 
 
-def trained(dtype, **recipe):
-    """The weights after six updates of 12 pictures, and the log."""
+def trained(dtype, gradual=None, **recipe):
+    """The weights after six updates of 12 pictures, and the log; with options of a `Gradual` that drops the ReLU."""
     model = network(dtype)
-    log = train(model, data(), Recipe(epochs=2, batch_size=12, lr=0.1, seed=3, **recipe), device="cpu")
+    if gradual is not None:
+        plan = nmconv.make_plan(model, "2:1", example_inputs=torch.zeros(1, 3, 8, 8, dtype=dtype))
+        model = nmconv.apply_plan(model, plan.edit({plan.sites[0].id: "drop"}), gradual=True)
+    log = train(model, data(), Recipe(epochs=2, batch_size=12, lr=0.1, seed=3, **recipe), device="cpu", gradual=gradual)
     return model.state_dict(), log
 
 
@@ -37,6 +44,8 @@ if __name__ == "__main__":
         for accumulate in (1, 2):
             state, log = trained(dtype, accumulate=accumulate)
             found[f"{dtype} {accumulate}"] = {"state": state, "losses": log["losses"], "curve": log["curve"]}
+    state, log = trained(torch.float64, SAMPLING)
+    found["sampling"] = {"state": state}
     if torch.distributed.get_rank() == 0:
         torch.save(found, out)
     torch.distributed.destroy_process_group()

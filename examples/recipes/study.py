@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from .recipe import Recipe
+from .routes import ROUTES
 from .trial import Trial
 
 RECIPE = Recipe(epochs=8, lr=0.1, precision="bf16")
@@ -41,9 +44,29 @@ def ratios(seeds: int = 3) -> list[Trial]:
     return [changed(trial, seed=seed) for seed in range(seeds) for trial in RATIOS.values()]
 
 
+ROUTE_RECIPE = Recipe(epochs=3, lr=0.05, warmup=0.1, distill=0.5, precision="bf16")
+
+
+def routes(keep: str, seeds: Sequence[int] = (0, 1, 2)) -> list[Trial]:
+    """A trained ResNet-20 taken to half of its activations, each way, and trained as long without."""
+    found = []
+    for seed in seeds:
+        common = Trial(weights=f"cifar_resnet20-{seed}.safetensors", recipe=replace(ROUTE_RECIPE, seed=seed))
+        for route in ROUTES:
+            half = {} if route == "longer" else {"ratio": "2:1", "keep": keep}
+            found.append(replace(common, route=route, **half))
+    return found
+
+
 def long() -> list[Trial]:
     """ResNet-20 as it is, trained longer: what is taken to fewer activations afterwards."""
     return [changed(RATIOS["1:1"], epochs=30, seed=seed) for seed in range(3)]
 
 
-STUDIES = {"learning-rates": learning_rates, "ratios": ratios, "long": long}
+STUDIES = {
+    "learning-rates": learning_rates,
+    "ratios": ratios,
+    "long": long,
+    "routes-last": partial(routes, "last"),
+    "routes-first": partial(routes, "first"),
+}

@@ -25,7 +25,10 @@ from .checkpoint import replacing
 from .networks import build
 from .pictures import Data, load_data
 from .recipe import Recipe
+from .routes import ROUTES, Start
 from .training import evaluate, train
+
+WEIGHTS = Path(__file__).resolve().parents[2] / "docs" / "weights"
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Trial:
     relocate: bool = False
     gradual: bool = False
     drop: tuple[str, ...] = ()  # instead of a ratio: patterns of the activations that go
+    route: str = ""  # from `weights` to that: one of `routes.ROUTES`; "" trains from the start
+    weights: str = ""  # a file of docs/weights; "" draws new ones from the recipe's seed
     slope: float = 0.0  # of Leaky ReLUs in place of all ReLUs
     recipe: Recipe = field(default_factory=Recipe)  # its seed draws the weights, too
     dataset: str = "cifar10"  # a folder below the folder of the data
@@ -48,34 +53,36 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """The start of the configuration's SHA-256."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        """The start of the SHA-256 of what is not as by default, so that new fields change no name."""
+        told = json.dumps(changes(asdict(self), asdict(Trial())), sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:12]
 
     def data(self, root: Path) -> Data:
         return load_data(root / self.dataset, self.size, self.images, held_back=self.held_back)
 
     def network(self, classes: int) -> nn.Module:
-        """With new weights."""
-        model = build(self.model, classes, seed=self.recipe.seed, **self.options)
+        """As it is before anything is dropped."""
+        weights = WEIGHTS / self.weights if self.weights else None
+        model = build(self.model, classes, weights, self.recipe.seed, **self.options)
         if self.slope:
             for path, module in list(model.named_modules()):
                 if isinstance(module, nn.ReLU):
                     model.set_submodule(path, nn.LeakyReLU(self.slope, module.inplace))
-        if self.drop:
-            plan = unchanged(model)
-            gone = [site.id for site in plan.sites if any(fnmatch(site.id, pattern) for pattern in self.drop)]
-            return nmconv.apply_plan(model, plan.edit(dict.fromkeys(gone, "drop")), gradual=self.gradual, inplace=True)
-        if self.ratio == "1:1":
-            return model
-        options = {"keep": self.keep, "relocate": self.relocate, "gradual": self.gradual}
-        return nmconv.convert(model, self.ratio, **options, inplace=True)
+        return model
+
+    def plan(self, model: nn.Module) -> nmconv.Plan:
+        """What is dropped."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", nmconv.NoEffectWarning)
+            plan = nmconv.make_plan(model, self.ratio, keep=self.keep, relocate=self.relocate)
+        gone = [site.id for site in plan.sites if any(fnmatch(site.id, pattern) for pattern in self.drop)]
+        return plan.edit(dict.fromkeys(gone, "drop"))
 
 
-def unchanged(model: nn.Module) -> nmconv.Plan:
-    """The plan that keeps all."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", nmconv.NoEffectWarning)
-        return nmconv.make_plan(model, "1:1")
+def changes(told: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """What of a configuration differs from another one."""
+    nested = {"recipe": changes(told["recipe"], usual["recipe"])} if "recipe" in told else {}
+    return {key: value for key, value in (told | nested).items() if value != usual[key] and value != {}}
 
 
 def trial_from(told: dict[str, Any]) -> Trial:
@@ -94,6 +101,7 @@ def run(trial: Trial, root: Path, rows: Path, work: Path, device: str = "cpu") -
     out = work / trial.name
     data = trial.data(root)
     model = trial.network(len(data.classes))
+    plan = trial.plan(model)
     updates = len(data.train) // trial.recipe.batch_size
 
     def snapshot(step: int, model: nn.Module) -> None:
@@ -101,21 +109,25 @@ def run(trial: Trial, root: Path, rows: Path, work: Path, device: str = "cpu") -
             with replacing(out / f"epoch-{step // updates}.pt") as file:
                 torch.save(model.state_dict(), file)
 
-    gradual = {} if trial.gradual else None
-    log = train(model, data, trial.recipe, out=out, gradual=gradual, after_step=snapshot, device=device)
-    row = {"name": trial.name, "trial": asdict(trial), **measured(model, data), **log, **made_on()}
+    if trial.route:
+        model, log = ROUTES[trial.route](Start(model, plan, data, trial.recipe, out, device))
+    else:
+        if plan.changes:
+            model = nmconv.apply_plan(model, plan, gradual=trial.gradual, inplace=True)
+        gradual = {} if trial.gradual else None
+        log = train(model, data, trial.recipe, out=out, gradual=gradual, after_step=snapshot, device=device)
+    row = {"name": trial.name, "trial": asdict(trial), **measured(model, data, plan), **log, **made_on()}
     with replacing(path) as file:
         file.write((json.dumps(row, indent=1) + "\n").encode())
     return row
 
 
-def measured(model: nn.Module, data: Data) -> dict[str, Any]:
+def measured(model: nn.Module, data: Data, plan: nmconv.Plan) -> dict[str, Any]:
     """Accuracies in percent on all pictures held back and all of the test set, and what the network costs."""
     image = inputs(model, data.test.first(1).images)
     with FlopCounterMode(display=False) as flops, torch.no_grad():
         model.eval()(image)
     stats = nmconv.activation_stats(model, image.repeat(2, 1, 1, 1))
-    plan = nmconv.get_plan(model) or unchanged(model)
     return {
         "held_back": evaluate(model, data.valid),
         "test": evaluate(model, data.test),
