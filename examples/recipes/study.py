@@ -10,7 +10,7 @@ from .recipe import Recipe
 from .routes import ROUTES
 from .trial import Trial
 
-RECIPE = Recipe(epochs=8, lr=0.1, precision="bf16")
+RECIPE = Recipe(epochs=8, lr=0.4, precision="bf16")
 BLOCKS = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in (0, 1, 2)]
 
 # A unit ends at an addition, so that a block of two convolutions is 2:1 or 1:1: other ratios are made by hand, with the
@@ -60,7 +60,7 @@ def routes(keep: str, seeds: Sequence[int] = (0, 1, 2)) -> list[Trial]:
 
 def long() -> list[Trial]:
     """ResNet-20 as it is, trained longer: what is taken to fewer activations afterwards."""
-    return [changed(RATIOS["1:1"], epochs=30, seed=seed) for seed in range(3)]
+    return [changed(RATIOS["1:1"], epochs=30, lr=0.2, seed=seed) for seed in range(3)]
 
 
 STUDIES = {
