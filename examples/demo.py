@@ -36,10 +36,10 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import nmconv
+from nmconv.timing import interleaved, ratios, runner, threads
 
 SMALL = {"channels": (16, 32, 64, 128)}  # a quarter of resnet18's width
 LABELLED = 160  # digits; with all of them every ratio reaches 99 %
@@ -114,14 +114,13 @@ def multiply_adds(model: nn.Module, x: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def latencies(rows: list[list[Run]], x: Tensor, rounds: int = 9) -> list[float]:
-    """Median seconds of one forward, one thread, norms folded: the first seed's networks, taking turns."""
+def latencies(rows: list[list[Run]], x: Tensor) -> list[float]:
+    """How many times longer than in the first row a forward takes: the first seed, one thread, norms folded."""
     firsts = [runs[0] for runs in rows]
     models = [run.model if run.difference is not None else nmconv.fold_norms(run.model) for run in firsts]
-    with torch.inference_mode():
-        timers = [Timer("model(x)", globals={"model": model, "x": x}, num_threads=1) for model in models]
-        samples = np.array([[timer.timeit(5).median for timer in timers] for _ in range(rounds)])
-    return [float(value) for value in np.median(samples, axis=0)]
+    with threads(1):
+        times = interleaved([runner(model, (x,), "eager") for model in models], rounds=11, seconds=0.05)
+    return [ratios(time, times[0]).median for time in times]
 
 
 def over_seeds(values: Sequence[float], digits: int) -> str:
@@ -136,8 +135,7 @@ def table(rows: list[list[Run]], x: Tensor, args: argparse.Namespace) -> Table:
     out.add_column("ratio", no_wrap=True)
     for heading in ("accuracy, %", "loss", "convs", "acts", "MACs, M", "latency", "diff"):
         out.add_column(heading, justify="right", no_wrap=True)
-    times = latencies(rows, x)
-    for runs, seconds in zip(rows, times, strict=True):
+    for runs, latency in zip(rows, latencies(rows, x), strict=True):
         first = runs[0]
         after = first.difference is not None
         convs = sum(isinstance(module, nn.modules.conv._ConvNd) for module in first.model.modules())
@@ -148,7 +146,7 @@ def table(rows: list[list[Run]], x: Tensor, args: argparse.Namespace) -> Table:
             str(convs),
             str(first.plan.counts.activations_after),
             f"{multiply_adds(first.model, x) / 1e6:.1f}",
-            f"{seconds / times[0]:.2f}x",
+            f"{latency:.2f}x",
             f"{max(run.difference for run in runs):.0e}" if after else "",
         )
     return out
