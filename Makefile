@@ -1,5 +1,5 @@
 # Every target sets up its own virtual environment first (.venv, made anew when pyproject.toml changes).
-# Flags go through variables:  make demo DEMO_FLAGS="--ratio 2:1 3:1"    make test PYTEST_FLAGS="-k plan -x"
+# Flags go through variables:  make demo DEMO_FLAGS="--ratio 2:1 3:1 --seeds 5"    make test PYTEST_FLAGS="-k plan -x"
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8
 .PHONY: help venv demo test slow speed lint types format clean
 
 help:
-	@echo "make demo     train a timm ResNet at 1:1 and at 2:1 on real pictures; table on screen, plot in out/demo.png"
+	@echo "make demo     train a timm ResNet at 1:1 and 2:1 on a few real pictures; table on screen, plot in out/demo.png"
 	@echo "make test     the quick tests            make slow     the sweep over both model zoos"
 	@echo "make lint     ruff and import contracts  make types    mypy"
 	@echo "make format   let ruff format the code   make speed    what a conversion costs, measured"

@@ -6,7 +6,7 @@
     python examples/results.py --table            what is in docs/results.jsonl, as Markdown
     python examples/results.py --plot docs/results.svg
 
-`--weights` is what examples/finetune.py wrote (its commands are in docs/results.md). Every row is appended to `--rows`
+`--weights` is what examples/train.py wrote (its commands are in docs/results.md). Every row is appended to `--rows`
 as soon as it is measured, and not measured again; `--only` limits the run to some cases. Accuracies are of the whole
 test set, run in onnxruntime; nothing here is chosen by them. Fits see train pictures without labels.
 """
@@ -27,16 +27,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from recipes.batches import inputs
+from recipes.networks import build
+from recipes.pictures import Data, Decoded, decoded, limited, load_data
+from recipes.recipe import Recipe
+from recipes.training import train
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 
 import nmconv
 from nmconv.timing import interleaved, ratios, runner, threads
-
-if __package__:
-    from . import finetune
-else:
-    import finetune
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,29 +46,29 @@ class Case:
     model: str
     size: int
     images: int  # of the train split, for training; 0 for all
-    training: finetune.Recipe  # what it was trained by
+    training: Recipe  # what it was trained by
     fitting: slice  # of the train split, for fitting
     units: str  # what a prefix of a module's name must be for the module to be one unit of the uniform choice
-    tune: finetune.Recipe
+    tune: Recipe
     tuned_images: int
     wanted: tuple[str, ...]
 
 
 CASES = {
     "lite0": Case(
-        "tf_efficientnet_lite0", 64, 10_000, finetune.Recipe(epochs=5, batch_size=32, lr=0.02),
+        "tf_efficientnet_lite0", 64, 10_000, Recipe(epochs=5, batch_size=32, lr=0.02),
         slice(10_000, 10_512), "blocks.*.*",
-        finetune.Recipe(epochs=2, batch_size=32, lr=0.01, weight_decay=5e-4), 10_000,
+        Recipe(epochs=2, batch_size=32, lr=0.01, weight_decay=5e-4), 10_000,
         ("original", "multiply_adds", "latency", "alone", "cost_of_time", "downstream"),
     ),
     "resnet20": Case(
-        "resnet20", 32, 0, finetune.Recipe(epochs=10), slice(0, 1024), "layer*.*",
-        finetune.Recipe(epochs=1, warmup=0.1), 50_000,
+        "cifar_resnet20", 32, 0, Recipe(epochs=10), slice(0, 1024), "layer*.*",
+        Recipe(epochs=1, warmup=0.1), 50_000,
         ("original", "multiply_adds", "activations", "downstream"),
     ),
     "resnet20-30": Case(
-        "resnet20", 32, 0, finetune.Recipe(epochs=30, bf16=True), slice(0, 1024), "layer*.*",
-        finetune.Recipe(epochs=3, warmup=0.1, bf16=True), 50_000,
+        "cifar_resnet20", 32, 0, Recipe(epochs=30, precision="bf16"), slice(0, 1024), "layer*.*",
+        Recipe(epochs=3, warmup=0.1, precision="bf16"), 50_000,
         ("original", "multiply_adds"),
     ),
 }  # fmt: skip
@@ -95,20 +95,20 @@ def answers(model: nn.Module, pictures: Tensor, batch: int = 250) -> Tensor:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         path = Path(folder, "model.onnx")
-        program = torch.onnx.export(model, (finetune.inputs(model, pictures[:batch]),), dynamo=True, verbose=False)
+        program = torch.onnx.export(model, (inputs(model, pictures[:batch]),), dynamo=True, verbose=False)
         program.save(path)
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (name,) = (entry.name for entry in session.get_inputs())
     found = []
     for part in pictures.split(batch):
-        x = finetune.inputs(model, part).contiguous().numpy()
+        x = inputs(model, part).contiguous().numpy()
         rest = batch - len(part)
         x = np.concatenate([x, np.zeros((rest, *x.shape[1:]), x.dtype)]) if rest else x
         found.append(torch.from_numpy(session.run(None, {name: x})[0][: len(part)]))
     return torch.cat(found)
 
 
-def accuracy(model: nn.Module, split: finetune.Split) -> float:
+def accuracy(model: nn.Module, split: Decoded) -> float:
     """Top-1, in percent."""
     return 100 * float((answers(model, split.images).argmax(1) == split.labels).double().mean())
 
@@ -189,11 +189,11 @@ class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         self.case = CASES[args.net]
         self.args = args
-        data = finetune.load_data(args.data_dir.expanduser(), self.case.size, 0, args.cache)
+        data = load_data(args.data_dir.expanduser(), self.case.size, cache=args.cache)
         self.data = data
-        self.net = finetune.build(self.case.model, len(data.classes), args.weights, args.seed).eval()
+        self.net = build(self.case.model, len(data.classes), args.weights, args.seed).eval()
         self.net.to(memory_format=torch.channels_last)
-        self.images = finetune.inputs(self.net, data.train.images[self.case.fitting])
+        self.images = inputs(self.net, data.train.images[self.case.fitting])
         self.image = self.images[:1]
         self.rows = read(args.rows)
 
@@ -233,13 +233,12 @@ class Run:
         """Accuracy after more training, distilled from the network it was made of."""
         case = self.case
         recipe = dataclasses.replace(case.tune, seed=self.args.seed, distill=0.5)
-        finetune.train(model, self.first(case.tuned_images), recipe, teacher=copy.deepcopy(self.net), probe=250)
+        train(model, self.first(case.tuned_images), recipe, teacher=copy.deepcopy(self.net), probe=250)
         return self.accuracy(model)
 
-    def first(self, count: int) -> finetune.Data:
+    def first(self, count: int) -> Data:
         """So many of the train pictures; 0 for all."""
-        images, labels = self.data.train.images[: count or None], self.data.train.labels[: count or None]
-        return dataclasses.replace(self.data, train=finetune.Split(images, labels))
+        return limited(self.data, count or None)
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
@@ -358,9 +357,9 @@ class Run:
         recipe = dataclasses.replace(self.case.training, seed=self.args.seed)
 
         def measure() -> dict[str, Any]:
-            net = finetune.build(self.case.model, len(self.data.classes), seed=self.args.seed)
+            net = build(self.case.model, len(self.data.classes), seed=self.args.seed)
             model = nmconv.convert(net, ratio="2:1", example_inputs=self.image)
-            finetune.train(model, self.first(self.case.images), recipe, out=self.args.scratch, probe=250)
+            train(model, self.first(self.case.images), recipe, out=self.args.scratch, probe=250)
             return {"accuracy": self.accuracy(model)}
 
         self.row("activations", "2:1, from scratch", measure)
@@ -396,11 +395,11 @@ class FromNothing(Run):
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.rows = args, read(args.rows)
         folder = ImageFolder(str(args.data_dir.expanduser() / "val"))
-        pixels = torch.from_numpy(finetune.decoded(folder, 160, args.cache or args.data_dir.expanduser()))
-        self.net = finetune.build("tf_efficientnet_lite0", 1000, args.weights).eval()
+        pixels = torch.from_numpy(decoded(folder, 160, args.cache or args.data_dir.expanduser(), "val"))
+        self.net = build("tf_efficientnet_lite0", 1000, args.weights).eval()
         order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(args.seed))
-        self.images = finetune.inputs(self.net, pixels[order[:60]])
-        self.others = finetune.inputs(self.net, pixels[order[60:]])
+        self.images = inputs(self.net, pixels[order[:60]])
+        self.others = inputs(self.net, pixels[order[60:]])
         self.image = self.images[:1]
 
     def measure(self) -> None:
@@ -629,7 +628,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10 as an ImageFolder")
     parser.add_argument("--net", choices=[*CASES, "imagenet"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--weights", type=Path, help="what examples/finetune.py wrote")
+    parser.add_argument("--weights", type=Path, help="what examples/train.py wrote")
     parser.add_argument("--cache", type=Path, help="folder for the decoded pictures [beside the pictures]")
     parser.add_argument("--tables", type=Path, help="folder for the sensitivity tables [beside --rows]")
     parser.add_argument("--scratch", type=Path, help="folder for the checkpoints of from_scratch [none]")

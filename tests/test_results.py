@@ -10,7 +10,8 @@ from torch import nn
 import nmconv
 from nmconv.graph import linear_runs, steps_of
 
-results = pytest.importorskip("examples.results", reason="it needs timm and torchvision")
+results = pytest.importorskip("examples.results", reason="it needs timm, torchvision, accelerate and rich")
+networks = pytest.importorskip("recipes.networks")
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -52,7 +53,7 @@ def test_random_choices_meet_the_budget_and_share_no_convolution(table):
 
 def test_plans_by_hand_are_what_was_measured_alone():
     torch.manual_seed(0)
-    net = results.finetune.resnet20(3).eval()
+    net = networks.build("cifar_resnet20", 3).eval()
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_var, 0.5, 2)
@@ -117,8 +118,8 @@ def test_the_picture_is_the_same_each_time(tmp_path):
 def test_a_shipped_plan_can_be_carried_out(name):
     """It fits its network, drops what it says, and each of its kernels is for convolutions that follow one another."""
     plan = nmconv.Plan.from_json((DOCS / f"plans/{name}.json").read_text())
-    network = "resnet20" if name.startswith("resnet20") else "tf_efficientnet_lite0"
-    model = nmconv.apply_plan(results.finetune.build(network, 10), plan)
+    network = "cifar_resnet20" if name.startswith("resnet20") else "tf_efficientnet_lite0"
+    model = nmconv.apply_plan(networks.build(network, 10), plan)
     assert len(nmconv.get_plan(model).changes) == len(plan.changes) > 0
     runs = [[step.name for step in steps_of(run.elements) if step.kind == "conv"] for run in linear_runs(model)]
     for kernel in plan.kernels:

@@ -105,6 +105,7 @@ def train(
     probe: int | None = 2000,
     every: float = 60.0,
     log_dir: Path | None = None,
+    quiet: bool = False,
 ) -> Log:
     """Train a model, in place.
 
@@ -123,6 +124,7 @@ def train(
         probe: How many pictures are classified after each epoch; None for all.
         every: See `out`.
         log_dir: Where TensorBoard's files go.
+        quiet: Print no lines; a terminal shows the bar all the same.
 
     Returns:
         The `losses` and the `curve` of accuracies (percent, of the `probe` pictures), by epoch; and the `seconds`.
@@ -138,6 +140,10 @@ def train(
     if log_dir:
         accelerator.init_trackers("tensorboard")
     clock = time.perf_counter()
+
+    def say(words: str) -> None:
+        if not quiet:
+            accelerator.print(words, flush=True)
 
     def keep() -> None:
         nonlocal clock
@@ -158,7 +164,7 @@ def train(
                 advance(run.accuracy)
                 if run.step % run.updates and time.perf_counter() - clock > every:
                     keep()
-                    accelerator.print(f"step {run.step} of {steps}, {run.log['seconds']:.0f} s", flush=True)
+                    say(f"step {run.step} of {steps}, {run.log['seconds']:.0f} s")
             run.log["losses"].append(run.total / run.updates)
             run.log["curve"].append(evaluate(run.shown, shown, probe, share=share))
             run.total = 0.0
@@ -167,7 +173,7 @@ def train(
             if log_dir:
                 accelerator.log(numbers, step=run.step)
             words = f"loss {numbers['loss']:.4f}, accuracy {numbers['accuracy']:.2f} %, {run.log['seconds']:.0f} s"
-            accelerator.print(f"epoch {epoch + 1} of {recipe.epochs}: {words}", flush=True)
+            say(f"epoch {epoch + 1} of {recipe.epochs}: {words}")
     for tracker in accelerator.trackers:
         tracker.finish()
     run.finish()
