@@ -14,8 +14,8 @@ from torch import nn
 
 import nmconv
 
-X = torch.linspace(-2.0, 2.0, 81)
-STEPS = 100
+X = torch.linspace(-2.0, 2.0, 41)
+STEPS = 50
 SCHEDULES = {
     "cosine, the default": {},
     "linear": {"schedule": "linear"},
@@ -48,7 +48,7 @@ def draw(path: Path) -> None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.2, 3.1))
         panels = figure.subplots(1, 2)
-        figure.subplots_adjust(left=0.07, right=0.98, bottom=0.16, top=0.9, wspace=0.22)
+        figure.subplots_adjust(left=0.08, right=0.98, bottom=0.16, top=0.9, wspace=0.22)
         for axes, lines in zip(panels, curves().values(), strict=True):
             for (name, (x, y)), style in zip(lines.items(), ("-", "--", "-."), strict=True):
                 axes.plot(x, y, style, label=name, gid=name)
