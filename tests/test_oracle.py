@@ -522,6 +522,14 @@ def test_record_sees_only_the_given_model():
     assert of_b == [Entry("", "0", "GELU", 1, False)]
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-8])
+def test_numbers_that_fit_an_activation_do_not_make_one(size):
+    net = Net(lambda self, x: (x * 0.5).mul_(2) + (x * torch.sigmoid(x)) + ((x + 3) * x))
+    with record(net) as entries:
+        net(size * signed())
+    assert [entry.kind for entry in entries] == ["silu"]
+
+
 def test_record_names_what_is_not_registered():
     net = Net(lambda self, x: nn.ReLU()(self.hidden[0](x)), hidden=[nn.Sequential(nn.GELU())])
     with record(net) as entries:

@@ -14,7 +14,7 @@ from nmconv.analysis._records import ActivationStats
 from nmconv.analysis._reduce import reduced
 from nmconv.analysis._sites import sites_of
 from nmconv.errors import NoSitesError, OptionError
-from nmconv.fitting import home_of
+from nmconv.fitting import Hook, home_of
 from nmconv.graph import recordings_of
 from nmconv.surgery import check_examples, check_has_run, check_plain
 
@@ -86,8 +86,8 @@ class ActivationRecorder:
         self._measured.clear()
         self._hooks.enter_context(self._measured.watch)
         # Around all other hooks: before the first, and behind the last even where the forward fails.
-        begin = self._model.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
-        end = self._model.register_forward_hook(self._end, always_call=True)
+        begin = self._model.register_forward_pre_hook(Hook(self._begin), prepend=True, with_kwargs=True)
+        end = self._model.register_forward_hook(Hook(self._end), always_call=True)
         self._hooks.callback(begin.remove)
         self._hooks.callback(end.remove)
         return self

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nmconv.analysis._sites import Moment, Observed
-from nmconv.fitting import Running
+from nmconv.fitting import Hook, Running
 
 __all__ = ["SiteWatch"]
 
@@ -47,8 +47,8 @@ class SiteWatch(Running):
         super()._hook()
         for label in sorted({label for _, label in self._wanted if label.startswith("/")}):
             module = self._model.get_submodule(label[1:])
-            self._add(module.register_forward_pre_hook(self._before(label), with_kwargs=True))
-            self._add(module.register_forward_hook(self._behind(label)))
+            self._add(module.register_forward_pre_hook(Hook(self._before(label)), with_kwargs=True))
+            self._add(module.register_forward_hook(Hook(self._behind(label))))
 
     def _before(self, label: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -8,7 +8,7 @@ from nmconv.fitting._moments import Moments
 from nmconv.fitting._patches import columns_of, patches
 from nmconv.fitting._recalibrate import eval_mode, recalibrate_norms
 from nmconv.fitting._records import Divergence, Fit, UnitFit
-from nmconv.fitting._running import Running
+from nmconv.fitting._running import Hook, Running
 from nmconv.fitting._samples import is_direct
 from nmconv.fitting._solve import RIDGES, Answer, solved
 from nmconv.fitting._units import Unit
@@ -19,6 +19,7 @@ __all__ = [
     "Answer",
     "Divergence",
     "Fit",
+    "Hook",
     "Images",
     "Loss",
     "Merged",

@@ -15,7 +15,26 @@ from nmconv.recording import label_of
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Running"]
+__all__ = ["Hook", "Running"]
+
+
+class Hook:
+    """A hook for a while: in copies and pickles of the module it does nothing, and holds nothing.
+
+    Args:
+        call: What the hook does; None, as in copies, for nothing.
+    """
+
+    def __init__(self, call: Callable[..., None] | None = None) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Do it."""
+        if self._call is not None:
+            self._call(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
 
 
 class Running:
@@ -67,9 +86,9 @@ class Running:
         names = {id(module): name for name, module in reversed(list(self._model.named_modules()))}
         for module in dict.fromkeys(self._model.modules()):
             name = names[id(module)]
-            self._add(module.register_forward_pre_hook(self._entering(name), prepend=True))
+            self._add(module.register_forward_pre_hook(Hook(self._entering(name)), prepend=True))
             # Also when a forward fails: the stack must fit again.
-            self._add(module.register_forward_hook(self._leaving, always_call=True))
+            self._add(module.register_forward_hook(Hook(self._leaving), always_call=True))
 
     def _add(self, handle: RemovableHandle) -> None:
         self._hooks.callback(handle.remove)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +23,7 @@ from nmconv.surgery._gradual import (
     slope_name,
 )
 from nmconv.surgery._hoist import hoist_padding
-from nmconv.surgery._identity import ADDED, WAS, identity_for, keeps_something, passing
+from nmconv.surgery._identity import ADDED, WAS, hooked_apart, identity_for, keeps_something, passing
 from nmconv.surgery._rewrite import Edit, rewrite
 
 __all__ = ["Known", "Surgery"]
@@ -167,7 +166,7 @@ class Surgery:
             self._slots.append((holder, slot, made))
 
     def _put(self, call: Activation, place: Place, act: nn.Module | None) -> None:
-        moved: Any = PLAIN_ACTS[call.kind]() if act is None else copy.copy(act)
+        moved: Any = PLAIN_ACTS[call.kind]() if act is None else hooked_apart(act)
         if getattr(moved, "inplace", False):
             moved.inplace = False  # what it is applied to now may have other readers
         owner = self._module(place.owner)

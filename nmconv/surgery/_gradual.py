@@ -6,7 +6,6 @@ section 3.1: ``(1 - s) * act(x) + s * x``). It is a buffer of the activation, or
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from nmconv.graph import GRADUAL, held, mixed, mixed_into
 from nmconv.planning import Changes, Plan
 from nmconv.surgery._classes import Method, rewritten
 from nmconv.surgery._guard import check_plain
-from nmconv.surgery._identity import WAS, identity_for, keeps_something, passing
+from nmconv.surgery._identity import WAS, hooked_apart, identity_for, keeps_something, passing
 
 __all__ = [
     "Mixing",
@@ -111,7 +110,7 @@ def slope_name(number: int) -> str:
 
 def own_copy(act: nn.Module) -> nn.Module:
     """A shallow copy that can have buffers that ``act`` does not have."""
-    made = copy.copy(act)
+    made = hooked_apart(act)
     for space in ("_parameters", "_buffers", "_modules"):
         made.__dict__[space] = dict(act.__dict__[space])
     return made

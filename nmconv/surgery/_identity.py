@@ -10,7 +10,7 @@ from torch import nn
 from nmconv.graph import hooks_of
 from nmconv.surgery._classes import Method, rewritten
 
-__all__ = ["ADDED", "WAS", "Copy", "identity_for", "is_passing", "keeps_something", "passing"]
+__all__ = ["ADDED", "WAS", "Copy", "hooked_apart", "identity_for", "is_passing", "keeps_something", "passing"]
 
 WAS = "_nmconv_was"  # on what stands in a slot: the module that stood there
 ADDED = "_nmconv_added"  # on a module for which there was no slot
@@ -44,10 +44,19 @@ def is_passing(module: nn.Module) -> bool:
     return any(method in methods for method in (_COPIES, _KEEPS))
 
 
+def hooked_apart(act: nn.Module) -> nn.Module:
+    """A shallow copy that shares all but the sets of hooks: a hook that is put on one of them is not on the other."""
+    made = copy.copy(act)
+    for name, value in list(vars(made).items()):
+        if name.endswith("_hooks") or "_hooks_" in name:
+            vars(made)[name] = copy.copy(value)
+    return made
+
+
 def identity_for(act: nn.Module, *, copies: bool) -> nn.Module:
     """A module to put in an activation's place: ``nn.Identity``, or one of its class that shares all that it has."""
     if keeps_something(act):
-        still = copy.copy(act)
+        still = hooked_apart(act)
         still.__class__ = passing(type(act), copies=copies)
         vars(still)[WAS] = act
         return still
