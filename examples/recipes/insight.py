@@ -1,0 +1,97 @@
+"""What is inside of the study's networks: their activations while they train, and their members."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import nmconv
+
+from .batches import inputs
+from .checkpoint import replacing
+from .networks import build
+from .pictures import Data
+from .trial import Trial
+
+SEEN = 1000  # of the pictures held back
+CALIBRATED = 1000  # of the pictures to train on, for the members' norms
+MEMBERS = 24
+
+
+def insights(trial: Trial, root: Path, rows: Path, work: Path) -> list[dict[str, Any]]:
+    """Measure a trained trial's snapshots: from the folder `rows`, or else now, and write them there."""
+    data = trial.data(root)
+    found = []
+    for epoch in (1, 2, 4, trial.recipe.epochs):
+        weights = torch.load(work / trial.name / f"epoch-{epoch}.pt", weights_only=True)
+        model = trained(trial, weights, len(data.classes))
+        found.append(row(trial, "activations", epoch, rows, lambda model=model: activations(model, data)))
+    if trial.ratio == "1:1" and not trial.drop:  # `weights` are the last epoch's now
+        plain = build(trial.model, len(data.classes), **trial.options)
+        plain.load_state_dict(weights)
+        for slope in (0.1, 0.3):
+            measure: Callable[[], Any] = lambda slope=slope: members(plain, data, slope)  # noqa: E731
+            found.append(row(trial, f"members {slope}", trial.recipe.epochs, rows, measure))
+    return found
+
+
+def row(trial: Trial, kind: str, epoch: int, rows: Path, measure: Callable[[], Any]) -> dict[str, Any]:
+    """A measurement's row."""
+    path = rows / f"{trial.name}-{kind.replace(' ', '-')}-{epoch}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    found = {"name": trial.name, "trial": asdict(trial), "kind": kind, "epoch": epoch, **measure()}
+    with replacing(path) as file:
+        file.write((json.dumps(found, indent=1) + "\n").encode())
+    return found
+
+
+def trained(trial: Trial, weights: dict[str, torch.Tensor], classes: int) -> nn.Module:
+    """The trial's network with these weights, converted as it was trained."""
+    model = trial.network(classes)
+    plan = trial.plan(model)
+    if plan.changes:
+        model = nmconv.apply_plan(model, plan, inplace=True)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def activations(model: nn.Module, data: Data) -> dict[str, Any]:
+    """By site, and their means: on pictures held back, with the gradient of the cross entropy."""
+    pictures = data.valid.first(SEEN)
+    batches = [
+        (inputs(model, images), labels)
+        for images, labels in zip(pictures.images.split(250), pictures.labels.split(250), strict=True)
+    ]
+    stats = nmconv.activation_stats(model, batches, loss=F.cross_entropy)
+    columns = ("positive", "sparsity", "rank", "gradient")
+    sites = {site.site: {name: round(getattr(site, name), 6) for name in columns} for site in stats.sites}
+    share = statistics.fmean(site.rank / site.channels for site in stats.sites)
+    dead = sum(len(site.dead) for site in stats.sites)
+    return {"sites": sites, "rank_share": share, "dead": dead, "channels": sum(site.channels for site in stats.sites)}
+
+
+def members(model: nn.Module, data: Data, slope: float) -> dict[str, Any]:
+    """The ensemble as which the network with Leaky ReLUs of this slope is read, each member's norms estimated anew."""
+    pictures = data.valid.first(SEEN)
+    calibrated = inputs(model, data.train.first(CALIBRATED).images)
+    batch = [(inputs(model, pictures.images), pictures.labels)]
+    found = nmconv.ensemble.members(model, batch, slope, n=MEMBERS, recalibrate=calibrated)
+    return {
+        "slope": slope,
+        "kept": found.kept,
+        "member_accuracy": [round(100 * each, 3) for each in found.accuracy],
+        "disagreement": 100 * found.disagreement,
+        "probabilities_accuracy": 100 * found.probabilities_accuracy,
+        "logits_accuracy": 100 * found.logits_accuracy,
+        "soft_accuracy": 100 * found.soft_accuracy,
+        "gap": found.gap,
+    }
