@@ -304,6 +304,8 @@ class _Watch(TorchFunctionMode):
         if sources and not any(result is arg for arg in args):
             source, bent = sources[0]
             self._made[id(result)] = (result, source, source._version, bent or name not in _STRAIGHT)
+        elif sources and name not in _STRAIGHT and id(result) in self._made:  # in place
+            self._made[id(result)] = (*self._made[id(result)][:3], True)
         return result
 
     def _sources(self, args: Iterable[Any]) -> list[tuple[Tensor, bool]]:
