@@ -4,6 +4,7 @@
         --seeds 3 --epochs 8 --lr 0.1 --rows out/rows
     python examples/sweep.py run --data-dir ~/data --study ratios --rows docs/study
     python examples/sweep.py report --rows out/rows --plot out/sweep.svg
+    python examples/sweep.py study --rows docs/study --doc docs/study.md
 
 A row is a file, named by the hash of its configuration, and is all that counts: Ray only decides when a trial runs. So
 a sweep that was interrupted goes on with the same command, within a trial, too. What failed is named at the end, with
@@ -59,6 +60,9 @@ def parse() -> argparse.Namespace:
     report.add_argument("--rows", type=Path, required=True)
     report.add_argument("--column", choices=("test", "held_back"), default="held_back", help="[held_back]")
     report.add_argument("--plot", type=Path, help="a file, .svg or .png")
+    tables = commands.add_parser("study", help="make the tables of docs/study.md anew")
+    tables.add_argument("--rows", type=Path, required=True)
+    tables.add_argument("--doc", type=Path, required=True)
     return parser.parse_args()
 
 
@@ -138,6 +142,11 @@ def main() -> None:
     if args.command == "run":
         args.rows.mkdir(parents=True, exist_ok=True)
         raise SystemExit(1 if schedule(args) else 0)
+    if args.command == "study":
+        from recipes.study_tables import written
+
+        args.doc.write_text(written(args.doc.read_text(), args.rows))
+        return
     from recipes.report import markdown, plot, read_rows, table
 
     rows = read_rows(args.rows)

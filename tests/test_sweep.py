@@ -140,3 +140,26 @@ def test_a_sweep_keeps_its_rows_and_names_what_failed(pictures, tmp_path):
 def test_a_study_that_is_not_there(pictures, tmp_path):
     done = sweep("run", "--data-dir", str(pictures), "--study", "none", "--rows", "rows", cwd=tmp_path)
     assert done.returncode == 1 and "give one of learning-rates" in done.stderr and "Traceback" not in done.stderr
+
+
+# docs/study.md
+
+
+def test_the_studys_rows_are_named_by_their_configurations():
+    from recipes.study import STUDIES
+
+    known = {trial.name for study in STUDIES.values() for trial in study()}
+    rows = report.read_rows(ROOT / "docs" / "study")
+    assert rows
+    for each in rows:
+        assert trial_from(each["trial"]).name == each["name"]
+        assert each["name"] in known
+    for each in report.read_rows(ROOT / "docs" / "study" / "insights"):
+        assert trial_from(each["trial"]).name == each["name"]
+
+
+def test_the_studys_tables_are_those_of_the_rows():
+    from recipes.study_tables import written
+
+    doc = (ROOT / "docs" / "study.md").read_text()
+    assert written(doc, ROOT / "docs" / "study") == doc

@@ -1,0 +1,152 @@
+"""The tables of docs/study.md, from the rows beside it."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import study
+from .report import Difference, Row, difference, groups, holm, read_rows, summary
+from .trial import Trial, trial_from
+
+Tables = dict[str, Callable[[Sequence[Row], Sequence[Row]], str]]
+
+
+def written(doc: str, rows: Path) -> str:
+    """The document with its tables made anew: what stands between `<!-- NAME -->` and `<!-- / -->`."""
+    trials, insights = read_rows(rows), read_rows(rows / "insights")
+
+    def made(match: re.Match[str]) -> str:
+        return f"<!-- {match[1]} -->\n{TABLES[match[1]](trials, insights)}\n<!-- / -->"
+
+    return re.sub(r"<!-- ([a-z-]+) -->\n.*?<!-- / -->", made, doc, flags=re.S)
+
+
+def rows_of(trials: Iterable[Trial], rows: Iterable[Row]) -> list[Row]:
+    """Those rows that there are."""
+    names = {trial.name for trial in trials}
+    return [row for row in rows if row["name"] in names]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation over seeds; one value as it is."""
+    mean = f"{statistics.fmean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def interval(apart: Difference) -> str:
+    """A difference in points, with its 95 % interval from three seeds on."""
+    return f"{apart.mean:+.2f}" + (f" ± {apart.half:.2f}" if apart.seeds > 2 else "")
+
+
+def markdown(headings: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """A table."""
+    cells = [headings, ["---"] * len(headings), *lines]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in cells)
+
+
+def learning_rates(trials: Sequence[Row], insights: Sequence[Row]) -> str:
+    found: dict[float, list[Row]] = {}
+    for row in rows_of(study.learning_rates(), trials):
+        found.setdefault(row["trial"]["recipe"]["lr"], []).append(row)
+    columns = ["1:1", "2:1 first", "2:1 last"]
+    lines = []
+    for lr, rows in sorted(found.items()):
+        by_name = {name_of(trial_from(row["trial"])): row["held_back"] for row in rows}
+        values = [by_name[name] for name in columns]
+        lines.append([f"{lr:g}", *(f"{value:.2f}" for value in values), f"{statistics.fmean(values):.2f}"])
+    return markdown(["learning rate", *columns, "mean"], lines)
+
+
+def name_of(trial: Trial) -> str:
+    """What the study calls a network: a key of `study.RATIOS`."""
+    fields = ("ratio", "keep", "drop", "slope")
+    return next(
+        name for name, one in study.RATIOS.items() if all(getattr(one, key) == getattr(trial, key) for key in fields)
+    )
+
+
+def ratios(trials: Sequence[Row], insights: Sequence[Row]) -> str:
+    found = groups(rows_of(study.ratios(seeds=6), trials))
+    original = next((group for group in found if name_of(group.trial) == "1:1"), None)
+    if original is None:
+        return "Not measured yet."
+    lines, tested = [], []
+    for name in study.RATIOS:
+        for group in (group for group in found if name_of(group.trial) == name):
+            first = group.rows_first
+            line = [name, len(group.rows), first["activations"], f"{first['activation_values'] / 1e3:.0f} k"]
+            line += [spread(group.values("held_back")), spread(group.values("test"))]
+            apart = difference(group, original, "test")
+            lines.append([*line, "" if group is original else interval(apart), ""])
+            if group is not original and apart.seeds > 2:
+                tested.append((lines[-1], apart.p))
+    for (line, _), p in zip(tested, holm([p for _, p in tested]), strict=True):
+        line[-1] = f"{p:.3f}"
+    columns = ["network", "seeds", "activations", "values", "held back, %", "test, %", "test against 1:1", "p, Holm"]
+    return markdown(columns, lines)
+
+
+def routes(trials: Sequence[Row], insights: Sequence[Row]) -> str:
+    lines = []
+    rows = rows_of([*study.routes("first"), *study.routes("last")], trials)
+    longer = {row["trial"]["recipe"]["seed"]: row for row in rows if row["trial"]["route"] == "longer"}
+    for keep in ("first", "last"):
+        for route in study.ROUTES:
+            same = [row for row in rows if row["trial"]["route"] == route and row["trial"]["keep"] == keep]
+            if not same:
+                continue
+            apart = [row["test"] - longer[row["trial"]["recipe"]["seed"]]["test"] for row in same]
+            line = [route, "" if route == "longer" else keep, len(same), same[0]["activations"]]
+            line += [spread([row[column] for row in same]) for column in ("held_back", "test")]
+            lines.append([*line, "" if route == "longer" else interval(summary(apart))])
+    columns = ["route", "keep", "seeds", "activations", "held back, %", "test, %", "test against the original"]
+    return markdown(columns, lines) if lines else "Not measured yet."
+
+
+def activations(trials: Sequence[Row], insights: Sequence[Row]) -> str:
+    found: dict[tuple[str, int], list[Row]] = {}
+    for row in insights:
+        if row["kind"] == "activations":
+            found.setdefault((name_of(trial_from(row["trial"])), row["epoch"]), []).append(row)
+    lines = []
+    for name in study.RATIOS:
+        for (other, epoch), rows in sorted(found.items()):
+            if other == name:
+                means = [
+                    [statistics.fmean(site[key] for site in row["sites"].values()) for row in rows]
+                    for key in ("positive", "sparsity", "gradient")
+                ]
+                dead = [100 * row["dead"] / row["channels"] for row in rows]
+                share = [100 * row["rank_share"] for row in rows]
+                lines.append([name, epoch, len(rows), *map(spread, means), spread(dead), spread(share)])
+    columns = ["network", "epoch", "seeds", "positive", "sparsity", "gradient", "dead, %", "rank, % of channels"]
+    return markdown(columns, lines) if lines else "Not measured yet."
+
+
+def members(trials: Sequence[Row], insights: Sequence[Row]) -> str:
+    found: dict[tuple[str, float], list[Row]] = {}
+    for row in insights:
+        if row["kind"].startswith("members"):
+            found.setdefault((name_of(trial_from(row["trial"])), row["slope"]), []).append(row)
+    lines = []
+    for (name, slope), rows in sorted(found.items()):
+        each = [statistics.fmean(row["member_accuracy"]) for row in rows]
+        kept = [statistics.fmean(row["kept"]) for row in rows]
+        columns = ("probabilities_accuracy", "soft_accuracy", "disagreement", "gap")
+        values: list[list[Any]] = [kept, each, *([row[column] for row in rows] for column in columns)]
+        lines.append([name, f"{slope:g}", len(rows), *map(spread, values)])
+    columns = ["trained with", "slope", "seeds", "kept", "a member, %", "members' mean, %", "soft network, %"]
+    return markdown([*columns, "disagreement, %", "gap, logits"], lines) if lines else "Not measured yet."
+
+
+TABLES: Tables = {
+    "learning-rates": learning_rates,
+    "ratios": ratios,
+    "routes": routes,
+    "activations": activations,
+    "members": members,
+}
