@@ -30,7 +30,7 @@ from recipes.networks import build
 from recipes.pictures import Data, Decoded, balanced, decoded, load_data
 from recipes.recipe import Recipe
 from recipes.training import evaluate, train
-from recipes.trial import unchanged
+from recipes.trial import Trial
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -89,7 +89,7 @@ def network(args: argparse.Namespace, ratio: str, seed: int, classes: int) -> Ru
     """The network at `ratio`, from the seed's initial weights, with the plan for its activations."""
     model = build(args.model, classes, seed=seed, **args.model_kwargs)
     if ratio == "1:1":  # the network as it is, for comparison
-        return Run(ratio, seed, model, unchanged(model))
+        return Run(ratio, seed, model, Trial().plan(model))
     model = nmconv.convert(model, ratio, relocate=args.relocate, hoist_padding=args.hoist, inplace=True)
     return Run(ratio, seed, model, nmconv.get_plan(model))
 

@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from recipes.trial import Trial, run, trial_from
 HERE = Path(__file__).resolve().parent
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("run", help="train what has no row yet")
@@ -63,7 +64,7 @@ def parse() -> argparse.Namespace:
     tables = commands.add_parser("study", help="make the tables of docs/study.md anew")
     tables.add_argument("--rows", type=Path, required=True)
     tables.add_argument("--doc", type=Path, required=True)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def trials(args: argparse.Namespace) -> list[Trial]:
@@ -137,8 +138,8 @@ def schedule(args: argparse.Namespace) -> int:
     return failed
 
 
-def main() -> None:
-    args = parse()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
     if args.command == "run":
         args.rows.mkdir(parents=True, exist_ok=True)
         raise SystemExit(1 if schedule(args) else 0)

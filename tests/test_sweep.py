@@ -22,6 +22,8 @@ from recipes import report
 from recipes.recipe import Recipe
 from recipes.trial import Trial, asdict, trial_from
 
+from examples import sweep
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -102,44 +104,48 @@ def pictures(tmp_path_factory):
     return root
 
 
-def sweep(*flags, cwd):
+def test_a_sweep_keeps_its_rows_and_names_what_failed(pictures, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("ray")
+    flags = ["--data-dir", str(pictures), "--dataset", "pictures", "--size", "16", "--held-back", "4", "--seeds", "1"]
+    flags += ["--epochs", "1", "--batch-size", "4", "--rows", "rows", "--ratios", "2:1", "--keep", "first"]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "sweep.py"), *flags],
-        env={**os.environ, "PYTHONPATH": path, "RAY_TRAIN_V2_ENABLED": "0"},
-        cwd=cwd,
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples/sweep.py"), "run", *flags, "--models", "cifar_resnet8", "nonsense"],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=600,
     )
-
-
-def test_a_sweep_keeps_its_rows_and_names_what_failed(pictures, tmp_path):
-    pytest.importorskip("ray")
-    flags = ["--data-dir", str(pictures), "--dataset", "pictures", "--size", "16", "--held-back", "4", "--seeds", "1"]
-    flags += ["--epochs", "1", "--batch-size", "4", "--rows", "rows", "--ratios", "1:1", "2:1"]
-    done = sweep("run", *flags, "--models", "cifar_resnet8", "nonsense", cwd=tmp_path)
     assert done.returncode == 1, done.stderr
-    rows = report.read_rows(tmp_path / "rows")
-    assert sorted(each["activations"] for each in rows) == [4, 7]
-    assert all(each["trial"]["model"] == "cifar_resnet8" and each["name"] for each in rows)
-    failed = sorted((tmp_path / "rows").glob("*.failed.txt"))
-    assert len(failed) == 2 and all("'nonsense' is no network" in each.read_text() for each in failed)
-    assert all(each.name in done.stderr for each in failed)
+    (row,) = report.read_rows(tmp_path / "rows")
+    assert (row["trial"]["model"], row["activations"], len(row["losses"])) == ("cifar_resnet8", 4, 1)
+    (failed,) = (tmp_path / "rows").glob("*.failed.txt")
+    assert "'nonsense' is no network" in failed.read_text() and failed.name in done.stderr
 
-    before = {path.name: path.read_bytes() for path in (tmp_path / "rows").glob("*.json")}
-    again = sweep("run", *flags, "--models", "cifar_resnet8", cwd=tmp_path)
-    assert again.returncode == 0 and "2 trials, 2 of which have their row" in again.stdout
-    assert {path.name: path.read_bytes() for path in (tmp_path / "rows").glob("*.json")} == before
+    monkeypatch.chdir(tmp_path)
+    before = {each.name: each.read_bytes() for each in (tmp_path / "rows").iterdir()}
+    with pytest.raises(SystemExit) as ended:
+        sweep.main(["run", *flags, "--models", "cifar_resnet8"])
+    assert ended.value.code == 0 and "1 trials, 1 of which have their row" in capsys.readouterr().out
+    assert {each.name: each.read_bytes() for each in (tmp_path / "rows").iterdir()} == before
 
-    told = sweep("report", "--rows", "rows", "--plot", "plot.png", cwd=tmp_path)
-    assert told.returncode == 0 and "| cifar_resnet8 2:1 last | 1 | 4 |" in told.stdout
+    sweep.main(["report", "--rows", "rows", "--plot", "plot.png"])
+    assert "| cifar_resnet8 2:1 first | 1 | 4 |" in capsys.readouterr().out
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_study_that_is_not_there(pictures, tmp_path):
-    done = sweep("run", "--data-dir", str(pictures), "--study", "none", "--rows", "rows", cwd=tmp_path)
-    assert done.returncode == 1 and "give one of learning-rates" in done.stderr and "Traceback" not in done.stderr
+def test_a_study_that_is_not_there(tmp_path):
+    with pytest.raises(SystemExit, match="give one of learning-rates"):
+        sweep.main(["run", "--data-dir", str(tmp_path), "--study", "none", "--rows", str(tmp_path)])
+
+
+def test_what_a_sweep_trains():
+    flags = ["run", "--data-dir", "data", "--rows", "rows", "--ratios", "1:1", "2:1", "--keep", "first", "last"]
+    found = sweep.trials(sweep.parse([*flags, "--seeds", "2", "--widths", "1", "0.5", "--lr", "0.3"]))
+    assert len(found) == 2 * 2 * 3  # seeds, widths; 1:1 once
+    assert {trial.recipe.lr for trial in found} == {0.3} and len({trial.name for trial in found}) == 12
+    assert sorted(trial.options.get("width", 1) for trial in found) == [0.5] * 6 + [1] * 6
 
 
 # docs/study.md
