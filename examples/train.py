@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from torch import nn
 import nmconv
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "model", help="cifar_resnet20 and the like, a name of timm's or torchvision's, package:function"
@@ -44,7 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, help="folder for the decoded pictures [beside the pictures]")
     parser.add_argument("--images", type=int, default=0, help="pictures to train on, 0 for all [0]")
     parser.add_argument("--held-back", type=int, default=0, help="pictures to choose by, instead of the test ones [0]")
-    parser.add_argument("--size", type=int, default=32, help="side of the pictures [32]")
+    parser.add_argument("--size", type=int, help="side of the pictures [32; with --augment timm the model's own]")
     parser.add_argument("--weights", type=Path, help="to start with: a state dict, or what nmconv.save wrote [random]")
 
     nm = parser.add_argument_group("N:M")
@@ -72,7 +73,7 @@ def parse() -> argparse.Namespace:
         recipe.add_argument(
             f"--{field.name.replace('_', '-')}", type=type(default), default=default, help="[%(default)s]"
         )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def converted(model: nn.Module, args: argparse.Namespace) -> nn.Module:
@@ -86,8 +87,8 @@ def converted(model: nn.Module, args: argparse.Namespace) -> nn.Module:
     return nmconv.convert(model, args.ratio, **options, inplace=True)
 
 
-def main() -> None:
-    args = parse()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
     result = args.out / "result.json"
     if result.exists():
         raise SystemExit(f"{result} is there: nothing to do")
@@ -95,8 +96,9 @@ def main() -> None:
     main_process = PartialState(cpu=args.device == "cpu").is_main_process
     try:
         decode = args.augment != "timm"
+        size = args.size or (32 if decode else 0)
         places = {"dataset": args.dataset, "held_back": args.held_back, "cache": args.cache, "decode": decode}
-        data = load_data(args.data_dir.expanduser(), args.size, args.images, **places)
+        data = load_data(args.data_dir.expanduser(), size, args.images, **places)
         classes = len(data.classes)
         model = converted(build(args.model, classes, args.weights, args.seed, **args.model_kwargs), args)
         teacher = args.teacher and build(args.model, classes, args.teacher, **args.model_kwargs)
@@ -113,7 +115,7 @@ def main() -> None:
     if not main_process:
         return
     nmconv.save(model, args.out / "model.safetensors")
-    summary = {"model": args.model, "images": len(data.train), "size": args.size, "ratio": args.ratio, **asdict(recipe)}
+    summary = {"model": args.model, "images": len(data.train), "size": size, "ratio": args.ratio, **asdict(recipe)}
     found = {"accuracy": evaluate(model, data.test)}
     if data.valid is not None:
         found["held_back"] = evaluate(model, data.valid)

@@ -83,7 +83,7 @@ def test_pictures_held_back_are_no_others(folder):
     both = torch.cat([data.train.images, data.valid.images])
     assert torch.equal(both, pictures.load_data(folder, 32).train.images)
     assert data.valid.labels.bincount().tolist() == [2, 2, 2]
-    encoded = pictures.load_data(folder, held_back=6, decode=False)
+    encoded = pictures.load_data(folder, 0, held_back=6, decode=False)
     for one, other in ((data.train, encoded.train), (data.valid, encoded.valid), (data.test, encoded.test)):
         assert torch.equal(one.labels, other.labels)
         assert [label for _, label in other.dataset] == one.labels.tolist()
@@ -161,7 +161,7 @@ def of(parts):
 
 
 def test_timms_augmentation_depends_on_seed_epoch_and_index_alone(folder):
-    model, train_split = network(), pictures.load_data(folder, decode=False).train
+    model, train_split = network(), pictures.load_data(folder, 0, decode=False).train
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     whole = of(batches.batches(model, train_split, TIMM, 1, 0, batches.Share()))
     before = random.random(), np.random.rand(), torch.rand(())
@@ -180,7 +180,7 @@ def test_timms_augmentation_depends_on_seed_epoch_and_index_alone(folder):
 
 
 def test_validation_sees_every_picture_once_as_it_is(folder):
-    model, data = network(), pictures.load_data(folder, decode=False)
+    model, data = network(), pictures.load_data(folder, 0, decode=False)
     for processes in (1, 2, 5):
         shares = [batches.Share(rank, processes) for rank in range(processes)]
         seen = [of(batches.in_order(model, data.test, 4, share)) for share in shares]
@@ -191,7 +191,7 @@ def test_validation_sees_every_picture_once_as_it_is(folder):
 
 
 def test_training_with_workers_ends_with_the_same_bits(folder):
-    data = pictures.load_data(folder, decode=False)
+    data = pictures.load_data(folder, 0, decode=False)
     one, other = network(), network()
     logs = [train(model, data, TIMM, workers=workers) for model, workers in ((one, 0), (other, 2))]
     assert logs[0]["losses"] == logs[1]["losses"]

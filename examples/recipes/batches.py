@@ -104,7 +104,8 @@ def transformed(
     model: nn.Module, pictures: Encoded, recipe: Recipe | None, epoch: int, rows: np.ndarray, workers: int
 ) -> Iterator[Batch]:
     """Pictures decoded anew, augmented by timm as the recipe says; without a recipe, as timm validates."""
-    config = resolve_data_config(model=model)
+    size = {"input_size": (3, pictures.size, pictures.size)} if pictures.size else {}
+    config = resolve_data_config(size, model=model)
     options = {"hflip": 0.5, "auto_augment": recipe.auto_augment or None, "re_prob": recipe.erase} if recipe else {}
     training = recipe is not None and recipe.augment == "timm"
     transform = create_transform(**config, **(options if training else {}), is_training=training)

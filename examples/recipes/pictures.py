@@ -47,6 +47,7 @@ class Encoded:
 
     dataset: Dataset[Any]
     labels: Tensor
+    size: int = 0  # side to bring them to; 0 for what the model was made for
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,7 +62,7 @@ class Encoded:
         return self
 
     def _rows(self, rows: range) -> Encoded:
-        return Encoded(Subset(self.dataset, rows), self.labels[rows.start : rows.stop])
+        return Encoded(Subset(self.dataset, rows), self.labels[rows.start : rows.stop], self.size)
 
 
 Pictures = Decoded | Encoded
@@ -93,7 +94,7 @@ def load_data(
 
     Args:
         root: Of an ImageFolder with train/ and test/ (or val/); or where torchvision finds `dataset`.
-        size: Side of the pictures, where they are decoded once.
+        size: Side of the pictures; 0, where they are decoded anew, for what a model was made for.
         images: How many of the train pictures, 0 for all.
         dataset: The name of a class of `torchvision.datasets`.
         held_back: How many train pictures are held back for choices, behind the `images`.
@@ -116,7 +117,7 @@ def load_data(
             pixels = torch.from_numpy(decoded(source, size, folder, f"{dataset}{name}")[rows])
             splits.append(Decoded(pixels, torch.from_numpy(labels[rows])))
         else:
-            splits.append(Encoded(Subset(source, rows.tolist()), torch.from_numpy(labels[rows])))
+            splits.append(Encoded(Subset(source, rows.tolist()), torch.from_numpy(labels[rows]), size))
     whole = splits[0]
     images = images or len(whole) - held_back
     if not 0 < images <= len(whole) - held_back:
