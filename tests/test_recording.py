@@ -322,3 +322,43 @@ def test_other_threads_see_nothing_of_a_recording():
         for thread in threads:
             thread.join()
     assert wrong == []
+
+
+class Recurrent(nn.Module):
+    """Columns of a picture as a sequence, with the sizes of all that a recurrent layer gives written down."""
+
+    def __init__(self, cls, batch_first=False, **options):
+        super().__init__()
+        self.cnn = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+        self.rnn = cls(4, 6, batch_first=batch_first, **options)
+        self.batch_first = batch_first
+        self.sizes = []
+
+    def forward(self, x):
+        y = self.cnn(x).mean(2).permute(0, 2, 1)
+        y = y if self.batch_first else y.transpose(0, 1)
+        y, states = self.rnn(y)
+        states = states if isinstance(states, tuple) else (states,)
+        sizes = [tuple(each.shape) for each in (y, *states)]
+        if not self.sizes:
+            self.sizes += sizes
+        assert sizes == self.sizes, (sizes, self.sizes)
+        return y.mean() + sum(state.mean() for state in states)
+
+
+@pytest.mark.parametrize(
+    "cls, options",
+    [
+        (nn.LSTM, {"bidirectional": True}),
+        (nn.LSTM, {"num_layers": 2, "batch_first": True}),
+        (nn.LSTM, {"proj_size": 3, "bidirectional": True}),
+        (nn.GRU, {"num_layers": 2, "bidirectional": True}),
+        (nn.RNN, {"batch_first": True}),
+        (nn.RNN, {"nonlinearity": "relu"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_recurrent_layers_give_tensors_of_their_sizes(cls, options):
+    model, x = Recurrent(cls, **options), torch.randn(2, 3, 5, 8)
+    model(x)  # really
+    assert nmconv.get_plan(nmconv.convert(model, "2:1", example_inputs=x)).counts.activations_after == 1
