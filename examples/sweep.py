@@ -60,6 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     report = commands.add_parser("report", help="print the rows' table, and plot it")
     report.add_argument("--rows", type=Path, required=True)
     report.add_argument("--column", choices=("test", "held_back"), default="held_back", help="[held_back]")
+    report.add_argument("--latency", action="store_true", help="time the merged networks, too: now, on this machine")
     report.add_argument("--plot", type=Path, help="a file, .svg or .png")
     tables = commands.add_parser("study", help="make the tables of docs/study.md anew")
     tables.add_argument("--rows", type=Path, required=True)
@@ -153,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = read_rows(args.rows)
     if not rows:
         raise SystemExit(f"{args.rows} holds no rows")
-    lines = table(rows, args.column)
+    lines = table(rows, args.column, args.latency)
     print(markdown(lines))
     if args.plot:
         plot(lines, args.plot)

@@ -82,9 +82,16 @@ def test_the_pareto_front():
 
 
 def test_the_plot(tmp_path):
-    rows = [row(80 + seed, seed=seed) for seed in range(3)] + [row(79, HALF, activations=10)]
+    small = Trial(model="cifar_resnet8")
+    half = replace(small, ratio="2:1", keep="last", relocate=True)
+    rows = [row(80 + seed, small, seed) for seed in range(3)] + [row(79, half, activations=4)]
     report.plot(report.table(rows), tmp_path / "plots" / "sweep.svg")
-    assert "cifar_resnet20 2:1 first" in (tmp_path / "plots" / "sweep.svg").read_text()
+    text = (tmp_path / "plots" / "sweep.svg").read_text()
+    assert "cifar_resnet8 2:1 last relocate" in text and "latency" not in text
+    timed = report.table(rows, latency=True)
+    assert timed[0]["latency"] == pytest.approx(1, abs=0.5) and timed[1]["latency"] > 0
+    report.plot(timed, tmp_path / "timed.svg")
+    assert "latency" in (tmp_path / "timed.svg").read_text()
 
 
 # Ray

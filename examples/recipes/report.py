@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
+from .latency import latencies
 from .trial import Trial, trial_from
 
 Row = dict[str, Any]
@@ -105,8 +106,11 @@ def holm(values: Sequence[float]) -> list[float]:
     return out.tolist()
 
 
-def table(rows: Iterable[Row], column: str = "test") -> list[dict[str, Any]]:
-    """A line a configuration: `mean` and `sd` of the accuracy in percent, and the difference against 1:1."""
+def table(rows: Iterable[Row], column: str = "test", latency: bool = False) -> list[dict[str, Any]]:
+    """A line a configuration: `mean` and `sd` of the accuracy in percent, and the difference against 1:1.
+
+    With `latency`, how long the merged network takes against the original, measured now.
+    """
     found = groups(rows)
     lines = []
     for group in found:
@@ -124,6 +128,8 @@ def table(rows: Iterable[Row], column: str = "test") -> list[dict[str, Any]]:
             line.update(
                 {f"difference_{key}": value for key, value in asdict(difference(group, original, column)).items()}
             )
+        if latency and original is not None:
+            line["latency"] = latencies([group.trial], original.trial)[0]
         lines.append(line)
     tested = [line for line in lines if line.get("difference_p", float("nan")) == line.get("difference_p")]
     for line, p in zip(tested, holm([line["difference_p"] for line in tested]), strict=True):
@@ -134,8 +140,8 @@ def table(rows: Iterable[Row], column: str = "test") -> list[dict[str, Any]]:
 def markdown(lines: Iterable[dict[str, Any]]) -> str:
     """The table as Markdown."""
     out = [
-        "| network | seeds | activations | values, k | accuracy, % | against 1:1, points | p, Holm |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| network | seeds | activations | values, k | latency | accuracy, % | against 1:1, points | p, Holm |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for line in lines:
         spread = f" ± {line['sd']:.2f}" if line["seeds"] > 1 else ""
@@ -146,6 +152,7 @@ def markdown(lines: Iterable[dict[str, Any]]) -> str:
                 apart += f" ± {line['difference_half']:.2f}"
                 p = f"{line['difference_holm']:.3f}"
         cells = [line["label"], line["seeds"], line["activations"], f"{line['activation_values'] / 1e3:.1f}"]
+        cells.append(f"{line['latency']:.2f}" if "latency" in line else "")
         cells += [f"{line['mean']:.2f}{spread}", apart, p]
         out.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(out)
