@@ -77,6 +77,11 @@ class Data:
     classes: tuple[str, ...]
     valid: Pictures | None = None  # held back from the train pictures, for choices
 
+    def to(self, device: torch.device) -> Data:
+        """The same with what is decoded on a device."""
+        valid = None if self.valid is None else self.valid.to(device)
+        return replace(self, train=self.train.to(device), test=self.test.to(device), valid=valid)
+
 
 def load_data(
     root: Path,

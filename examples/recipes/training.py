@@ -135,6 +135,7 @@ def train(
     accelerator = accelerator_for(recipe, device, compiled, log_dir)
     share = Share(accelerator.process_index, accelerator.num_processes, workers)
     recipe.check(len(data.train), share.processes, teacher is not None, accelerator.device)
+    data = data.to(accelerator.device)
     run = _Run(model, data, recipe, teacher, gradual, accelerator, out)
     shown = data.valid or data.test
     if log_dir:
