@@ -4,6 +4,8 @@
         --seeds 3 --epochs 8 --lr 0.1 --rows out/rows
     python examples/sweep.py run --data-dir ~/data --study ratios --rows docs/study
     python examples/sweep.py report --rows out/rows --plot out/sweep.svg
+    python examples/sweep.py insights --data-dir ~/data --rows docs/study/insights
+    python examples/sweep.py weights --out docs/weights
     python examples/sweep.py study --rows docs/study --doc docs/study.md
 
 A row is a file, named by the hash of its configuration, and is all that counts: Ray only decides when a trial runs. So
@@ -62,6 +64,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     report.add_argument("--column", choices=("test", "held_back"), default="held_back", help="[held_back]")
     report.add_argument("--latency", action="store_true", help="time the merged networks, too: now, on this machine")
     report.add_argument("--plot", type=Path, help="a file, .svg or .png")
+    inside = commands.add_parser("insights", help="measure what is inside of the study's networks")
+    inside.add_argument("--data-dir", type=Path, required=True)
+    inside.add_argument("--rows", type=Path, required=True, help="folder for these rows")
+    inside.add_argument("--work", type=Path, default=Path("out/work"), help="where `run` left the networks [out/work]")
+    weights = commands.add_parser("weights", help="keep the networks that were trained longer")
+    weights.add_argument("--work", type=Path, default=Path("out/work"), help="where `run` left them [out/work]")
+    weights.add_argument("--out", type=Path, required=True)
     tables = commands.add_parser("study", help="make the tables of docs/study.md anew")
     tables.add_argument("--rows", type=Path, required=True)
     tables.add_argument("--doc", type=Path, required=True)
@@ -144,6 +153,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.command == "run":
         args.rows.mkdir(parents=True, exist_ok=True)
         raise SystemExit(1 if schedule(args) else 0)
+    if args.command == "insights":
+        from recipes.insight import insights
+        from recipes.study import looked_into
+
+        for trial in looked_into():
+            if (args.work / trial.name / f"epoch-{trial.recipe.epochs}.pt").exists():
+                insights(trial, args.data_dir.expanduser(), args.rows, args.work)
+        return
+    if args.command == "weights":
+        from recipes.insight import keep_weights
+        from recipes.study import long
+
+        keep_weights(long(), args.work, args.out)
+        return
     if args.command == "study":
         from recipes.study_tables import written
 

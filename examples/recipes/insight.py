@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 import nmconv
@@ -41,6 +42,16 @@ def insights(trial: Trial, root: Path, rows: Path, work: Path) -> list[dict[str,
             measure: Callable[[], Any] = lambda slope=slope: members(plain, data, slope)  # noqa: E731
             found.append(row(trial, f"members {slope}", trial.recipe.epochs, rows, measure))
     return found
+
+
+def keep_weights(trials: Iterable[Trial], work: Path, out: Path) -> None:
+    """Write the state dicts of trained networks as `MODEL-SEED.safetensors`, those that there are."""
+    out.mkdir(parents=True, exist_ok=True)
+    for trial in trials:
+        last = work / trial.name / f"epoch-{trial.recipe.epochs}.pt"
+        if last.exists():
+            weights = {key: value.contiguous() for key, value in torch.load(last, weights_only=True).items()}
+            save_file(weights, out / f"{trial.model}-{trial.recipe.seed}.safetensors")
 
 
 def row(trial: Trial, kind: str, epoch: int, rows: Path, measure: Callable[[], Any]) -> dict[str, Any]:

@@ -63,6 +63,11 @@ def long() -> list[Trial]:
     return [changed(RATIOS["1:1"], epochs=30, lr=0.2, seed=seed) for seed in range(3)]
 
 
+def looked_into() -> list[Trial]:
+    """Whose activations and members are measured."""
+    return [trial for trial in ratios() if trial.ratio == "2:1" or not trial.drop]
+
+
 STUDIES = {
     "learning-rates": learning_rates,
     "ratios": ratios,

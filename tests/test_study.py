@@ -1,0 +1,115 @@
+"""The study's own trials, routes and insights, on a few of scikit-learn's digits."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("timm")
+pytest.importorskip("torchvision")
+pytest.importorskip("accelerate")
+pytest.importorskip("rich")
+pytest.importorskip("scipy")
+pytest.importorskip("sklearn")
+
+from recipes import insight, study, study_tables, trial
+from recipes.recipe import Recipe
+from recipes.report import read_rows
+from recipes.routes import ROUTES
+from recipes.trial import Trial
+from safetensors.torch import save_file
+
+RECIPE = Recipe(epochs=3, batch_size=16, lr=0.05)
+SMALL = {"model": "cifar_resnet8", "dataset": "digits", "size": 16, "held_back": 20}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """An ImageFolder of 100 digits to train on and 20 to test on."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    root = tmp_path_factory.mktemp("data")
+    digits = load_digits()
+    for label in range(10):
+        own = digits.images[digits.target == label][:12]
+        for i, pixels in enumerate(own):
+            folder = root / "digits" / ("train" if i < 10 else "test") / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((pixels * 15.9).astype(np.uint8)).resize((16, 16)).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def weights(monkeypatch, tmp_path):
+    """Weights of a network, where the study keeps them."""
+    monkeypatch.setattr(trial, "WEIGHTS", tmp_path / "weights")
+    (tmp_path / "weights").mkdir()
+    torch.manual_seed(0)
+    save_file(Trial(**SMALL).network(10).state_dict(), tmp_path / "weights" / "start.safetensors")
+    return "start.safetensors"
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_each_route_ends_where_it_should(root, weights, tmp_path, route):
+    recipe = replace(RECIPE, distill=0.5)
+    half = {} if route == "longer" else {"ratio": "2:1", "keep": "first"}
+    one = Trial(**SMALL, route=route, weights=weights, recipe=recipe, **half)
+    row = trial.run(one, root, tmp_path / "rows", tmp_path / "work")
+    assert row["activations"] == (7 if route == "longer" else 4) and row["convolutions"] == 9
+    assert len(row["losses"]) == len(row["curve"]) == 3
+    assert json.loads((tmp_path / "rows" / f"{one.name}.json").read_text()) == json.loads(json.dumps(row))
+    (tmp_path / "rows" / f"{one.name}.json").unlink()
+    again = trial.run(one, root, tmp_path / "rows", tmp_path / "work")  # from its checkpoints: nothing is trained
+    assert [again[key] for key in ("test", "held_back", "losses")] == [
+        row[key] for key in ("test", "held_back", "losses")
+    ]
+
+
+def test_the_ends_and_ratios_are_what_they_are_called():
+    """Counted by hand: 9 blocks of two convolutions, a stem's activation in front, two projections."""
+    dropped = {}
+    for name, one in study.RATIOS.items():
+        plan = one.plan(one.network(10))
+        dropped[name] = [site.id for site in plan.changes]
+        assert plan.counts.convs == 21
+    assert dropped["1:1"] == dropped["Leaky ReLU 0.1"] == []
+    assert all(".act1#" in each for each in dropped["2:1 last"]) and len(dropped["2:1 last"]) == 9
+    assert all(".act2#" in each for each in dropped["2:1 first"]) and len(dropped["2:1 first"]) == 9
+    assert [each.partition("#")[0] for each in dropped["3:2 first"]] == [f"{b}.act2" for b in study.BLOCKS[::2]]
+    assert len(dropped["4:1 first"]) == 14
+    leaky = study.RATIOS["Leaky ReLU 0.1"].network(10)
+    assert sum(isinstance(module, torch.nn.LeakyReLU) for module in leaky.modules()) == 19
+    assert not any(isinstance(module, torch.nn.ReLU) for module in leaky.modules())
+
+
+def test_insights_of_a_trained_trial(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(insight, "MEMBERS", 3)
+    recipe = replace(RECIPE, epochs=4)
+    for one in (Trial(**SMALL, recipe=recipe), Trial(**SMALL, ratio="2:1", keep="first", recipe=recipe)):
+        trial.run(one, root, tmp_path / "rows", tmp_path / "work")
+        found = insight.insights(one, root, tmp_path / "insights", tmp_path / "work")
+        assert [row["epoch"] for row in found][:4] == [1, 2, 4, 4]
+        assert len(found[0]["sites"]) == (7 if one.ratio == "1:1" else 4)
+        again = insight.insights(one, root, tmp_path / "insights", tmp_path / "work")
+        assert again == json.loads(json.dumps(found))
+    rows = read_rows(tmp_path / "insights")
+    members = [row for row in rows if row["kind"].startswith("members")]
+    assert sorted(row["slope"] for row in members) == [0.1, 0.3] and all(len(row["kept"]) == 3 for row in members)
+    assert "| 1:1 | 4 | 1 |" in study_tables.activations([], rows) and "| 1:1 | 0.3 | 1 |" in study_tables.members(
+        [], rows
+    )
+
+    monkeypatch.setattr(trial, "WEIGHTS", tmp_path / "kept")
+    insight.keep_weights([Trial(**SMALL, recipe=recipe)], tmp_path / "work", tmp_path / "kept")
+    kept = Trial(**SMALL, weights="cifar_resnet8-0.safetensors").network(10).state_dict()
+    last = torch.load(tmp_path / "work" / Trial(**SMALL, recipe=recipe).name / "epoch-4.pt", weights_only=True)
+    assert all(torch.equal(value, last[key]) for key, value in kept.items())
+
+
+def test_tables_of_no_rows_say_so():
+    for name, table in study_tables.TABLES.items():
+        if name != "learning-rates":
+            assert table([], []) == "Not measured yet."
