@@ -91,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     result = args.out / "result.json"
     if result.exists():
-        raise SystemExit(f"{result} is there: nothing to do")
+        print(f"{result} is there: nothing to do")
+        return
     torch.set_num_threads(args.threads)
     main_process = PartialState(cpu=args.device == "cpu").is_main_process
     try:
@@ -102,13 +103,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         classes = len(data.classes)
         model = converted(build(args.model, classes, args.weights, args.seed, **args.model_kwargs), args)
         teacher = args.teacher and build(args.model, classes, args.teacher, **args.model_kwargs)
-        args.distill = (args.distill or 0.5) if args.teacher else 0.0
+        args.distill = args.distill or (0.5 if args.teacher else 0.0)
         recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
         options = {"device": args.device, "compiled": args.compile, "workers": args.workers, "every": args.every}
         gradual = {"end": args.end} if args.gradual else None
         log_dir = args.out if args.log else None
         log = train(model, data, recipe, out=args.out, teacher=teacher, gradual=gradual, log_dir=log_dir, **options)
-    except (nmconv.NmconvError, ValueError) as error:
+    except (nmconv.NmconvError, ValueError, OSError, ImportError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -59,6 +59,24 @@ def test_one_wrong_bit_is_noticed(tmp_path):
     assert checkpoint.read(path, torch.device("cpu"))["step"] == 1
 
 
+def test_a_damaged_file_never_takes_the_place_of_a_whole_one(tmp_path):
+    path = states(tmp_path)
+    path.write_bytes(b"damaged")
+    checkpoint.write(path, {"step": 3})
+    assert checkpoint.read(path, torch.device("cpu"))["step"] == 3
+    path.unlink()  # killed before the next one is in its place
+    assert checkpoint.read(path, torch.device("cpu"))["step"] == 1
+
+
+def test_weights_are_told_apart():
+    torch.manual_seed(0)
+    one = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).state_dict()
+    other = {key: value.clone() for key, value in one.items()}
+    assert checkpoint.digest(one) == checkpoint.digest(other)
+    other["1.num_batches_tracked"] += 1
+    assert checkpoint.digest(one) != checkpoint.digest(other)
+
+
 # Pictures
 
 
@@ -152,7 +170,7 @@ def network(classes=3):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2))
     model.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes)])
-    model.pretrained_cfg = {"input_size": (3, 24, 24), **batches.CIFAR, "interpolation": "bicubic", "crop_pct": 0.9}
+    model.pretrained_cfg = {**batches.CIFAR, "input_size": (3, 24, 24), "interpolation": "bicubic", "crop_pct": 0.9}
     return model
 
 
@@ -255,6 +273,63 @@ def test_bfloat16_is_refused_where_the_cpu_has_none(folder, monkeypatch):
     monkeypatch.setattr("recipes.recipe.fast_bf16", lambda: False)
     with pytest.raises(ValueError, match="many times slower"):
         train(network(), pictures.load_data(folder, 24), Recipe(epochs=1, batch_size=4, precision="bf16"))
+
+
+def test_a_run_of_another_network_is_not_continued(folder, tmp_path):
+    data, recipe = pictures.load_data(folder, 24), Recipe(epochs=1, batch_size=9)
+    x = torch.zeros(1, 3, 24, 24)
+    net = nn.Sequential(network()[:3], nn.Conv2d(4, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    train(nmconv.convert(net, "2:1", example_inputs=x), data, recipe, out=tmp_path)
+    with pytest.raises(ValueError, match="other plan"):
+        train(nmconv.convert(net, "2:1", keep="first", example_inputs=x), data, recipe, out=tmp_path)
+    with pytest.raises(ValueError, match="other plan"):
+        train(net, data, recipe, out=tmp_path)
+    torch.manual_seed(1)
+    nn.init.normal_(net[1].weight)
+    with pytest.raises(ValueError, match="other weights"):
+        train(nmconv.convert(net, "2:1", example_inputs=x), data, recipe, out=tmp_path)
+
+
+def test_grey_pictures_have_as_many_channels_as_the_network_takes():
+    grey = torch.randint(0, 256, (2, 8, 8, 1), dtype=torch.uint8)
+    for channels in (1, 3):
+        given = batches.inputs(nn.Conv2d(channels, 4, 3), grey)
+        assert given.shape == (2, channels, 8, 8) and torch.equal(given, given[:, :1].expand_as(given))
+
+
+def test_networks_for_small_pictures_are_given_small_pictures_by_timm(folder):
+    model, data = networks.build("cifar_resnet8", 3), pictures.load_data(folder, 0, decode=False)
+    images, _ = next(batches.batches(model, data.train, TIMM, 0, 0, batches.Share()))
+    assert images.shape == (4, 3, 32, 32)
+
+
+def test_networks_with_auxiliary_heads(folder):
+    data = pictures.load_data(folder, 32)
+    model = networks.build("googlenet", 3, init_weights=False)
+    log = train(model, data, Recipe(epochs=1, batch_size=27, lr=0.01))
+    assert 0 < log["losses"][0] < 10
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["cifar_resnet8", "--plan", "none.json"], "none.json"),
+        (["cifar_resnet8", "--weights", "none.pth"], "none.pth: no such file"),
+        (["cifar_resnet8", "--dataset", "folder"], "'folder' is no data set"),
+        (["nope:f"], "nope"),
+        (["cifar_resnet8", "--accumulate", "0"], "accumulate=0"),
+        (["cifar_resnet8", "--epochs", "0"], "epochs=0"),
+        (["cifar_resnet8", "--distill", "0.5"], "teacher"),
+        (["cifar_resnet8", "--ratio", "1:2"], "1:2"),
+    ],
+)
+def test_wrong_arguments_end_in_one_line(folder, tmp_path, monkeypatch, flags, word):
+    from examples import train as script
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=word) as ended:
+        script.main([*flags, "--data-dir", str(folder), "--out", str(tmp_path), "--batch-size", "9", "--device", "cpu"])
+    assert len(str(ended.value).splitlines()) == 1
 
 
 # Networks

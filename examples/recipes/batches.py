@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from .pictures import Decoded, Encoded, Pictures
 from .recipe import Recipe
 
-CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
+CIFAR = {"input_size": (3, 32, 32), "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
 Batch = tuple[Tensor, Tensor]
 
 
@@ -32,12 +32,14 @@ class Share:
 
 @contextmanager
 def chance(*numbers: int) -> Iterator[None]:
-    """Random numbers that depend on these numbers alone; those of the caller go on afterwards."""
+    """Random numbers that depend on these numbers alone; those of the caller go on afterwards, those of a GPU aside."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
     torch.random.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # in the process that trains; workers that decode have no GPU
+        torch.cuda.manual_seed(seed)
     try:
         yield
     finally:
@@ -54,7 +56,8 @@ def inputs(model: nn.Module, images: Tensor) -> Tensor:
     mean, std = (torch.tensor(config[key], device=first.device) * 255 for key in ("mean", "std"))
     if images.shape[3] == 1:
         mean, std = mean.mean(), std.mean()
-    return ((images.to(first.device, first.dtype) - mean) / std).permute(0, 3, 1, 2)
+    pixels = ((images.to(first.device, first.dtype) - mean) / std).permute(0, 3, 1, 2)
+    return pixels.expand(-1, first.shape[1], -1, -1) if pixels.shape[1] == 1 and first.dim() == 4 else pixels
 
 
 def batches(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,8 +42,24 @@ def write(path: Path, state: dict[str, Any]) -> None:
     with replacing(path) as file:
         file.write(hashlib.sha256(content.getbuffer()).digest())
         file.write(content.getbuffer())
-        if path.exists():
+        file.flush()
+        os.fsync(file.fileno())
+        if path.exists() and is_whole(path.read_bytes()):
             os.replace(path, previous(path))
+
+
+def is_whole(content: bytes) -> bool:
+    """Whether a file's content is all that was written."""
+    return hashlib.sha256(content[DIGEST:]).digest() == content[:DIGEST]
+
+
+def digest(state: Mapping[str, torch.Tensor]) -> str:
+    """A short text that tells weights from others."""
+    found = hashlib.sha256()
+    for name, value in state.items():
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def read(path: Path, device: torch.device) -> dict[str, Any] | None:
@@ -55,7 +71,7 @@ def read(path: Path, device: torch.device) -> dict[str, Any] | None:
     files = [each for each in (path, previous(path)) if each.exists()]
     for each in files:
         content = each.read_bytes()
-        if hashlib.sha256(content[DIGEST:]).digest() == content[:DIGEST]:
+        if is_whole(content):
             return torch.load(io.BytesIO(content[DIGEST:]), map_location=device, weights_only=True)
         print(f"{each} is damaged, and not used", flush=True)
     if files:

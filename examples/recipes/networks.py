@@ -160,7 +160,11 @@ def build(name: str, classes: int, weights: Path | None = None, seed: int = 0, *
             ours = "nmconv" in (file.metadata() or {})
         if ours:
             return nmconv.load(model, weights, inplace=True)
+    if not weights.is_file():
+        raise ValueError(f"{weights}: no such file")
     own, state = model.state_dict(), load_state_dict(str(weights))
+    if len(state) != len(own):
+        raise ValueError(f"{weights} holds {len(state)} tensors, and {name} has {len(own)}: weights of another network")
     if state.keys() != own.keys():
         state = dict(zip(own, state.values(), strict=True))
     other = {key for key in own if own[key].shape != state[key].shape}

@@ -141,7 +141,7 @@ def image_folders(root: Path) -> tuple[ImageFolder, ImageFolder]:
 def torchvision_data(name: str, root: Path) -> tuple[Any, Any]:
     """The two splits of one of torchvision's data sets, whichever way it names them."""
     cls = getattr(torchvision.datasets, name, None)
-    if cls is None:
+    if not (isinstance(cls, type) and issubclass(cls, Dataset)):
         raise ValueError(
             f"{name!r} is no data set of torchvision: give a name of torchvision.datasets, such as CIFAR10"
         )

@@ -37,6 +37,8 @@ class Recipe:
         Raises:
             ValueError: It names the field, and what would do.
         """
+        if self.epochs < 1 or self.accumulate < 1:
+            raise ValueError(f"epochs={self.epochs}, accumulate={self.accumulate}: give 1 or more")
         if teacher != (self.distill > 0):
             raise ValueError("distillation needs both: a teacher, and a weight above 0 in the recipe")
         if pictures < self.batch_size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +40,8 @@ class Wrapped(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images)
+        given = self.model(images)
+        return getattr(given, "logits", given)  # torchvision's GoogLeNet and Inception give those of other heads, too
 
 
 def accelerator_for(recipe: Recipe, device: str = "", compiled: bool = False, log: Path | None = None) -> Accelerator:
@@ -219,7 +221,15 @@ class _Run:
         self.step, self.total = 0, 0.0  # updates made, and the sum of this epoch's losses
         self.accuracy = 0.0  # of the batch
         self.log: Log = {"losses": [], "curve": [], "seconds": 0.0}
-        self._task = {"recipe": asdict(recipe), "pictures": len(data.train), "gradual": gradual}
+        plan = nmconv.get_plan(model)
+        self._task = {
+            "recipe": asdict(recipe),
+            "pictures": len(data.train),
+            "gradual": gradual,
+            "plan": None if plan is None else hashlib.sha256(plan.to_json().encode()).hexdigest(),
+            "weights": checkpoint.digest(model.state_dict()),
+            "teacher": None if teacher is None else checkpoint.digest(teacher.state_dict()),
+        }
         self._path = None if out is None else out / "checkpoint.pt"
         self._read()
 
@@ -273,7 +283,8 @@ class _Run:
         if saved is None:
             return
         if saved["task"] != self._task:
-            raise ValueError(f"{self._path} is of another run: {saved['task']} instead of {self._task}")
+            other = sorted(key for key, value in self._task.items() if saved["task"].get(key) != value)
+            raise ValueError(f"{self._path} is of another run, with other {', '.join(other)}: give another folder")
         for name, part in self._parts().items():
             part.load_state_dict(saved[name])
         self.step, self.total, self.log = saved["step"], saved["total"], saved["log"]

@@ -129,7 +129,7 @@ def measured(model: nn.Module, data: Data, plan: nmconv.Plan) -> dict[str, Any]:
         model.eval()(image)
     stats = nmconv.activation_stats(model, image.repeat(2, 1, 1, 1))
     return {
-        "held_back": evaluate(model, data.valid),
+        "held_back": None if data.valid is None else evaluate(model, data.valid),
         "test": evaluate(model, data.test),
         "convolutions": plan.counts.convs,
         "activations": plan.counts.activations_after,

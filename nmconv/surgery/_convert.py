@@ -11,7 +11,7 @@ from torch import nn
 
 from nmconv.errors import ModelTypeError, NoEffectWarning, PlanError
 from nmconv.graph import recordings_of
-from nmconv.planning import Keep, Options, Plan, listed
+from nmconv.planning import Keep, Options, Plan, Site, listed
 from nmconv.recording import Recordings
 from nmconv.surgery._apply import Known, Surgery
 from nmconv.surgery._carried import Carried, carried_over
@@ -305,15 +305,26 @@ def _applied(
 def finish(model: nn.Module) -> None:
     """Leave of a gradual model what a hard conversion leaves, in place, whatever the slopes are.
 
+    Args:
+        model: It, or a module that holds it.
+
     Raises:
         ModelTypeError: If it is no plain module.
     """
     finish_sites(model)
-    plan = plan_of(model)
-    if plan is not None and any(site.kind == "PReLU" for site in plan.changes):
-        original = original_of(model)
-        recordings = recordings_of(original, both_sizes=False, linear=plan.linear, call=plan.call)
-        Readers(original, carried_over(original, plan, recordings).changes, recordings).freeze_unread(model)
+    for converted in [module for module in model.modules() if plan_of(module) is not None]:
+        plan = plan_of(converted)
+        assert plan is not None
+        if any(_may_have_parameters(converted, site) for site in plan.changes):
+            original = original_of(converted)
+            recordings = recordings_of(original, both_sizes=False, linear=plan.linear, call=plan.call)
+            Readers(original, carried_over(original, plan, recordings).changes, recordings).freeze_unread(converted)
+
+
+def _may_have_parameters(model: nn.Module, site: Site) -> bool:
+    """Whether an activation that was dropped has parameters; a function is given them (PReLU)."""
+    path = site.id.rpartition("#")[0]
+    return site.kind == "PReLU" or (":" not in path and next(model.get_submodule(path).parameters(), None) is not None)
 
 
 def change(

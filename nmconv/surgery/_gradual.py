@@ -33,6 +33,7 @@ __all__ = [
     "dropping",
     "finish_sites",
     "get_slopes",
+    "is_dropping",
     "is_slope",
     "own_copy",
     "set_slope",
@@ -179,6 +180,11 @@ def _slopes(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, float]]:
     for module in model.modules():
         for name, (site, value) in module.__dict__.get(_SLOPES, {}).items():
             yield module, name, site, value
+
+
+def is_dropping(module: nn.Module) -> bool:
+    """Whether it is an activation that goes by degrees."""
+    return bool(vars(module).get(GRADUAL, ("",))[0] == "drop")
 
 
 def is_slope(name: str) -> bool:

@@ -11,7 +11,7 @@ from nmconv.errors import NmconvError, WitnessError
 from nmconv.graph import is_leaf, recordings_of
 from nmconv.planning import Changes, Signature
 from nmconv.recording import ModelRaised, NeedsData, Recording, record_again
-from nmconv.surgery._gradual import get_slopes
+from nmconv.surgery._gradual import get_slopes, is_dropping
 from nmconv.witness import Difference, Group, allowed_by, broken_groups, compare
 
 __all__ = ["Witness"]
@@ -64,6 +64,7 @@ class Witness:
         """
         allowed = allowed_by(changes, groups)
         slopes = self._slopes(result, changes)
+        gradual = frozenset(name for name, module in result.named_modules() if is_dropping(module))
         for before in self.recordings.runs:
             if before.call.method in closed or before.call.other_way:
                 continue
@@ -78,7 +79,7 @@ class Witness:
             except NeedsData as asked:
                 raise self._error(before, Difference(f"it asks for other numbers: {asked}")) from asked
             for slope in slopes:
-                difference = compare(before, after, allowed, slope)
+                difference = compare(before, after, allowed, slope, gradual)
                 if difference is not None:
                     raise self._error(before, difference)
 

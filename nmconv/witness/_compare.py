@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 
 from torch.fx import Node
@@ -31,7 +31,13 @@ class Difference:
     second: str = ""
 
 
-def compare(original: Recording, result: Recording, allowed: Allowed, slope: int | None = None) -> Difference | None:
+def compare(
+    original: Recording,
+    result: Recording,
+    allowed: Allowed,
+    slope: int | None = None,
+    gradual: Container[str] = (),
+) -> Difference | None:
     """Hold a result's recording against the original's and what was to be done.
 
     Args:
@@ -39,12 +45,13 @@ def compare(original: Recording, result: Recording, allowed: Allowed, slope: int
         result: After.
         allowed: What was to be done.
         slope: Of a gradual result, 0 or 1: it must do what the original does, or what a hard conversion does.
+        gradual: Its modules that are activations which go, by name.
 
     Returns:
         None where they agree, or the first difference.
     """
     table: Table = {}
-    found = values_of(result, allowed, table, _added(original, allowed), original.names, slope)
+    found = values_of(result, allowed, table, _added(original, allowed), original.names, slope, gradual)
     if slope == 0:
         allowed = replace(allowed, changes=())
     wanted = expected_values(original, allowed, table, found.moved)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +50,7 @@ def values_of(
     added: Mapping[str, frozenset[str]],
     names: Mapping[str, str],
     slope: int | None = None,
+    gradual: Container[str] = (),
 ) -> Values:
     """The values of a result.
 
@@ -60,24 +61,42 @@ def values_of(
         added: From the names of modules that call moved activations to the classes of these.
         names: Of the original's recording: a module that was registered several times may have lost its first name.
         slope: At which a gradual result is looked at: 0 or 1.
+        gradual: The modules that are gradual activations, by their names in the result.
     """
-    chosen = {} if slope is None else _chosen(recording, allowed, added, slope)
+    chosen = {} if slope is None else _chosen(recording, added, slope, gradual)
     return _Numbering(recording, allowed, table, chosen, {}, {}, added, {}, names=names, slope=slope).values()
 
 
 def _chosen(
-    recording: Recording, allowed: Allowed, added: Mapping[str, frozenset[str]], slope: int
+    recording: Recording, added: Mapping[str, frozenset[str]], slope: int, gradual: Container[str]
 ) -> dict[Node, tuple[Read, ...]]:
     """The calls of a gradual result that give what they are given at a slope, each with that."""
     found: dict[Node, tuple[Read, ...]] = {}
-    if slope == 1:
-        found |= {node: given for node, _, given in activations(recording, allowed.changes)}
     for node, fact in recording.facts.items():
-        if node.target is held or (slope == 0 and _is_one_of(added, node, fact)):
+        if node.op == "call_module":
+            if _is_one_of(added, node, fact) if slope == 0 else fact.label in gradual:
+                found[node] = fact.reads[:1]
+        elif node.target is held:
             found[node] = fact.reads[:1]
         elif node.target in _MIXES:
             found[node] = fact.reads[1 - slope : 2 - slope]
+            made = fact.reads[1][1] or fact.reads[1][0]
+            given = _held_behind(recording, made) if slope == 1 else None
+            if given is not None:
+                found[made] = (given,)
     return found
+
+
+def _held_behind(recording: Recording, node: Node) -> Read | None:
+    """What the activation that a mix is made of is given; None for another value."""
+    fact = recording.facts[node]
+    if node.target in _MIXES:
+        return None
+    for read in fact.reads:
+        if read[0].target is held:
+            return read
+    parts = (part for read in fact.reads for part in read if part is not None)
+    return next((given for part in parts if (given := _held_behind(recording, part)) is not None), None)
 
 
 def _is_one_of(added: Mapping[str, frozenset[str]], node: Node, fact: Fact) -> bool:
