@@ -83,3 +83,10 @@ def test_parameters_that_nobody_reads_are_frozen_at_the_end(act):
         holder = finished(Holder(copy.deepcopy(soft)))
         assert {name: value.requires_grad for name, value in holder.model.named_parameters()} == wanted
         assert {name: value.requires_grad for name, value in finished(soft).named_parameters()} == wanted
+
+
+@pytest.mark.parametrize("wrong", [{"schedule": ["cosine"]}, {"followers": None}, {"followers": 3}])
+def test_wrong_options_of_a_schedule(wrong):
+    soft = nmconv.convert(nn.Sequential(conv(3), nn.ReLU(), conv(), nn.ReLU()), "2:1", gradual=True, example_inputs=X)
+    with pytest.raises(nmconv.OptionError, match=next(iter(wrong))):
+        nmconv.Gradual(soft, 10, **wrong)

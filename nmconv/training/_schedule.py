@@ -88,6 +88,8 @@ class Gradual:
     ) -> None:
         told = {"total_steps": total_steps, "schedule": schedule, "start": start, "end": end}
         self._told = _checked({**told, "sampling": sampling, "seed": seed, "step": 0})
+        if not isinstance(followers, (Iterable, nn.Module)):
+            raise OptionError(f"followers={followers!r:.80}: give a list of models, such as [ema.module]")
         self._models = [model, *([followers] if isinstance(followers, nn.Module) else followers)]
         for each in self._models:
             check_plain(each, "schedule", compiled=True)
@@ -193,7 +195,7 @@ def _checked(told: dict[str, Any]) -> dict[str, Any]:
             raise OptionError(f"{name}={value!r}: give a whole number, {least} or more")
     if not isinstance(told["sampling"], bool):
         raise OptionError(f"sampling={told['sampling']!r}: give True, to draw members, or False, to mix")
-    if told["schedule"] not in _SCHEDULES:
+    if told["schedule"] not in tuple(_SCHEDULES):
         raise OptionError(f"schedule={told['schedule']!r}: give one of {', '.join(map(repr, _SCHEDULES))}")
     for name in ("start", "end"):
         value = told[name]
