@@ -296,7 +296,7 @@ def test_settled_norms_are_not_trivial_and_keep_everything_in_range():
     assert 1e-3 < model(torch.randn(2, 3, 64, 64)).std() < 1e3
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("suffix", [pytest.param(".pt", marks=pytest.mark.slow), ".safetensors"])
 def test_weights_are_loaded_and_their_norms_left_alone(tmp_path, suffix):
     from safetensors.torch import save_file
 

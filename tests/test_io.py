@@ -270,7 +270,7 @@ def test_get_merges():
         ("timm/tf_efficientnet_lite0", {"ratio": "3:1", "hoist_padding": True}, {"gate": "always"}),
         ("timm/mobilenetv2_050", {"ratio": "3:1", "relocate": True, "hoist_padding": True}, {}),
         ("timm/repvgg_a0", {"ratio": "2:1"}, {}),
-        ("timm/densenet121", {"ratio": "2:1"}, {}),
+        pytest.param("timm/densenet121", {"ratio": "2:1"}, {}, marks=pytest.mark.slow),
         ("timm/resnetv2_18", {"ratio": "2:1"}, {"live": True, "gate": "always"}),
         ("torchvision/googlenet", {"ratio": "3:1"}, {"gate": "always"}),
         ("torchvision/resnet18", None, {}),

@@ -38,6 +38,10 @@ QUICK = {
 }
 
 
+LONG = {"timm/densenet121"}
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in QUICK]
+
+
 def outputs(model, args):
     """What the model returns; of a detector its feature maps and sorted scores, since ties order its boxes by noise."""
     with torch.no_grad():
@@ -104,7 +108,7 @@ def check(name, ratio="2:1", **options):
     return convs(model, wanted[0][0]), after
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", NAMES)
 def test_merged_equals_what_was_converted(name):
     before, after = check(name, hoist_padding=True)
     assert after < before or not QUICK[name]

@@ -58,7 +58,9 @@ def surgery(name: str) -> None:
         nmconv.fit(converted, torch.rand(8, 3, 96, 96), reference=model)
 
 
-@pytest.mark.parametrize("name", ["torchvision/googlenet", "torchvision/resnet50"])  # functional; one act shared
+@pytest.mark.parametrize(
+    "name", [pytest.param("torchvision/googlenet", marks=pytest.mark.slow), "torchvision/resnet50"]
+)  # functional; one act shared
 @pytest.mark.parametrize("other", [outputs_without_gradients, weights_after_training])
 def test_other_threads_go_on(name, other):
     wanted, wrong, done = other(), [], threading.Event()
