@@ -2,7 +2,7 @@
 
     python examples/train.py cifar_resnet20 --data-dir ~/data/cifar10 --ratio 2:1 --keep first --out runs/2to1
     python examples/train.py resnet50 --data-dir ~/data/imagenet --size 224 --augment timm --workers 8 --out runs/r50
-    torchrun --nproc-per-node 4 examples/train.py resnet50 --data-dir ~/data/imagenet ...
+    torchrun --nproc-per-node 4 -- examples/train.py resnet50 --data-dir ~/data/imagenet ... --log
     python examples/train.py tf_efficientnet_lite0 --data-dir ~/data/cifar10 --size 64 --weights lite0.pth \
         --ratio 2:1 --gradual --epochs 5 --batch-size 32 --lr 0.02 --out runs/lite0
     python examples/train.py cifar_resnet20 --data-dir ~/data/cifar10 --weights runs/1/model.safetensors \
