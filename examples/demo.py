@@ -26,9 +26,11 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from recipes.batches import inputs
+from recipes.cost import latencies, multiply_adds
 from recipes.networks import build
 from recipes.pictures import Data, Decoded, balanced, decoded, load_data
 from recipes.recipe import Recipe
+from recipes.tables import spread
 from recipes.training import evaluate, train
 from recipes.trial import Trial
 from rich.console import Console
@@ -36,10 +38,8 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import nmconv
-from nmconv.timing import interleaved, ratios, runner, threads
 
 SMALL = {"channels": (16, 32, 64, 128)}  # a quarter of resnet18's width
 LABELLED = 160  # digits; with all of them every ratio reaches 99 %
@@ -106,27 +106,9 @@ def merged(run: Run, data: Data, args: argparse.Namespace) -> Run:
     return Run(run.ratio, run.seed, after, run.plan, accuracy=evaluate(after, data.test), difference=difference)
 
 
-def multiply_adds(model: nn.Module, x: Tensor) -> int:
-    """Of one picture."""
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        model(x)
-    return counter.get_total_flops() // 2
-
-
-def latencies(rows: list[list[Run]], x: Tensor) -> list[float]:
-    """How many times longer than in the first row a forward takes: the first seed, one thread, norms folded."""
-    firsts = [runs[0] for runs in rows]
-    models = [run.model if run.difference is not None else nmconv.fold_norms(run.model) for run in firsts]
-    with threads(1):
-        times = interleaved([runner(model, (x,), "eager") for model in models], rounds=11, seconds=0.05)
-    return [ratios(time, times[0]).median for time in times]
-
-
-def over_seeds(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation; one value as it is."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+def deployed(runs: list[Run]) -> nn.Module:
+    """The first seed's network with its norms folded: a merged one has none any more."""
+    return runs[0].model if runs[0].difference is not None else nmconv.fold_norms(runs[0].model)
 
 
 def table(rows: list[list[Run]], x: Tensor, args: argparse.Namespace) -> Table:
@@ -135,13 +117,13 @@ def table(rows: list[list[Run]], x: Tensor, args: argparse.Namespace) -> Table:
     out.add_column("ratio", no_wrap=True)
     for heading in ("accuracy, %", "loss", "convs", "acts", "MACs, M", "latency", "diff"):
         out.add_column(heading, justify="right", no_wrap=True)
-    for runs, latency in zip(rows, latencies(rows, x), strict=True):
+    for runs, latency in zip(rows, latencies([deployed(runs) for runs in rows], x), strict=True):
         first = runs[0]
         after = first.difference is not None
         convs = sum(isinstance(module, nn.modules.conv._ConvNd) for module in first.model.modules())
         out.add_row(
             "  merged" if after else first.ratio,
-            over_seeds([run.accuracy for run in runs], 1),
+            spread([run.accuracy for run in runs], 1),
             "" if after else f"{statistics.mean(run.losses[-1] for run in runs):.3f}",
             str(convs),
             str(first.plan.counts.activations_after),

@@ -28,9 +28,11 @@ from typing import Any
 import numpy as np
 import torch
 from recipes.batches import inputs
+from recipes.cost import multiply_adds
 from recipes.networks import build
 from recipes.pictures import Data, Decoded, decoded, limited, load_data
 from recipes.recipe import Recipe
+from recipes.tables import spread
 from recipes.training import train
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
@@ -111,15 +113,6 @@ def answers(model: nn.Module, pictures: Tensor, batch: int = 250) -> Tensor:
 def accuracy(model: nn.Module, split: Decoded) -> float:
     """Top-1, in percent."""
     return 100 * float((answers(model, split.images).argmax(1) == split.labels).double().mean())
-
-
-def multiply_adds(model: nn.Module, image: Tensor) -> int:
-    """Of one image."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as flops, torch.no_grad():
-        model.eval()(image)
-    return int(flops.get_total_flops()) // 2
 
 
 def chosen(plan: nmconv.Plan) -> dict[str, Any]:
@@ -432,14 +425,6 @@ class FromNothing(Run):
 
 def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def spread(values: Sequence[float], digits: int = 2, sign: bool = False) -> str:
-    """Mean ± standard deviation over seeds; one value as it is."""
-    if not values:
-        return "not measured"
-    mean = f"{statistics.mean(values):{'+' if sign else ''}.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 class Rows:

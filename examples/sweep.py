@@ -172,13 +172,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         args.doc.write_text(written(args.doc.read_text(), args.rows))
         return
-    from recipes.report import markdown, plot, read_rows, table
+    from recipes.report import plot, printed, read_rows, table
 
     rows = read_rows(args.rows)
     if not rows:
         raise SystemExit(f"{args.rows} holds no rows")
     lines = table(rows, args.column, args.latency)
-    print(markdown(lines))
+    print(printed(lines))
     if args.plot:
         plot(lines, args.plot)
 

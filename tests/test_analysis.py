@@ -8,7 +8,6 @@ import itertools
 import math
 import random
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from analysis_process import X, process, small
 from nets import conv, net
+from refused import not_plain
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -511,19 +511,7 @@ def test_wrong(call: str) -> None:
 def test_refused() -> None:
     model = nn.Sequential(conv(3, 4), nn.ReLU())
     images = torch.randn(4, 3, 8, 8)
-    compiled = copy.deepcopy(model)
-    compiled.compile()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        scripted = torch.jit.trace(model, images)
-    for other, text in (
-        (torch.compile(model), "the model is a OptimizedModule"),
-        (compiled, "the model is compiled"),
-        (scripted, "the model is scripted"),
-        (nn.DataParallel(model), "the model is a DataParallel"),
-        (nn.Sequential(nn.LazyConv2d(3, 3), nn.ReLU()), "without weights yet"),
-        ("resnet", "str is no nn.Module"),
-    ):
+    for other, text in not_plain(model, images):
         for call in (
             lambda it: nmconv.activation_stats(it, images),
             nmconv.ActivationRecorder,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import doctest
 import itertools
 import math
@@ -17,6 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from nets import conv, net
+from refused import not_plain
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -487,19 +487,7 @@ def test_converted_models_are_refused(gradual: bool) -> None:
 
 def test_other_models_are_refused() -> None:
     model = relus()
-    compiled = copy.deepcopy(model)
-    compiled.compile()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        scripted = torch.jit.trace(model, X)
-    for other, text in (
-        (torch.compile(model), "the model is a OptimizedModule"),
-        (compiled, "the model is compiled"),
-        (scripted, "the model is scripted"),
-        (nn.DataParallel(model), "the model is a DataParallel"),
-        (nn.Sequential(nn.LazyConv2d(3, 3), nn.ReLU()), "without weights yet"),
-        ("resnet", "str is no nn.Module"),
-    ):
+    for other, text in not_plain(model, X):
         with pytest.raises(nmconv.ModelTypeError, match=text):
             members(other, X, 0.5, n=2)
     with pytest.raises(nmconv.NoSitesError, match="belongs to a convolution"):

@@ -62,7 +62,7 @@ def test_one_seed_has_a_difference_and_no_interval():
     rows = [row(80), row(81, HALF)]
     line = report.table(rows)[1]
     assert line["difference_mean"] == 1 and math.isnan(line["difference_half"]) and "difference_holm" not in line
-    assert "+1.00 |" in report.markdown([line])
+    assert "+1.00 |" in report.printed([line])
 
 
 def test_other_recipes_are_other_originals():

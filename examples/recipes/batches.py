@@ -72,7 +72,7 @@ def batches(
     if isinstance(pictures, Decoded):
         yield from shifted(model, pictures, recipe, epoch, rows)
     else:
-        yield from transformed(model, pictures, recipe, epoch, rows, share.workers)
+        yield from transformed(model, pictures, recipe, epoch, rows.tolist(), share.workers)
 
 
 def shifted(model: nn.Module, pictures: Decoded, recipe: Recipe, epoch: int, rows: np.ndarray) -> Iterator[Batch]:
@@ -104,7 +104,7 @@ class Transformed(Dataset[tuple[Tensor, int]]):
 
 
 def transformed(
-    model: nn.Module, pictures: Encoded, recipe: Recipe | None, epoch: int, rows: np.ndarray, workers: int
+    model: nn.Module, pictures: Encoded, recipe: Recipe | None, epoch: int, rows: list[list[int]], workers: int
 ) -> Iterator[Batch]:
     """Pictures decoded anew, augmented by timm as the recipe says; without a recipe, as timm validates."""
     size = {"input_size": (3, pictures.size, pictures.size)} if pictures.size else {}
@@ -116,7 +116,7 @@ def transformed(
     device = next(model.parameters()).device
     pin = device.type == "cuda"
     with chance(0):  # a loader draws a seed
-        loader = DataLoader(dataset, batch_sampler=rows.tolist(), num_workers=workers, pin_memory=pin)
+        loader = DataLoader(dataset, batch_sampler=rows, num_workers=workers, pin_memory=pin)
         batches = iter(loader)
     for images, labels in batches:
         images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
@@ -127,8 +127,8 @@ def in_order(model: nn.Module, pictures: Pictures, batch_size: int, share: Share
     """This process's part of the pictures, as they are."""
     rows = np.arange(len(pictures))[share.rank :: share.processes]
     if isinstance(pictures, Encoded):
-        parts = np.array_split(rows, max(1, -(-len(rows) // batch_size)))
-        yield from transformed(model, pictures, None, 0, np.array(parts, dtype=object), share.workers)
+        parts = [part.tolist() for part in torch.from_numpy(rows).split(batch_size)]
+        yield from transformed(model, pictures, None, 0, parts, share.workers)
         return
     for each in torch.from_numpy(rows).split(batch_size):
         yield inputs(model, pictures.images[each]), pictures.labels[each].to(next(model.parameters()).device)

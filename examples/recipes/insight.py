@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -17,10 +16,9 @@ from torch import nn
 import nmconv
 
 from .batches import inputs
-from .checkpoint import replacing
 from .networks import build
 from .pictures import Data
-from .trial import Trial
+from .trial import Trial, kept
 
 SEEN = 1000  # of the pictures held back
 CALIBRATED = 1000  # of the pictures to train on, for the members' norms
@@ -33,7 +31,8 @@ def insights(trial: Trial, root: Path, rows: Path, work: Path) -> list[dict[str,
     found = []
     for epoch in (1, 2, 4, trial.recipe.epochs):
         weights = torch.load(work / trial.name / f"epoch-{epoch}.pt", weights_only=True)
-        model = trained(trial, weights, len(data.classes))
+        model = trial.converted(len(data.classes)).eval()
+        model.load_state_dict(weights)
         found.append(row(trial, "activations", epoch, rows, lambda model=model: activations(model, data)))
     if trial.ratio == "1:1" and not trial.drop:  # `weights` are the last epoch's now
         plain = build(trial.model, len(data.classes), **trial.options)
@@ -57,22 +56,7 @@ def keep_weights(trials: Iterable[Trial], work: Path, out: Path) -> None:
 def row(trial: Trial, kind: str, epoch: int, rows: Path, measure: Callable[[], Any]) -> dict[str, Any]:
     """A measurement's row."""
     path = rows / f"{trial.name}-{kind.replace(' ', '-')}-{epoch}.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    found = {"name": trial.name, "trial": asdict(trial), "kind": kind, "epoch": epoch, **measure()}
-    with replacing(path) as file:
-        file.write((json.dumps(found, indent=1) + "\n").encode())
-    return found
-
-
-def trained(trial: Trial, weights: dict[str, torch.Tensor], classes: int) -> nn.Module:
-    """The trial's network with these weights, converted as it was trained."""
-    model = trial.network(classes)
-    plan = trial.plan(model)
-    if plan.changes:
-        model = nmconv.apply_plan(model, plan, inplace=True)
-    model.load_state_dict(weights)
-    return model.eval()
+    return kept(path, lambda: {"name": trial.name, "trial": asdict(trial), "kind": kind, "epoch": epoch, **measure()})
 
 
 def activations(model: nn.Module, data: Data) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from . import study
 from .report import Difference, Row, difference, groups, holm, read_rows, summary
+from .tables import markdown, spread
 from .trial import Trial, trial_from
 
 Tables = dict[str, Callable[[Sequence[Row], Sequence[Row]], str]]
@@ -31,21 +32,9 @@ def rows_of(trials: Iterable[Trial], rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row["name"] in names]
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation over seeds; one value as it is."""
-    mean = f"{statistics.fmean(values):.2f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
-
-
 def interval(apart: Difference) -> str:
     """A difference in points, with its 95 % interval from three seeds on."""
     return f"{apart.mean:+.2f}" + (f" ± {apart.half:.2f}" if apart.seeds > 2 else "")
-
-
-def markdown(headings: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """A table."""
-    cells = [headings, ["---"] * len(headings), *lines]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in cells)
 
 
 def learning_rates(trials: Sequence[Row], insights: Sequence[Row]) -> str:

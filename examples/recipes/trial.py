@@ -8,6 +8,7 @@ import platform
 import subprocess
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,12 +17,12 @@ from typing import Any
 import timm
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import nmconv
 
 from .batches import inputs
 from .checkpoint import replacing
+from .cost import multiply_adds
 from .networks import build
 from .pictures import Data, load_data
 from .recipe import Recipe
@@ -70,6 +71,12 @@ class Trial:
                     model.set_submodule(path, nn.LeakyReLU(self.slope, module.inplace))
         return model
 
+    def converted(self, classes: int) -> nn.Module:
+        """As it is when its training has ended, but for its weights."""
+        model = self.network(classes)
+        plan = self.plan(model)
+        return nmconv.apply_plan(model, plan, inplace=True) if plan.changes else model
+
     def plan(self, model: nn.Module) -> nmconv.Plan:
         """What is dropped."""
         with warnings.catch_warnings():
@@ -95,9 +102,21 @@ def run(trial: Trial, root: Path, rows: Path, work: Path, device: str = "cpu") -
 
     Checkpoints and the network after each epoch go to `work / trial.name`; a trial that was stopped goes on.
     """
-    path = rows / f"{trial.name}.json"
+    return kept(rows / f"{trial.name}.json", lambda: trained(trial, root, work, device))
+
+
+def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The row in a file; made and written there if there is none."""
     if path.exists():
         return json.loads(path.read_text())
+    row = make()
+    with replacing(path) as file:
+        file.write((json.dumps(row, indent=1) + "\n").encode())
+    return row
+
+
+def trained(trial: Trial, root: Path, work: Path, device: str) -> dict[str, Any]:
+    """Train a trial, and measure what comes of it."""
     out = work / trial.name
     data = trial.data(root)
     model = trial.network(len(data.classes))
@@ -116,17 +135,12 @@ def run(trial: Trial, root: Path, rows: Path, work: Path, device: str = "cpu") -
             model = nmconv.apply_plan(model, plan, gradual=trial.gradual, inplace=True)
         gradual = {} if trial.gradual else None
         log = train(model, data, trial.recipe, out=out, gradual=gradual, after_step=snapshot, device=device)
-    row = {"name": trial.name, "trial": asdict(trial), **measured(model, data, plan), **log, **made_on()}
-    with replacing(path) as file:
-        file.write((json.dumps(row, indent=1) + "\n").encode())
-    return row
+    return {"name": trial.name, "trial": asdict(trial), **measured(model, data, plan), **log, **made_on()}
 
 
 def measured(model: nn.Module, data: Data, plan: nmconv.Plan) -> dict[str, Any]:
     """Accuracies in percent on all pictures held back and all of the test set, and what the network costs."""
     image = inputs(model, data.test.first(1).images)
-    with FlopCounterMode(display=False) as flops, torch.no_grad():
-        model.eval()(image)
     stats = nmconv.activation_stats(model, image.repeat(2, 1, 1, 1))
     return {
         "held_back": None if data.valid is None else evaluate(model, data.valid),
@@ -134,7 +148,7 @@ def measured(model: nn.Module, data: Data, plan: nmconv.Plan) -> dict[str, Any]:
         "convolutions": plan.counts.convs,
         "activations": plan.counts.activations_after,
         "activation_values": sum(site.values for site in stats.sites) // 2,  # of one picture
-        "multiply_adds": flops.get_total_flops() // 2,
+        "multiply_adds": multiply_adds(model, image),
         "parameters": sum(each.numel() for each in model.parameters()),
     }
 

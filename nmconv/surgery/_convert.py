@@ -312,10 +312,9 @@ def finish(model: nn.Module) -> None:
         ModelTypeError: If it is no plain module.
     """
     finish_sites(model)
-    for converted in [module for module in model.modules() if plan_of(module) is not None]:
+    for converted in list(model.modules()):
         plan = plan_of(converted)
-        assert plan is not None
-        if any(_may_have_parameters(converted, site) for site in plan.changes):
+        if plan is not None and any(_may_have_parameters(converted, site) for site in plan.changes):
             original = original_of(converted)
             recordings = recordings_of(original, both_sizes=False, linear=plan.linear, call=plan.call)
             Readers(original, carried_over(original, plan, recordings).changes, recordings).freeze_unread(converted)

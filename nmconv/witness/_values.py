@@ -72,31 +72,20 @@ def _chosen(
 ) -> dict[Node, tuple[Read, ...]]:
     """The calls of a gradual result that give what they are given at a slope, each with that."""
     found: dict[Node, tuple[Read, ...]] = {}
+    begun: dict[Read, Node] = {}  # from a slope to what holds the input of the activation that is mixed by it
     for node, fact in recording.facts.items():
         if node.op == "call_module":
             if _is_one_of(added, node, fact) if slope == 0 else fact.label in gradual:
                 found[node] = fact.reads[:1]
         elif node.target is held:
             found[node] = fact.reads[:1]
+            begun[fact.reads[1]] = node
         elif node.target in _MIXES:
             found[node] = fact.reads[1 - slope : 2 - slope]
-            made = fact.reads[1][1] or fact.reads[1][0]
-            given = _held_behind(recording, made) if slope == 1 else None
-            if given is not None:
-                found[made] = (given,)
+            if slope == 1:
+                value, writer = fact.reads[1]
+                found[writer or value] = ((begun[fact.reads[2]], None),)
     return found
-
-
-def _held_behind(recording: Recording, node: Node) -> Read | None:
-    """What the activation that a mix is made of is given; None for another value."""
-    fact = recording.facts[node]
-    if node.target in _MIXES:
-        return None
-    for read in fact.reads:
-        if read[0].target is held:
-            return read
-    parts = (part for read in fact.reads for part in read if part is not None)
-    return next((given for part in parts if (given := _held_behind(recording, part)) is not None), None)
 
 
 def _is_one_of(added: Mapping[str, frozenset[str]], node: Node, fact: Fact) -> bool:

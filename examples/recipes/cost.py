@@ -1,0 +1,28 @@
+"""What a network costs: multiply-adds of one picture, and time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nmconv.timing import interleaved, ratios, runner, threads
+
+
+def multiply_adds(model: nn.Module, picture: Tensor) -> int:
+    """Of one forward, in eval mode."""
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        model.eval()(picture)
+    return int(flops.get_total_flops()) // 2
+
+
+def latencies(models: Sequence[nn.Module], picture: Tensor, rounds: int = 11) -> list[float]:
+    """How many times longer a forward takes than the first model's: medians, side by side, eager, one thread.
+
+    It does not depend on what was learnt. Time on a quiet machine.
+    """
+    with threads(1):
+        times = interleaved([runner(model, (picture,), "eager") for model in models], rounds=rounds, seconds=0.05)
+    return [ratios(time, times[0]).median for time in times]
