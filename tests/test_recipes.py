@@ -197,6 +197,22 @@ def test_timms_augmentation_depends_on_seed_epoch_and_index_alone(folder):
     assert before == (random.random(), np.random.rand(), torch.rand(()))  # nothing was drawn from the caller's
 
 
+def test_a_picture_is_augmented_otherwise_in_every_epoch_and_at_every_seed():
+    """Of equal pictures, so that their order makes no difference."""
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, size=(40, 40, 3), dtype=np.uint8)
+    equal = pictures.Encoded([(Image.fromarray(pixels), 0)] * 8, torch.zeros(8, dtype=torch.int64))
+
+    def seen(seed, epoch):
+        parts = batches.batches(network(), equal, replace(TIMM, seed=seed), epoch, 0, batches.Share())
+        return sorted(float(image.double().sum()) for images, _ in parts for image in images)
+
+    assert seen(5, 0) == seen(5, 0)
+    for other in (seen(5, 1), seen(6, 0)):
+        assert not set(other) & set(seen(5, 0))
+
+
 def test_validation_sees_every_picture_once_as_it_is(folder):
     model, data = network(), pictures.load_data(folder, 0, decode=False)
     for processes in (1, 2, 5):
