@@ -24,7 +24,7 @@ from nmconv.errors import (
     WitnessError,
 )
 from nmconv.fitting import Fit, UnitFit, fit, get_fit, recalibrate_norms
-from nmconv.graph import register
+from nmconv.flow import register
 from nmconv.io import load, save
 from nmconv.merging import Merge, Run, find_runs, fold_norms, get_merges, merge
 from nmconv.planning import Counts, Kernel, Plan, Ratio, Site, Unit, Untraced

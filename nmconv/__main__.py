@@ -11,7 +11,7 @@ def main() -> None:
     missing = [name for name in ("typer", "rich") if _missing(name)]
     if missing:
         sys.exit(f"python -m nmconv needs {' and '.join(missing)}: pip install 'nmconv[bench]'")
-    from nmconv.bench._command import app
+    from nmconv.bench import app
 
     app(prog_name="python -m nmconv")
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from nmconv.errors import PlanError
 from nmconv.merging import get_merges, groups_of
-from nmconv.surgery import Witness, carried_over, check_examples, check_plain, get_plan
+from nmconv.surgery import Witness, check_examples, check_plain, get_plan, resolve_plan
 
 __all__ = ["verify"]
 
@@ -51,5 +51,5 @@ def verify(original: nn.Module, result: nn.Module, example_inputs: Any = None) -
     merges = [merge for merges in rounds for merge in merges]
     closed = {name for merge in merges for name in merge.closed}
     witness = Witness(original, example_inputs, call=None if plan is None else plan.call)
-    changes = None if plan is None or before is not None else carried_over(original, plan, witness.recordings).changes
+    changes = None if plan is None or before is not None else resolve_plan(original, plan, witness.recordings).changes
     witness.check(result, changes, groups_of(*rounds), closed)

@@ -5,7 +5,8 @@ from typing import Any
 from torch import nn
 
 import nmconv
-from nmconv.graph import read, recordings_of
+from nmconv.finding import read
+from nmconv.flow import recordings_of
 from nmconv.planning import Activation
 
 

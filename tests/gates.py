@@ -28,9 +28,9 @@ import zoo
 from torch import Tensor, nn
 
 import nmconv
-from nmconv.bench._count import network
-from nmconv.bench._models import settle_norms
-from nmconv.merging import _merge
+from nmconv.bench.count import network
+from nmconv.bench.models import settle_norms
+from nmconv.merging import api
 from nmconv.timing import interleaved, ratios, runner
 
 RATIOS = ("2:1", "3:1")
@@ -103,7 +103,7 @@ def main() -> None:
                 file.write(json.dumps(rows[-1]) + "\n")
             print(rows[-1], flush=True)
 
-    with unittest.mock.patch.object(_merge, "check_segment", lambda *_, **__: None):
+    with unittest.mock.patch.object(api, "check_segment", lambda *_, **__: None):
         if options.again:
             below = sorted({(row["name"], row["ratio"]) for row in rows if row.get("median", 1) < 0.98})
             for name, ratio in below * options.again:

@@ -661,7 +661,7 @@ def naive_cka(x: Tensor, y: Tensor) -> float:
 @pytest.mark.parametrize("count", [4, 5, 10])
 @pytest.mark.parametrize("rows", [1, 3, 2**20])
 def test_cka_naive(count: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nmconv.analysis._kernels._NUMBERS", rows * count * 5)
+    monkeypatch.setattr("nmconv.analysis.hsic._NUMBERS", rows * count * 5)
     one, two = small().eval(), small().eval()
     for value in two.parameters():
         value.data += 0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
@@ -696,7 +696,7 @@ def test_cka_default_and_itself() -> None:
 
 
 def test_cka_is_debiased_and_sees_no_rotation() -> None:
-    from nmconv.analysis._kernels import debiased_cka
+    from nmconv.analysis.hsic import debiased_cka
 
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(2, 50, 200, dtype=torch.float64, generator=generator)).unbind(0)

@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 import nmconv
 from nmconv import __main__ as command_line
 from nmconv.bench import Cell, run
-from nmconv.bench import _measure as measuring
-from nmconv.bench import _run as running
-from nmconv.bench._command import app
-from nmconv.bench._measure import difference
-from nmconv.bench._models import build, settle_norms
+from nmconv.bench import benchmark as running
+from nmconv.bench import measure as measuring
+from nmconv.bench.command import app
+from nmconv.bench.measure import difference
+from nmconv.bench.models import build, settle_norms
 from nmconv.errors import FileError, MergeError, OptionError
 from nmconv.timing import ratios
 

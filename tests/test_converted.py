@@ -1115,7 +1115,7 @@ def everything_of(model):
 )
 def test_an_in_place_conversion_that_fails_leaves_the_model_as_it_was(name, relocate, where, monkeypatch):
     """Nothing of the model changes before all is done and checked on a copy."""
-    from nmconv.surgery import _apply
+    from nmconv.surgery import apply
 
     model = build(name)
     plan = nmconv.make_plan(model, "3:1", relocate=relocate)
@@ -1125,7 +1125,7 @@ def test_an_in_place_conversion_that_fails_leaves_the_model_as_it_was(name, relo
     class Failure(BaseException):
         pass
 
-    home, target = {"commit": (_apply.Surgery, "commit"), "check": (nmconv.surgery.Witness, "check")}[where]
+    home, target = {"commit": (apply.Surgery, "commit"), "check": (nmconv.surgery.Witness, "check")}[where]
     real = getattr(home, target)
 
     def failing(*args, **kwargs):

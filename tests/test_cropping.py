@@ -11,7 +11,7 @@ from oracle import assert_same, dropped
 from torch import nn
 
 import nmconv
-from nmconv.graph import Op, leaf_op
+from nmconv.flow import Op, leaf_op
 
 X = torch.rand(2, 4, 12, 13) - 0.5
 conv = partial(nn.Conv2d, 4, 4, 3, padding=1)

@@ -27,7 +27,7 @@ from nets import conv, net, skipped
 from torch import Tensor, nn
 
 import nmconv
-from nmconv.graph import is_activation
+from nmconv.flow import is_activation
 
 torch.manual_seed(0)
 X = torch.randn(2, 4, 12, 12)

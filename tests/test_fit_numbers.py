@@ -21,10 +21,10 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 import nmconv
-from nmconv.fitting import _samples as samples
-from nmconv.fitting._moments import Line, Moments
-from nmconv.fitting._passes import Passes
-from nmconv.planning import Geometry
+from nmconv.algebra import Geometry
+from nmconv.fitting import samples as samples
+from nmconv.fitting.conjugate_gradients import ConjugateGradients
+from nmconv.fitting.normal_equations import Line, Moments
 
 torch.set_num_threads(1)
 
@@ -514,7 +514,7 @@ def test_both_solvers_give_the_same(groups: int, intercept: bool) -> None:
     for seed in range(3):  # correlated, of different sizes, far from zero
         x = torch.einsum("oc,bchw->bohw", mix, picture(4, 6, 7, batch=5 + seed, seed=seed)) + 10
         batches.append((x, F.relu(picture(6, 6, 7, batch=5 + seed, seed=10 + seed)) + x.mean(1, keepdim=True)))
-    direct, passes = samples.Samples(form), Passes(batches, form)
+    direct, passes = samples.UnitSamples(form), ConjugateGradients(batches, form)
     for x, y in batches:
         direct.add(x, y)
     moments = direct.of((3, 3))
@@ -545,8 +545,10 @@ def test_a_fit_by_conjugate_gradients(kernel: Any, monkeypatch: pytest.MonkeyPat
     x = picture(4, 7, 6, batch=40)
     direct = nmconv.fit(dropped(net, "5"), x, reference=net, kernel=kernel, recalibrate=False)
     used = []
-    solver = Passes._solver
-    monkeypatch.setattr(Passes, "_solver", lambda self, *args: used.append(self.columns) or solver(self, *args))
+    solver = ConjugateGradients._solver
+    monkeypatch.setattr(
+        ConjugateGradients, "_solver", lambda self, *args: used.append(self.columns) or solver(self, *args)
+    )
     monkeypatch.setattr(samples, "_MOST", 40)  # a 3x3 of four channels has 36 columns
     if kernel != "auto":
         monkeypatch.setattr(samples, "_MOST", 1)

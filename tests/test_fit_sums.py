@@ -13,8 +13,8 @@ from merge_nets import assert_near, made, picture
 from torch import Tensor, nn
 
 import nmconv
-from nmconv.fitting._sums import Sums
-from nmconv.graph import Join, Step, residuals
+from nmconv.finding import Join, Step, residuals
+from nmconv.fitting.missing_additions import MissingAdditions
 from nmconv.planning import Sum
 
 torch.set_num_threads(1)
@@ -108,7 +108,7 @@ def test_numbers() -> None:
     def gone(number: int, label: str = "add", owner: str = "m") -> Sum:
         return Sum(owner, label, number, 0)
 
-    sums = Sums([gone(2), gone(5), gone(1, "iadd"), gone(1, owner="n")])
+    sums = MissingAdditions([gone(2), gone(5), gone(1, "iadd"), gone(1, owner="n")])
     kept = [number for number in range(1, 8) if number not in (2, 5)]
     for now, number in enumerate(kept, 1):
         assert sums.in_model([join(number)]) == (join(now),)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 import nmconv
-from nmconv.graph import copied_sums, flows_of, recordings_of, residuals
+from nmconv.finding import copied_sums, flows_of, residuals
+from nmconv.flow import recordings_of
 from nmconv.planning import Branch, Sum
 
 torch.set_num_threads(1)

@@ -548,9 +548,9 @@ def test_the_witness_sees_tampering(tampered):
 
 @pytest.mark.parametrize("wrong", ["x", "y", "memory", "not held"])
 def test_the_witness_sees_wrong_mixes(wrong, monkeypatch):
-    from nmconv.surgery import _rewrite
+    from nmconv.surgery import method_edits
 
-    real = _rewrite._mix
+    real = method_edits._mix
 
     def mix(tracer, act, value, slope, *, into):
         real(tracer, act, value, slope, into=into != (wrong == "memory"))
@@ -563,7 +563,7 @@ def test_the_witness_sees_wrong_mixes(wrong, monkeypatch):
         elif wrong == "not held":
             act.replace_input_with(act.all_input_nodes[0], other)
 
-    monkeypatch.setattr(_rewrite, "_mix", mix)
+    monkeypatch.setattr(method_edits, "_mix", mix)
 
     def forward(self, x):
         x = self.two(self.one(x))

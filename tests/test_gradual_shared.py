@@ -36,7 +36,7 @@ def test_members_of_a_network_with_one_activation_in_several_slots():
 
 def test_the_witness_sees_a_wrong_site_being_mixed(monkeypatch):
     """The activation of another slot goes: what is mixed is not what the plan says."""
-    from nmconv.surgery._apply import Surgery
+    from nmconv.surgery.apply import Surgery
 
     genuine, shared = Surgery._begin, nn.ReLU()
     net = nn.Sequential(conv(3), shared, conv(), shared, conv(), nn.ReLU())

@@ -801,9 +801,9 @@ def half_written(tensors: Any, name: str, *args: Any) -> None:
         ("os.replace", failing(OSError("no")), OSError),
         ("os.replace", failing(Stop()), Stop),
         ("os.fsync", failing(OSError("full")), OSError),
-        ("nmconv.io._save.save_file", half_written, nmconv.FileError),
-        ("nmconv.io._save.save_file", failing(Stop()), Stop),
-        ("nmconv.io._save.save_file", failing(MemoryError()), MemoryError),
+        ("nmconv.io.saving.save_file", half_written, nmconv.FileError),
+        ("nmconv.io.saving.save_file", failing(Stop()), Stop),
+        ("nmconv.io.saving.save_file", failing(MemoryError()), MemoryError),
     ],
 )
 def test_writing_is_atomic(path, monkeypatch, spot, replacement, error, there):
@@ -852,10 +852,10 @@ def test_relative_paths_and_text(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "spot",
     [
-        "nmconv.io._replay.change",
-        "nmconv.io._replay.install",
-        "nmconv.io._load.sources_of",
-        "nmconv.io._state._with_memory",
+        "nmconv.io.replaying.change",
+        "nmconv.io.replaying.install",
+        "nmconv.io.loading.sources_of",
+        "nmconv.io.state._with_memory",
         "torch.nn.Module.load_state_dict",
         "torch.nn.modules.batchnorm._NormBase._load_from_state_dict",
         "torch.nn.Linear._load_from_state_dict",

@@ -15,7 +15,7 @@ from torch import nn
 
 import nmconv
 from nmconv import timing
-from nmconv.merging import _latency
+from nmconv.merging import latency_gate
 
 torch.set_num_threads(1)
 
@@ -266,11 +266,11 @@ def test_the_latency_gate_times_what_will_run(last, monkeypatch):
     seen = []
 
     def runner(module, inputs, backend):
-        if type(module) is not _latency._Call:  # the parts, and not the whole model
+        if type(module) is not latency_gate._Call:  # the parts, and not the whole model
             seen.append((convs_are_last(module), inputs[0].is_contiguous(memory_format=torch.channels_last)))
         return timing.runner(module, inputs, backend)
 
-    monkeypatch.setattr(_latency, "runner", runner)
+    monkeypatch.setattr(latency_gate, "runner", runner)
     model = settle(nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 3, 3), nn.ReLU()))
     x = picture(3, 16, 16)
     if last:

@@ -33,7 +33,8 @@ from nmconv import (
     PlanError,
     RatioError,
 )
-from nmconv.graph import read, recordings_of
+from nmconv.finding import read
+from nmconv.flow import recordings_of
 
 
 def label(value: Any) -> str | None:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import nmconv
-from nmconv.graph import recordings_of
-from nmconv.recording._nodes import Nodes
+from nmconv.flow import recordings_of
+from nmconv.recording.nodes import Nodes
 
 X = torch.rand(2, 4, 16, 16)
 conv = partial(nn.Conv2d, 4, 4, 3, padding=1)

@@ -14,7 +14,7 @@ from oracle import assert_same, dropped
 from torch import nn
 
 import nmconv
-from nmconv.graph import registered_names
+from nmconv.flow import registered_names
 
 X = torch.rand(2, 4, 9, 9) - 0.5
 conv = partial(nn.Conv2d, 4, 4, 3, padding=1)

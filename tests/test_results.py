@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import nmconv
-from nmconv.graph import linear_runs, steps_of
+from nmconv.finding import linear_runs, steps_of
 
 results = pytest.importorskip("examples.results", reason="it needs timm, torchvision, accelerate and rich")
 networks = pytest.importorskip("recipes.networks")

@@ -13,9 +13,9 @@ from torch import nn
 from torch.optim import optimizer
 
 import nmconv
-from nmconv import graph
-from nmconv.run import _command, _patch
-from nmconv.run._models import Models
+from nmconv import flow
+from nmconv.run import command, zoo_builders
+from nmconv.run.models import Models
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -242,12 +242,12 @@ def alone(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(optimizer, "_global_optimizer_pre_hooks", type(optimizer._global_optimizer_pre_hooks)())
-    monkeypatch.setattr(_command, "watch_builders", lambda built: monkeypatch.setattr(builtins, "built", built, False))
+    monkeypatch.setattr(command, "watch_builders", lambda built: monkeypatch.setattr(builtins, "built", built, False))
     monkeypatch.chdir(tmp_path)
 
     def go(text, *options):
         Path("script.py").write_text(text)
-        _command.main([*options, "--", "script.py"])
+        command.main([*options, "--", "script.py"])
 
     return go
 
@@ -323,7 +323,7 @@ def test_the_options_are_converts(alone):
 def test_what_is_wrong_is_said_before_the_script_runs(alone, capsys, argv, words):
     Path("script.py").write_text("raise AssertionError('it ran')")
     with pytest.raises(SystemExit) as end:
-        _command.main(argv)
+        command.main(argv)
     assert end.value.code == 2 and re.search(words, capsys.readouterr().err)
 
 
@@ -368,7 +368,7 @@ def test_other_ranks_are_silent_but_for_errors(alone, capsys, monkeypatch):
 
 def test_a_package_is_patched_when_all_of_it_is_imported(tmp_path, monkeypatch):
     seen = []
-    hook = _patch._AfterImport("some_zoo", lambda: seen.append(sys.modules["some_zoo"].part.value))
+    hook = zoo_builders._AfterImport("some_zoo", lambda: seen.append(sys.modules["some_zoo"].part.value))
     monkeypatch.setattr(sys, "meta_path", [hook, *sys.meta_path])
     with pytest.raises(ModuleNotFoundError):
         import some_zoo
@@ -387,4 +387,4 @@ def test_a_timm_that_keeps_its_builders_elsewhere_is_named(monkeypatch):
 
     monkeypatch.delitem(sys.modules, "timm.models._registry")
     with pytest.raises(nmconv.OptionError, match=rf"timm {timm.__version__} has no 'timm.models._registry'"):
-        graph.builders("timm")
+        flow.builders("timm")

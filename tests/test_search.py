@@ -15,11 +15,11 @@ from torchvision.models.resnet import BasicBlock
 
 import nmconv
 from nmconv.fitting import read_images
-from nmconv.searching import _cost, _search
-from nmconv.searching._alone import Alone
-from nmconv.searching._budget import budgets_of
-from nmconv.searching._candidates import Network
-from nmconv.searching._choose import Option, choose, frontier
+from nmconv.searching import api, cost
+from nmconv.searching.ablation import Ablation
+from nmconv.searching.budget import budgets_of
+from nmconv.searching.candidates import SearchSpace
+from nmconv.searching.pareto import Option, choose, frontier
 from nmconv.timing import Timing
 
 
@@ -117,7 +117,7 @@ def test_the_frontier_is_all_that_nothing_beats(parts):
 
 
 def test_every_segment_is_a_linear_run_when_its_plan_is_applied(net, images):
-    network = Network(net, images[:1], 6)
+    network = SearchSpace(net, images[:1], 6)
     assert len(network.segments) > 8
     for segment in network.segments:
         model = nmconv.apply_plan(net, network.plan_of([(segment, "")]))
@@ -128,7 +128,7 @@ def test_every_segment_is_a_linear_run_when_its_plan_is_applied(net, images):
 
 
 def test_segments_cross_units_and_modules(net, images):
-    names = [segment.convs for segment in Network(net, images[:1], 6).segments]
+    names = [segment.convs for segment in SearchSpace(net, images[:1], 6).segments]
     assert ("blocks.0.conv1", "blocks.0.conv2") in names
     crossing = [convs for convs in names if len({conv.split(".")[1] for conv in convs if "." in conv}) > 1]
     assert crossing
@@ -137,9 +137,9 @@ def test_segments_cross_units_and_modules(net, images):
 
 def test_a_candidate_measured_alone_is_what_surgery_makes_of_it(net, images):
     """The oracle: convert, fit and run; the measurement only replaces one value of the original."""
-    network = Network(net, images[:1], 6)
+    network = SearchSpace(net, images[:1], 6)
     pictures = read_images(images, net, holdout=0.25)
-    alone = Alone(network, pictures, None)
+    alone = Ablation(network, pictures, None)
     merged = [part for part in network.segments if part.residual is None and part.sizes()]
     assert len(merged) > 5
     for segment in merged[::2]:
@@ -154,9 +154,9 @@ def test_a_candidate_measured_alone_is_what_surgery_makes_of_it(net, images):
 
 
 def test_a_branch_that_goes_is_what_surgery_makes_of_it(net, images):
-    network = Network(net, images[:1], 6)
+    network = SearchSpace(net, images[:1], 6)
     pictures = read_images(images, net, holdout=0.25)
-    alone = Alone(network, pictures, None)
+    alone = Ablation(network, pictures, None)
     gone = [part for part in network.segments if part.residual is not None]
     assert [part.convs[0].split(".")[1] for part in gone] == ["0", "1", "3"]
     held = torch.cat([batch for batch, _ in pictures.batches(held=True)])
@@ -219,9 +219,9 @@ def test_the_table_is_tidy_and_counts_right(net, images, table):
 
 def test_a_table_goes_to_a_file_and_back_and_is_resumed(net, images, table, tmp_path, monkeypatch):
     path = tmp_path / "table.json"
-    from nmconv.searching import _sensitivity
+    from nmconv.searching import measure_candidates
 
-    real, count = _sensitivity._rows, 0
+    real, count = measure_candidates._rows, 0
 
     def failing(*args):
         nonlocal count
@@ -230,12 +230,12 @@ def test_a_table_goes_to_a_file_and_back_and_is_resumed(net, images, table, tmp_
             raise KeyboardInterrupt
         yield from real(*args)
 
-    monkeypatch.setattr(_sensitivity, "_rows", failing)
+    monkeypatch.setattr(measure_candidates, "_rows", failing)
     with pytest.raises(KeyboardInterrupt):
         nmconv.sensitivity(net, images, quiet=True, path=path)
     part = nmconv.Sensitivity.load(path)
     assert part.candidates and not part.complete
-    monkeypatch.setattr(_sensitivity, "_rows", real)
+    monkeypatch.setattr(measure_candidates, "_rows", real)
     whole = nmconv.sensitivity(net, images, quiet=True, path=path)
     assert whole.complete
     assert [(one.convs, one.size) for one in whole.candidates] == [(one.convs, one.size) for one in table.candidates]
@@ -394,9 +394,9 @@ def test_savings_that_do_not_add_up(net, images, table, part, monkeypatch):
     def measure(self, chosen):
         saved = part * sum(self._candidates[at].saves("multiply_adds") for at in chosen)
         tried.append(1 - saved / self._total)
-        return _search._Whole(chosen, self.plan_of(chosen), 1.0 * len(chosen), self._total - saved)
+        return api._Whole(chosen, self.plan_of(chosen), 1.0 * len(chosen), self._total - saved)
 
-    monkeypatch.setattr(_search._Search, "_measure", measure)
+    monkeypatch.setattr(api._Search, "_measure", measure)
     options = {"cost": "multiply_adds", "sensitivity": table, "rounds": 2}
     if part == 0.02:
         with pytest.raises(nmconv.OptionError, match=r"came to 0\.9\d+ of its multiply_adds"):
@@ -419,9 +419,9 @@ def test_one_disturbed_measurement_does_not_ask_for_everything(net, images, tabl
         promised = sum(self._candidates[at].saves("multiply_adds") for at in chosen)
         saved.append(promised)
         found = promised if len(saved) > 1 else lie * promised
-        return _search._Whole(chosen, self.plan_of(chosen), 1.0 * len(chosen), self._total - found)
+        return api._Whole(chosen, self.plan_of(chosen), 1.0 * len(chosen), self._total - found)
 
-    monkeypatch.setattr(_search._Search, "_measure", measure)
+    monkeypatch.setattr(api._Search, "_measure", measure)
     plan = nmconv.search(net, images, budget=0.9, cost="multiply_adds", sensitivity=table)
     options = [Option(one.first, one.last, 0.0, one.saves("multiply_adds")) for one in table.candidates]
     assert saved[0] < saved[1] < 2 * saved[0] < frontier(options)[-1][1]
@@ -431,8 +431,8 @@ def test_one_disturbed_measurement_does_not_ask_for_everything(net, images, tabl
 def test_the_whole_is_compared_round_by_round(net, images, monkeypatch):
     """A machine that slows down while it times slows both sides."""
     times = [Timing((1.0, 1.0, 9.0, 9.0, 9.0)), Timing((0.5, 0.5, 4.5, 4.5, 4.5))]
-    monkeypatch.setattr(_cost, "interleaved", lambda runners, **_: times[: len(runners)])
-    watch = _cost.Stopwatch(None, images[:1], "eager")
+    monkeypatch.setattr(cost, "interleaved", lambda runners, **_: times[: len(runners)])
+    watch = cost.Stopwatch(None, images[:1], "eager")
     assert watch.faster(net, net) == pytest.approx(2.0)
     times[1] = Timing((0.5, 0.5, 0.5, 4.5, 4.5))  # 9 over 0.5 by the medians
     assert watch.faster(net, net) == pytest.approx(2.0)

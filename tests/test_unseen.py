@@ -11,7 +11,7 @@ from oracle import assert_same, dropped
 from torch import nn
 
 import nmconv
-from nmconv.graph import recordings_of
+from nmconv.flow import recordings_of
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit.script:FutureWarning",

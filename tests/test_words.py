@@ -19,7 +19,8 @@ from nets import conv, convs, expect, net, norms, relus, rows, skipped
 from torch import nn
 
 import nmconv
-from nmconv.graph import read, recordings_of
+from nmconv.finding import read
+from nmconv.flow import recordings_of
 from nmconv.planning import changes_of
 
 SIGMOIDS = {

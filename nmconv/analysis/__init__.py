@@ -1,12 +1,12 @@
 """Looking into networks: statistics of their activations, how alike their layers are, and their members."""
 
-from nmconv.analysis._alike import CKA
-from nmconv.analysis._cka import cka
-from nmconv.analysis._ensemble import Ensemble
-from nmconv.analysis._members import members
-from nmconv.analysis._recorder import ActivationRecorder
-from nmconv.analysis._records import ActivationStats, SiteStats
-from nmconv.analysis._stats import activation_stats
+from nmconv.analysis.activation_recorder import ActivationRecorder
+from nmconv.analysis.compare_layers import cka
+from nmconv.analysis.ensemble import Ensemble
+from nmconv.analysis.measure_activations import activation_stats
+from nmconv.analysis.run_members import members
+from nmconv.analysis.similarity import CKA
+from nmconv.analysis.statistics import ActivationStats, SiteStats
 
 __all__ = [
     "CKA",

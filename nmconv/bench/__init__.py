@@ -1,6 +1,7 @@
 """What merging is worth: original, converted and merged timed side by side."""
 
-from nmconv.bench._records import Cell, Environment, Measured, Network, Result, Settings
-from nmconv.bench._run import run
+from nmconv.bench.benchmark import run
+from nmconv.bench.command import app
+from nmconv.bench.results import Cell
 
-__all__ = ["Cell", "Environment", "Measured", "Network", "Result", "Settings", "run"]
+__all__ = ["Cell", "app", "run"]

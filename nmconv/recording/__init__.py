@@ -1,25 +1,21 @@
 """A model's own run, recorded: on meta tensors, on a copy, with every function that it called."""
 
-from nmconv.recording._answers import Answers, ModelRaised, NeedsData
-from nmconv.recording._chance import Chance, chance_restored, is_chance
-from nmconv.recording._context import context_kept, context_now
-from nmconv.recording._copy import Copy, check_copy, meta_copy, real_copy, shared_on_copy, structure_copy
-from nmconv.recording._functions import label_of
-from nmconv.recording._inputs import Inputs, given_inputs, guessed_inputs
-from nmconv.recording._methods import enclosed, unwrapped
-from nmconv.recording._nodes import TENSOR, hook_sees, unknown
-from nmconv.recording._noted import is_recording
-from nmconv.recording._record import ENTRY_POINTS, Failure, Recordings, record, record_again, record_call
-from nmconv.recording._recorder import Recorder
-from nmconv.recording._records import Call, Fact, Frame, Lines, Read, Recording, Spec
+from nmconv.recording.answers import Answers, ModelRaised, NeedsData
+from nmconv.recording.context import context_kept, context_now, is_recording
+from nmconv.recording.functions import label_of
+from nmconv.recording.inputs import Inputs, given_inputs, guessed_inputs
+from nmconv.recording.methods import enclosed, unwrapped
+from nmconv.recording.nodes import TENSOR, hook_sees, unknown
+from nmconv.recording.record_modes import ENTRY_POINTS, Failure, Recordings, record, record_again, record_call
+from nmconv.recording.recording import Call, Fact, Frame, Lines, Read, Recording, Spec
+from nmconv.recording.rng_state import RngState, draws_randomness, rng_restored
+from nmconv.recording.syntax_trees import NoSource, conditions, goes_one_way, parsed
 
 __all__ = [
     "ENTRY_POINTS",
     "TENSOR",
     "Answers",
     "Call",
-    "Chance",
-    "Copy",
     "Fact",
     "Failure",
     "Frame",
@@ -27,29 +23,28 @@ __all__ = [
     "Lines",
     "ModelRaised",
     "NeedsData",
+    "NoSource",
     "Read",
-    "Recorder",
     "Recording",
     "Recordings",
+    "RngState",
     "Spec",
-    "chance_restored",
-    "check_copy",
+    "conditions",
     "context_kept",
     "context_now",
+    "draws_randomness",
     "enclosed",
     "given_inputs",
+    "goes_one_way",
     "guessed_inputs",
     "hook_sees",
-    "is_chance",
     "is_recording",
     "label_of",
-    "meta_copy",
-    "real_copy",
+    "parsed",
     "record",
     "record_again",
     "record_call",
-    "shared_on_copy",
-    "structure_copy",
+    "rng_restored",
     "unknown",
     "unwrapped",
 ]

@@ -1,6 +1,6 @@
 """``python -m nmconv.run`` and ``torchrun -m nmconv.run``."""
 
-from nmconv.run._command import main
+from nmconv.run.command import main
 
 if __name__ == "__main__":
     main()

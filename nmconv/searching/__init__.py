@@ -1,7 +1,7 @@
 """Choosing which units lose their activations, by measurement."""
 
-from nmconv.searching._records import Candidate, Sensitivity
-from nmconv.searching._search import search
-from nmconv.searching._sensitivity import sensitivity
+from nmconv.searching.api import search
+from nmconv.searching.measure_candidates import sensitivity
+from nmconv.searching.table import Candidate, Sensitivity
 
 __all__ = ["Candidate", "Sensitivity", "search", "sensitivity"]

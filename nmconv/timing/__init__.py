@@ -1,10 +1,10 @@
 """Timing modules on a backend, side by side."""
 
-from nmconv.timing._backends import BACKENDS, require, runner
-from nmconv.timing._interleaved import Spread, Timing, interleaved, ratios
-from nmconv.timing._noise import drawn, noise
-from nmconv.timing._summed import Summed
-from nmconv.timing._threads import threads
+from nmconv.timing.backends import BACKENDS, require, runner
+from nmconv.timing.interleaved_timing import Spread, Timing, interleaved, ratios
+from nmconv.timing.random_inputs import drawn, noise
+from nmconv.timing.summed import Summed
+from nmconv.timing.thread_count import threads
 
 __all__ = [
     "BACKENDS",

@@ -1,5 +1,5 @@
 """Training by degrees: schedules for the slopes of gradual models."""
 
-from nmconv.training._schedule import Gradual
+from nmconv.training.gradual import Gradual
 
 __all__ = ["Gradual"]

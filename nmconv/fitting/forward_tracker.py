@@ -1,0 +1,127 @@
+"""Following a model while it runs: which forwards are running, and how often each has called what so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from nmconv.recording import label_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["ForwardTracker", "Hook"]
+
+
+class Hook:
+    """A hook for a while: in copies and pickles of the module it does nothing, and holds nothing.
+
+    Args:
+        call: What the hook does; None, as in copies, for nothing.
+    """
+
+    def __init__(self, call: Callable[..., None] | None = None) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Do it."""
+        if self._call is not None:
+            self._call(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
+
+
+class ForwardTracker:
+    """Keeps the stack of running forwards, and is told of every function that is called on tensors.
+
+    Hooks are on the model only between ``__enter__`` and ``__exit__``, and do something only within :meth:`running`.
+
+    Args:
+        model: In the mode it is to run in.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._hooks = ExitStack()  # takes off every hook, whatever happens while it does
+        self._runs = False
+        self._stack: list[str] = []
+        self._counts: dict[tuple[str, str], int] = {}
+
+    def __enter__(self) -> Self:
+        try:
+            self._hook()
+        except BaseException:
+            self._hooks.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The time of one forward."""
+        self._stack, self._counts = [], {}
+        self._runs = True
+        try:
+            with _Functions(self):
+                yield
+        finally:
+            self._runs = False
+
+    def calling(self, name: str, args: Any, kwargs: Any) -> None:
+        """A function of this name is called, in the forward that is running."""
+
+    def called(self, name: str, result: Any) -> Any:
+        """A function of this name gave this result, in the forward that is running; gives what to go on with."""
+        return result
+
+    def _hook(self) -> None:
+        names = {id(module): name for name, module in reversed(list(self._model.named_modules()))}
+        for module in dict.fromkeys(self._model.modules()):
+            name = names[id(module)]
+            self._add(module.register_forward_pre_hook(Hook(self._entering(name)), prepend=True))
+            # Also when a forward fails: the stack must fit again.
+            self._add(module.register_forward_hook(Hook(self._leaving), always_call=True))
+
+    def _add(self, handle: RemovableHandle) -> None:
+        self._hooks.callback(handle.remove)
+
+    def _entering(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            if not self._runs:
+                return
+            self._stack.append(name)
+            for key in [key for key in self._counts if key[0] == name]:
+                del self._counts[key]
+
+        return hook
+
+    def _leaving(self, *_: object) -> None:
+        if self._stack:
+            self._stack.pop()
+
+    def _count(self, owner: str, label: str) -> int:
+        key = (owner, label)
+        self._counts[key] = self._counts.get(key, 0) + 1
+        return self._counts[key]
+
+
+class _Functions(TorchFunctionMode):
+    """Tells of every function that is called on tensors."""
+
+    def __init__(self, running: ForwardTracker) -> None:
+        super().__init__()
+        self._running = running
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = label_of(function)
+        self._running.calling(name, args, kwargs or {})
+        result = function(*args, **(kwargs or {}))
+        return self._running.called(name, result)

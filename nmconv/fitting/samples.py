@@ -1,0 +1,64 @@
+"""What one convolution is given and should give, for kernels of several sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from nmconv.algebra import Geometry, columns_of, patches, shrunk, taps_kept
+from nmconv.fitting.conjugate_gradients import ConjugateGradients
+from nmconv.fitting.normal_equations import Moments, Rows
+
+__all__ = ["UnitSamples", "is_direct"]
+
+_MOST = 6144  # columns, of a convolution without groups, whose moments are kept: 288 MiB
+
+
+class UnitSamples:
+    """Batches of inputs and targets, as moments; as they are where the moments would be larger than memory should be.
+
+    Args:
+        geometry: Of the largest kernel.
+
+    Attributes:
+        rows: How many positions there were.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        self._geometry = geometry
+        self._moments = Moments() if is_direct(geometry) else None
+        self._batches: list[tuple[Tensor, Tensor]] = []
+        self.rows = 0
+
+    def add(self, input: Tensor, target: Tensor) -> None:
+        """Take in ``[batch, in, *sizes]`` and ``[batch, out, *output sizes]``."""
+        self.rows += target.numel() // target.shape[1]
+        if self._moments is None:
+            self._batches.append((input, target))
+            return
+        for rows, targets in patches(input, target, self._geometry):
+            self._moments.add(rows, targets)
+
+    def of(self, size: Sequence[int]) -> Rows:
+        """The regression of a kernel of this size: the middle of the largest."""
+        geometry = shrunk(self._geometry, size)
+        if self._moments is not None:
+            if geometry.kernel == self._geometry.kernel or not self._moments.rows:
+                return self._moments
+            return self._moments.of_columns(
+                columns_of(self._geometry, taps_kept(self._geometry, size), self._moments.square.device)
+            )
+        if not is_direct(geometry):
+            return ConjugateGradients(self._batches, geometry)
+        samples = UnitSamples(geometry)
+        for input, target in self._batches:
+            samples.add(input, target)
+        return samples.of(size)
+
+
+def is_direct(geometry: Geometry) -> bool:
+    """Whether the moments of a convolution's inputs are small enough to be kept."""
+    columns = geometry.in_channels // geometry.groups * math.prod(geometry.kernel)
+    return geometry.groups * columns**2 <= _MOST**2

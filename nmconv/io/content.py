@@ -1,0 +1,94 @@
+"""What a file says besides its tensors, as one JSON text in the file's metadata."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nmconv.errors import PlanError
+from nmconv.io.problems import DamagedFile, UnreadFormat
+from nmconv.merging import Merge
+from nmconv.planning import Plan, from_plain
+
+__all__ = ["KEY", "Content", "from_text", "to_text"]
+
+KEY = "nmconv"  # in the file's metadata
+_FORMAT = 6
+_LONGEST = 2**24  # characters; a model of a thousand sites takes less than one million
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a file says.
+
+    Attributes:
+        model: Class name of the model, for messages.
+        plan: That it was converted by, or None.
+        merges: What was merged, one tuple for each call of merge.
+        aliases: Pairs of a name in the state dict and the name under which its tensor is in the file.
+        slopes: Of a gradual model, pairs of a site's id and its slope.
+    """
+
+    model: str
+    plan: Plan | None
+    merges: tuple[tuple[Merge, ...], ...]
+    aliases: tuple[tuple[str, str], ...]
+    slopes: tuple[tuple[str, float], ...] = ()
+
+
+def to_text(content: Content) -> str:
+    """The content as JSON."""
+    from nmconv import __version__
+
+    plan = None if content.plan is None else json.loads(content.plan.to_json())
+    rest = {
+        "model": content.model,
+        "plan": plan,
+        "merges": [[asdict(merge) for merge in merges] for merges in content.merges],
+        "aliases": content.aliases,
+    }
+    if content.slopes:
+        rest["slopes"] = content.slopes
+    return json.dumps({"format": _FORMAT, "nmconv": __version__, **rest})
+
+
+def from_text(text: str) -> Content:
+    """Read what :func:`to_text` wrote; every type is checked, values are not.
+
+    Raises:
+        Unread: If it is of another version.
+        Damaged: If it is something else.
+    """
+    if len(text) > _LONGEST:
+        raise DamagedFile(f"its metadata has {len(text)} characters, more than any model needs ({_LONGEST})")
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"its metadata is no JSON: {error}") from error
+    if not isinstance(data, dict) or type(data.get("format")) is not int:
+        raise DamagedFile("its metadata names no format")
+    if data["format"] != _FORMAT:
+        raise UnreadFormat(f"it has format {data['format']}, and this nmconv reads {_FORMAT}{_written(data)}")
+    names = {"format", "nmconv", "model", "plan", "merges", "aliases"}
+    if data.keys() - {"slopes"} != names:
+        raise DamagedFile(f"its metadata has other fields than {', '.join(sorted(names))}")
+    try:
+        plan = None if data["plan"] is None else Plan.from_json(json.dumps(data["plan"]))
+        return Content(
+            model=from_plain(str, data["model"], "model"),
+            plan=plan,
+            merges=from_plain(tuple[tuple[Merge, ...], ...], data["merges"], "merges"),
+            aliases=from_plain(tuple[tuple[str, str], ...], data["aliases"], "aliases"),
+            slopes=from_plain(tuple[tuple[str, float], ...], data.get("slopes", []), "slopes"),
+        )
+    except (PlanError, TypeError, ValueError, RecursionError) as error:
+        raise DamagedFile(f"{error}{_written(data)}") from error
+
+
+def _written(data: dict[str, Any]) -> str:
+    """By which version the file was written, if that can be told."""
+    version = data.get("nmconv")
+    known = isinstance(version, str) and re.fullmatch(r"\d+(\.\w{1,20}){0,5}", version, re.ASCII)
+    return f" (it was written by nmconv {version})" if known else ""
