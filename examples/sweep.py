@@ -1,6 +1,6 @@
 """Train many networks at many ratios, with several seeds, and report what they say: on this machine or a Ray cluster.
 
-    python examples/sweep.py run --data-dir ~/data --models cifar_resnet20 --ratios 1:1 2:1 --keep first last \
+    python examples/sweep.py run --data-dir ~/data --models cifar_resnet20 --ratios 1:1 2:1 --keep first boundary \
         --seeds 3 --epochs 8 --lr 0.1 --rows out/rows
     python examples/sweep.py run --data-dir ~/data --study ratios --rows docs/study
     python examples/sweep.py report --rows out/rows --plot out/sweep.svg
@@ -45,7 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     train.add_argument("--models", nargs="+", default=["cifar_resnet20"])
     train.add_argument("--widths", nargs="+", type=float, default=[1.0], help="of models that take one")
     train.add_argument("--ratios", nargs="+", default=["1:1", "2:1"])
-    train.add_argument("--keep", nargs="+", default=["last"])
+    train.add_argument("--keep", nargs="+", default=["boundary"])
     train.add_argument("--relocate", action="store_true")
     train.add_argument("--gradual", action="store_true")
     train.add_argument("--seeds", type=int, default=3, help="how many [3]")

@@ -50,7 +50,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     nm = parser.add_argument_group("N:M")
     nm.add_argument("--ratio", default="1:1", help="convolutions to activations [1:1]")
-    nm.add_argument("--keep", default="last", help="which activations of a unit stay [last]")
+    nm.add_argument("--keep", default="boundary", help="which activations of a unit stay [boundary]")
     nm.add_argument("--relocate", action="store_true", help="move kept activations to the ends of their units")
     nm.add_argument("--plan", type=Path, help="a file of Plan.to_json, instead of a ratio")
     nm.add_argument("--gradual", action="store_true", help="drop activations by degrees")

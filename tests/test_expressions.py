@@ -618,7 +618,7 @@ def test_a_residual_branch_with_one_in_it_can_go():
             y = self.block.a(x)
             return self.head(x + self.block.b(y * torch.sigmoid(y)))
 
-    found = nmconv.sensitivity(Residual(None).eval(), torch.rand(8, 4, 8, 8), quiet=True, most=2)
+    found = nmconv.sensitivity(Residual(None).eval(), torch.rand(8, 4, 8, 8), quiet=True, max_convs=2)
     assert any(candidate.size == "none" for candidate in found.candidates)
 
 

@@ -62,7 +62,7 @@ def test_a_norm_behind_a_sum_of_convolutions(dropped):
 def test_networks_of_sums_have_tables_of_factors():
     nmconv.sensitivity(NormBehindSum().eval(), pictures(), form="factors", quiet=True)
     net = timm.create_model("resnetv2_18", num_classes=4).eval()
-    assert nmconv.sensitivity(net, torch.randn(8, 3, 32, 32), form="factors", most=2, quiet=True).complete
+    assert nmconv.sensitivity(net, torch.randn(8, 3, 32, 32), form="factors", max_convs=2, quiet=True).complete
 
 
 @pytest.mark.parametrize("kernel", [1, 3, "exact", "auto"])

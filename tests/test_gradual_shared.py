@@ -16,7 +16,7 @@ def conv(inputs=4):
 X = torch.randn(2, 3, 12, 12)
 
 
-@pytest.mark.parametrize("keep", ["first", "last"])
+@pytest.mark.parametrize("keep", ["first", "boundary"])
 @pytest.mark.parametrize("ratio", ["2:1", "3:1"])
 @pytest.mark.parametrize("act", [nn.ReLU, lambda: nn.ReLU(inplace=True), nn.SiLU, nn.PReLU])
 def test_one_activation_in_several_slots(act, ratio, keep):

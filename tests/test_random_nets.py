@@ -542,7 +542,7 @@ def check(source, ratio, keep, chosen, inplace):
 examples = given(
     source=sources(),
     ratio=st.sampled_from(("2:1", "3:1", "3:2", "4:1", "100:1")),
-    keep=st.sampled_from(("last", "first", "spread")),
+    keep=st.sampled_from(("boundary", "first", "spread")),
     chosen=st.lists(st.booleans(), min_size=40, max_size=40),
     inplace=st.booleans(),
 )

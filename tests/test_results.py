@@ -58,7 +58,7 @@ def test_plans_by_hand_are_what_was_measured_alone():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_var, 0.5, 2)
     images = torch.randn(24, 3, 16, 16)
-    table = nmconv.sensitivity(net, images, most=2, quiet=True)
+    table = nmconv.sensitivity(net, images, max_convs=2, quiet=True)
     assert [rows[0].convs for rows in results.units_of(table, "layer*.*")] == [
         (f"layer{stage}.{at}.conv1", f"layer{stage}.{at}.conv2") for stage in (1, 2, 3) for at in (0, 1, 2)
     ]

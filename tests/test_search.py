@@ -190,7 +190,7 @@ def test_measuring_leaves_the_network_as_it_was(images):
     before = copy.deepcopy(net.state_dict())
     modes = [module.training for module in net.modules()]
     random = torch.get_rng_state()
-    nmconv.sensitivity(net, images[:16], quiet=True, most=3, backend="eager")
+    nmconv.sensitivity(net, images[:16], quiet=True, max_convs=3, backend="eager")
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert [module.training for module in net.modules()] == modes
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
@@ -315,9 +315,9 @@ def test_activations_are_chosen_in_factors_form(net, images):
 
 
 def test_latency_is_measured(net, images):
-    plan = nmconv.search(net, images, budget=0.97, cost="latency", quiet=True, rounds=1, most=3)
+    plan = nmconv.search(net, images, budget=0.97, cost="latency", quiet=True, rounds=1, max_convs=3)
     assert dict(plan.options)["search"] == "latency 0.97"
-    timed = nmconv.sensitivity(net, images, backend="eager", quiet=True, most=3)
+    timed = nmconv.sensitivity(net, images, backend="eager", quiet=True, max_convs=3)
     assert all(0 < one.latency[0] < timed.totals["latency"] for one in timed.candidates)
     assert {"none", "3x3"} <= {one.size for one in timed.candidates}
     assert all((one.latency[1] == 0) is (one.size == "none") for one in timed.candidates)
@@ -343,7 +343,7 @@ def test_a_budget_with_its_unit(given, seconds):
 
 def test_a_latency_in_milliseconds(net, images):
     """The same as the part of the original's latency that it is, and an error that tells both."""
-    table = nmconv.sensitivity(net, images, backend="eager", quiet=True, most=3)
+    table = nmconv.sensitivity(net, images, backend="eager", quiet=True, max_convs=3)
     total = table.totals["latency"]
     saves = frontier([Option(one.first, one.last, 0.0, one.saves("latency")) for one in table.candidates
                       if one.saves("latency") > 0])[-1][1]  # fmt: skip
@@ -445,7 +445,7 @@ def test_a_loss_of_ones_own(net, images):
         seen.append(output.shape)
         return (output - wanted).abs().mean(1)
 
-    table = nmconv.sensitivity(net, images, loss=loss, quiet=True, most=2)
+    table = nmconv.sensitivity(net, images, loss=loss, quiet=True, max_convs=2)
     assert seen and all(one.loss >= 0 for one in table.candidates)
 
 

@@ -116,7 +116,7 @@ def images():
 def test_every_choice_can_be_done(make, images):
     net = built(make)
     table = nmconv.sensitivity(net, images, quiet=True)
-    network = candidates.Network(net, images[:1], 6)
+    network = candidates.SearchSpace(net, images[:1], 6)
     segments = {(part.convs, part.residual is not None): part for part in network.segments}
     assert len(table.candidates) > 5
     for one in table.candidates:
@@ -147,9 +147,9 @@ def test_a_norm_behind_a_dropped_activation_is_merged_too(images):
 @pytest.mark.parametrize("last", [nn.SiLU(inplace=True), nn.ReLU(inplace=True), nn.ReLU()])
 def test_a_branch_that_goes_leaves_no_shared_memory_to_overwrite(last, images):
     net = built(lambda: Forked(last))
-    table = nmconv.sensitivity(net, images, quiet=True, most=2)
+    table = nmconv.sensitivity(net, images, quiet=True, max_convs=2)
     (one,) = [one for one in table.candidates if one.size == "none"]
-    network = candidates.Network(net, images[:1], 2)
+    network = candidates.SearchSpace(net, images[:1], 2)
     (part,) = [part for part in network.segments if part.residual]
     model = nmconv.apply_plan(net, network.plan_of([(part, "")]))
     x = net.stem(images)
@@ -169,9 +169,9 @@ def test_timms_branches_can_go_and_the_rest_trains(block, inplace, images):
     net = timm_resnet.ResNet(block, (2, 1, 1), 5, channels=(8, 8, 8), stem_type="deep", stem_width=4, act_layer=act)
     net.layer4 = nn.Identity()
     net = settled(net)
-    table = nmconv.sensitivity(net, images, quiet=True, most=2)
+    table = nmconv.sensitivity(net, images, quiet=True, max_convs=2)
     assert any(one.size == "none" and one.convs[0] == "layer1.1.conv1" for one in table.candidates)
-    network = candidates.Network(net, images[:1], 2)
+    network = candidates.SearchSpace(net, images[:1], 2)
     (part,) = [part for part in network.segments if part.residual and part.convs[0] == "layer1.1.conv1"]
     model = nmconv.apply_plan(net, network.plan_of([(part, "")]))
     assert set(model.state_dict()) == set(net.state_dict())
@@ -187,7 +187,7 @@ def test_timms_branches_can_go_and_the_rest_trains(block, inplace, images):
 def test_a_branch_goes_where_the_same_forward_loses_functional_activations(budget):
     net = built(Functional)
     x = torch.randn(24, 4, 8, 8)
-    plan = nmconv.search(net, x, budget=budget, cost="multiply_adds", most=2, quiet=True)
+    plan = nmconv.search(net, x, budget=budget, cost="multiply_adds", max_convs=2, quiet=True)
     assert float(dict(plan.options)["reached"]) <= budget * 1.01
     fitted = nmconv.fit(nmconv.apply_plan(net, plan), x, reference=net)
     assert nmconv.get_fit(fitted).returned.loss == pytest.approx(float(dict(plan.options)["loss"]), rel=1e-3)
@@ -211,7 +211,7 @@ def test_tables_of_something_else_are_refused(tmp_path, images):
     net, other = built(act_before_norm), built(act_before_norm)
     other[0].weight.data *= 2
     path = tmp_path / "table.json"
-    table = nmconv.sensitivity(net, images, path=path, quiet=True, most=3)
+    table = nmconv.sensitivity(net, images, path=path, quiet=True, max_convs=3)
 
     def loss(output, wanted):
         return (output - wanted).square().mean()
@@ -227,7 +227,7 @@ def test_tables_of_something_else_are_refused(tmp_path, images):
     ):  # fmt: skip
         with pytest.raises(nmconv.FileError, match="was measured with"):
             nmconv.search(changed, x, **{**kept, **options})
-    assert nmconv.search(net, images[:16], **kept) and nmconv.search(net, images, **kept, most=5)
+    assert nmconv.search(net, images[:16], **kept) and nmconv.search(net, images, **kept, max_convs=5)
     plan = nmconv.search(net, images, budget=0.5, cost="activations", sensitivity=table, quiet=True)
     assert plan.kernels, "in the table's form"
 
@@ -308,8 +308,8 @@ def test_images_without_statistics_are_fitted_all_the_same():
 
 def test_kernels_that_are_too_large_to_fit_at_once_are_left_out(images, monkeypatch):
     net = built(act_before_norm)
-    every = nmconv.sensitivity(net, images, quiet=True, backend="eager", most=2)
+    every = nmconv.sensitivity(net, images, quiet=True, backend="eager", max_convs=2)
     monkeypatch.setattr("nmconv.fitting.samples._MOST", 100)
-    some = nmconv.sensitivity(net, images, quiet=True, backend="eager", most=2)
+    some = nmconv.sensitivity(net, images, quiet=True, backend="eager", max_convs=2)
     sizes = [{one.size for one in table.candidates if one.convs == ("3", "6")} for table in (every, some)]
     assert sizes == [{"1x1", "3x3", "5x5"} & sizes[0], {"1x1", "3x3"}] and "5x5" in sizes[0]

@@ -83,7 +83,7 @@ def test_the_pareto_front():
 
 def test_the_plot(tmp_path):
     small = Trial(model="cifar_resnet8")
-    half = replace(small, ratio="2:1", keep="last", relocate=True)
+    half = replace(small, ratio="2:1", keep="boundary", relocate=True)
     rows = [row(80 + seed, small, seed) for seed in range(3)] + [row(79, half, activations=4)]
     report.plot(report.table(rows), tmp_path / "plots" / "sweep.svg")
     text = (tmp_path / "plots" / "sweep.svg").read_text()
@@ -148,7 +148,7 @@ def test_a_study_that_is_not_there(tmp_path):
 
 
 def test_what_a_sweep_trains():
-    flags = ["run", "--data-dir", "data", "--rows", "rows", "--ratios", "1:1", "2:1", "--keep", "first", "last"]
+    flags = ["run", "--data-dir", "data", "--rows", "rows", "--ratios", "1:1", "2:1", "--keep", "first", "boundary"]
     found = sweep.trials(sweep.parse([*flags, "--seeds", "2", "--widths", "1", "0.5", "--lr", "0.3"]))
     assert len(found) == 2 * 2 * 3  # seeds, widths; 1:1 once
     assert {trial.recipe.lr for trial in found} == {0.3} and len({trial.name for trial in found}) == 12

@@ -428,7 +428,7 @@ def test_a_leading_activation_always_stays_where_the_last_conv_has_one():
 
     model = net(forward, **convs("c1 c2"), **relus("a1 a2 a3"))
     text = "a1 keep - - leading \n a2 drop c1 A0 post \n a3 keep c2 A0 post"
-    for keep in ("last", "first", "spread"):
+    for keep in ("boundary", "first", "spread"):
         plan = nmconv.make_plan(model, "2:1", keep=keep)
         assert plan.sites[0].action == "keep"
     expect(model, text, convs=2)
@@ -1313,7 +1313,7 @@ def test_a_block_called_on_several_levels_is_planned_once():
     expect(net(forward, head=_head()), "head.a1 drop head.c1 A0 \n head.a2 keep head.c2 A0", convs=2)
 
 
-@pytest.mark.parametrize("keep", ["last", "first"])
+@pytest.mark.parametrize("keep", ["boundary", "first"])
 @pytest.mark.parametrize("times", [2, 3, 4])
 def test_a_block_called_in_a_row_is_one_decision_for_all_calls(times, keep):
     """One conv, one activation, called in a row: no unit of the row may lose all of its activations."""
@@ -1333,7 +1333,7 @@ def test_a_block_of_two_convs_called_twice_in_a_row():
     plan = nmconv.make_plan(model, "2:1")
     assert [(site.id, site.action) for site in plan.sites] == [("head.a1#1", "drop"), ("head.a2#1", "keep")]
     # [c1 c2 c1] [c2]: what one call would drop another must keep
-    for keep in ("last", "first", "spread"):
+    for keep in ("boundary", "first", "spread"):
         plan = nmconv.make_plan(model, "3:1", keep=keep)
         assert [site.action for site in plan.sites] == ["keep", "keep"], keep
 
@@ -1371,14 +1371,14 @@ def kept(model: nn.Module, ratio: object, **options) -> tuple[list[int], list[in
 @pytest.mark.parametrize(
     ("ratio", "keep", "stay"),
     [
-        ("1:1", "last", [0, 1, 2, 3, 4, 5, 6]),
-        ("2:1", "last", [1, 3, 5, 6]),
-        ("3:2", "last", [1, 2, 4, 5, 6]),
-        ("3:1", "last", [2, 5, 6]),
-        ("4:1", "last", [3, 6]),
-        ("5:3", "last", [2, 3, 4, 5, 6]),
-        ("8:1", "last", [6]),
-        ("7:2", "last", [5, 6]),
+        ("1:1", "boundary", [0, 1, 2, 3, 4, 5, 6]),
+        ("2:1", "boundary", [1, 3, 5, 6]),
+        ("3:2", "boundary", [1, 2, 4, 5, 6]),
+        ("3:1", "boundary", [2, 5, 6]),
+        ("4:1", "boundary", [3, 6]),
+        ("5:3", "boundary", [2, 3, 4, 5, 6]),
+        ("8:1", "boundary", [6]),
+        ("7:2", "boundary", [5, 6]),
         ("2:1", "first", [0, 2, 4, 6]),
         ("3:2", "first", [0, 1, 3, 4, 6]),
         ("3:1", "first", [0, 3, 6]),
@@ -1396,10 +1396,10 @@ def test_units_of_a_chain_of_seven(ratio, keep, stay):
 @pytest.mark.parametrize(
     ("ratio", "keep", "stay"),
     [
-        ("2:1", "last", [0, 2, 4]),
-        ("3:2", "last", [0, 1, 3, 4]),
-        ("3:1", "last", [0, 3]),
-        ("4:1", "last", [0, 4]),
+        ("2:1", "boundary", [0, 2, 4]),
+        ("3:2", "boundary", [0, 1, 3, 4]),
+        ("3:1", "boundary", [0, 3]),
+        ("4:1", "boundary", [0, 4]),
         ("2:1", "first", [1, 3, 4]),
         ("3:2", "first", [1, 2, 3, 4]),
         ("3:1", "first", [2, 4]),

@@ -21,7 +21,7 @@ FOUR_TO_ONE = ("layer*.act2#1", *(f"{block}.act1#1" for block in BLOCKS[::2]))
 RATIOS = {
     "1:1": Trial(recipe=RECIPE),
     "2:1 first": Trial(ratio="2:1", keep="first", recipe=RECIPE),
-    "2:1 last": Trial(ratio="2:1", keep="last", recipe=RECIPE),
+    "2:1 boundary": Trial(ratio="2:1", keep="boundary", recipe=RECIPE),
     "Leaky ReLU 0.1": Trial(slope=0.1, recipe=RECIPE),
     "3:2 first": Trial(drop=THREE_TO_TWO, recipe=RECIPE),
     "4:1 first": Trial(drop=FOUR_TO_ONE, recipe=RECIPE),
@@ -35,7 +35,7 @@ def changed(trial: Trial, **recipe: object) -> Trial:
 
 def learning_rates() -> list[Trial]:
     """The recipe's learning rate, chosen on the pictures held back, by the mean of three networks."""
-    some = [replace(RATIOS[name], images=20_000) for name in ("1:1", "2:1 first", "2:1 last")]
+    some = [replace(RATIOS[name], images=20_000) for name in ("1:1", "2:1 first", "2:1 boundary")]
     return [changed(trial, epochs=3, lr=lr, seed=100) for lr in (0.1, 0.05, 0.2, 0.4) for trial in some]
 
 
@@ -72,6 +72,6 @@ STUDIES = {
     "learning-rates": learning_rates,
     "ratios": ratios,
     "long": long,
-    "routes-last": partial(routes, "last"),
+    "routes-boundary": partial(routes, "boundary"),
     "routes-first": partial(routes, "first"),
 }

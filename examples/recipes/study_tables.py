@@ -41,7 +41,7 @@ def learning_rates(trials: Sequence[Row], insights: Sequence[Row]) -> str:
     found: dict[float, list[Row]] = {}
     for row in rows_of(study.learning_rates(), trials):
         found.setdefault(row["trial"]["recipe"]["lr"], []).append(row)
-    columns = ["1:1", "2:1 first", "2:1 last"]
+    columns = ["1:1", "2:1 first", "2:1 boundary"]
     lines = []
     for lr, rows in sorted(found.items()):
         by_name = {name_of(trial_from(row["trial"])): row["held_back"] for row in rows}
@@ -81,9 +81,9 @@ def ratios(trials: Sequence[Row], insights: Sequence[Row]) -> str:
 
 def routes(trials: Sequence[Row], insights: Sequence[Row]) -> str:
     lines = []
-    rows = rows_of([*study.routes("first"), *study.routes("last")], trials)
+    rows = rows_of([*study.routes("first"), *study.routes("boundary")], trials)
     longer = {row["trial"]["recipe"]["seed"]: row for row in rows if row["trial"]["route"] == "longer"}
-    for keep in ("first", "last"):
+    for keep in ("first", "boundary"):
         for route in study.ROUTES:
             same = [row for row in rows if row["trial"]["route"] == route and row["trial"]["keep"] == keep]
             if not same:

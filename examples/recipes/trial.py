@@ -39,7 +39,7 @@ class Trial:
     model: str = "cifar_resnet20"
     options: dict[str, Any] = field(default_factory=dict)  # of what builds the model, such as {"width": 0.5}
     ratio: str = "1:1"
-    keep: str = "last"
+    keep: str = "boundary"
     relocate: bool = False
     gradual: bool = False
     drop: tuple[str, ...] = ()  # instead of a ratio: patterns of the activations that go

@@ -6,13 +6,14 @@ from nmconv.planning.dataclass_json import from_plain
 from nmconv.planning.json_files import number, read_json, write_json
 from nmconv.planning.plan import Branch, Counts, Hoist, Kernel, Plan, Site, Sum
 from nmconv.planning.planner import Options, draw_up
-from nmconv.planning.policies import Keep, Unit
+from nmconv.planning.policies import BOUNDARY, Keep, Unit, current_name
 from nmconv.planning.ratio import Ratio
 from nmconv.planning.selection import listed
 from nmconv.planning.structure import Activation, Chain, Item, Place, Structure, Untraced
 from nmconv.planning.text_table import table
 
 __all__ = [
+    "BOUNDARY",
     "Activation",
     "Branch",
     "Chain",
@@ -35,6 +36,7 @@ __all__ = [
     "Unit",
     "Untraced",
     "changes_of",
+    "current_name",
     "draw_up",
     "from_plain",
     "listed",

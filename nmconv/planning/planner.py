@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from nmconv.planning.plan import Plan, Site
-from nmconv.planning.policies import Keep, Unit, check_keep, choose
+from nmconv.planning.policies import BOUNDARY, Keep, Unit, check_keep, choose
 from nmconv.planning.ratio import Ratio
 from nmconv.planning.selection import PatternTarget, Rules, listed
 from nmconv.planning.structure import Activation, Chain, Item, Structure
@@ -22,7 +22,7 @@ class Options:
     """What the user asked for; see :func:`nmconv.convert`."""
 
     ratio: object = "2:1"
-    keep: Keep = "last"
+    keep: Keep = BOUNDARY
     relocate: bool = False
     include: str | Iterable[str] = "*"
     exclude: str | Iterable[str] = ()

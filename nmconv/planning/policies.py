@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from nmconv.deprecation import warn_of_word
 from nmconv.errors import OptionError
 
-__all__ = ["Keep", "Unit", "check_keep", "choose"]
+__all__ = ["BOUNDARY", "Keep", "Unit", "check_keep", "choose", "current_name"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,22 @@ class Unit:
 
 
 Keep = str | Callable[[Unit], Iterable[int]]
-_NAMES = ("last", "first", "spread")
+BOUNDARY = "boundary"
+_NAMES = (BOUNDARY, "first", "spread")
+_OLD_NAMES = {"last": BOUNDARY}
+
+
+def current_name(keep: Keep, stacklevel: int) -> Keep:
+    """The policy under its name of today; a DeprecationWarning says where an old one was given.
+
+    Args:
+        keep: Any value.
+        stacklevel: How many calls above this one the user's own is.
+    """
+    if isinstance(keep, str) and keep in _OLD_NAMES:
+        warn_of_word("keep", keep, _OLD_NAMES[keep], stacklevel + 1)
+        return _OLD_NAMES[keep]
+    return keep
 
 
 def check_keep(keep: object) -> None:
@@ -46,7 +62,7 @@ def check_keep(keep: object) -> None:
 def choose(keep: Keep, unit: Unit) -> frozenset[int]:
     """The positions in ``unit.sites`` that stay.
 
-    ``last`` keeps the unit's boundary: its last activations, or, where activations stand before their convolutions,
+    ``boundary`` keeps the end of the unit: its last activations, or, where activations stand before their convolutions,
     its first. ``first`` keeps the other end, ``spread`` spaces them evenly with one at the boundary.
 
     Raises:
@@ -68,5 +84,5 @@ def choose(keep: Keep, unit: Unit) -> frozenset[int]:
         if unit.pre:
             return frozenset(-(-step * count // allowed) for step in range(allowed))
         return frozenset((step + 1) * count // allowed - 1 for step in range(allowed))
-    at_end = (keep == "last") != unit.pre
+    at_end = (keep == BOUNDARY) != unit.pre
     return frozenset(range(count - allowed, count) if at_end else range(allowed))

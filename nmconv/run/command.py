@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import nn
 
 from nmconv.errors import NmconvError, OptionError, RemovedParametersWarning
-from nmconv.planning import Options, Plan
-from nmconv.run.models import Models
+from nmconv.planning import BOUNDARY, Options, Plan, current_name
+from nmconv.run.models import Models, say
 from nmconv.run.script import run_module, run_script
 from nmconv.run.zoo_builders import watch_builders
 from nmconv.surgery import apply_plan, convert, get_plan
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = partial(parser.add_argument, default=None)
     add("--ratio", metavar="N:M", help="default: 2:1")
-    add("--keep", metavar="WHICH", help="last (the default), first or spread")
+    add("--keep", metavar="WHICH", help="boundary (the default), first or spread")
     add("--relocate", action="store_true", help="move kept activations to their unit's end")
     add("--include", action="append", metavar="PATTERN", help="modules to convert; repeatable; default: all")
     add("--exclude", action="append", metavar="PATTERN", help="modules to leave alone; repeatable")
@@ -94,7 +94,13 @@ def _conversion(asked: argparse.Namespace) -> Callable[[nn.Module], Plan]:
             raise OptionError(f"--plan has decided what --{next(iter(given)).replace('_', '-')} asks for: give one")
         plan = Plan.from_json(Path(asked.plan).read_text(encoding="utf-8"))
         return partial(_converted, partial(apply_plan, plan=plan, witness=witness, inplace=True))
-    Options(ratio=given.get("ratio", "2:1"), keep=given.get("keep", "last")).check()
+    if "keep" in given:
+        with warnings.catch_warnings(record=True) as deprecated:
+            warnings.simplefilter("always")
+            given["keep"] = current_name(given["keep"], stacklevel=1)
+        for warning in deprecated:
+            say(str(warning.message))
+    Options(ratio=given.get("ratio", "2:1"), keep=given.get("keep", BOUNDARY)).check()
     return partial(_converted, partial(convert, **given, witness=witness, inplace=True))
 
 

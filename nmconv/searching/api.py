@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nmconv.deprecation import renamed_arguments
 from nmconv.errors import FileError, OptionError
 from nmconv.fitting import Images, Loss, check_takes, eval_mode, fit, get_fit, read_images
 from nmconv.merging import get_merges, groups_of
@@ -29,9 +30,10 @@ _SAME = 1.01  # latencies this close to the budget are within it: the machine's 
 _STEP = 1.5  # times as much saving as before is asked for at most, where what was chosen did not save enough
 
 
+@renamed_arguments(net="model", images="data", most="max_convs")
 def search(
-    net: nn.Module,
-    images: Any,
+    model: nn.Module,
+    data: Any,
     *,
     budget: float | str | Iterable[float | str],
     cost: str = "latency",
@@ -39,7 +41,7 @@ def search(
     sensitivity: Sensitivity | None = None,
     form: str | None = None,
     rounds: int = 3,
-    most: int = 6,
+    max_convs: int = 6,
     holdout: float = 0.25,
     loss: Loss | None = None,
     key: str | None = None,
@@ -54,8 +56,8 @@ def search(
     budget, the best is returned.
 
     Args:
-        net: Not converted; it is not changed.
-        images: A tensor ``[images, ...]``, or a loader or iterable of tensors, of (x, y) pairs or of dicts. No labels.
+        model: Not converted; it is not changed.
+        data: A tensor ``[images, ...]``, or a loader or iterable of tensors, of (x, y) pairs or of dicts. No labels.
         budget: What is left of the original's cost: a fraction (up to 1.0, which is all of it), an absolute figure
             from the whole number 1 on (seconds, for latency), or a time with its unit (``"8 ms"``, ``"800 us"``,
             ``"0.1 s"``), against the latency that the table has for the original. Several, for several plans from one
@@ -67,7 +69,7 @@ def search(
         form: ``"merged"``: one convolution in a segment's place; ``"factors"``: its convolutions stay, and keep their
             keys. By default merged, and factors where activations are what costs.
         rounds: How often a choice is measured as a whole; up to twice as often where none has met the budget.
-        most: Longest segment, in convolutions.
+        max_convs: Longest segment, in convolutions.
         holdout: Which part of the images is held out; losses are measured on it.
         loss: As for :func:`nmconv.sensitivity`.
         key: Where batches are dicts: under which key the images are.
@@ -84,22 +86,22 @@ def search(
         FileError: If the table is another network's.
         NoSitesError: If nothing of the network can become linear.
     """
-    check_model(net)
+    check_model(model)
     if cost not in COSTS:
         raise OptionError(f"cost={cost!r}: give one of {', '.join(COSTS)}")
     if form is None:
         given = None if sensitivity is None else sensitivity.setting.get("form")
         form = given or ("factors" if cost.startswith("activation") else "merged")
-    check_options(form, backend, most, holdout, loss)
+    check_options(form, backend, max_convs, holdout, loss)
     if cost in ("latency", "multiply_adds") and form == "factors":
         raise OptionError(f'form="factors" saves no {cost}: its convolutions stay; give form="merged"')
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise OptionError(f"rounds={rounds!r}: give a positive whole number, such as 3")
     budgets = budgets_of(budget, cost)
-    pictures = read_images(images, net, holdout=holdout, key=key)
-    with eval_mode(net):
-        check_takes(net, pictures)
-        network = SearchSpace(net, pictures.first(), most)
+    pictures = read_images(data, model, holdout=holdout, key=key)
+    with eval_mode(model):
+        check_takes(model, pictures)
+        network = SearchSpace(model, pictures.first(), max_convs)
         timed = backend if cost == "latency" else None
         if sensitivity is not None:
             _check_table(sensitivity, network, setting_of(network, pictures.first(), form, timed, loss))

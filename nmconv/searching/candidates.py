@@ -101,7 +101,7 @@ class SearchSpace:
     Args:
         model: Read only.
         example_inputs: One batch; only structure and shapes are used.
-        most: Longest segment, in convolutions.
+        max_convs: Longest segment, in convolutions.
 
     Attributes:
         plan: In which everything stays.
@@ -114,10 +114,10 @@ class SearchSpace:
         NoSitesError: If no activation of it belongs to a convolution.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Any, most: int) -> None:
+    def __init__(self, model: nn.Module, example_inputs: Any, max_convs: int) -> None:
         self.model = model
         self.plan = make_plan(model, "1:1", example_inputs=example_inputs)
-        self.most = most
+        self.max_convs = max_convs
         self._ways = DefUse(model, example_inputs)
         self._sites: dict[Any, Site] = {
             ((site.owner, site.name, site.function), site.call): site
@@ -283,7 +283,7 @@ class SearchSpace:
             for end in range(start + 1, len(line) + 1):
                 blocks = (*line[start : end - 1], line[end - 1].cut or line[end - 1])
                 convs = tuple(name for block in blocks for name in block.convs)
-                if len(convs) > self.most or any(":" in name for name in convs):
+                if len(convs) > self.max_convs or any(":" in name for name in convs):
                     break  # calls of functions are no modules to put something else in the place of
                 sites = [site for block in blocks for site in block.inner]
                 sites += [block.behind for block in blocks[:-1] if block.behind]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nmconv.algebra import Refusal
+from nmconv.deprecation import renamed_arguments
 from nmconv.errors import FileError, OptionError
 from nmconv.fitting import Images, Loss, NotFiniteError, check_loss, check_takes, eval_mode, is_direct, read_images
 from nmconv.searching.ablation import Ablation, MeasuredSegment
@@ -32,13 +33,14 @@ _WORTH = 1.05  # multiply-adds before over after: where the measured law breaks 
 _HOPEFUL = 0.7  # the same where time decides
 
 
+@renamed_arguments(net="model", images="data", most="max_convs")
 def sensitivity(
-    net: nn.Module,
-    images: Any,
+    model: nn.Module,
+    data: Any,
     *,
     form: str = "merged",
     backend: str | None = None,
-    most: int = 6,
+    max_convs: int = 6,
     holdout: float = 0.25,
     loss: Loss | None = None,
     key: str | None = None,
@@ -53,13 +55,13 @@ def sensitivity(
     of more than 6144 inputs to one output are left out: their fit would take long, and they hardly ever pay.
 
     Args:
-        net: Not converted; it is not changed.
-        images: A tensor ``[images, ...]``, or a loader or iterable of tensors, of (x, y) pairs or of dicts. A few
+        model: Not converted; it is not changed.
+        data: A tensor ``[images, ...]``, or a loader or iterable of tensors, of (x, y) pairs or of dicts. A few
             dozen will do; no labels.
         form: ``"merged"``: one convolution in a segment's place; ``"factors"``: the convolutions stay, the last one
             is refitted.
         backend: Time segments too, on ``"eager"``, ``"compile"``, ``"frozen"`` or ``"onnxruntime"``; None does not.
-        most: Longest segment, in convolutions.
+        max_convs: Longest segment, in convolutions.
         holdout: Which part of the images is held out, spread evenly over them.
         loss: A function of (output, output of the original) of a batch that gives a number, or one for each image;
             by default the KL divergence for classifiers, else the relative squared error.
@@ -76,16 +78,16 @@ def sensitivity(
         FileError: If ``path`` holds the table of something else, or its folder is not there.
         NoSitesError: If nothing of the network can become linear.
     """
-    check_model(net)
-    check_options(form, backend, most, holdout, loss)
-    pictures = read_images(images, net, holdout=holdout, key=key)
-    with eval_mode(net):
-        check_takes(net, pictures)
-        network = SearchSpace(net, pictures.first(), most)
+    check_model(model)
+    check_options(form, backend, max_convs, holdout, loss)
+    pictures = read_images(data, model, holdout=holdout, key=key)
+    with eval_mode(model):
+        check_takes(model, pictures)
+        network = SearchSpace(model, pictures.first(), max_convs)
         return measured(network, pictures, form, backend, loss, path, quiet)
 
 
-def check_options(form: str, backend: str | None, most: int, holdout: float, loss: Loss | None) -> None:
+def check_options(form: str, backend: str | None, max_convs: int, holdout: float, loss: Loss | None) -> None:
     """Refuse what is none, with OptionError."""
     if form not in _FORMS:
         raise OptionError(f"form={form!r}: give one of {', '.join(_FORMS)}")
@@ -93,8 +95,8 @@ def check_options(form: str, backend: str | None, most: int, holdout: float, los
         if backend not in BACKENDS:
             raise OptionError(f"backend={backend!r}: give one of {', '.join(BACKENDS)}, or None")
         require(backend)
-    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
-        raise OptionError(f"most={most!r}: give a number of convolutions, such as 6")
+    if isinstance(max_convs, bool) or not isinstance(max_convs, int) or max_convs < 1:
+        raise OptionError(f"max_convs={max_convs!r}: give a number of convolutions, such as 6")
     if isinstance(holdout, bool) or not isinstance(holdout, (int, float)) or not 0 < holdout < 1:
         raise OptionError(f"holdout={holdout!r}: give a part of the images, more than 0 and less than 1")
     check_loss(loss)
@@ -112,7 +114,7 @@ def measured(
     """The table of a network in eval mode; see :func:`sensitivity`."""
     image = images.first()
     setting = setting_of(network, image, form, backend, loss)
-    setting["most"] = str(network.most)
+    setting["max_convs"] = str(network.max_convs)
     setting["images"] = f"{images.count} + {images.held}, {_digest(images)}"
     table = _table(network, setting, path)
     if table.complete:

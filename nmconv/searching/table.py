@@ -64,7 +64,7 @@ class Sensitivity:
     Attributes:
         model: Class name of the network.
         fingerprint: Identifies its structure.
-        setting: What the measurements depend on: form, backend, most, loss, weights, image (its shape) and images.
+        setting: What the measurements depend on: form, backend, max_convs, loss, weights, image (its shape) and images.
         totals: Of the whole network, by cost; latency in seconds, NaN where it was not measured. Under ``"loss"``
             what the loss gives where nothing is changed: 0 for the default.
         candidates: In the order they were measured in.
@@ -104,6 +104,8 @@ class Sensitivity:
         try:
             found = [_candidate(row) for row in data.pop("candidates")]
             totals = {name: number(value) for name, value in data.pop("totals").items()}
+            if "most" in data["setting"]:  # its name in tables of version 0.1
+                data["setting"]["max_convs"] = data["setting"].pop("most")
             return cls(**data, totals=totals, candidates=found)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise FileError(f"{os.fspath(path)} is no table of nmconv.sensitivity ({error}): measure anew") from error

@@ -11,7 +11,7 @@ from torch import nn
 
 from nmconv.errors import ModelTypeError, NoEffectWarning, PlanError
 from nmconv.flow import recordings_of
-from nmconv.planning import Keep, Options, Plan, Site, listed
+from nmconv.planning import BOUNDARY, Keep, Options, Plan, Site, current_name, listed
 from nmconv.recording import Recordings
 from nmconv.surgery.apply import Known, Surgery
 from nmconv.surgery.checks import FROZEN, MARK, check_examples, check_has_run, check_model, check_plain, plan_of
@@ -30,7 +30,7 @@ def make_plan(
     model: nn.Module,
     ratio: object = "2:1",
     *,
-    keep: Keep = "last",
+    keep: Keep = BOUNDARY,
     relocate: bool = False,
     include: str | Iterable[str] = "*",
     exclude: str | Iterable[str] = (),
@@ -125,7 +125,7 @@ def convert(
     model: nn.Module,
     ratio: object = "2:1",
     *,
-    keep: Keep = "last",
+    keep: Keep = BOUNDARY,
     relocate: bool = False,
     include: str | Iterable[str] = "*",
     exclude: str | Iterable[str] = (),
@@ -143,7 +143,7 @@ def convert(
         ratio: ``"N:M"``, a pair (N, M), or an ordered mapping from patterns to either or None (left alone), of which
             the first that matches wins. A pattern is a glob on qualified names (``"layer3"`` stands for everything in
             it), ``"re:..."``, or ``"stage:2"`` in timm's ``feature_info``.
-        keep: Which activations a unit keeps: ``"last"``, its boundary (the first ones where activations stand before
+        keep: Which activations a unit keeps: ``"boundary"``, its end (its first ones where activations stand before
             their convolutions), ``"first"``, the other end, ``"spread"``, evenly spaced, or a function from
             :class:`nmconv.Unit` to the positions in ``unit.sites`` that stay.
         relocate: Move the kept activation to the unit's end where the unit's last convolution has none, behind its
@@ -212,7 +212,7 @@ def _options(
     check_examples(example_inputs)
     return Options(
         ratio=ratio,
-        keep=keep,
+        keep=current_name(keep, stacklevel=3),
         relocate=bool(relocate),
         include=listed(include),
         exclude=listed(exclude),
