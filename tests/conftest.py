@@ -1,12 +1,16 @@
-"""One thread a worker, since tests run side by side; and the limits that are known."""
+"""Set one thread a worker, since tests run side by side, and mark the known limits."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[1]
+# Processes that tests start import what tests do.
+os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / path) for path in (".", "examples", "tests", "tests/support"))
 LIMITS = json.loads(Path(__file__).with_name("known_limits.json").read_text())
 
 

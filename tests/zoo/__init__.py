@@ -1,0 +1,1 @@
+"""timm's and torchvision's models, built, called and judged."""
