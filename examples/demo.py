@@ -5,9 +5,9 @@
     python examples/demo.py --ratio 3:1 --model mobilenetv2_050 --relocate --hoist     # most of its convolutions merge
     python examples/demo.py --data-dir ~/data/cifar10     # any ImageFolder: train/<class>/*, test/<class>/* (or val/)
 
-Of the digits 160 have labels, and the other 1,637 are the test set. At each seed the networks start from the same
-weights and see the same batches; only the activations differ. A few seeds and a short schedule show that training works
-and what it looks like. They do not show which ratio is better.
+160 of the digits are the train set, and the other 1,637 the test set. At each seed, all networks start from the same
+weights and see the same batches; only the activations differ. A few seeds and a short schedule show that training
+works, but not which ratio is better.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from torch import Tensor, nn
 import nmconv
 
 SMALL = {"channels": (16, 32, 64, 128)}  # a quarter of resnet18's width
-LABELLED = 160  # digits; with all of them every ratio reaches 99 %
+LABELLED = 160  # digits to train on; with all of them, every ratio reaches 99 %
 
 LEGEND = """\
 accuracy: on the test pictures, mean ± standard deviation over the seeds
@@ -54,88 +54,90 @@ A few seeds and a short schedule: no claim about which ratio is better."""
 
 @dataclass
 class Run:
-    """A network of one ratio and seed, and what its training left behind."""
+    """A network of one ratio and seed, and the results of its training."""
 
     ratio: str
     seed: int
     model: nn.Module
     plan: nmconv.Plan
     losses: Sequence[float] = ()  # by epoch
-    curve: Sequence[float] = ()  # accuracies on some of the test pictures, by epoch
-    accuracy: float = 0.0  # on all of them, in percent
-    difference: float | None = None  # of a merged network: from the converted one, of the largest output
+    curve: Sequence[float] = ()  # accuracies on the first test pictures, by epoch
+    accuracy: float = 0.0  # on all test pictures, in percent
+    difference: float | None = None  # of a merged network: from the converted outputs, over the largest of them
 
 
 def digits(size: int, limit: int) -> Data:
-    """scikit-learn's 1,797 handwritten digits, enlarged from 8x8 and in three equal channels; 160 have labels."""
+    """Load scikit-learn's 1,797 handwritten 8x8 digits, enlarged and with three equal channels; 160 are to train on."""
     pixels, labels = load_digits(return_X_y=True)
     rows = balanced(labels)
     grey = torch.from_numpy(pixels[rows]).float().view(-1, 1, 8, 8) * (255 / 16)
     grey = F.interpolate(grey, size=(size, size), mode="bilinear").round().to(torch.uint8)
-    every = Decoded(grey.permute(0, 2, 3, 1).expand(-1, -1, -1, 3), torch.from_numpy(labels[rows]).long())
-    most = limit or None
-    return Data(every.first(LABELLED).first(most), every.after(LABELLED).first(most), tuple("0123456789"))
+    pictures = Decoded(grey.permute(0, 2, 3, 1).expand(-1, -1, -1, 3), torch.from_numpy(labels[rows]).long())
+    count = limit or None
+    return Data(pictures.first(LABELLED).first(count), pictures.after(LABELLED).first(count), tuple("0123456789"))
 
 
 def image_folder(root: Path, size: int, limit: int) -> Data:
-    """An ImageFolder with train/ and test/ (or val/): the first `limit` of each, decoded once."""
+    """Load and decode the first `limit` pictures of each split of an ImageFolder with train/ and test/ (or val/)."""
     data = load_data(root, decode=False)
     splits = [split.first(limit or None) for split in (data.train, data.test)]
-    few, others = (Decoded(torch.from_numpy(decoded(each.dataset, size, None, "")), each.labels) for each in splits)
-    return Data(few, others, data.classes)
+    train_split, test_split = (
+        Decoded(torch.from_numpy(decoded(split.dataset, size, None, "")), split.labels) for split in splits
+    )
+    return Data(train_split, test_split, data.classes)
 
 
 def network(args: argparse.Namespace, ratio: str, seed: int, classes: int) -> Run:
-    """The network at `ratio`, from the seed's initial weights, with the plan for its activations."""
+    """Build the network at `ratio` with the seed's initial weights, and its plan."""
     model = build(args.model, classes, seed=seed, **args.model_kwargs)
-    if ratio == "1:1":  # the network as it is, for comparison
+    if ratio == "1:1":  # the baseline
         return Run(ratio, seed, model, Trial().plan(model))
     model = nmconv.convert(model, ratio, relocate=args.relocate, hoist_padding=args.hoist, inplace=True)
     return Run(ratio, seed, model, nmconv.get_plan(model))
 
 
 def merged(run: Run, data: Data, args: argparse.Namespace) -> Run:
-    """The trained network with its linear runs merged where that saves multiply-adds, and its norms folded."""
+    """Merge the linear runs of a trained network where the gate allows it, and fold its norms."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", nmconv.NoEffectWarning)
-        after = nmconv.merge(run.model, gate=args.gate)
+        model = nmconv.merge(run.model, gate=args.gate)
     with torch.inference_mode():
         x = inputs(run.model, data.test.first(64).images)
-        one, other = run.model(x), after(x)
-    difference = float((one - other).abs().max() / one.abs().max())
-    return Run(run.ratio, run.seed, after, run.plan, accuracy=evaluate(after, data.test), difference=difference)
+        before, after = run.model(x), model(x)
+    difference = float((before - after).abs().max() / before.abs().max())
+    return Run(run.ratio, run.seed, model, run.plan, accuracy=evaluate(model, data.test), difference=difference)
 
 
 def deployed(runs: list[Run]) -> nn.Module:
-    """The first seed's network with its norms folded: a merged one has none any more."""
+    """Return the first seed's network with its norms folded; merging has already folded those of a merged one."""
     return runs[0].model if runs[0].difference is not None else nmconv.fold_norms(runs[0].model)
 
 
 def table(rows: list[list[Run]], x: Tensor, args: argparse.Namespace) -> Table:
-    """A row for each ratio, and one for it merged; at most 80 columns wide."""
+    """Make a table with a row for each ratio, and one for its merged network; at most 80 columns wide."""
     out = Table(title=args.title)
     out.add_column("ratio", no_wrap=True)
     for heading in ("accuracy, %", "loss", "convs", "acts", "MACs, M", "latency", "diff"):
         out.add_column(heading, justify="right", no_wrap=True)
     for runs, latency in zip(rows, latencies([deployed(runs) for runs in rows], x), strict=True):
         first = runs[0]
-        after = first.difference is not None
+        is_merged = first.difference is not None
         convs = sum(isinstance(module, nn.modules.conv._ConvNd) for module in first.model.modules())
         out.add_row(
-            "  merged" if after else first.ratio,
+            "  merged" if is_merged else first.ratio,
             spread([run.accuracy for run in runs], 1),
-            "" if after else f"{statistics.mean(run.losses[-1] for run in runs):.3f}",
+            "" if is_merged else f"{statistics.mean(run.losses[-1] for run in runs):.3f}",
             str(convs),
             str(first.plan.counts.activations_after),
             f"{multiply_adds(first.model, x) / 1e6:.1f}",
             f"{latency:.2f}x",
-            f"{max(run.difference for run in runs):.0e}" if after else "",
+            f"{max(run.difference for run in runs):.0e}" if is_merged else "",
         )
     return out
 
 
 def plot(rows: list[list[Run]], args: argparse.Namespace) -> None:
-    """Means over the seeds, in a band of one standard deviation to either side."""
+    """Plot the means over the seeds, with a band of one standard deviation to either side."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = np.arange(1, args.epochs + 1)
@@ -145,8 +147,8 @@ def plot(rows: list[list[Run]], args: argparse.Namespace) -> None:
             mean = np.mean(curves, axis=0)
             axes.plot(epochs, mean, marker=".", label=label)
             if len(runs) > 1:
-                apart = np.std(curves, axis=0, ddof=1)
-                axes.fill_between(epochs, mean - apart, mean + apart, alpha=0.2)
+                deviation = np.std(curves, axis=0, ddof=1)
+                axes.fill_between(epochs, mean - deviation, mean + deviation, alpha=0.2)
     left.set(xlabel="epoch", ylabel="train loss (label smoothing 0.1)")
     right.set(xlabel="epoch", ylabel=f"accuracy on {args.probe} test pictures, %")
     right.legend()
@@ -199,11 +201,11 @@ def parse() -> argparse.Namespace:
 
 
 def recipe(args: argparse.Namespace, seed: int) -> Recipe:
-    """AdamW under a cosine. Digits stay as they are: a shift or a mirror can make another one of them."""
-    given: dict[str, Any] = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seed": seed}
+    """Return AdamW with a cosine schedule. Digits are not augmented, as a shift or a mirror can change their class."""
+    options: dict[str, Any] = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seed": seed}
     augment = "none" if args.data_dir is None else "shift"
     warmup = min(2, args.epochs - 1)
-    return Recipe(**given, opt="adamw", weight_decay=0.05, warmup=warmup, smoothing=0.1, augment=augment)
+    return Recipe(**options, opt="adamw", weight_decay=0.05, warmup=warmup, smoothing=0.1, augment=augment)
 
 
 def main() -> None:

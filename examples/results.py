@@ -1,14 +1,14 @@
-"""The measurements behind docs/results.md: fitted and searched networks on CIFAR-10, against simpler ways.
+"""The measurements behind docs/results.md: fitted and searched networks on CIFAR-10 against simpler methods.
 
     python examples/results.py --data-dir ~/data/cifar10 --net resnet20 --weights runs/resnet20-0/model.safetensors
     python examples/results.py --data-dir ~/data/cifar10 --net lite0 --weights runs/lite0-0/model.safetensors
     python examples/results.py --data-dir ~/data/imagenet-sample --net imagenet --weights efficientnet_lite0.pth
-    python examples/results.py --table            what is in docs/results.jsonl, as Markdown
+    python examples/results.py --table            # docs/results.jsonl as Markdown
     python examples/results.py --plot docs/results.svg
 
-`--weights` is what examples/train.py wrote (its commands are in docs/results.md). Every row is appended to `--rows`
-as soon as it is measured, and not measured again; `--only` limits the run to some cases. Accuracies are of the whole
-test set, run in onnxruntime; nothing here is chosen by them. Fits see train pictures without labels.
+`--weights` is a file written by examples/train.py (its commands are in docs/results.md). Each row is appended to
+`--rows` as soon as it is measured, and is not measured again; `--only` limits the run to some cases. Accuracies are on
+the whole test set, run in onnxruntime; no choice depends on them. Fits use unlabeled train pictures.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from nmconv.timing import interleaved, ratios, runner, threads
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A network, what it was trained with, and what it is trained on with afterwards."""
+    """A network, its original training, and its training after the conversion."""
 
     model: str
     size: int
-    images: int  # of the train split, for training; 0 for all
-    training: Recipe  # what it was trained by
-    fitting: slice  # of the train split, for fitting
-    units: str  # what a prefix of a module's name must be for the module to be one unit of the uniform choice
+    images: int  # number of train pictures for the original training, 0 for all
+    training: Recipe  # of the original training
+    fitting: slice  # the train pictures for fitting
+    units: str  # pattern of the modules that are the units of the uniform choice
     tune: Recipe
     tuned_images: int
     wanted: tuple[str, ...]
@@ -79,16 +79,16 @@ BUDGETS = {
     "resnet20": (0.9, 0.8, 0.78, 0.7, 0.66, 0.5),
     "resnet20-30": (0.78, 0.66, 0.5),
 }
-COMPARED = (0.9, 0.8, 0.7)  # of the multiply-adds, against uniform and random choices
+COMPARED = (0.9, 0.8, 0.7)  # budgets at which uniform and random choices are measured, too
 TUNED = {"lite0": (), "resnet20": (0.78, 0.66, 0.5), "resnet20-30": (0.78, 0.66, 0.5)}
 RANDOM = 5
 
 
-# What is measured
+# Measurements
 
 
 def answers(model: nn.Module, pictures: Tensor, batch: int = 250) -> Tensor:
-    """The network's outputs in onnxruntime, several times as fast on a CPU as eager."""
+    """Return the network's outputs, computed in onnxruntime, which is several times as fast as eager on a CPU."""
     import onnxruntime
 
     model = nmconv.fold_norms(copy.deepcopy(model).eval().to(memory_format=torch.contiguous_format))
@@ -101,83 +101,83 @@ def answers(model: nn.Module, pictures: Tensor, batch: int = 250) -> Tensor:
         program.save(path)
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     (name,) = (entry.name for entry in session.get_inputs())
-    found = []
+    outputs = []
     for part in pictures.split(batch):
         x = inputs(model, part).contiguous().numpy()
-        rest = batch - len(part)
-        x = np.concatenate([x, np.zeros((rest, *x.shape[1:]), x.dtype)]) if rest else x
-        found.append(torch.from_numpy(session.run(None, {name: x})[0][: len(part)]))
-    return torch.cat(found)
+        missing = batch - len(part)
+        x = np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)]) if missing else x
+        outputs.append(torch.from_numpy(session.run(None, {name: x})[0][: len(part)]))
+    return torch.cat(outputs)
 
 
 def accuracy(model: nn.Module, split: Decoded) -> float:
-    """Top-1, in percent."""
+    """Return the top-1 accuracy in percent."""
     return 100 * float((answers(model, split.images).argmax(1) == split.labels).double().mean())
 
 
 def chosen(plan: nmconv.Plan) -> dict[str, Any]:
-    """What a plan does, for a row."""
+    """Describe a plan for a row."""
     parts = [f"{kernel.convs[0]}…{kernel.convs[-1]}: {kernel.size}" for kernel in plan.kernels]
     parts += [f"{branch.convs[0]}…{branch.convs[-1]}: gone" for branch in plan.branches]
     return {"activations": [plan.counts.activations_before, plan.counts.activations_after], "plan": parts}
 
 
-# Choices that measure nothing
+# Choices without measurements
 
 
 def units_of(table: nmconv.Sensitivity, pattern: str) -> list[list[nmconv.Candidate]]:
-    """For each module of that pattern, in order: the kernels that all its convolutions could become together."""
+    """Return, for each module that matches the pattern, the kernels that could replace all its convolutions."""
     depth = pattern.count(".") + 1
-    found: dict[str, dict[tuple[str, ...], list[nmconv.Candidate]]] = {}
-    for one in table.candidates:
-        owners = {".".join(conv.split(".")[:depth]) for conv in one.convs}
-        if len(owners) == 1 and one.size not in ("", "none"):
-            found.setdefault(owners.pop(), {}).setdefault(one.convs, []).append(one)
-    longest = [max(rows.values(), key=lambda some: len(some[0].convs)) for rows in found.values()]
-    return sorted(longest, key=lambda some: some[0].first)
+    by_module: dict[str, dict[tuple[str, ...], list[nmconv.Candidate]]] = {}
+    for candidate in table.candidates:
+        modules = {".".join(conv.split(".")[:depth]) for conv in candidate.convs}
+        if len(modules) == 1 and candidate.size not in ("", "none"):
+            by_module.setdefault(modules.pop(), {}).setdefault(candidate.convs, []).append(candidate)
+    longest = [max(by_convs.values(), key=lambda kernels: len(kernels[0].convs)) for by_convs in by_module.values()]
+    return sorted(longest, key=lambda kernels: kernels[0].first)
 
 
 def uniform(table: nmconv.Sensitivity, pattern: str, needed: float) -> list[nmconv.Candidate]:
-    """As many units as the budget needs, evenly spaced, each as the largest kernel that halves its multiply-adds."""
-    kernels = []
-    for rows in units_of(table, pattern):
-        half = [one for one in rows if one.multiply_adds[1] <= one.multiply_adds[0] / 2] or rows[:1]
-        kernels.append(half[-1])
-    for count in range(1, len(kernels) + 1):
-        places = sorted({int((at + 0.5) * len(kernels) / count) for at in range(count)})
-        some = [kernels[at] for at in places]
-        if sum(one.saves("multiply_adds") for one in some) >= needed:
-            return some
-    raise SystemExit(f"all {len(kernels)} units together save less than {needed:.0f} multiply-adds")
+    """Choose evenly spaced units until they save enough, each as the largest kernel that halves its multiply-adds."""
+    units = []
+    for kernels in units_of(table, pattern):
+        halved = [each for each in kernels if each.multiply_adds[1] <= each.multiply_adds[0] / 2] or kernels[:1]
+        units.append(halved[-1])
+    for count in range(1, len(units) + 1):
+        indices = sorted({int((i + 0.5) * len(units) / count) for i in range(count)})
+        candidates = [units[i] for i in indices]
+        if sum(each.saves("multiply_adds") for each in candidates) >= needed:
+            return candidates
+    raise SystemExit(f"all {len(units)} units together save less than {needed:.0f} multiply-adds")
 
 
 def randomly(table: nmconv.Sensitivity, needed: float, seed: int) -> list[nmconv.Candidate]:
-    """Candidates drawn until the budget is met; drawn anew where nothing is left before."""
-    rows = [one for one in table.candidates if one.size != "none" and one.saves("multiply_adds") > 0]
+    """Draw compatible candidates at random until they save enough; start again if none is left before."""
+    candidates = [each for each in table.candidates if each.size != "none" and each.saves("multiply_adds") > 0]
     rng = np.random.default_rng(seed)
     for _ in range(1000):
-        taken: list[nmconv.Candidate] = []
-        for at in rng.permutation(len(rows)):
-            one = rows[at]
-            if all(one.last < other.first or other.last < one.first for other in taken):
-                taken.append(one)
-            if sum(each.saves("multiply_adds") for each in taken) >= needed:
-                return taken
+        drawn: list[nmconv.Candidate] = []
+        for i in rng.permutation(len(candidates)):
+            candidate = candidates[i]
+            if all(candidate.last < other.first or other.last < candidate.first for other in drawn):
+                drawn.append(candidate)
+            if sum(each.saves("multiply_adds") for each in drawn) >= needed:
+                return drawn
     raise SystemExit(f"no random choice saves {needed:.0f} multiply-adds")
 
 
 def plan_of(net: nn.Module, image: Tensor, some: Sequence[nmconv.Candidate]) -> nmconv.Plan:
-    """A plan written by hand: some candidates, each as its table says."""
+    """Return the plan that carries out the given candidates."""
     plan = nmconv.make_plan(net, "1:1", example_inputs=image)
-    plan = plan.edit({site: "drop" for one in some for site in one.sites})
-    return plan.with_kernels({one.convs: one.size for one in some if one.size})
+    plan = plan.edit({site: "drop" for candidate in some for site in candidate.sites})
+    return plan.with_kernels({candidate.convs: candidate.size for candidate in some if candidate.size})
 
 
 # The cases
 
 
 class Run:
-    """All rows of one network and seed."""
+    """Measures all rows of one network and seed."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.case = CASES[args.net]
@@ -191,19 +191,19 @@ class Run:
         self.rows = read(args.rows)
 
     def row(self, case: str, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The row, measured if it is not there."""
+        """Return the row of this name; measure and append it if it does not exist."""
         key = {"net": self.args.net, "seed": self.args.seed, "case": case, "name": name}
         for known in self.rows:
-            if {part: known[part] for part in key} == key:
+            if {column: known[column] for column in key} == key:
                 return known
         clock = time.perf_counter()
-        found = {**key, **measure()}
-        found["seconds"] = round(time.perf_counter() - clock, 1)
-        self.rows.append(found)
+        row = {**key, **measure()}
+        row["seconds"] = round(time.perf_counter() - clock, 1)
+        self.rows.append(row)
         with self.args.rows.open("a") as file:
-            file.write(json.dumps(found) + "\n")
-        print({part: value for part, value in found.items() if part != "plan"}, flush=True)
-        return found
+            file.write(json.dumps(row) + "\n")
+        print({column: value for column, value in row.items() if column != "plan"}, flush=True)
+        return row
 
     def accuracy(self, model: nn.Module) -> float:
         return round(accuracy(model, self.data.test), 3)
@@ -219,18 +219,18 @@ class Run:
         model = self.fitted(plan)
         report = nmconv.get_fit(model)
         assert report is not None
-        found = {"multiply_adds": self.cost(model), "accuracy": self.accuracy(model), "kl": report.returned.loss}
-        return {**found, **chosen(plan)}
+        values = {"multiply_adds": self.cost(model), "accuracy": self.accuracy(model), "kl": report.returned.loss}
+        return {**values, **chosen(plan)}
 
     def tuned(self, model: nn.Module) -> float:
-        """Accuracy after more training, distilled from the network it was made of."""
+        """Train the model, distilling from the original, and return its accuracy."""
         case = self.case
         recipe = dataclasses.replace(case.tune, seed=self.args.seed, distill=0.5)
         train(model, self.first(case.tuned_images), recipe, teacher=copy.deepcopy(self.net), probe=250)
         return self.accuracy(model)
 
     def first(self, count: int) -> Data:
-        """So many of the train pictures; 0 for all."""
+        """Return the data with `count` train pictures; 0 for all."""
         return limited(self.data, count or None)
 
     # -- rows ---------------------------------------------------------------------------------------------------------
@@ -240,50 +240,50 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.args.net}-{self.args.seed}-{form}-{backend}.json"
         clock = time.perf_counter()
-        found = nmconv.sensitivity(self.net, self.images[::2], form=form, backend=backend, path=path, quiet=True)
+        table = nmconv.sensitivity(self.net, self.images[::2], form=form, backend=backend, path=path, quiet=True)
         took = round(time.perf_counter() - clock, 1)
-        self.row("sensitivity", f"{form}, {backend}", lambda: {"candidates": len(found.candidates), "took": took})
-        return found
+        self.row("sensitivity", f"{form}, {backend}", lambda: {"candidates": len(table.candidates), "took": took})
+        return table
 
     def original(self) -> None:
         self.row("original", "as trained", lambda: {"accuracy": self.accuracy(self.net)})
-        again = nmconv.recalibrate_norms(copy.deepcopy(self.net), self.images)  # what the pictures give without any fit
-        self.row("original", "recalibrated", lambda: {"accuracy": self.accuracy(again)})
+        recalibrated = nmconv.recalibrate_norms(copy.deepcopy(self.net), self.images)  # the baseline without a fit
+        self.row("original", "recalibrated", lambda: {"accuracy": self.accuracy(recalibrated)})
         self.row("original", "trained as long", lambda: {"accuracy": self.tuned(copy.deepcopy(self.net))})
 
     def alone(self) -> None:
-        """Each unit by itself: dropped, recalibrated, fitted, and what follows fitted too."""
-        for rows in units_of(self.table("merged", "eager"), self.case.units):
-            one = rows[-1]
-            unit = ".".join(one.convs[0].split(".")[: self.case.units.count(".") + 1])
-            plan = plan_of(self.net, self.image, [one])
+        """Convert each unit alone: dropped, recalibrated, fitted, and fitted with all that follows."""
+        for kernels in units_of(self.table("merged", "eager"), self.case.units):
+            candidate = kernels[-1]
+            unit = ".".join(candidate.convs[0].split(".")[: self.case.units.count(".") + 1])
+            plan = plan_of(self.net, self.image, [candidate])
 
-            def measure(plan: nmconv.Plan = plan, one: nmconv.Candidate = one) -> dict[str, Any]:
+            def measure(plan: nmconv.Plan = plan, candidate: nmconv.Candidate = candidate) -> dict[str, Any]:
                 model = nmconv.apply_plan(self.net, plan.with_kernels({}))
-                found = {"dropped": self.accuracy(model)}
-                found["recalibrated"] = self.accuracy(nmconv.recalibrate_norms(model, self.images))
-                factors, merged = (plan.with_kernels(kernels) for kernels in ({}, {one.convs: "auto"}))
-                found["factors"] = self.accuracy(self.fitted(factors))
-                found["factors, downstream"] = self.accuracy(self.fitted(factors, downstream=True))
-                found["fitted, downstream"] = self.accuracy(self.fitted(merged, downstream=True))
+                values = {"dropped": self.accuracy(model)}
+                values["recalibrated"] = self.accuracy(nmconv.recalibrate_norms(model, self.images))
+                factors, merged = (plan.with_kernels(kernels) for kernels in ({}, {candidate.convs: "auto"}))
+                values["factors"] = self.accuracy(self.fitted(factors))
+                values["factors, downstream"] = self.accuracy(self.fitted(factors, downstream=True))
+                values["fitted, downstream"] = self.accuracy(self.fitted(merged, downstream=True))
                 model = self.fitted(merged)
                 report = nmconv.get_fit(model)
                 assert report is not None
-                found["fitted"] = self.accuracy(model)
-                found["kernel"] = "x".join(map(str, next(part.kernel for part in report.units if part.form)))
-                return found
+                values["fitted"] = self.accuracy(model)
+                values["kernel"] = "x".join(map(str, next(part.kernel for part in report.units if part.form)))
+                return values
 
             self.row("alone", unit, measure)
 
     def multiply_adds(self) -> None:
-        """Search against choices that measure nothing, at the same multiply-adds."""
+        """Compare the search with uniform and random choices of the same multiply-adds."""
         table = self.table("merged", "eager")
         total = table.totals["multiply_adds"]
         for budget in BUDGETS[self.args.net]:
-            found = self.searched(table, budget, "multiply_adds")
+            row = self.searched(table, budget, "multiply_adds")
             if budget not in COMPARED:
                 continue
-            needed = (1 - found["multiply_adds"]) * total
+            needed = (1 - row["multiply_adds"]) * total
             plan = plan_of(self.net, self.image, uniform(table, self.case.units, needed))
             self.row("uniform", f"{budget}", lambda plan=plan: self.measured(plan))
             for draw in range(RANDOM):
@@ -293,7 +293,7 @@ class Run:
     def search_row(
         self, case: str, name: str, table: nmconv.Sensitivity, budget: float, cost: str
     ) -> tuple[dict[str, Any], nmconv.Plan]:
-        """What a search finds, fitted; and its plan, which is kept in a file."""
+        """Return the row of a searched plan, fitted, and the plan, which is stored in a file."""
         path = self.args.rows.parent / f"plans/{self.args.net}-{self.args.seed}-{cost}-{budget:.2g}.json"
 
         def measure() -> dict[str, Any]:
@@ -305,48 +305,49 @@ class Run:
             reached = float(dict(plan.options)["reached"])
             return {"took": took, "reached": reached, **self.measured(plan)}
 
-        found = self.row(case, name, measure)
-        return found, nmconv.Plan.from_json(path.read_text())
+        row = self.row(case, name, measure)
+        return row, nmconv.Plan.from_json(path.read_text())
 
     def searched(self, table: nmconv.Sensitivity, budget: float, cost: str) -> dict[str, Any]:
-        found, plan = self.search_row(f"search, {cost}", f"{budget}", table, budget, cost)
+        row, plan = self.search_row(f"search, {cost}", f"{budget}", table, budget, cost)
         if cost == "latency" or budget in TUNED[self.args.net]:
             self.row(f"search, {cost}, tuned", f"{budget}", lambda: {"accuracy": self.tuned(self.fitted(plan))})
             if self.args.net == "resnet20" and budget == 0.78:
                 self.row("latency", f"{budget}", lambda: self.times(self.fitted(plan)))
-        return found
+        return row
 
     def times(self, model: nn.Module) -> dict[str, Any]:
-        """Original over fitted, medians with quartiles, norms folded in both, one thread."""
-        found = {}
+        """Time original over fitted: medians with quartiles, norms folded in both, one thread."""
+        quotients = {}
         with threads(1):
             for backend in ("onnxruntime", "compile", "frozen", "eager"):
                 for batch in (1, 8):
                     x = self.images[:batch]
-                    sides = [runner(nmconv.fold_norms(one), (x,), backend) for one in (self.net, model)]
-                    spread = ratios(*interleaved(sides, rounds=25, seconds=0.1))
-                    numbers = (spread.median, spread.lower, spread.upper)
-                    found[f"{backend} {batch}"] = [round(number, 3) for number in numbers]
-        return found
+                    runners = [runner(nmconv.fold_norms(each), (x,), backend) for each in (self.net, model)]
+                    quotient = ratios(*interleaved(runners, rounds=25, seconds=0.1))
+                    numbers = (quotient.median, quotient.lower, quotient.upper)
+                    quotients[f"{backend} {batch}"] = [round(number, 3) for number in numbers]
+        return quotients
 
     def latency(self) -> None:
-        """A budget of time, eager, batch 1."""
+        """Search with budgets of latency: eager, batch 1."""
         table = self.table("merged", "eager")
         for budget in (0.9, 0.8):
             self.searched(table, budget, "latency")
 
     def activations(self) -> None:
-        """Half of the activations gone, every convolution stays: search against 2:1 everywhere."""
-        even = nmconv.make_plan(self.net, "2:1", example_inputs=self.image)
-        self.row("activations", "2:1", lambda: self.measured(even))
-        self.row("activations", "2:1, tuned", lambda: {"accuracy": self.tuned(self.fitted(even))})
-        left = even.counts.activations_after / even.counts.activations_before
-        for name, budget in (("search 0.5", 0.5), ("search, as many as 2:1", left)):
+        """Drop half of the activations and keep all convolutions: compare the search with 2:1 everywhere."""
+        uniform_plan = nmconv.make_plan(self.net, "2:1", example_inputs=self.image)
+        self.row("activations", "2:1", lambda: self.measured(uniform_plan))
+        self.row("activations", "2:1, tuned", lambda: {"accuracy": self.tuned(self.fitted(uniform_plan))})
+        counts = uniform_plan.counts
+        kept = counts.activations_after / counts.activations_before
+        for name, budget in (("search 0.5", 0.5), ("search, as many as 2:1", kept)):
             _, plan = self.search_row("activations", name, self.table("factors", None), budget, "activations")
             self.row("activations", f"{name}, tuned", lambda plan=plan: {"accuracy": self.tuned(self.fitted(plan))})
 
     def from_scratch(self) -> None:
-        """2:1 with random weights, trained as the original was."""
+        """Train 2:1 from random weights, as the original was trained."""
         recipe = dataclasses.replace(self.case.training, seed=self.args.seed)
 
         def measure() -> dict[str, Any]:
@@ -358,7 +359,7 @@ class Run:
         self.row("activations", "2:1, from scratch", measure)
 
     def downstream(self) -> None:
-        """The searched plans, and all that comes behind the first unit refitted too."""
+        """Fit the searched plans, including all convolutions after the first unit."""
         table = self.table("merged", "eager")
         for budget in BUDGETS[self.args.net]:
             _, plan = self.search_row("search, multiply_adds", f"{budget}", table, budget, "multiply_adds")
@@ -369,7 +370,7 @@ class Run:
             self.row("search, multiply_adds, downstream", f"{budget}", measure)
 
     def cost_of_time(self) -> None:
-        """Seconds that all units together take to fit."""
+        """Measure the seconds that the fit of all units together takes."""
         table = self.table("merged", "eager")
         units = [rows[0] for rows in units_of(table, self.case.units)]
         plan = plan_of(self.net, self.image, units)
@@ -383,7 +384,7 @@ class Run:
 
 
 class FromNothing(Run):
-    """A whole search of an ImageNet network: how long it takes, and what pictures that it has not seen say."""
+    """Measures a whole search of an ImageNet network: its time, and the agreement on other pictures."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.rows = args, read(args.rows)
@@ -396,7 +397,7 @@ class FromNothing(Run):
         self.image = self.images[:1]
 
     def measure(self) -> None:
-        """The issue's own example: three quarters of the latency."""
+        """Search at three quarters of the latency."""
         path = self.args.rows.parent / f"plans/imagenet-{self.args.seed}-latency-0.75.json"
 
         def searched() -> dict[str, Any]:
@@ -414,10 +415,10 @@ class FromNothing(Run):
         models = {"dropped": dropped, "recalibrated": nmconv.recalibrate_norms(copy.deepcopy(dropped), self.images)}
         models["fitted"] = self.fitted(plan)
         with torch.inference_mode():
-            wanted = self.net(self.others).argmax(1)
-            found = {name: 100 * float((one(self.others).argmax(1) == wanted).double().mean())
-                     for name, one in models.items()}  # fmt: skip
-        return {"multiply_adds": self.cost(models["fitted"]), "agreement": found}
+            expected = self.net(self.others).argmax(1)
+            agreement = {name: 100 * float((model(self.others).argmax(1) == expected).double().mean())
+                         for name, model in models.items()}  # fmt: skip
+        return {"multiply_adds": self.cost(models["fitted"]), "agreement": agreement}
 
 
 # Rows and tables
@@ -428,14 +429,14 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 class Rows:
-    """All rows of one network."""
+    """The rows of one network."""
 
     def __init__(self, rows: Sequence[dict[str, Any]], net: str) -> None:
         self.rows = [row for row in rows if row["net"] == net]
         self.seeds = sorted({row["seed"] for row in self.rows})
 
     def of(self, case: str, name: str) -> dict[int, dict[str, Any]]:
-        """By seed."""
+        """Return the rows of a case and name by seed."""
         return {row["seed"]: row for row in self.rows if (row["case"], row["name"]) == (case, name)}
 
     def names(self, case: str) -> list[str]:
@@ -445,7 +446,7 @@ class Rows:
         return [row[key] for row in self.of(case, name).values()]
 
     def lost(self, case: str, name: str, key: str = "accuracy", against: str = "as trained") -> list[float]:
-        """Points lost against the original of the same seed."""
+        """Return the points of accuracy lost against the original of the same seed."""
         originals = self.of("original", against)
         return [
             originals[seed]["accuracy"] - row[key] for seed, row in self.of(case, name).items() if seed in originals
@@ -453,20 +454,20 @@ class Rows:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Tables of all that was measured: points of accuracy lost, mean ± sd over seeds."""
+    """Yield the lines of all tables: points of accuracy lost, mean ± sd over seeds."""
     for net in (*CASES, "imagenet"):
-        found = Rows(rows, net)
-        if found.seeds:
-            yield f"## {net}, {len(found.seeds)} seed{'s' * (len(found.seeds) > 1)}"
+        net_rows = Rows(rows, net)
+        if net_rows.seeds:
+            yield f"## {net}, {len(net_rows.seeds)} seed{'s' * (len(net_rows.seeds) > 1)}"
             yield ""
-            for against in found.names("original"):
-                yield f"- Original, {against}: {spread(found.values('original', against, 'accuracy'))} %."
-            for name in found.names("time") + found.names("sensitivity"):
-                case = "time" if name in found.names("time") else "sensitivity"
+            for against in net_rows.names("original"):
+                yield f"- Original, {against}: {spread(net_rows.values('original', against, 'accuracy'))} %."
+            for name in net_rows.names("time") + net_rows.names("sensitivity"):
+                case = "time" if name in net_rows.names("time") else "sensitivity"
                 what = f"sensitivity table ({name})" if case == "sensitivity" else name
-                yield f"- Time of one core for the {what}: {spread(found.values(case, name, 'took'), 0)} s."
+                yield f"- Time of one core for the {what}: {spread(net_rows.values(case, name, 'took'), 0)} s."
             yield ""
-            for row in (row for row in found.rows if row["case"] == "from nothing"):
+            for row in (row for row in net_rows.rows if row["case"] == "from nothing"):
                 shares = ", ".join(f"{name} {value:.1f} %" for name, value in row["agreement"].items())
                 yield (
                     f"A {row['name']} from nothing, on 60 pictures of 160 px (threads: {row['threads']}), took "
@@ -475,11 +476,11 @@ def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
                 )
                 yield ""
             for part in (_alone, _budgets, _latency, _activations):
-                yield from part(found)
+                yield from part(net_rows)
 
 
-def _alone(found: Rows) -> Iterator[str]:
-    names = found.names("alone")
+def _alone(net_rows: Rows) -> Iterator[str]:
+    names = net_rows.names("alone")
     if not names:
         return
     columns = ("dropped", "recalibrated", "factors", "factors, downstream", "fitted", "fitted, downstream")
@@ -489,22 +490,22 @@ def _alone(found: Rows) -> Iterator[str]:
     yield f"| unit | dropped | dropped, recalibrated | {forms} | kernel |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for name in names:
-        kernels = ", ".join(dict.fromkeys(row["kernel"] for row in found.of("alone", name).values()))
-        cells = " | ".join(spread(found.lost("alone", name, key), sign=True) for key in columns)
+        kernels = ", ".join(dict.fromkeys(row["kernel"] for row in net_rows.of("alone", name).values()))
+        cells = " | ".join(spread(net_rows.lost("alone", name, key), sign=True) for key in columns)
         yield f"| {name} | {cells} | {kernels} |"
     medians = []
     for key in columns:
         by_seed: dict[int, list[float]] = {}
         for name in names:
-            for seed, lost in zip(found.of("alone", name), found.lost("alone", name, key), strict=True):
+            for seed, lost in zip(net_rows.of("alone", name), net_rows.lost("alone", name, key), strict=True):
                 by_seed.setdefault(seed, []).append(lost)
         medians.append(spread([statistics.median(lost) for lost in by_seed.values()], sign=True))
     yield f"| **median** | {' | '.join(medians)} | |"
     yield ""
 
 
-def _budgets(found: Rows) -> Iterator[str]:
-    names = found.names("search, multiply_adds")
+def _budgets(net_rows: Rows) -> Iterator[str]:
+    names = net_rows.names("search, multiply_adds")
     if not names:
         return
     yield "Multiply-adds, fitted and not trained; points lost (random: mean of each seed's draws):"
@@ -515,27 +516,27 @@ def _budgets(found: Rows) -> Iterator[str]:
     for name in sorted(names, reverse=True):
         draws: dict[int, list[float]] = {}
         for draw in range(RANDOM):
-            rows = found.of("random", f"{name}, draw {draw}")
-            for seed, lost in zip(rows, found.lost("random", f"{name}, draw {draw}"), strict=True):
+            rows = net_rows.of("random", f"{name}, draw {draw}")
+            for seed, lost in zip(rows, net_rows.lost("random", f"{name}, draw {draw}"), strict=True):
                 draws.setdefault(seed, []).append(lost)
-        ahead = found.lost("search, multiply_adds, downstream", name)
-        trained = found.lost("search, multiply_adds, tuned", name, against="trained as long")
+        downstream = net_rows.lost("search, multiply_adds, downstream", name)
+        trained = net_rows.lost("search, multiply_adds, tuned", name, against="trained as long")
         cells = [
-            spread(found.values("search, multiply_adds", name, "multiply_adds"), 3),
-            spread(found.lost("search, multiply_adds", name), sign=True),
-            spread(found.lost("uniform", name), sign=True) if found.of("uniform", name) else "",
+            spread(net_rows.values("search, multiply_adds", name, "multiply_adds"), 3),
+            spread(net_rows.lost("search, multiply_adds", name), sign=True),
+            spread(net_rows.lost("uniform", name), sign=True) if net_rows.of("uniform", name) else "",
             spread([statistics.mean(lost) for lost in draws.values()], sign=True) if draws else "",
-            spread(ahead, sign=True) if ahead else "",
+            spread(downstream, sign=True) if downstream else "",
             spread(trained, sign=True) if trained else "",
             " / ".join(f"{row['activations'][1]} of {row['activations'][0]}"
-                       for row in found.of("search, multiply_adds", name).values()),
+                       for row in net_rows.of("search, multiply_adds", name).values()),
         ]  # fmt: skip
         yield f"| {name} | {' | '.join(cells)} |"
     yield ""
 
 
-def _latency(found: Rows) -> Iterator[str]:
-    names = found.names("search, latency")
+def _latency(net_rows: Rows) -> Iterator[str]:
+    names = net_rows.names("search, latency")
     if names:
         yield "Latency (eager, one thread, batch 1); points lost:"
         yield ""
@@ -543,15 +544,15 @@ def _latency(found: Rows) -> Iterator[str]:
         yield "| --- | --- | --- | --- | --- |"
         for name in names:
             cells = [
-                spread(found.values("search, latency", name, "reached"), 3),
-                spread(found.values("search, latency", name, "multiply_adds"), 3),
-                spread(found.lost("search, latency", name), sign=True),
-                spread(found.lost("search, latency, tuned", name, against="trained as long"), sign=True),
+                spread(net_rows.values("search, latency", name, "reached"), 3),
+                spread(net_rows.values("search, latency", name, "multiply_adds"), 3),
+                spread(net_rows.lost("search, latency", name), sign=True),
+                spread(net_rows.lost("search, latency, tuned", name, against="trained as long"), sign=True),
             ]
             yield f"| {name} | {' | '.join(cells)} |"
         yield ""
-    for name in found.names("latency"):
-        for seed, row in found.of("latency", name).items():
+    for name in net_rows.names("latency"):
+        for seed, row in net_rows.of("latency", name).items():
             yield f"Original over fitted at {name} of the multiply-adds, seed {seed}, median (quartiles), one thread:"
             yield ""
             backends = [key for key in row if isinstance(row[key], list)]
@@ -561,8 +562,8 @@ def _latency(found: Rows) -> Iterator[str]:
             yield ""
 
 
-def _activations(found: Rows) -> Iterator[str]:
-    names = found.names("activations")
+def _activations(net_rows: Rows) -> Iterator[str]:
+    names = net_rows.names("activations")
     if not names:
         return
     yield "Half of the activations, every convolution stays (factors form); points lost:"
@@ -570,30 +571,32 @@ def _activations(found: Rows) -> Iterator[str]:
     yield "| plan | activations | points lost |"
     yield "| --- | --- | --- |"
     for name in names:
-        rows = found.of("activations", name)
+        rows = net_rows.of("activations", name)
         counts = " / ".join(f"{row['activations'][1]} of {row['activations'][0]}" for row in rows.values()
                             if "activations" in row)  # fmt: skip
         against = "trained as long" if name.endswith("tuned") else "as trained"
-        yield f"| {name} | {counts} | {spread(found.lost('activations', name, against=against), sign=True)} |"
+        yield f"| {name} | {counts} | {spread(net_rows.lost('activations', name, against=against), sign=True)} |"
     yield ""
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy over multiply-adds, not trained after the fit: search, uniform and random choices."""
+    """Plot accuracy over multiply-adds after the fit, without training: search, uniform and random choices."""
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "nmconv"  # the same picture is the same file
+    matplotlib.rcParams["svg.hashsalt"] = "nmconv"  # makes the file deterministic
     import matplotlib.pyplot as plt
 
     nets = [net for net in CASES if any((row["net"], row["case"]) == (net, "uniform") for row in rows)]
     figure, axes = plt.subplots(1, len(nets), figsize=(4.5 * len(nets), 3.2), layout="constrained", squeeze=False)
     styles = {"random": ("x", "tab:gray"), "uniform": ("s", "tab:orange"), "search, multiply_adds": ("o", "tab:blue")}
     for ax, net in zip(axes[0], nets, strict=True):
-        found = Rows(rows, net)
-        ax.axhline(statistics.mean(found.values("original", "as trained", "accuracy")), color="black", lw=0.8, ls=":")
+        net_rows = Rows(rows, net)
+        ax.axhline(
+            statistics.mean(net_rows.values("original", "as trained", "accuracy")), color="black", lw=0.8, ls=":"
+        )
         for case, (marker, color) in styles.items():
-            points = [(row["multiply_adds"], row["accuracy"]) for row in found.rows if row["case"] == case]
+            points = [(row["multiply_adds"], row["accuracy"]) for row in net_rows.rows if row["case"] == case]
             if points:
                 ax.scatter(*zip(*points, strict=True), marker=marker, color=color, s=26, label=case.split(",")[0])
         ax.set(title=f"{net}, fitted, not trained", xlabel="part of the multiply-adds", ylabel="CIFAR-10 test, %")

@@ -1,4 +1,4 @@
-"""Train many networks at many ratios, with several seeds, and report what they say: on this machine or a Ray cluster.
+"""Train many networks at many ratios with several seeds, on this machine or a Ray cluster, and report the results.
 
     python examples/sweep.py run --data-dir ~/data --models cifar_resnet20 --ratios 1:1 2:1 --keep first boundary \
         --seeds 3 --epochs 8 --lr 0.1 --rows out/rows
@@ -8,9 +8,9 @@
     python examples/sweep.py weights --out docs/weights
     python examples/sweep.py study --rows docs/study --doc docs/study.md
 
-A row is a file, named by the hash of its configuration, and is all that counts: Ray only decides when a trial runs. So
-a sweep that was interrupted goes on with the same command, within a trial, too. What failed is named at the end, with
-its traceback in a file beside the rows, and tried again by the next call. On a cluster, all paths lie on a file system
+Each result is a row: a file named by the hash of its configuration. Ray only schedules the trials. The same command
+resumes an interrupted sweep, and the trial in which it was interrupted. Failed trials are listed at the end, with their
+tracebacks in files beside the rows, and run again by the next call. On a cluster, all paths must be on a file system
 that its machines share.
 """
 
@@ -78,7 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def trials(args: argparse.Namespace) -> list[Trial]:
-    """All trials asked for, each once: at 1:1 it makes no difference which activations stay."""
+    """Return all requested trials, each once: at 1:1 the choice of activations makes no difference."""
     if args.study:
         from recipes.study import STUDIES
 
@@ -86,20 +86,22 @@ def trials(args: argparse.Namespace) -> list[Trial]:
             raise SystemExit(f"--study {args.study}: give one of {', '.join(STUDIES)}")
         return STUDIES[args.study]()
     recipe = {field.name: getattr(args, field.name) for field in fields(Recipe) if field.name != "seed"}
-    same = {name: getattr(args, name) for name in ("dataset", "size", "images", "held_back")}
-    found = {}
+    common = {name: getattr(args, name) for name in ("dataset", "size", "images", "held_back")}
+    by_name = {}
     for seed, model, width, ratio, keep in itertools.product(
         range(args.seeds), args.models, args.widths, args.ratios, args.keep
     ):
         options = {} if width == 1 else {"width": width}
-        how = {} if ratio == "1:1" else {"keep": keep, "relocate": args.relocate, "gradual": args.gradual}
-        trial = Trial(model=model, options=options, ratio=ratio, **how, recipe=Recipe(**recipe, seed=seed), **same)
-        found[trial.name] = trial
-    return list(found.values())
+        conversion = {} if ratio == "1:1" else {"keep": keep, "relocate": args.relocate, "gradual": args.gradual}
+        trial = Trial(
+            model=model, options=options, ratio=ratio, **conversion, recipe=Recipe(**recipe, seed=seed), **common
+        )
+        by_name[trial.name] = trial
+    return list(by_name.values())
 
 
 def train_one(config: dict[str, Any]) -> None:
-    """What a worker of Ray does."""
+    """Run one trial in a Ray worker."""
     import torch
     from ray import tune
 
@@ -110,18 +112,18 @@ def train_one(config: dict[str, Any]) -> None:
 
 
 def schedule(args: argparse.Namespace) -> int:
-    """Let Ray run what has no row; the number of trials that failed."""
+    """Run the trials that have no row with Ray, and return the number of failed trials."""
     import ray
     from ray import tune
 
-    wanted = trials(args)
-    missing = [trial for trial in wanted if not (args.rows / f"{trial.name}.json").exists()]
-    print(f"{len(wanted)} trials, {len(wanted) - len(missing)} of which have their row", flush=True)
+    requested = trials(args)
+    missing = [trial for trial in requested if not (args.rows / f"{trial.name}.json").exists()]
+    print(f"{len(requested)} trials, {len(requested) - len(missing)} of which have their row", flush=True)
     if not missing:
         return 0
-    places = {name: str(getattr(args, name).expanduser().resolve()) for name in ("data_dir", "rows", "work")}
-    path = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {"PYTHONPATH": path, "OMP_NUM_THREADS": str(args.cores)}
+    paths = {name: str(getattr(args, name).expanduser().resolve()) for name in ("data_dir", "rows", "work")}
+    python_path = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {"PYTHONPATH": python_path, "OMP_NUM_THREADS": str(args.cores)}
     ray.init(args.address, runtime_env={"env_vars": env}, include_dashboard=False, log_to_driver=True)
     with tempfile.TemporaryDirectory() as folder:
         tuner = tune.Tuner(
@@ -130,7 +132,7 @@ def schedule(args: argparse.Namespace) -> int:
                 "trial": tune.grid_search([asdict(trial) for trial in missing]),
                 "cores": args.cores,
                 "device": "" if args.gpus else "cpu",
-                **places,
+                **paths,
             },
             run_config=tune.RunConfig(storage_path=folder, name="sweep", verbose=1),
         )

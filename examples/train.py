@@ -1,4 +1,4 @@
-"""Train a network, as it is or at N:M, on an ImageFolder or a data set of torchvision: the training behind our tables.
+"""Train a network, original or converted, on an ImageFolder or a data set of torchvision, as done for our tables.
 
     python examples/train.py cifar_resnet20 --data-dir ~/data/cifar10 --ratio 2:1 --keep first --out runs/2to1
     python examples/train.py resnet50 --data-dir ~/data/imagenet --size 224 --augment timm --workers 8 --out runs/r50
@@ -8,8 +8,8 @@
     python examples/train.py cifar_resnet20 --data-dir ~/data/cifar10 --weights runs/1/model.safetensors \
         --plan plan.json --teacher runs/1/model.safetensors --epochs 2 --lr 0.01 --out runs/tuned
 
-A run that was killed, at any moment, goes on where its last checkpoint left it when the same command is given again,
-and ends with the very same weights: an update depends on the state before it and on (seed, step), on nothing else.
+The same command resumes a run that was killed at any moment from its last checkpoint, and ends with bitwise equal
+weights: an update depends only on the state before it and on (seed, step).
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--log", action="store_true", help="write for TensorBoard, into --out")
 
     recipe = parser.add_argument_group("recipe")
-    on_gpu = {"precision": "bf16"} if torch.cuda.is_available() else {}
+    gpu_defaults = {"precision": "bf16"} if torch.cuda.is_available() else {}
     for field in fields(Recipe):
-        default = on_gpu.get(field.name, field.default)
+        default = gpu_defaults.get(field.name, field.default)
         recipe.add_argument(
             f"--{field.name.replace('_', '-')}", type=type(default), default=default, help="[%(default)s]"
         )
@@ -77,7 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def converted(model: nn.Module, args: argparse.Namespace) -> nn.Module:
-    """The model at its ratio, or by its plan."""
+    """Convert the model by the plan or the ratio of the arguments."""
     if args.plan is not None:
         plan = nmconv.Plan.from_json(args.plan.read_text())
         return nmconv.apply_plan(model, plan, gradual=args.gradual, inplace=True)
@@ -98,8 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         decode = args.augment != "timm"
         size = args.size or (32 if decode else 0)
-        places = {"dataset": args.dataset, "held_back": args.held_back, "cache": args.cache, "decode": decode}
-        data = load_data(args.data_dir.expanduser(), size, args.images, **places)
+        data_options = {"dataset": args.dataset, "held_back": args.held_back, "cache": args.cache, "decode": decode}
+        data = load_data(args.data_dir.expanduser(), size, args.images, **data_options)
         classes = len(data.classes)
         model = converted(build(args.model, classes, args.weights, args.seed, **args.model_kwargs), args)
         teacher = args.teacher and build(args.model, classes, args.teacher, **args.model_kwargs)
@@ -117,12 +117,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     nmconv.save(model, args.out / "model.safetensors")
     summary = {"model": args.model, "images": len(data.train), "size": size, "ratio": args.ratio, **asdict(recipe)}
-    found = {"accuracy": evaluate(model, data.test)}
+    scores = {"accuracy": evaluate(model, data.test)}
     if data.valid is not None:
-        found["held_back"] = evaluate(model, data.valid)
+        scores["held_back"] = evaluate(model, data.valid)
     with replacing(result) as file:
-        file.write(json.dumps({**summary, **found, **log}, indent=2).encode())
-    print(f"accuracy {found['accuracy']:.2f} % on {len(data.test)} test pictures")
+        file.write(json.dumps({**summary, **scores, **log}, indent=2).encode())
+    print(f"accuracy {scores['accuracy']:.2f} % on {len(data.test)} test pictures")
 
 
 if __name__ == "__main__":

@@ -7,16 +7,16 @@ from importlib.util import find_spec
 
 
 def main() -> None:
-    """Run the command line, or say what to install for it."""
-    missing = [name for name in ("typer", "rich") if _missing(name)]
+    """Run the command line, or exit with a message about the packages that it needs."""
+    missing = [name for name in ("typer", "rich") if _is_missing(name)]
     if missing:
         sys.exit(f"python -m nmconv needs {' and '.join(missing)}: pip install 'nmconv[bench]'")
-    from nmconv.bench import app
+    from nmconv.bench.command import app  # needs the packages checked above
 
     app(prog_name="python -m nmconv")
 
 
-def _missing(name: str) -> bool:
+def _is_missing(name: str) -> bool:
     try:
         return find_spec(name) is None
     except ValueError:

@@ -1,4 +1,4 @@
-"""Arguments under their old names, and options under their old words: accepted for a while, with a warning."""
+"""Deprecated argument names and option values: still accepted, with a DeprecationWarning."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def renamed_arguments(**names: str) -> Callable[[_Function], _Function]:
-    """Let a function take keyword arguments under their old names, too.
+    """Let a function accept keyword arguments under their old names.
 
     Args:
-        names: From the old names to those of today.
+        names: Maps each old name to the current one.
 
     Returns:
-        A decorator. What it returns warns with a DeprecationWarning for each old name that a call uses.
+        A decorator. The decorated function emits a DeprecationWarning for each old name in a call.
 
     Raises:
-        TypeError: If a call gives an argument under both names.
+        TypeError: If a call passes an argument under both names.
     """
 
     def decorate(function: _Function) -> _Function:
@@ -43,12 +43,12 @@ def renamed_arguments(**names: str) -> Callable[[_Function], _Function]:
 
 
 def warn_of_word(option: str, old: str, new: str, stacklevel: int) -> None:
-    """Warn that an option was given by its old word.
+    """Warn that an option has a deprecated value.
 
     Args:
-        option: Its name.
-        old: The word that was given.
-        new: The word of today.
-        stacklevel: How many calls above this one the user's own is.
+        option: The option's name.
+        old: The deprecated value.
+        new: The current value.
+        stacklevel: How many frames above this function the user's call is.
     """
     warnings.warn(f"{option}={old!r} is called {new!r} now", DeprecationWarning, stacklevel=stacklevel + 1)

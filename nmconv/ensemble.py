@@ -1,4 +1,4 @@
-"""Networks with Leaky ReLUs read as ensembles of networks of different ratios."""
+"""Models with Leaky ReLUs, read as ensembles of models of different ratios."""
 
 from nmconv.analysis import Ensemble, members
 

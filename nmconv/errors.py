@@ -1,4 +1,4 @@
-"""The library's own errors: one base, a few subclasses, the warnings. Each message names the value and the way out."""
+"""The errors and warnings that nmconv raises. Each message names the offending value and says what to do instead."""
 
 __all__ = [
     "AlreadyConvertedError",
@@ -24,61 +24,61 @@ __all__ = [
 
 
 class NmconvError(Exception):
-    """Base of everything nmconv raises on purpose."""
+    """Base class of all errors that nmconv raises on purpose."""
 
 
 class RatioError(NmconvError, ValueError):
-    """A ratio that is not ``N:M`` with N >= M >= 1."""
+    """A ratio is not ``N:M`` with N >= M >= 1."""
 
 
 class OptionError(NmconvError, ValueError):
-    """An option with a value it cannot take (an unknown ``keep``, a keep function that keeps too many, ...)."""
+    """An option has an invalid value: an unknown ``keep``, a keep function that keeps too many activations, ..."""
 
 
 class PatternError(NmconvError, ValueError):
-    """A name pattern that is malformed or matches nothing in the model."""
+    """A name pattern is malformed or matches nothing in the model."""
 
 
 class PlanError(NmconvError, ValueError):
-    """A plan that does not fit: another model's, another version's, or an edit that cannot be done."""
+    """A plan does not fit: it is for another model, from another version, or contains an edit that cannot be done."""
 
 
 class NoSitesError(NmconvError, ValueError):
-    """A model in which no activation belongs to a convolution."""
+    """No activation of the model belongs to a convolution."""
 
 
 class ModelTypeError(NmconvError, TypeError):
-    """Something that is no plain ``nn.Module``: another type, or a wrapped, compiled or scripted model."""
+    """The model is not a plain ``nn.Module``: it has another type, or is wrapped, compiled or scripted."""
 
 
 class AlreadyConvertedError(NmconvError, ValueError):
-    """A model, or a part of one, that was converted before."""
+    """The model, or a part of it, is already converted."""
 
 
 class RewriteError(NmconvError, RuntimeError):
-    """A module whose forward cannot be rewritten faithfully, or a rewritten one called in a way it was not made for."""
+    """A forward cannot be rewritten faithfully, or a rewritten one is called in a way it was not traced for."""
 
 
 class MergeError(NmconvError, RuntimeError):
-    """A model that cannot be merged: in train mode, or with a run whose merged form differs from it."""
+    """A model cannot be merged: it is in train mode, or a run differs from its merged form."""
 
 
 class FitError(NmconvError, RuntimeError):
-    """A fit that cannot be made: another reference, values that are not finite, a forward that goes another way."""
+    """A fit is impossible: the reference does not match, values are not finite, or control flow depends on the data."""
 
 
 class FileError(NmconvError, ValueError):
-    """A file that :func:`nmconv.load` cannot read (damaged, foreign, another model's), or `nmconv.save` not write."""
+    """``nmconv.load`` cannot read a file (damaged, foreign, another model's), or ``nmconv.save`` cannot write it."""
 
 
 class WitnessError(NmconvError, RuntimeError):
-    """A result that does something else than the plan or the merges say; the model is as it was.
+    """A result does not do what the plan or the merges say; the model is unchanged.
 
     Args:
-        text: What differs.
-        module: Qualified name of the module whose forward made the first difference.
+        text: The difference, in words.
+        module: Qualified name of the module whose forward makes the first difference.
         first: The first step of the original that has no counterpart, or "".
-        second: The first step of the result that has none, or "".
+        second: The first step of the result that has no counterpart, or "".
     """
 
     def __init__(self, text: str, module: str = "", first: str = "", second: str = "") -> None:
@@ -92,24 +92,24 @@ class WitnessError(NmconvError, RuntimeError):
 
 
 class InternalError(NmconvError, RuntimeError):
-    """A bug in nmconv itself: please report it."""
+    """nmconv itself has a bug: please report it."""
 
 
 class NoEffectWarning(UserWarning):
-    """A conversion that changes nothing."""
+    """A conversion changes nothing."""
 
 
 class FoldedNormWarning(UserWarning):
-    """A merged model that is trained on: folded norms keep the statistics they had, folded dropout drops nothing."""
+    """A merged model is put in train mode: folded norms no longer update statistics, folded dropout drops nothing."""
 
 
 class RemovedParametersWarning(UserWarning):
-    """A model changed in place has lost parameters, which an optimizer that was made before still holds."""
+    """An in-place change removed parameters that an existing optimizer may still hold."""
 
 
 class RestoredParametersWarning(UserWarning):
-    """Parameters of a converted model are read again, which an optimizer that was made meanwhile may not have."""
+    """Parameters are used again and require gradients again; an existing optimizer may lack them."""
 
 
 class SlopeWarning(UserWarning):
-    """A gradual model whose slopes reach 1 too late for its norms' statistics, or that is finished before they do."""
+    """Slopes of a gradual model reach 1 too late for the norm statistics to adapt, or it is finished before they do."""

@@ -1,4 +1,4 @@
-"""Holding any result against the model it was made from, on demand."""
+"""Comparing a changed model with the model that it was made from."""
 
 from __future__ import annotations
 
@@ -14,42 +14,43 @@ __all__ = ["verify"]
 
 
 def verify(original: nn.Module, result: nn.Module, example_inputs: Any = None) -> None:
-    """Check that a model does what another one does, less what its plan and its merges say.
+    """Check that a changed model computes what the original does, apart from what its plan and merges say.
 
-    Both are recorded on the meta device: in eval and in train mode, at two sizes, and without gradients or under
-    autocast where their code asks for that. Compared are every operation, the module whose forward makes it, its
-    settings and constants, and what it reads; not the weights. It is the comparison that :func:`nmconv.convert`,
-    ``merge``, ``fit`` and ``load`` make of their own results.
+    Both models are recorded on the meta device: in eval and in train mode, at two input sizes, and without gradients
+    or under autocast where their code asks for that. Compared are each operation, the module whose forward makes it,
+    its settings and constants, and its inputs; weights are not. :func:`nmconv.convert`, ``merge``, ``fit`` and
+    ``load`` make the same comparison on their own results.
 
     Args:
-        original: As it was before it was converted, merged or fitted, or as it was in between.
-        result: What became of it; of any weights, dtype and device.
-        example_inputs: What both are called with: a tensor, a tuple of arguments or a dict of keyword arguments. None:
-            what the model's family states, or one image batch.
+        original: The model before it was converted, merged or fitted, or at a stage in between.
+        result: The changed model, with any weights, dtype and device.
+        example_inputs: What both models are called with: a tensor, a tuple of arguments or a dict of keyword arguments.
+            None: what the model family's configuration states, or one image batch.
 
     Raises:
-        WitnessError: If ``result`` does anything else; it names the first difference and the module that makes it.
-        PlanError: If ``original`` was converted by another plan than ``result``, or merged where that was not.
+        WitnessError: If ``result`` differs in any other way; names the first difference and the module that makes it.
+        PlanError: If ``original`` was converted by another plan than ``result``, or has merges that ``result`` lacks.
         OptionError: If ``original`` cannot be called with ``example_inputs``.
-        ModelTypeError: If one of them is no module, or wrapped, compiled or scripted.
+        ModelTypeError: If one of the two is not a module, or is wrapped, compiled or scripted.
 
     Example:
         >>> from torch import nn
         >>> import nmconv
-        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
-        >>> nmconv.verify(net, nmconv.convert(net, "2:1"))
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+        >>> nmconv.verify(model, nmconv.convert(model, "2:1"))
     """
     check_plain(original, "compare with")
     check_plain(result, "verify")
     check_examples(example_inputs)
-    before, plan = get_plan(original), get_plan(result)
-    if before is not None and before != plan:
+    original_plan, plan = get_plan(original), get_plan(result)
+    if original_plan is not None and original_plan != plan:
         raise PlanError("the original was converted by another plan than the result: give what that was made from")
-    rounds, earlier = get_merges(result), get_merges(original)
-    if rounds[: len(earlier)] != earlier:
+    original_rounds, rounds = get_merges(original), get_merges(result)
+    if rounds[: len(original_rounds)] != original_rounds:
         raise PlanError("the original was merged otherwise than the result: give what that was made from")
-    merges = [merge for merges in rounds for merge in merges]
-    closed = {name for merge in merges for name in merge.closed}
+    closed_methods = {name for merges in rounds for merge in merges for name in merge.closed}
     witness = Witness(original, example_inputs, call=None if plan is None else plan.call)
-    changes = None if plan is None or before is not None else resolve_plan(original, plan, witness.recordings).changes
-    witness.check(result, changes, groups_of(*rounds), closed)
+    changes = None
+    if plan is not None and original_plan is None:
+        changes = resolve_plan(original, plan, witness.recordings).changes
+    witness.check(result, changes, groups_of(*rounds), closed_methods)

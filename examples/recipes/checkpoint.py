@@ -1,4 +1,4 @@
-"""A checkpoint on disk: one whole file, and the one before it."""
+"""Checkpoints on disk: the newest file and the one before it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DIGEST = hashlib.sha256().digest_size
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes its place at `path` once it is whole and on disk."""
+    """Open a temporary file for writing; on exit, sync it to disk and move it to `path` atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
@@ -28,14 +28,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def previous(path: Path) -> Path:
-    """Where the checkpoint before the one at `path` is."""
+    """Return the path of the checkpoint before the one at `path`."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
-    """Write the state behind its SHA-256, and keep the file that was there as the previous one.
+    """Write the state's SHA-256 and the state, and keep the existing file as the previous one.
 
-    Whenever the process is killed, a whole file is left at `path` or at `previous(path)`.
+    If the process is killed at any moment, there is a whole file at `path` or at `previous(path)`.
     """
     content = io.BytesIO()
     torch.save(state, content)
@@ -49,31 +49,31 @@ def write(path: Path, state: dict[str, Any]) -> None:
 
 
 def is_whole(content: bytes) -> bool:
-    """Whether a file's content is all that was written."""
+    """Return whether a file's content matches its SHA-256."""
     return hashlib.sha256(content[DIGEST:]).digest() == content[:DIGEST]
 
 
 def digest(state: Mapping[str, torch.Tensor]) -> str:
-    """A short text that tells weights from others."""
-    found = hashlib.sha256()
+    """Return a hash of the weights."""
+    sha = hashlib.sha256()
     for name, value in state.items():
-        found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
+        sha.update(name.encode())
+        sha.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def read(path: Path, device: torch.device) -> dict[str, Any] | None:
-    """The newest whole state, or None where there is no file at all.
+    """Return the newest whole state, or None if there is no file.
 
     Raises:
-        ValueError: If there are files, and none is whole.
+        ValueError: If there are files, but none is whole.
     """
     files = [each for each in (path, previous(path)) if each.exists()]
-    for each in files:
-        content = each.read_bytes()
+    for file in files:
+        content = file.read_bytes()
         if is_whole(content):
             return torch.load(io.BytesIO(content[DIGEST:]), map_location=device, weights_only=True)
-        print(f"{each} is damaged, and not used", flush=True)
+        print(f"{file} is damaged, and not used", flush=True)
     if files:
         raise ValueError(f"no checkpoint in {path.parent} is whole: delete {', '.join(map(str, files))} to begin anew")
     return None

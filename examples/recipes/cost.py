@@ -1,4 +1,4 @@
-"""What a network costs: multiply-adds of one picture, and time."""
+"""The cost of a network: multiply-adds and latency."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from nmconv.timing import interleaved, ratios, runner, threads
 
 
 def multiply_adds(model: nn.Module, picture: Tensor) -> int:
-    """Of one forward, in eval mode."""
+    """Return the multiply-adds of one forward in eval mode."""
     with FlopCounterMode(display=False) as flops, torch.no_grad():
         model.eval()(picture)
     return int(flops.get_total_flops()) // 2
 
 
 def latencies(models: Sequence[nn.Module], picture: Tensor, rounds: int = 11) -> list[float]:
-    """How many times longer a forward takes than the first model's: medians, side by side, eager, one thread.
+    """Return each model's median latency over the first model's, timed interleaved, eager, with one thread.
 
-    It does not depend on what was learnt. Time on a quiet machine.
+    The weights do not matter. Run it on a quiet machine.
     """
     with threads(1):
         times = interleaved([runner(model, (picture,), "eager") for model in models], rounds=rounds, seconds=0.05)

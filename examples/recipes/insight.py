@@ -1,4 +1,4 @@
-"""What is inside of the study's networks: their activations while they train, and their members."""
+"""Measurements inside the study's networks: activation statistics during training, and ensemble members."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from .networks import build
 from .pictures import Data
 from .trial import Trial, kept
 
-SEEN = 1000  # of the pictures held back
-CALIBRATED = 1000  # of the pictures to train on, for the members' norms
+SEEN = 1000  # held-back pictures to measure on
+CALIBRATED = 1000  # train pictures to recalibrate the members' norms with
 MEMBERS = 24
 
 
 def insights(trial: Trial, root: Path, rows: Path, work: Path) -> list[dict[str, Any]]:
-    """Measure a trained trial's snapshots: from the folder `rows`, or else now, and write them there."""
+    """Return the rows of a trained trial's snapshots, read from the folder `rows` or measured and written there."""
     data = trial.data(root)
-    found = []
+    result = []
     for epoch in (1, 2, 4, trial.recipe.epochs):
         weights = torch.load(work / trial.name / f"epoch-{epoch}.pt", weights_only=True)
         model = trial.converted(len(data.classes)).eval()
         model.load_state_dict(weights)
-        found.append(row(trial, "activations", epoch, rows, lambda model=model: activations(model, data)))
-    if trial.ratio == "1:1" and not trial.drop:  # `weights` are the last epoch's now
+        result.append(row(trial, "activations", epoch, rows, lambda model=model: activations(model, data)))
+    if trial.ratio == "1:1" and not trial.drop:  # `weights` are now those of the last epoch
         plain = build(trial.model, len(data.classes), **trial.options)
         plain.load_state_dict(weights)
         for slope in (0.1, 0.3):
             measure: Callable[[], Any] = lambda slope=slope: members(plain, data, slope)  # noqa: E731
-            found.append(row(trial, f"members {slope}", trial.recipe.epochs, rows, measure))
-    return found
+            result.append(row(trial, f"members {slope}", trial.recipe.epochs, rows, measure))
+    return result
 
 
 def keep_weights(trials: Iterable[Trial], work: Path, out: Path) -> None:
-    """Write the state dicts of trained networks as `MODEL-SEED.safetensors`, those that there are."""
+    """Write the state dicts of the networks that have been trained as `MODEL-SEED.safetensors`."""
     out.mkdir(parents=True, exist_ok=True)
     for trial in trials:
         last = work / trial.name / f"epoch-{trial.recipe.epochs}.pt"
@@ -54,13 +54,13 @@ def keep_weights(trials: Iterable[Trial], work: Path, out: Path) -> None:
 
 
 def row(trial: Trial, kind: str, epoch: int, rows: Path, measure: Callable[[], Any]) -> dict[str, Any]:
-    """A measurement's row."""
+    """Return a measurement's row, read from the folder `rows` or measured and written there."""
     path = rows / f"{trial.name}-{kind.replace(' ', '-')}-{epoch}.json"
     return kept(path, lambda: {"name": trial.name, "trial": asdict(trial), "kind": kind, "epoch": epoch, **measure()})
 
 
 def activations(model: nn.Module, data: Data) -> dict[str, Any]:
-    """By site, and their means: on pictures held back, with the gradient of the cross entropy."""
+    """Measure the activations by site on held-back pictures, with the gradient of the cross entropy."""
     pictures = data.valid.first(SEEN)
     batches = [
         (inputs(model, images), labels)
@@ -75,18 +75,18 @@ def activations(model: nn.Module, data: Data) -> dict[str, Any]:
 
 
 def members(model: nn.Module, data: Data, slope: float) -> dict[str, Any]:
-    """The ensemble as which the network with Leaky ReLUs of this slope is read, each member's norms estimated anew."""
+    """Measure the members of the network read as an ensemble at this slope, each with recalibrated norms."""
     pictures = data.valid.first(SEEN)
     calibrated = inputs(model, data.train.first(CALIBRATED).images)
     batch = [(inputs(model, pictures.images), pictures.labels)]
-    found = nmconv.ensemble.members(model, batch, slope, n=MEMBERS, recalibrate=calibrated)
+    ensemble = nmconv.ensemble.members(model, batch, slope, n=MEMBERS, recalibrate=calibrated)
     return {
         "slope": slope,
-        "kept": found.kept,
-        "member_accuracy": [round(100 * each, 3) for each in found.accuracy],
-        "disagreement": 100 * found.disagreement,
-        "probabilities_accuracy": 100 * found.probabilities_accuracy,
-        "logits_accuracy": 100 * found.logits_accuracy,
-        "soft_accuracy": 100 * found.soft_accuracy,
-        "gap": found.gap,
+        "kept": ensemble.kept,
+        "member_accuracy": [round(100 * each, 3) for each in ensemble.accuracy],
+        "disagreement": 100 * ensemble.disagreement,
+        "probabilities_accuracy": 100 * ensemble.probabilities_accuracy,
+        "logits_accuracy": 100 * ensemble.logits_accuracy,
+        "soft_accuracy": 100 * ensemble.soft_accuracy,
+        "gap": ensemble.gap,
     }

@@ -1,4 +1,4 @@
-"""Networks by name: those for 32x32 pictures of the literature, timm's, torchvision's, and anybody's."""
+"""Networks by name: those of the literature for 32x32 pictures, timm's, torchvision's, and the user's own."""
 
 from __future__ import annotations
 
@@ -23,52 +23,52 @@ from .batches import CIFAR
 
 
 def resnet(depth: int, classes: int, width: float = 1.0) -> ResNet:
-    """The CIFAR network of *Deep Residual Learning* (arXiv 1512.03385, section 4.2), with 1x1 projections: timm's
-    ResNet behind a 3x3 convolution. `depth` is 6n + 2."""
+    """Build the CIFAR network of *Deep Residual Learning* (arXiv 1512.03385, section 4.2), with 1x1 projections, from
+    timm's ResNet with a 3x3 stem. `depth` is 6n + 2."""
     channels = [round(width * each) for each in (16, 32, 64)]
-    net = ResNet(
+    model = ResNet(
         BasicBlock, (depth // 6,) * 3, classes, channels=channels, stem_type="deep", stem_width=channels[0] // 2
     )
-    net.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
-    net.maxpool = net.layer4 = nn.Identity()
-    net.init_weights()
-    return net
+    model.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
+    model.maxpool = model.layer4 = nn.Identity()
+    model.init_weights()
+    return model
 
 
 def vgg11_bn(classes: int) -> nn.Module:
-    """VGG-11 with norms and one linear layer, as common for 32x32 pictures: torchvision's, without the other two."""
+    """Build torchvision's VGG-11 with norms and one linear layer instead of three, as common for 32x32 pictures."""
     layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["A"], batch_norm=True)
-    net = torchvision.models.VGG(layers, classes)
-    net.avgpool, net.classifier = nn.Identity(), nn.Linear(512, classes)
-    return net
+    model = torchvision.models.VGG(layers, classes)
+    model.avgpool, model.classifier = nn.Identity(), nn.Linear(512, classes)
+    return model
 
 
 def alexnet(classes: int) -> nn.Module:
-    """torchvision's AlexNet with a wider border, smaller pooling and one linear layer, as common for 32x32 pictures."""
-    net = torchvision.models.alexnet(num_classes=classes)
-    net.features[0].padding = (5, 5)
-    for layer in net.features:
+    """Build torchvision's AlexNet with more padding, smaller pools and one linear layer, for 32x32 pictures."""
+    model = torchvision.models.alexnet(num_classes=classes)
+    model.features[0].padding = (5, 5)
+    for layer in model.features:
         if isinstance(layer, nn.MaxPool2d):
             layer.kernel_size = 2
-    net.avgpool, net.classifier = nn.Identity(), nn.Linear(256, classes)
-    return net
+    model.avgpool, model.classifier = nn.Identity(), nn.Linear(256, classes)
+    return model
 
 
 def densenet(classes: int) -> nn.Module:
-    """DenseNet-BC of 100 layers that grows by 12 (arXiv 1608.06993, section 4): torchvision's behind a 3x3 stem."""
-    net = torchvision.models.DenseNet(12, (16, 16, 16), 24, num_classes=classes)
-    net.features.conv0 = nn.Conv2d(3, 24, 3, padding=1, bias=False)
+    """Build DenseNet-BC with 100 layers and growth rate 12 (arXiv 1608.06993, section 4), with a 3x3 stem."""
+    model = torchvision.models.DenseNet(12, (16, 16, 16), 24, num_classes=classes)
+    model.features.conv0 = nn.Conv2d(3, 24, 3, padding=1, bias=False)
     for name in ("norm0", "relu0", "pool0"):
-        delattr(net.features, name)
-    return net
+        delattr(model.features, name)
+    return model
 
 
 def mobilenetv2(classes: int) -> nn.Module:
-    """timm's MobileNetV2 that shrinks 32x32 pictures three times instead of five."""
-    net = timm.create_model("mobilenetv2_100", num_classes=classes)
-    net.conv_stem.stride = (1, 1)
-    net.blocks[1][0].conv_dw.stride = (1, 1)
-    return net
+    """Build timm's MobileNetV2 with three strides instead of five, for 32x32 pictures."""
+    model = timm.create_model("mobilenetv2_100", num_classes=classes)
+    model.conv_stem.stride = (1, 1)
+    model.blocks[1][0].conv_dw.stride = (1, 1)
+    return model
 
 
 class Downsample(nn.Module):
@@ -96,7 +96,7 @@ class Branches(nn.Module):
 
 
 def inception(classes: int) -> nn.Module:
-    """The small Inception of arXiv 1611.03530, figure 3, of torchvision's BasicConv2d."""
+    """Build the small Inception of arXiv 1611.03530, figure 3, from torchvision's BasicConv2d."""
     layers: list[nn.Module] = [BasicConv2d(3, 96, kernel_size=3, padding=1)]
     channels = 96
     for part in ([(32, 32), (32, 48), 80], [(112, 48), (96, 64), (80, 80), (48, 96), 96], [(176, 160), (176, 160)]):
@@ -117,12 +117,12 @@ CIFAR_NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 
 def create(name: str, classes: int, **options: Any) -> nn.Module:
-    """A network with new weights.
+    """Build a network with random weights.
 
     Args:
         name: One of `CIFAR_NETWORKS`, a name of timm's or torchvision's, or `package.module:function`.
-        classes: How many.
-        options: More for what builds it.
+        classes: Number of classes.
+        options: More arguments of the function that builds it.
 
     Raises:
         ValueError: If there is no such network.
@@ -145,11 +145,11 @@ def create(name: str, classes: int, **options: Any) -> nn.Module:
 
 
 def build(name: str, classes: int, weights: Path | None = None, seed: int = 0, **options: Any) -> nn.Module:
-    """A network with weights drawn from the seed, or with those of a file.
+    """Build a network with weights drawn from the seed, or with those of a file.
 
-    The file may be what `nmconv.save` wrote: the network is then converted, merged and fitted as it says. Or it is a
-    state dict of the network as built, .pth or .safetensors, perhaps under other names in the same order, and perhaps
-    for other classes: then the classifier is a new one, and starts at zero.
+    The file may come from `nmconv.save`: the network is then converted, merged and fitted as recorded there. Or it is a
+    state dict of the network as built, .pth or .safetensors. Its keys may differ if they have the same order, and its
+    classes may differ: the classifier then starts at zero.
     """
     torch.manual_seed(seed)
     model = create(name, classes, **options)
@@ -157,8 +157,8 @@ def build(name: str, classes: int, weights: Path | None = None, seed: int = 0, *
         return model
     if weights.suffix == ".safetensors":
         with safe_open(weights, "pt") as file:
-            ours = "nmconv" in (file.metadata() or {})
-        if ours:
+            is_nmconv_file = "nmconv" in (file.metadata() or {})
+        if is_nmconv_file:
             return nmconv.load(model, weights, inplace=True)
     if not weights.is_file():
         raise ValueError(f"{weights}: no such file")
@@ -167,12 +167,12 @@ def build(name: str, classes: int, weights: Path | None = None, seed: int = 0, *
         raise ValueError(f"{weights} holds {len(state)} tensors, and {name} has {len(own)}: weights of another network")
     if state.keys() != own.keys():
         state = dict(zip(own, state.values(), strict=True))
-    other = {key for key in own if own[key].shape != state[key].shape}
-    model.load_state_dict(state | {key: torch.zeros_like(own[key]) for key in other & set(classifier_keys(model))})
+    reshaped = {key for key in own if own[key].shape != state[key].shape}
+    model.load_state_dict(state | {key: torch.zeros_like(own[key]) for key in reshaped & set(classifier_keys(model))})
     return model
 
 
 def classifier_keys(model: nn.Module) -> list[str]:
-    """The keys of the last linear layer, or last convolution."""
+    """Return the keys of the last linear layer or convolution."""
     last = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
     return [f"{last}.weight", f"{last}.bias"]

@@ -1,4 +1,4 @@
-"""Pictures and their classes: an ImageFolder or a torchvision data set, decoded once or each time."""
+"""Pictures and their classes from an ImageFolder or a torchvision data set, decoded once or on each access."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from torchvision.datasets import ImageFolder
 
 from .checkpoint import replacing
 
-HELD_OUT = ("test", "val", "valid")  # folders and splits to test on, in the order in which they are looked for
+HELD_OUT = ("test", "val", "valid")  # names of the test folder or split, in order of preference
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Pictures in memory, uint8 of shape (n, size, size, channels), and their class numbers (n,)."""
+    """Pictures in memory, uint8 of shape (n, size, size, channels), and their class indices (n,)."""
 
     images: Tensor
     labels: Tensor
@@ -43,11 +43,11 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Pictures that are decoded whenever they are asked for: a data set of (PIL image, class number)."""
+    """Pictures that are decoded on each access: a data set of (PIL image, class index)."""
 
     dataset: Dataset[Any]
     labels: Tensor
-    size: int = 0  # side to bring them to; 0 for what the model was made for
+    size: int = 0  # side to resize them to; 0 for the model's own
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -70,15 +70,15 @@ Pictures = Decoded | Encoded
 
 @dataclass(frozen=True)
 class Data:
-    """Splits in which any first n pictures hold every class as often as any other, as far as there are enough."""
+    """Splits whose first n pictures are balanced over the classes for any n, as far as there are enough."""
 
     train: Pictures
     test: Pictures
     classes: tuple[str, ...]
-    valid: Pictures | None = None  # held back from the train pictures, for choices
+    valid: Pictures | None = None  # held back from the train split, for choices
 
     def to(self, device: torch.device) -> Data:
-        """The same with what is decoded on a device."""
+        """Return the data with its decoded pictures on a device."""
         valid = None if self.valid is None else self.valid.to(device)
         return replace(self, train=self.train.to(device), test=self.test.to(device), valid=valid)
 
@@ -95,20 +95,20 @@ def load_data(
 ) -> Data:
     """Open an ImageFolder, or a data set of torchvision.
 
-    Which pictures are chosen is always the same, and a smaller choice lies within a larger one.
+    The choice of pictures is deterministic, and a smaller choice is a subset of a larger one.
 
     Args:
-        root: Of an ImageFolder with train/ and test/ (or val/); or where torchvision finds `dataset`.
-        size: Side of the pictures; 0, where they are decoded anew, for what a model was made for.
-        images: How many of the train pictures, 0 for all.
+        root: Root of an ImageFolder with train/ and test/ (or val/), or of torchvision's `dataset`.
+        size: Side of the pictures; with `decode=False`, 0 stands for the model's own.
+        images: Number of train pictures, 0 for all.
         dataset: The name of a class of `torchvision.datasets`.
-        held_back: How many train pictures are held back for choices, behind the `images`.
-        decode: Decode all now, short side to `size`, then the middle.
-        cache: A folder for what is decoded. Without it, an ImageFolder's lies beside its pictures.
+        held_back: Number of train pictures to hold back for choices, taken from the end.
+        decode: Decode all pictures now: resize the short side to `size` and crop the center.
+        cache: A folder for decoded pictures. By default, those of an ImageFolder are cached beside its pictures.
 
     Raises:
-        ValueError: If a folder or a data set of that name is not there, or the classes of its splits differ, or there
-            are too few pictures.
+        ValueError: If the folder or the data set does not exist, the classes of its splits differ, or there are too few
+            pictures.
     """
     train, test = torchvision_data(dataset, root) if dataset else image_folders(root)
     if train.classes != test.classes:
@@ -123,12 +123,12 @@ def load_data(
             splits.append(Decoded(pixels, torch.from_numpy(labels[rows])))
         else:
             splits.append(Encoded(Subset(source, rows.tolist()), torch.from_numpy(labels[rows]), size))
-    whole = splits[0]
-    images = images or len(whole) - held_back
-    if not 0 < images <= len(whole) - held_back:
-        raise ValueError(f"{root}: {images} pictures to train on and {held_back} held back, of {len(whole)}")
-    valid = whole.after(len(whole) - held_back) if held_back else None
-    return Data(whole.first(images), splits[1], tuple(map(str, train.classes)), valid)
+    train_split = splits[0]
+    images = images or len(train_split) - held_back
+    if not 0 < images <= len(train_split) - held_back:
+        raise ValueError(f"{root}: {images} pictures to train on and {held_back} held back, of {len(train_split)}")
+    valid = train_split.after(len(train_split) - held_back) if held_back else None
+    return Data(train_split.first(images), splits[1], tuple(map(str, train.classes)), valid)
 
 
 def image_folders(root: Path) -> tuple[ImageFolder, ImageFolder]:
@@ -139,37 +139,37 @@ def image_folders(root: Path) -> tuple[ImageFolder, ImageFolder]:
 
 
 def torchvision_data(name: str, root: Path) -> tuple[Any, Any]:
-    """The two splits of one of torchvision's data sets, whichever way it names them."""
+    """Return the train and test splits of one of torchvision's data sets, whose constructors name them differently."""
     cls = getattr(torchvision.datasets, name, None)
     if not (isinstance(cls, type) and issubclass(cls, Dataset)):
         raise ValueError(
             f"{name!r} is no data set of torchvision: give a name of torchvision.datasets, such as CIFAR10"
         )
-    takes = inspect.signature(cls).parameters
-    if "train" in takes:
+    parameters = inspect.signature(cls).parameters
+    if "train" in parameters:
         pair = cls(root, train=True), cls(root, train=False)
-    elif "split" in takes:
+    elif "split" in parameters:
         pair = cls(root, split="train"), first_split(cls, root)
     else:
         raise ValueError(f"torchvision's {name} has no splits to train and to test on")
     if not hasattr(pair[0], "classes"):
-        for each in pair:
-            each.classes = [str(label) for label in np.unique(labels_of(pair[0]))]
+        for split in pair:
+            split.classes = [str(label) for label in np.unique(labels_of(pair[0]))]
     return pair
 
 
 def first_split(cls: Any, root: Path) -> Any:
-    refused = []
+    messages = []
     for name in HELD_OUT:
         try:
             return cls(root, split=name)
-        except ValueError as error:  # what torchvision raises for a split that a data set does not have
-            refused.append(str(error))
-    raise ValueError(f"{cls.__name__} has no split to test on: {refused[0]}")
+        except ValueError as error:  # raised by torchvision for an unknown split
+            messages.append(str(error))
+    raise ValueError(f"{cls.__name__} has no split to test on: {messages[0]}")
 
 
 def labels_of(source: Any) -> np.ndarray:
-    """The class numbers, from where most data sets keep them, without decoding a picture."""
+    """Return the class indices; most data sets have an attribute for them, so that no picture is decoded."""
     for name in ("targets", "labels", "_labels"):
         if hasattr(source, name):
             return np.asarray(getattr(source, name), dtype=np.int64)
@@ -177,26 +177,26 @@ def labels_of(source: Any) -> np.ndarray:
 
 
 def balanced(labels: np.ndarray) -> np.ndarray:
-    """A fixed order in which the classes take turns."""
+    """Return a fixed order of the pictures in which the classes take turns."""
     shuffled = np.random.default_rng(0).permutation(len(labels))
     turn = np.empty(len(labels), dtype=int)
     for label in np.unique(labels):
-        own = shuffled[labels[shuffled] == label]
-        turn[own] = np.arange(len(own))
+        of_class = shuffled[labels[shuffled] == label]
+        turn[of_class] = np.arange(len(of_class))
     return np.lexsort((labels, turn))
 
 
 def decoded(source: Any, size: int, cache: Path | None, name: str) -> np.ndarray:
-    """All pictures of a data set, from the cache if they are there."""
+    """Return all pictures of a data set, from the cache if possible."""
     path = None
     if cache is not None:
-        known = repr(source)
+        description = repr(source)
         if isinstance(source, ImageFolder):
             root = Path(source.root)
             name = root.name
             files = (Path(file) for file, _ in source.samples)
-            known = "\n".join(f"{file.relative_to(root)} {file.stat().st_size}" for file in files)
-        path = cache / f"{name}-{size}px-{zlib.crc32(known.encode()):08x}.npy"
+            description = "\n".join(f"{file.relative_to(root)} {file.stat().st_size}" for file in files)
+        path = cache / f"{name}-{size}px-{zlib.crc32(description.encode()):08x}.npy"
         if path.exists():
             return np.load(path, mmap_mode="r")
     mode = "L" if source[0][0].mode == "L" else "RGB"
@@ -210,7 +210,7 @@ def decoded(source: Any, size: int, cache: Path | None, name: str) -> np.ndarray
 
 
 def middle(picture: Image.Image, size: int) -> Image.Image:
-    """The picture with its short side at `size`, cropped to a square."""
+    """Resize the picture's short side to `size` and crop the center to a square."""
     scale = size / min(picture.size)
     width, height = (max(size, round(side * scale)) for side in picture.size)
     left, top = (width - size) // 2, (height - size) // 2
@@ -219,5 +219,5 @@ def middle(picture: Image.Image, size: int) -> Image.Image:
 
 
 def limited(data: Data, count: int | None) -> Data:
-    """The same with the first `count` of the pictures to train on."""
+    """Return the data with the first `count` train pictures only."""
     return replace(data, train=data.train.first(count))

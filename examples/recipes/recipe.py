@@ -1,4 +1,4 @@
-"""What decides how a model is trained."""
+"""The settings of a training run."""
 
 from __future__ import annotations
 
@@ -9,34 +9,30 @@ import torch
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides what a model becomes, besides its weights, its teacher and the pictures."""
+    """All settings that determine the trained model, besides its initial weights, its teacher and the pictures."""
 
     epochs: int = 10
-    batch_size: int = 128  # pictures an update, of all processes together
-    accumulate: int = 1  # forward passes an update, of one process
-    opt: str = "sgd"  # any of timm's optimizers; "sgd" is Nesterov's
+    batch_size: int = 128  # pictures per update, over all processes
+    accumulate: int = 1  # forward passes per update in each process
+    opt: str = "sgd"  # any of timm's optimizers; "sgd" uses Nesterov momentum
     lr: float = 0.1
     weight_decay: float = 5e-4
     schedule: str = "cosine"  # any of timm's schedulers
-    warmup: float = 0.5  # epochs, of the above
-    seed: int = 0  # of the order of the pictures and their augmentation
+    warmup: float = 0.5  # epochs, included in the above
+    seed: int = 0  # seeds the order of the pictures and their augmentation
     augment: str = "shift"  # "shift" and mirror decoded pictures; "timm": timm's transforms; "none"
-    auto_augment: str = ""  # timm's words for it, such as "rand-m9-mstd0.5"
+    auto_augment: str = ""  # in timm's notation, such as "rand-m9-mstd0.5"
     erase: float = 0.0  # probability of timm's random erasing
-    mixup: float = 0.0  # alpha of timm's mixup, of half of the batches where CutMix is on too
+    mixup: float = 0.0  # alpha of timm's mixup; with CutMix, too, each gets half of the batches
     cutmix: float = 0.0  # alpha of timm's CutMix
-    smoothing: float = 0.0  # of the labels
-    ema: float = 0.0  # decay of timm's average of the weights; 0 for none
-    distill: float = 0.0  # weight of the teacher's answers in the loss; the labels have the rest
+    smoothing: float = 0.0  # label smoothing
+    ema: float = 0.0  # decay of timm's exponential moving average of the weights; 0 for none
+    distill: float = 0.0  # weight of the distillation loss; the labels' loss has the rest
     temperature: float = 4.0
-    precision: str = "no"  # accelerate's words for it: "no", "bf16", "fp16"
+    precision: str = "no"  # in accelerate's notation: "no", "bf16", "fp16"
 
     def check(self, pictures: int, processes: int, teacher: bool, device: torch.device) -> None:
-        """Raise if the recipe cannot be followed.
-
-        Raises:
-            ValueError: It names the field, and what would do.
-        """
+        """Raise ValueError if a field is invalid for this run."""
         if self.epochs < 1 or self.accumulate < 1:
             raise ValueError(f"epochs={self.epochs}, accumulate={self.accumulate}: give 1 or more")
         if teacher != (self.distill > 0):
@@ -57,5 +53,5 @@ class Recipe:
 
 
 def fast_bf16() -> bool:
-    """Whether this CPU computes in bfloat16."""
+    """Return whether this CPU has bfloat16 instructions."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

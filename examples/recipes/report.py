@@ -1,4 +1,4 @@
-"""What a sweep's rows say: means, paired differences against 1:1, and plots."""
+"""Reports of a sweep's rows: means, paired differences against 1:1, and plots."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Group:
-    """The rows of one configuration, by seed."""
+    """The rows of one configuration by seed."""
 
     trial: Trial  # with seed 0
     rows: dict[int, Row]
 
     @property
     def label(self) -> str:
-        """What tells it from others: `cifar_resnet20 2:1 first`."""
+        """A name for tables, such as `cifar_resnet20 2:1 first`."""
         trial = self.trial
         parts = [trial.model, *(f"{key}={value}" for key, value in trial.options.items()), trial.ratio]
         if trial.drop:
@@ -55,27 +55,27 @@ class Group:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of accuracies with the same seeds, in percentage points."""
+    """Mean difference of accuracies with the same seeds, in percentage points."""
 
     mean: float
-    half: float  # of the 95 % interval of Student's t; NaN for fewer than two seeds
-    p: float  # of the two-sided paired t-test; NaN for fewer than two
+    half: float  # half the width of the 95 % interval (Student's t); NaN for fewer than two seeds
+    p: float  # two-sided paired t-test; NaN for fewer than two seeds
     seeds: int
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """All rows of a sweep."""
+    """Return all rows of a sweep."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
 def groups(rows: Iterable[Row]) -> list[Group]:
-    """The rows by configuration, seeds aside."""
-    found: dict[str, Group] = {}
+    """Group the rows by configuration, ignoring the seed."""
+    by_name: dict[str, Group] = {}
     for row in rows:
         trial = trial_from(row["trial"])
         base = with_seed(trial, 0)
-        found.setdefault(base.name, Group(base, {})).rows[trial.recipe.seed] = row
-    return list(found.values())
+        by_name.setdefault(base.name, Group(base, {})).rows[trial.recipe.seed] = row
+    return list(by_name.values())
 
 
 def with_seed(trial: Trial, seed: int) -> Trial:
@@ -83,20 +83,19 @@ def with_seed(trial: Trial, seed: int) -> Trial:
 
 
 def original_of(group: Group, others: Iterable[Group]) -> Group | None:
-    """The same network, trained the same way, with all of its activations."""
+    """Return the group of the same network and training with all activations, if there is one."""
     plain = replace(group.trial, ratio="1:1", keep=Trial.keep, relocate=False, gradual=False, drop=(), slope=0.0)
     return next((other for other in others if other.trial == plain), None)
 
 
 def difference(group: Group, original: Group, column: str) -> Difference:
-    """Group minus original, over the seeds that both have."""
+    """Return group minus original, over the seeds that both have."""
     seeds = sorted(group.rows.keys() & original.rows.keys())
-    each = [group.rows[seed][column] - original.rows[seed][column] for seed in seeds]
-    return summary(each)
+    return summary([group.rows[seed][column] - original.rows[seed][column] for seed in seeds])
 
 
 def summary(each: Sequence[float]) -> Difference:
-    """Mean, 95 % interval and p of paired differences."""
+    """Return mean, 95 % interval and p-value of paired differences."""
     if len(each) < 2:
         return Difference(each[0] if each else float("nan"), float("nan"), float("nan"), len(each))
     half = stats.t.ppf(0.975, len(each) - 1) * statistics.stdev(each) / len(each) ** 0.5
@@ -104,22 +103,22 @@ def summary(each: Sequence[float]) -> Difference:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number (Holm, Scandinavian Journal of Statistics 6, 1979)."""
+    """Correct p-values for multiple tests (Holm, Scandinavian Journal of Statistics 6, 1979)."""
     order = np.argsort(values)
-    steps = np.maximum.accumulate([(len(values) - at) * values[i] for at, i in enumerate(order)])
-    out = np.empty(len(values))
-    out[order] = np.minimum(steps, 1)
-    return out.tolist()
+    scaled = np.maximum.accumulate([(len(values) - rank) * values[i] for rank, i in enumerate(order)])
+    corrected = np.empty(len(values))
+    corrected[order] = np.minimum(scaled, 1)
+    return corrected.tolist()
 
 
 def table(rows: Iterable[Row], column: str = "test", latency: bool = False) -> list[dict[str, Any]]:
-    """A line a configuration: `mean` and `sd` of the accuracy in percent, and the difference against 1:1.
+    """Return a line per configuration: `mean` and `sd` of the accuracy in percent, and the difference against 1:1.
 
-    With `latency`, how long the merged network takes against the original, measured now.
+    With `latency`, also measure the latency of the merged network relative to the original.
     """
-    found = groups(rows)
+    configurations = groups(rows)
     lines = []
-    for group in found:
+    for group in configurations:
         values, first = group.values(column), group.rows_first
         line = {
             "label": group.label,
@@ -130,7 +129,7 @@ def table(rows: Iterable[Row], column: str = "test", latency: bool = False) -> l
             **{key: first[key] for key in ("convolutions", "activations", "activation_values", "multiply_adds")},
             "parameters": first["parameters"],
         }
-        original = original_of(group, found)
+        original = original_of(group, configurations)
         if original is not None and original is not group:
             line.update(
                 {f"difference_{key}": value for key, value in asdict(difference(group, original, column)).items()}
@@ -145,9 +144,9 @@ def table(rows: Iterable[Row], column: str = "test", latency: bool = False) -> l
 
 
 def latency_of(trial: Trial, original: Trial) -> float:
-    """How many times longer a forward of one picture takes than the original's, of ten classes.
+    """Return the latency for one picture over the original's, for ten classes.
 
-    Norms are folded in both, and linear runs are merged where that saves multiply-adds.
+    Norms are folded in both, and linear runs are merged if that saves multiply-adds.
     """
     picture = torch.zeros(1, original.size, original.size, 3, dtype=torch.uint8)
     models = [each.converted(10).eval() for each in (original, trial)]
@@ -158,18 +157,18 @@ def latency_of(trial: Trial, original: Trial) -> float:
 
 
 def printed(lines: Iterable[dict[str, Any]]) -> str:
-    """The table as Markdown."""
+    """Return the table as Markdown."""
     cells = []
     for line in lines:
-        apart = p = ""
+        difference_cell = p = ""
         if "difference_mean" in line:
-            apart = f"{line['difference_mean']:+.2f}"
+            difference_cell = f"{line['difference_mean']:+.2f}"
             if line["difference_seeds"] > 1:
-                apart += f" ± {line['difference_half']:.2f}"
+                difference_cell += f" ± {line['difference_half']:.2f}"
                 p = f"{line['difference_holm']:.3f}"
         latency = f"{line['latency']:.2f}" if "latency" in line else ""
         cost = [line["activations"], f"{line['activation_values'] / 1e3:.1f}", latency]
-        cells.append([line["label"], line["seeds"], *cost, spread(line["values"]), apart, p])
+        cells.append([line["label"], line["seeds"], *cost, spread(line["values"]), difference_cell, p])
     columns = [
         "network",
         "seeds",
@@ -184,7 +183,7 @@ def printed(lines: Iterable[dict[str, Any]]) -> str:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which (cost, accuracy) no other point beats in both, by cost."""
+    """Return the indices of the Pareto front of (cost, accuracy), in the order of cost."""
     order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
     front: list[int] = []
     for i in order:
@@ -194,7 +193,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy against ratio, multiply-adds, activations and, where it was measured, latency; with the Pareto front."""
+    """Plot accuracy against ratio, multiply-adds, activations and, if measured, latency, with the Pareto fronts."""
     costs = {
         "convolutions per activation": lambda line: line["convolutions"] / line["activations"],
         "multiply-adds, millions": lambda line: line["multiply_adds"] / 1e6,
@@ -203,15 +202,15 @@ def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
     }
     costs = {name: cost for name, cost in costs.items() if all(cost(line) is not None for line in lines)}
     figure = Figure(figsize=(5 * len(costs), 4), layout="constrained")
-    for at, (name, cost) in enumerate(costs.items()):
-        axes: Axes = figure.add_subplot(1, len(costs), at + 1)
+    for index, (name, cost) in enumerate(costs.items()):
+        axes: Axes = figure.add_subplot(1, len(costs), index + 1)
         points = [(cost(line), line["mean"]) for line in lines]
         for line, (x, y) in zip(lines, points, strict=True):
             axes.errorbar(x, y, line["sd"] if line["seeds"] > 1 else None, marker="o", capsize=3, label=line["label"])
-        front = points if at == 0 else [points[i] for i in pareto(points)]
-        if at:
+        if index:  # the ratio is no cost, and has no front
+            front = [points[i] for i in pareto(points)]
             axes.plot(*zip(*front, strict=True), color="grey", linewidth=1, zorder=0)
-        axes.set(xlabel=name, ylabel="accuracy, %" if at == 0 else None)
+        axes.set(xlabel=name, ylabel="accuracy, %" if index == 0 else None)
     figure.axes[0].legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -1,4 +1,4 @@
-"""Ways from a trained network to one with fewer activations, each with as many epochs of training."""
+"""Routes from a trained network to one with fewer activations, all with the same number of epochs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .pictures import Data
 from .recipe import Recipe
 from .training import Log, train
 
-PICTURES = 2048  # without labels, to fit with
+PICTURES = 2048  # unlabeled pictures to fit with
 STAGES = 3
 Arrival = tuple[nn.Module, Log]
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where all routes begin, and what they share; the original is the teacher."""
+    """What all routes start from and share. The original is the teacher."""
 
     model: nn.Module
     plan: nmconv.Plan
@@ -34,39 +34,39 @@ class Start:
     device: str
 
     def longer(self) -> Arrival:
-        """Train the original: what the others are compared with."""
+        """Train the original, as the baseline."""
         return self._trained(copy.deepcopy(self.model))
 
     def at_once(self) -> Arrival:
-        """Drop everything before training."""
+        """Drop all activations of the plan before training."""
         return self._trained(nmconv.apply_plan(self.model, self.plan))
 
     def gradually(self) -> Arrival:
-        """Drop everything by degrees, in the first six tenths of the training."""
+        """Drop all activations of the plan gradually, during the first 60 % of the training."""
         return self._trained(nmconv.apply_plan(self.model, self.plan, gradual=True), gradual={})
 
     def fitted(self) -> Arrival:
-        """Drop everything, fit what has become linear to what the original computes, then train."""
+        """Drop all activations of the plan, fit the linear runs to the original, then train."""
         return self._trained(self._fitted(nmconv.apply_plan(self.model, self.plan)))
 
     def iteratively(self, fit: bool = False) -> Arrival:
-        """Drop a third of the activations, evenly spread over the network, and train; then the next third.
+        """Drop a third of the plan's activations, evenly spread over the network, and train; then the next third.
 
-        As in EASIER (ECML 2024), but in a fixed order. Each stage has a third of the epochs, and a schedule of its own.
+        As in EASIER (ECML 2024), but in a fixed order. Each stage has a third of the epochs and its own schedule.
         """
-        gone = [site.id for site in self.plan.changes]
+        dropped = [site.id for site in self.plan.changes]
         model, log = self.model, Log(losses=[], curve=[], seconds=0.0)
         for stage in range(STAGES):
-            stays = [site for later in range(stage + 1, STAGES) for site in gone[later::STAGES]]
-            model = nmconv.apply_plan(model, self.plan.edit(dict.fromkeys(stays, "keep")))
+            kept = [site for later in range(stage + 1, STAGES) for site in dropped[later::STAGES]]
+            model = nmconv.apply_plan(model, self.plan.edit(dict.fromkeys(kept, "keep")))
             model = self._fitted(model) if fit else model
             recipe = replace(self.recipe, epochs=self.recipe.epochs // STAGES, seed=self.recipe.seed * STAGES + stage)
-            _, found = replace(self, recipe=recipe, out=self.out / f"stage-{stage}")._trained(model)
-            log = {key: log[key] + found[key] for key in log}
+            _, stage_log = replace(self, recipe=recipe, out=self.out / f"stage-{stage}")._trained(model)
+            log = {key: log[key] + stage_log[key] for key in log}
         return model, log
 
     def fitted_iteratively(self) -> Arrival:
-        """The same, and fit what has become linear before each stage."""
+        """Do the same, and fit the linear runs before each stage."""
         return self.iteratively(fit=True)
 
     def _trained(self, model: nn.Module, **options: Any) -> Arrival:

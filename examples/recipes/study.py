@@ -13,8 +13,8 @@ from .trial import Trial
 RECIPE = Recipe(epochs=8, lr=0.4, precision="bf16")
 BLOCKS = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in (0, 1, 2)]
 
-# A unit ends at an addition, so that a block of two convolutions is 2:1 or 1:1: other ratios are made by hand, with the
-# activations behind additions going first.
+# A unit ends at an addition, so that a block of two convolutions is either 2:1 or 1:1. For other ratios, the
+# activations to drop are listed here: those after additions first.
 THREE_TO_TWO = tuple(f"{block}.act2#1" for block in BLOCKS[::2])
 FOUR_TO_ONE = ("layer*.act2#1", *(f"{block}.act1#1" for block in BLOCKS[::2]))
 
@@ -29,18 +29,18 @@ RATIOS = {
 
 
 def changed(trial: Trial, **recipe: object) -> Trial:
-    """The trial with other fields of its recipe."""
+    """Return the trial with some fields of its recipe changed."""
     return replace(trial, recipe=replace(trial.recipe, **recipe))
 
 
 def learning_rates() -> list[Trial]:
-    """The recipe's learning rate, chosen on the pictures held back, by the mean of three networks."""
-    some = [replace(RATIOS[name], images=20_000) for name in ("1:1", "2:1 first", "2:1 boundary")]
-    return [changed(trial, epochs=3, lr=lr, seed=100) for lr in (0.1, 0.05, 0.2, 0.4) for trial in some]
+    """Return the trials that choose the learning rate: by the mean held-back accuracy of three networks."""
+    trials = [replace(RATIOS[name], images=20_000) for name in ("1:1", "2:1 first", "2:1 boundary")]
+    return [changed(trial, epochs=3, lr=lr, seed=100) for lr in (0.1, 0.05, 0.2, 0.4) for trial in trials]
 
 
 def ratios(seeds: int = 3) -> list[Trial]:
-    """ResNet-20 at six ratios of convolutions to activations."""
+    """Return ResNet-20 at six ratios of convolutions to activations."""
     return [changed(trial, seed=seed) for seed in range(seeds) for trial in RATIOS.values()]
 
 
@@ -48,23 +48,23 @@ ROUTE_RECIPE = Recipe(epochs=3, lr=0.05, warmup=0.1, distill=0.5, precision="bf1
 
 
 def routes(keep: str, seeds: Sequence[int] = (0, 1, 2)) -> list[Trial]:
-    """A trained ResNet-20 taken to half of its activations, each way, and trained as long without."""
-    found = []
+    """Return a trained ResNet-20 converted to 2:1 by each route, and the original trained as long."""
+    trials = []
     for seed in seeds:
         common = Trial(weights=f"cifar_resnet20-{seed}.safetensors", recipe=replace(ROUTE_RECIPE, seed=seed))
         for route in ROUTES:
             half = {} if route == "longer" else {"ratio": "2:1", "keep": keep}
-            found.append(replace(common, route=route, **half))
-    return found
+            trials.append(replace(common, route=route, **half))
+    return trials
 
 
 def long() -> list[Trial]:
-    """ResNet-20 as it is, trained longer: what is taken to fewer activations afterwards."""
+    """Return the original ResNet-20 trained longer, from which the routes start."""
     return [changed(RATIOS["1:1"], epochs=30, lr=0.2, seed=seed) for seed in range(3)]
 
 
 def looked_into() -> list[Trial]:
-    """Whose activations and members are measured."""
+    """Return the trials whose activations and members are measured."""
     return [trial for trial in ratios() if trial.ratio == "2:1" or not trial.drop]
 
 

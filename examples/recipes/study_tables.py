@@ -1,4 +1,4 @@
-"""The tables of docs/study.md, from the rows beside it."""
+"""The tables of docs/study.md, made from the rows beside it."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ Tables = dict[str, Callable[[Sequence[Row], Sequence[Row]], str]]
 
 
 def written(doc: str, rows: Path) -> str:
-    """The document with its tables made anew: what stands between `<!-- NAME -->` and `<!-- / -->`."""
+    """Return the document with the text between each `<!-- NAME -->` and `<!-- / -->` replaced by a new table."""
     trials, insights = read_rows(rows), read_rows(rows / "insights")
 
-    def made(match: re.Match[str]) -> str:
+    def new_table(match: re.Match[str]) -> str:
         return f"<!-- {match[1]} -->\n{TABLES[match[1]](trials, insights)}\n<!-- / -->"
 
-    return re.sub(r"<!-- ([a-z-]+) -->\n.*?<!-- / -->", made, doc, flags=re.S)
+    return re.sub(r"<!-- ([a-z-]+) -->\n.*?<!-- / -->", new_table, doc, flags=re.S)
 
 
 def rows_of(trials: Iterable[Trial], rows: Iterable[Row]) -> list[Row]:
-    """Those rows that there are."""
+    """Return the rows of the trials that have one."""
     names = {trial.name for trial in trials}
     return [row for row in rows if row["name"] in names]
 
 
-def interval(apart: Difference) -> str:
-    """A difference in points, with its 95 % interval from three seeds on."""
-    return f"{apart.mean:+.2f}" + (f" ± {apart.half:.2f}" if apart.seeds > 2 else "")
+def interval(diff: Difference) -> str:
+    """Format a difference in points, with its 95 % interval for three seeds or more."""
+    return f"{diff.mean:+.2f}" + (f" ± {diff.half:.2f}" if diff.seeds > 2 else "")
 
 
 def learning_rates(trials: Sequence[Row], insights: Sequence[Row]) -> str:
-    found: dict[float, list[Row]] = {}
+    by_lr: dict[float, list[Row]] = {}
     for row in rows_of(study.learning_rates(), trials):
-        found.setdefault(row["trial"]["recipe"]["lr"], []).append(row)
+        by_lr.setdefault(row["trial"]["recipe"]["lr"], []).append(row)
     columns = ["1:1", "2:1 first", "2:1 boundary"]
     lines = []
-    for lr, rows in sorted(found.items()):
+    for lr, rows in sorted(by_lr.items()):
         by_name = {name_of(trial_from(row["trial"])): row["held_back"] for row in rows}
         values = [by_name[name] for name in columns]
         lines.append([f"{lr:g}", *(f"{value:.2f}" for value in values), f"{statistics.fmean(values):.2f}"])
@@ -51,28 +51,28 @@ def learning_rates(trials: Sequence[Row], insights: Sequence[Row]) -> str:
 
 
 def name_of(trial: Trial) -> str:
-    """What the study calls a network: a key of `study.RATIOS`."""
+    """Return the study's name for a network: a key of `study.RATIOS`."""
     fields = ("ratio", "keep", "drop", "slope")
     return next(
-        name for name, one in study.RATIOS.items() if all(getattr(one, key) == getattr(trial, key) for key in fields)
+        name for name, each in study.RATIOS.items() if all(getattr(each, key) == getattr(trial, key) for key in fields)
     )
 
 
 def ratios(trials: Sequence[Row], insights: Sequence[Row]) -> str:
-    found = groups(rows_of(study.ratios(seeds=6), trials))
-    original = next((group for group in found if name_of(group.trial) == "1:1"), None)
+    configurations = groups(rows_of(study.ratios(seeds=6), trials))
+    original = next((group for group in configurations if name_of(group.trial) == "1:1"), None)
     if original is None:
         return "Not measured yet."
     lines, tested = [], []
     for name in study.RATIOS:
-        for group in (group for group in found if name_of(group.trial) == name):
+        for group in (group for group in configurations if name_of(group.trial) == name):
             first = group.rows_first
             line = [name, len(group.rows), first["activations"], f"{first['activation_values'] / 1e3:.0f} k"]
             line += [spread(group.values("held_back")), spread(group.values("test"))]
-            apart = difference(group, original, "test")
-            lines.append([*line, "" if group is original else interval(apart), ""])
-            if group is not original and apart.seeds > 2:
-                tested.append((lines[-1], apart.p))
+            against = difference(group, original, "test")
+            lines.append([*line, "" if group is original else interval(against), ""])
+            if group is not original and against.seeds > 2:
+                tested.append((lines[-1], against.p))
     for (line, _), p in zip(tested, holm([p for _, p in tested]), strict=True):
         line[-1] = f"{p:.3f}"
     columns = ["network", "seeds", "activations", "values", "held back, %", "test, %", "test against 1:1", "p, Holm"]
@@ -88,22 +88,22 @@ def routes(trials: Sequence[Row], insights: Sequence[Row]) -> str:
             same = [row for row in rows if row["trial"]["route"] == route and row["trial"]["keep"] == keep]
             if not same:
                 continue
-            apart = [row["test"] - longer[row["trial"]["recipe"]["seed"]]["test"] for row in same]
+            differences = [row["test"] - longer[row["trial"]["recipe"]["seed"]]["test"] for row in same]
             line = [route, "" if route == "longer" else keep, len(same), same[0]["activations"]]
             line += [spread([row[column] for row in same]) for column in ("held_back", "test")]
-            lines.append([*line, "" if route == "longer" else interval(summary(apart))])
+            lines.append([*line, "" if route == "longer" else interval(summary(differences))])
     columns = ["route", "keep", "seeds", "activations", "held back, %", "test, %", "test against the original"]
     return markdown(columns, lines) if lines else "Not measured yet."
 
 
 def activations(trials: Sequence[Row], insights: Sequence[Row]) -> str:
-    found: dict[tuple[str, int], list[Row]] = {}
+    by_epoch: dict[tuple[str, int], list[Row]] = {}
     for row in insights:
         if row["kind"] == "activations":
-            found.setdefault((name_of(trial_from(row["trial"])), row["epoch"]), []).append(row)
+            by_epoch.setdefault((name_of(trial_from(row["trial"])), row["epoch"]), []).append(row)
     lines = []
     for name in study.RATIOS:
-        for (other, epoch), rows in sorted(found.items()):
+        for (other, epoch), rows in sorted(by_epoch.items()):
             if other == name:
                 means = [
                     [statistics.fmean(site[key] for site in row["sites"].values()) for row in rows]
@@ -117,16 +117,16 @@ def activations(trials: Sequence[Row], insights: Sequence[Row]) -> str:
 
 
 def members(trials: Sequence[Row], insights: Sequence[Row]) -> str:
-    found: dict[tuple[str, float], list[Row]] = {}
+    by_slope: dict[tuple[str, float], list[Row]] = {}
     for row in insights:
         if row["kind"].startswith("members"):
-            found.setdefault((name_of(trial_from(row["trial"])), row["slope"]), []).append(row)
+            by_slope.setdefault((name_of(trial_from(row["trial"])), row["slope"]), []).append(row)
     lines = []
-    for (name, slope), rows in sorted(found.items()):
-        each = [statistics.fmean(row["member_accuracy"]) for row in rows]
+    for (name, slope), rows in sorted(by_slope.items()):
+        member_means = [statistics.fmean(row["member_accuracy"]) for row in rows]
         kept = [statistics.fmean(row["kept"]) for row in rows]
         columns = ("probabilities_accuracy", "soft_accuracy", "disagreement", "gap")
-        values: list[list[Any]] = [kept, each, *([row[column] for row in rows] for column in columns)]
+        values: list[list[Any]] = [kept, member_means, *([row[column] for row in rows] for column in columns)]
         lines.append([name, f"{slope:g}", len(rows), *map(spread, values)])
     columns = ["trained with", "slope", "seeds", "kept", "a member, %", "members' mean, %", "soft network, %"]
     return markdown([*columns, "disagreement, %", "gap, logits"], lines) if lines else "Not measured yet."

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 
 def spread(values: Sequence[float], digits: int = 2, sign: bool = False) -> str:
-    """Mean ± standard deviation over seeds; one value as it is."""
+    """Format mean ± standard deviation; the mean alone for one value."""
     if not values:
         return "not measured"
     mean = f"{statistics.fmean(values):{'+' if sign else ''}.{digits}f}"
@@ -15,6 +15,6 @@ def spread(values: Sequence[float], digits: int = 2, sign: bool = False) -> str:
 
 
 def markdown(headings: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """A table."""
+    """Return a Markdown table."""
     cells = [headings, ["---"] * len(headings), *lines]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in cells)

@@ -1,4 +1,4 @@
-"""The one training loop of the examples: on one device or many, stopped and continued at any moment."""
+"""The training loop of all examples: on one or many devices, resumable at any moment."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ ALONE = Share()
 
 
 class Wrapped(nn.Module):
-    """What accelerate prepares, so that the model itself keeps its own forward."""
+    """Wraps the model, as accelerate replaces the forward of the module that it prepares."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        given = self.model(images)
-        return getattr(given, "logits", given)  # torchvision's GoogLeNet and Inception give those of other heads, too
+        output = self.model(images)
+        return getattr(output, "logits", output)  # torchvision's GoogLeNet and Inception also return auxiliary logits
 
 
 def accelerator_for(recipe: Recipe, device: str = "", compiled: bool = False, log: Path | None = None) -> Accelerator:
-    """accelerate's view of this process: `torchrun` decides how many there are. `device` is "cpu", or "" for the best.
+    """Create an Accelerator for this process. `torchrun` sets the number of processes.
 
-    One process may train several models in turn, each in its own precision, which accelerate holds once a process.
+    `device` is "cpu", or "" for the best device.
     """
-    AcceleratorState._reset_state()
+    AcceleratorState._reset_state()  # it stores one precision per process, and models trained in turn may differ
     return Accelerator(
         cpu=device == "cpu",
         mixed_precision=recipe.precision,
@@ -64,32 +64,32 @@ def accelerator_for(recipe: Recipe, device: str = "", compiled: bool = False, lo
 def evaluate(
     model: nn.Module, pictures: Pictures, limit: int | None = None, batch_size: int = 250, share: Share = ALONE
 ) -> float:
-    """Top-1 accuracy in percent, of all pictures or the first `limit`; leaves the model in eval mode.
+    """Return the top-1 accuracy in percent on all pictures or the first `limit`, and leave the model in eval mode.
 
-    With a share of several processes, which all must call it, the accuracy is that of all pictures.
+    With several processes, all must call it, and the accuracy is that on all their pictures.
     """
     model.eval()
     pictures = pictures.first(limit)
-    right = torch.zeros((), device=next(model.parameters()).device)
+    correct = torch.zeros((), device=next(model.parameters()).device)
     with torch.inference_mode():
         for images, labels in in_order(model, pictures, batch_size, share):
-            right += (model(images).argmax(1) == labels).sum()
+            correct += (model(images).argmax(1) == labels).sum()
     if share.processes > 1:
-        right = right.clone()
-        torch.distributed.all_reduce(right)
-    return 100 * float(right) / len(pictures)
+        correct = correct.clone()
+        torch.distributed.all_reduce(correct)
+    return 100 * float(correct) / len(pictures)
 
 
 def loss_of(logits: Tensor, labels: Tensor, targets: Tensor | None, recipe: Recipe) -> Tensor:
-    """Cross entropy with class numbers or shares; with the teacher's logits as `targets`, partly the divergence from
-    its softened answers (Hinton et al., arXiv 1503.02531)."""
-    smoothing = 0.0 if labels.is_floating_point() else recipe.smoothing  # timm's mixup has smoothed already
+    """Return the cross entropy with class indices or probabilities; with the teacher's logits as `targets`, mixed with
+    the divergence from its softened probabilities (Hinton et al., arXiv 1503.02531)."""
+    smoothing = 0.0 if labels.is_floating_point() else recipe.smoothing  # timm's mixup has already smoothed them
     loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
     if targets is None:
         return loss
     student, teacher = (F.log_softmax(x / recipe.temperature, 1) for x in (logits, targets))
-    apart = F.kl_div(student, teacher, log_target=True, reduction="batchmean") * recipe.temperature**2
-    return torch.lerp(loss, apart, recipe.distill)
+    divergence = F.kl_div(student, teacher, log_target=True, reduction="batchmean") * recipe.temperature**2
+    return torch.lerp(loss, divergence, recipe.distill)
 
 
 def train(
@@ -112,27 +112,28 @@ def train(
     """Train a model, in place.
 
     Args:
-        model: Any; it is left in eval mode, on its device. With an average of the weights (`recipe.ema`), it is left
-            with that average.
-        data: Its train split is learnt from; the split held back is classified after each epoch, or else the test one.
-        recipe: How.
-        out: A folder for checkpoints, one after each epoch and each `every` seconds; a run found there goes on.
-        teacher: What `recipe.distill` refers to; it is put into eval mode.
-        gradual: Of a gradual model: options of `nmconv.Gradual`. It is finished in the end.
-        after_step: Called with the number of updates made and the model, after each.
-        device: "cpu", or "" for the best there is.
-        compiled: By `torch.compile`.
-        workers: Processes that decode pictures.
-        probe: How many pictures are classified after each epoch; None for all.
-        every: See `out`.
-        log_dir: Where TensorBoard's files go.
-        quiet: Print no lines; a terminal shows the bar all the same.
+        model: The model; it is left in eval mode, on the training device. With `recipe.ema`, it is left with the
+            average of its weights.
+        data: Its train split is used for training; the held-back split, or else the test split, is classified after
+            each epoch.
+        recipe: The settings.
+        out: A folder for checkpoints, written after each epoch and every `every` seconds; a run found there is resumed.
+        teacher: The teacher for `recipe.distill`; it is put in eval mode.
+        gradual: For a gradual model, options of `nmconv.Gradual`. The model is finished at the end.
+        after_step: Called after each update with the number of updates so far and the model.
+        device: "cpu", or "" for the best device.
+        compiled: Whether to use `torch.compile`.
+        workers: Number of processes that decode pictures.
+        probe: Number of pictures to classify after each epoch; None for all.
+        every: Seconds between checkpoints.
+        log_dir: A folder for TensorBoard's files.
+        quiet: Print no lines; a terminal still shows the progress bar.
 
     Returns:
-        The `losses` and the `curve` of accuracies (percent, of the `probe` pictures), by epoch; and the `seconds`.
+        The `losses` and the `curve` of accuracies (percent, on the `probe` pictures) by epoch, and the `seconds`.
 
     Raises:
-        ValueError: If the recipe cannot be followed, or the checkpoint is of another run or damaged.
+        ValueError: If the recipe is invalid, or the checkpoint is damaged or belongs to another run.
     """
     accelerator = accelerator_for(recipe, device, compiled, log_dir)
     share = Share(accelerator.process_index, accelerator.num_processes, workers)
@@ -144,11 +145,11 @@ def train(
         accelerator.init_trackers("tensorboard")
     clock = time.perf_counter()
 
-    def say(words: str) -> None:
+    def report(message: str) -> None:
         if not quiet:
-            accelerator.print(words, flush=True)
+            accelerator.print(message, flush=True)
 
-    def keep() -> None:
+    def save_checkpoint() -> None:
         nonlocal clock
         run.log["seconds"] += time.perf_counter() - clock
         clock = time.perf_counter()
@@ -159,24 +160,24 @@ def train(
     with torch.random.fork_rng(), progress(accelerator, steps, run.step) as advance:
         while run.step < steps:
             epoch = run.step // run.updates
-            parts = batches(model, data.train, recipe, epoch, run.step % run.updates, share)
+            epoch_batches = batches(model, data.train, recipe, epoch, run.step % run.updates, share)
             for _ in range(run.step % run.updates, run.updates):
-                run.update(parts, share)
+                run.update(epoch_batches, share)
                 if after_step is not None:
                     after_step(run.step, model)
                 advance(run.accuracy)
                 if run.step % run.updates and time.perf_counter() - clock > every:
-                    keep()
-                    say(f"step {run.step} of {steps}, {run.log['seconds']:.0f} s")
+                    save_checkpoint()
+                    report(f"step {run.step} of {steps}, {run.log['seconds']:.0f} s")
             run.log["losses"].append(run.total / run.updates)
             run.log["curve"].append(evaluate(run.shown, shown, probe, share=share))
             run.total = 0.0
-            keep()
-            numbers = {"loss": run.log["losses"][-1], "accuracy": run.log["curve"][-1]}
+            save_checkpoint()
+            metrics = {"loss": run.log["losses"][-1], "accuracy": run.log["curve"][-1]}
             if log_dir:
-                accelerator.log(numbers, step=run.step)
-            words = f"loss {numbers['loss']:.4f}, accuracy {numbers['accuracy']:.2f} %, {run.log['seconds']:.0f} s"
-            say(f"epoch {epoch + 1} of {recipe.epochs}: {words}")
+                accelerator.log(metrics, step=run.step)
+            summary = f"loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.2f} %, {run.log['seconds']:.0f} s"
+            report(f"epoch {epoch + 1} of {recipe.epochs}: {summary}")
     for tracker in accelerator.trackers:
         tracker.finish()
     run.finish()
@@ -185,7 +186,7 @@ def train(
 
 
 class _Run:
-    """A run's state: all that a checkpoint holds."""
+    """The state of a training run, which a checkpoint holds."""
 
     def __init__(
         self,
@@ -197,7 +198,7 @@ class _Run:
         accelerator: Accelerator,
         out: Path | None,
     ) -> None:
-        model.to(accelerator.device, memory_format=torch.channels_last)  # on a CPU, too: a third faster or more
+        model.to(accelerator.device, memory_format=torch.channels_last)  # at least a third faster on a CPU, too
         self.model, self.recipe, self.accelerator = model, recipe, accelerator
         self.teacher = None if teacher is None else teacher.eval().to(accelerator.device)
         self.classes = len(data.classes)
@@ -218,8 +219,8 @@ class _Run:
         followers = [self.ema.module] if self.ema else []
         self.slopes = None if gradual is None else nmconv.Gradual(model, steps, followers=followers, **gradual)
         self.prepared, self.optimizer = accelerator.prepare(Wrapped(model), optimizer)
-        self.step, self.total = 0, 0.0  # updates made, and the sum of this epoch's losses
-        self.accuracy = 0.0  # of the batch
+        self.step, self.total = 0, 0.0  # number of updates, and sum of this epoch's losses
+        self.accuracy = 0.0  # on the last batch, in percent
         self.log: Log = {"losses": [], "curve": [], "seconds": 0.0}
         plan = nmconv.get_plan(model)
         self._task = {
@@ -235,22 +236,22 @@ class _Run:
 
     @property
     def shown(self) -> nn.Module:
-        """What is evaluated."""
+        """The model to evaluate."""
         return self.ema.module if self.ema else self.model
 
     def update(self, parts: Iterator[tuple[Tensor, Tensor]], share: Share) -> None:
-        """One update of the weights."""
+        """Update the weights once."""
         recipe, accelerator = self.recipe, self.accelerator
         self.prepared.train()
         for part in range(recipe.accumulate):
             images, labels = next(parts)
             numbers = (self.step, part, share.rank)
-            images, answers = mixed(images, labels, recipe, self.classes, *numbers)
-            with chance(recipe.seed, 1, *numbers), accelerator.accumulate(self.prepared):  # dropout and the like
+            images, mixed_labels = mixed(images, labels, recipe, self.classes, *numbers)
+            with chance(recipe.seed, 1, *numbers), accelerator.accumulate(self.prepared):  # seeds dropout and the like
                 with torch.no_grad(), accelerator.autocast():
                     targets = None if self.teacher is None else self.teacher(images).float()
                 logits = self.prepared(images)
-                loss = loss_of(logits, answers, targets, recipe)
+                loss = loss_of(logits, mixed_labels, targets, recipe)
                 accelerator.backward(loss)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -264,7 +265,7 @@ class _Run:
             self.ema.update(self.model, step=self.step)
 
     def write(self) -> None:
-        """Write the checkpoint, where one is wanted."""
+        """Write the checkpoint if there is a folder for it."""
         if self._path is not None:
             state = {name: part.state_dict() for name, part in self._parts().items()}
             checkpoint.write(
@@ -272,7 +273,7 @@ class _Run:
             )
 
     def finish(self) -> None:
-        """Leave the model as it is meant to be used."""
+        """Bring the model into its final state."""
         if self.slopes is not None:
             self.slopes.finish()
         if self.ema is not None:
@@ -283,21 +284,21 @@ class _Run:
         if saved is None:
             return
         if saved["task"] != self._task:
-            other = sorted(key for key, value in self._task.items() if saved["task"].get(key) != value)
-            raise ValueError(f"{self._path} is of another run, with other {', '.join(other)}: give another folder")
+            changed = sorted(key for key, value in self._task.items() if saved["task"].get(key) != value)
+            raise ValueError(f"{self._path} is of another run, with other {', '.join(changed)}: give another folder")
         for name, part in self._parts().items():
             part.load_state_dict(saved[name])
         self.step, self.total, self.log = saved["step"], saved["total"], saved["log"]
 
     def _parts(self) -> dict[str, Any]:
         parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        more = {"ema": self.ema and self.ema.module, "slopes": self.slopes, "scaler": self.accelerator.scaler}
-        return parts | {name: part for name, part in more.items() if part is not None}
+        optional = {"ema": self.ema and self.ema.module, "slopes": self.slopes, "scaler": self.accelerator.scaler}
+        return parts | {name: part for name, part in optional.items() if part is not None}
 
 
 @contextmanager
 def progress(accelerator: Accelerator, steps: int, step: int) -> Iterator[Callable[[float], None]]:
-    """A bar with the batches' accuracy and the time left, on a terminal."""
+    """Show a progress bar with the batch accuracy and the remaining time, if stdout is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     hidden = not (accelerator.is_main_process and sys.stdout.isatty())

@@ -1,4 +1,4 @@
-"""One trial of a sweep: a configuration, trained and measured, and its row on disk."""
+"""One trial of a sweep: train and measure a configuration, and keep the result as a row on disk."""
 
 from __future__ import annotations
 
@@ -34,35 +34,35 @@ WEIGHTS = Path(__file__).resolve().parents[2] / "docs" / "weights"
 
 @dataclass(frozen=True)
 class Trial:
-    """All that decides a trial's row, but for the machine."""
+    """All settings that determine a trial's row, besides the machine."""
 
     model: str = "cifar_resnet20"
-    options: dict[str, Any] = field(default_factory=dict)  # of what builds the model, such as {"width": 0.5}
+    options: dict[str, Any] = field(default_factory=dict)  # arguments of the model's builder, such as {"width": 0.5}
     ratio: str = "1:1"
     keep: str = "boundary"
     relocate: bool = False
     gradual: bool = False
-    drop: tuple[str, ...] = ()  # instead of a ratio: patterns of the activations that go
-    route: str = ""  # from `weights` to that: one of `routes.ROUTES`; "" trains from the start
-    weights: str = ""  # a file of docs/weights; "" draws new ones from the recipe's seed
-    slope: float = 0.0  # of Leaky ReLUs in place of all ReLUs
-    recipe: Recipe = field(default_factory=Recipe)  # its seed draws the weights, too
-    dataset: str = "cifar10"  # a folder below the folder of the data
+    drop: tuple[str, ...] = ()  # instead of a ratio: patterns of the activations to drop
+    route: str = ""  # from `weights` to that ratio: one of `routes.ROUTES`; "" trains from scratch
+    weights: str = ""  # a file of docs/weights; "" initializes from the recipe's seed
+    slope: float = 0.0  # slope of the Leaky ReLUs that replace all ReLUs; 0 keeps the ReLUs
+    recipe: Recipe = field(default_factory=Recipe)  # its seed also initializes the weights
+    dataset: str = "cifar10"  # a folder within the data folder
     size: int = 32
     images: int = 0  # 0 for all that are not held back
     held_back: int = 5000
 
     @property
     def name(self) -> str:
-        """The start of the SHA-256 of what is not as by default, so that new fields change no name."""
-        told = json.dumps(changes(asdict(self), asdict(Trial())), sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:12]
+        """A prefix of the SHA-256 of all non-default values, so that new fields do not change existing names."""
+        non_default = json.dumps(changes(asdict(self), asdict(Trial())), sort_keys=True)
+        return hashlib.sha256(non_default.encode()).hexdigest()[:12]
 
     def data(self, root: Path) -> Data:
         return load_data(root / self.dataset, self.size, self.images, held_back=self.held_back)
 
     def network(self, classes: int) -> nn.Module:
-        """As it is before anything is dropped."""
+        """Build the network before anything is dropped."""
         weights = WEIGHTS / self.weights if self.weights else None
         model = build(self.model, classes, weights, self.recipe.seed, **self.options)
         if self.slope:
@@ -72,41 +72,41 @@ class Trial:
         return model
 
     def converted(self, classes: int) -> nn.Module:
-        """As it is when its training has ended, but for its weights."""
+        """Build the network in its final structure, but not trained."""
         model = self.network(classes)
         plan = self.plan(model)
         return nmconv.apply_plan(model, plan, inplace=True) if plan.changes else model
 
     def plan(self, model: nn.Module) -> nmconv.Plan:
-        """What is dropped."""
+        """Return the plan of the activations to drop."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", nmconv.NoEffectWarning)
             plan = nmconv.make_plan(model, self.ratio, keep=self.keep, relocate=self.relocate)
-        gone = [site.id for site in plan.sites if any(fnmatch(site.id, pattern) for pattern in self.drop)]
-        return plan.edit(dict.fromkeys(gone, "drop"))
+        dropped = [site.id for site in plan.sites if any(fnmatch(site.id, pattern) for pattern in self.drop)]
+        return plan.edit(dict.fromkeys(dropped, "drop"))
 
 
-def changes(told: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
-    """What of a configuration differs from another one."""
-    nested = {"recipe": changes(told["recipe"], usual["recipe"])} if "recipe" in told else {}
-    return {key: value for key, value in (told | nested).items() if value != usual[key] and value != {}}
+def changes(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a configuration that differ from the defaults."""
+    nested = {"recipe": changes(values["recipe"], defaults["recipe"])} if "recipe" in values else {}
+    return {key: value for key, value in (values | nested).items() if value != defaults[key] and value != {}}
 
 
-def trial_from(told: dict[str, Any]) -> Trial:
-    """What `asdict(trial)` was made of."""
-    return Trial(**{**told, "drop": tuple(told["drop"]), "recipe": Recipe(**told["recipe"])})
+def trial_from(values: dict[str, Any]) -> Trial:
+    """Return the trial of which `asdict(trial)` is given."""
+    return Trial(**{**values, "drop": tuple(values["drop"]), "recipe": Recipe(**values["recipe"])})
 
 
 def run(trial: Trial, root: Path, rows: Path, work: Path, device: str = "cpu") -> dict[str, Any]:
-    """The trial's row: from the folder `rows`, or else trained, measured, and written there.
+    """Return the trial's row: read it from the folder `rows`, or train, measure and write it there.
 
-    Checkpoints and the network after each epoch go to `work / trial.name`; a trial that was stopped goes on.
+    Checkpoints and the network after each epoch go to `work / trial.name`. An interrupted trial is resumed.
     """
     return kept(rows / f"{trial.name}.json", lambda: trained(trial, root, work, device))
 
 
 def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The row in a file; made and written there if there is none."""
+    """Return the row in a file; if there is none, make and write it."""
     if path.exists():
         return json.loads(path.read_text())
     row = make()
@@ -116,7 +116,7 @@ def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def trained(trial: Trial, root: Path, work: Path, device: str) -> dict[str, Any]:
-    """Train a trial, and measure what comes of it."""
+    """Train a trial and return its row."""
     out = work / trial.name
     data = trial.data(root)
     model = trial.network(len(data.classes))
@@ -139,7 +139,7 @@ def trained(trial: Trial, root: Path, work: Path, device: str) -> dict[str, Any]
 
 
 def measured(model: nn.Module, data: Data, plan: nmconv.Plan) -> dict[str, Any]:
-    """Accuracies in percent on all pictures held back and all of the test set, and what the network costs."""
+    """Measure the accuracies in percent on the whole held-back and test splits, and the cost of the network."""
     image = inputs(model, data.test.first(1).images)
     stats = nmconv.activation_stats(model, image.repeat(2, 1, 1, 1))
     return {
@@ -147,14 +147,14 @@ def measured(model: nn.Module, data: Data, plan: nmconv.Plan) -> dict[str, Any]:
         "test": evaluate(model, data.test),
         "convolutions": plan.counts.convs,
         "activations": plan.counts.activations_after,
-        "activation_values": sum(site.values for site in stats.sites) // 2,  # of one picture
+        "activation_values": sum(site.values for site in stats.sites) // 2,  # per picture
         "multiply_adds": multiply_adds(model, image),
         "parameters": sum(each.numel() for each in model.parameters()),
     }
 
 
 def made_on() -> dict[str, Any]:
-    """The code and the machine."""
+    """Describe the code and the machine."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         capture_output=True,

@@ -1,17 +1,12 @@
-"""The arithmetic of convolutions: their extents, their composition, and modules read as affine maps."""
+"""The arithmetic of convolutions: their extents, their composition, and modules as affine maps."""
 
-from nmconv.algebra.affine import Affine, apply, compose, join, of_average, of_identity
-from nmconv.algebra.geometry import Geometry, Refusal, Stage, composed, hoisted, identity, joined, shrunk, taps_kept
+from nmconv.algebra.affine import Affine, apply, of_average, of_identity
+from nmconv.algebra.affine_composition import compose, join
+from nmconv.algebra.conv_modules import conv_module, filled, is_finite, like_of
+from nmconv.algebra.geometry import Geometry, Refusal, Stage, identity, shrunk, taps_kept
+from nmconv.algebra.geometry_composition import composed, hoisted, joined
 from nmconv.algebra.im2col import columns_of, patches
-from nmconv.algebra.merged_conv import (
-    channels_last,
-    conv_module,
-    filled,
-    is_channels_last,
-    is_finite,
-    laid_out,
-    like_of,
-)
+from nmconv.algebra.memory_layout import channels_last, is_channels_last, laid_out
 from nmconv.algebra.module_affine import affine_in_double, affine_of, doubled, has_plain_parameter
 from nmconv.algebra.module_geometry import (
     BEFORE,
@@ -23,7 +18,7 @@ from nmconv.algebra.module_geometry import (
     geometry_of,
     norm_of,
 )
-from nmconv.algebra.padding import is_known, pad
+from nmconv.algebra.padding import pad
 
 __all__ = [
     "BEFORE",
@@ -52,7 +47,6 @@ __all__ = [
     "identity",
     "is_channels_last",
     "is_finite",
-    "is_known",
     "join",
     "joined",
     "laid_out",

@@ -1,4 +1,4 @@
-"""What each output of a convolution sees of its input."""
+"""Patches of a convolution's input as rows of a linear regression (im2col)."""
 
 from __future__ import annotations
 
@@ -15,54 +15,54 @@ from nmconv.errors import FitError
 
 __all__ = ["columns_of", "patches"]
 
-_MOST = 2**25  # numbers in one block of patches: 256 MiB in float64
+_BLOCK = 2**25  # elements in one block of patches: 256 MiB in float64
 
 
 def patches(input: Tensor, target: Tensor, geometry: Geometry) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of the regression, block by block, in float64.
+    """Yield the rows of the regression of ``target`` on the patches of ``input``, block by block, in float64.
 
     Args:
         input: ``[batch, in, *sizes]``.
         target: ``[batch, out, *output sizes]``.
         geometry: Of the convolution.
 
-    Returns:
-        Pairs of ``[groups, rows, in / groups · kernel elements]`` and ``[groups, rows, out / groups]``; one row for
-        each position of each image.
+    Yields:
+        ``[groups, rows, in / groups · kernel elements]`` and ``[groups, rows, out / groups]``, with one row for each
+        output position of each image.
 
     Raises:
-        FitError: If the convolution is not given a batch.
-        ValueError: If the convolution gives outputs of another size.
+        FitError: If the input has no batch axis.
+        ValueError: If the outputs of the convolution have another size than the target.
     """
     rank, groups = geometry.rank, geometry.groups
     if input.dim() != rank + 2:
         raise FitError(f"data gives a convolution a tensor of shape {tuple(input.shape)}: give batches of images")
     pads = geometry.pads(tuple(input.shape[-rank:]))
     columns = geometry.in_channels * math.prod(geometry.kernel)
-    rows = math.prod(target.shape[2:])
-    step = max(_MOST // max(rows * columns, 1), 1)
+    positions = math.prod(target.shape[2:])
+    step = max(_BLOCK // max(positions * columns, 1), 1)
     for start in range(0, len(input), step):
-        part = pad(input[start : start + step].double(), pads, geometry.mode)
+        block = pad(input[start : start + step].double(), pads, geometry.mode)
         for axis in range(rank):
-            part = part.unfold(2 + axis, geometry.extent[axis], geometry.stride[axis])
+            block = block.unfold(2 + axis, geometry.extent[axis], geometry.stride[axis])
         slices: tuple[Any, ...] = tuple(slice(None, None, gap) for gap in geometry.dilation)
-        part = part[(..., *slices)]
-        if part.shape[2 : 2 + rank] != target.shape[2:]:
-            raise ValueError(f"outputs of size {tuple(part.shape[2 : 2 + rank])} for {tuple(target.shape[2:])}")
-        batch = part.shape[0]
+        block = block[(..., *slices)]
+        if block.shape[2 : 2 + rank] != target.shape[2:]:
+            raise ValueError(f"outputs of size {tuple(block.shape[2 : 2 + rank])} for {tuple(target.shape[2:])}")
+        batch = block.shape[0]
         # [batch, in, *outputs, *kernel] -> [groups, batch · outputs, in / groups · kernel]
-        part = part.reshape(batch, groups, -1, rows, *geometry.kernel).transpose(2, 3)
-        part = part.transpose(0, 1).reshape(groups, batch * rows, -1)
-        wanted = target[start : start + step].double().reshape(batch, groups, -1, rows).transpose(2, 3)
-        yield part, wanted.transpose(0, 1).reshape(groups, batch * rows, -1)
+        block = block.reshape(batch, groups, -1, positions, *geometry.kernel).transpose(2, 3)
+        block = block.transpose(0, 1).reshape(groups, batch * positions, -1)
+        targets = target[start : start + step].double().reshape(batch, groups, -1, positions).transpose(2, 3)
+        yield block, targets.transpose(0, 1).reshape(groups, batch * positions, -1)
 
 
 def columns_of(geometry: Geometry, kept: tuple[slice, ...], device: torch.device) -> Tensor:
-    """Which columns of the patches a smaller kernel sees.
+    """Return the columns of the patches that a smaller kernel reads.
 
     Args:
-        geometry: Of the larger one.
-        kept: Elements of it along each axis.
+        geometry: Of the convolution with the larger kernel.
+        kept: The elements of that kernel that the smaller one has, along each axis.
         device: Of the result.
     """
     inputs = geometry.in_channels // geometry.groups

@@ -1,4 +1,4 @@
-"""What a module of a run computes in eval mode, with its numbers."""
+"""What a module of a linear run computes in eval mode, with its weights."""
 
 from __future__ import annotations
 
@@ -18,22 +18,28 @@ from nmconv.algebra.module_geometry import norm_of
 from nmconv.copying import copy_of
 from nmconv.flow import has_plain_weight
 
-__all__ = ["affine_in_double", "affine_of", "doubled", "has_plain_parameter", "weight_of"]
+__all__ = ["affine_in_double", "affine_of", "doubled", "has_plain_parameter"]
 
 
 def affine_of(module: nn.Module, kind: str, geometry: Geometry) -> Affine:
-    """A convolution or norm with its numbers, as they are: in its dtype, on its device, with their history."""
+    """Return a convolution or norm as an affine map in its own dtype, on its device, with its autograd history.
+
+    Args:
+        module: The module.
+        kind: ``conv`` or ``norm``.
+        geometry: Of the module.
+    """
     if kind == "norm":
         return of_norm(*norm_of(module), geometry.rank)
     assert isinstance(module, _ConvNd)
     border = module.border if isinstance(module, MergedConv) else None
-    return Affine(geometry, weight_of(module), module.bias, border)
+    return Affine(geometry, _effective_weight(module), module.bias, border)
 
 
 def affine_in_double(module: nn.Module, kind: str, geometry: Geometry) -> Affine:
-    """The same computed in float64, on the CPU (or without data, on the meta device), without history.
+    """Return the same in float64 on the CPU (on the meta device if the module is there), detached.
 
-    Of a convolution only ``dense()`` is in float64: its weight waits for what it is multiplied by.
+    The large weight of a convolution keeps its dtype until :meth:`Affine.dense` multiplies it with its float64 scale.
     """
     with torch.no_grad():
         if kind == "norm":
@@ -41,64 +47,68 @@ def affine_in_double(module: nn.Module, kind: str, geometry: Geometry) -> Affine
             return of_norm(_moved(scale), _moved(shift), geometry.rank)
         if not has_plain_parameter(module):
             module = doubled(module)
-        made = affine_of(module, kind, geometry)
-        bias = None if made.bias is None else _moved(made.bias)
-        border = None if made.border is None else _moved(made.border)
-        weight = _moved(made.weight, made.weight.dtype)  # large: the product with the scale is float64
+        affine = affine_of(module, kind, geometry)
+        weight = _moved(affine.weight, affine.weight.dtype)
         return Affine(
-            geometry, weight, bias, border, scale=torch.ones(len(weight), dtype=torch.float64, device=weight.device)
+            geometry,
+            weight,
+            bias=None if affine.bias is None else _moved(affine.bias),
+            border=None if affine.border is None else _moved(affine.border),
+            scale=torch.ones(len(weight), dtype=torch.float64, device=weight.device),
         )
+
+
+def doubled(module: nn.Module) -> nn.Module:
+    """Return a copy in float64 on the CPU (on the meta device if the module is there)."""
+    is_meta = any(value.is_meta for value in module.parameters())
+    return copy_of(module).to("meta" if is_meta else "cpu", torch.float64)
+
+
+def has_plain_parameter(module: Any) -> bool:
+    """Return whether a convolution uses its parameter ``weight`` as it is."""
+    weight = module._parameters.get("weight")
+    return _uses_its_weight(module) and isinstance(weight, nn.Parameter) and not module._forward_pre_hooks
 
 
 def _moved(tensor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     return tensor.detach().to("meta" if tensor.is_meta else "cpu", dtype)
 
 
-def _base(module: nn.Module) -> Any:
-    """The class it had before its padding moved, or it went live."""
+def _original_class(module: nn.Module) -> Any:
+    """Return the class that the module had before its padding was hoisted or its kernel became live."""
     return getattr(type(module), "_nmconv_base", type(module))
 
 
-def _has_own_weight(module: nn.Module) -> bool:
-    """Whether what it convolves with is called ``weight`` (which a parametrization may compute)."""
-    base = _base(module)
-    torchs = base.forward.__module__.startswith("torch.nn.")
-    return torchs or isinstance(module, MergedConv) or has_plain_weight(base)
+def _uses_its_weight(module: nn.Module) -> bool:
+    """Return whether a convolution uses its attribute ``weight`` (which a parametrization may compute)."""
+    cls = _original_class(module)
+    is_torchs = cls.forward.__module__.startswith("torch.nn.")
+    return is_torchs or isinstance(module, MergedConv) or has_plain_weight(cls)
 
 
-def has_plain_parameter(module: Any) -> bool:
-    """Whether what a convolution convolves with is its parameter ``weight`` as it stands."""
-    weight = module._parameters.get("weight")
-    return _has_own_weight(module) and isinstance(weight, nn.Parameter) and not module._forward_pre_hooks
-
-
-def weight_of(module: Any) -> Tensor:
-    """The weight that a convolution convolves with: standardised, normalised or as it is."""
+def _effective_weight(module: Any) -> Tensor:
+    """Return the weight that a convolution is computed with: standardized, normalized or as it is."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and hook.name == "weight":
-            made: Tensor = hook.compute_weight(module)
-            return made
+            normalized: Tensor = hook.compute_weight(module)
+            return normalized
         if isinstance(hook, SpectralNorm) and hook.name == "weight":
-            made = hook.compute_weight(module, do_power_iteration=False)
-            return made
-    if _has_own_weight(module):
+            normalized = hook.compute_weight(module, do_power_iteration=False)
+            return normalized
+    if _uses_its_weight(module):
         weight: Tensor = module.weight
         return weight
-    base = _base(module)
-    with _Watched() as watched:
-        sizes = [gap * (size - 1) + step for size, gap, step in _per_axis(module)]
-        base.forward(module, module.weight.new_zeros(1, module.in_channels, *sizes))
-    if len(watched.weights) != 1:
-        raise Refusal(f"{type(module).__name__} makes {len(watched.weights)} convolutions")
-    return watched.weights[0]
+    settings = zip(module.kernel_size, module.dilation, module.stride, strict=True)
+    sizes = [gap * (size - 1) + step for size, gap, step in settings]
+    with _ConvWeights() as recorded:
+        _original_class(module).forward(module, module.weight.new_zeros(1, module.in_channels, *sizes))
+    if len(recorded.weights) != 1:
+        raise Refusal(f"{type(module).__name__} makes {len(recorded.weights)} convolutions")
+    return recorded.weights[0]
 
 
-def _per_axis(module: Any) -> Any:
-    return zip(module.kernel_size, module.dilation, module.stride, strict=True)
-
-
-class _Watched(TorchFunctionMode):
-    """Notes the weights that convolutions are called with."""
+class _ConvWeights(TorchFunctionMode):
+    """Records the weights that torch's convolution functions are called with."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,9 +118,3 @@ class _Watched(TorchFunctionMode):
         if getattr(function, "__name__", "") in ("conv1d", "conv2d", "conv3d"):
             self.weights.append(args[1] if len(args) > 1 else (kwargs or {})["weight"])
         return function(*args, **(kwargs or {}))
-
-
-def doubled(module: nn.Module) -> nn.Module:
-    """A copy in float64, on the CPU (or without data, on the meta device)."""
-    meta = any(value.is_meta for value in module.parameters())
-    return copy_of(module).to("meta" if meta else "cpu", torch.float64)

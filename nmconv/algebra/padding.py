@@ -11,16 +11,16 @@ __all__ = ["is_known", "pad"]
 
 
 def is_known(pads: Sequence[tuple[int, int]]) -> bool:
-    """Whether all are numbers: an export's symbols are no padding to ONNX, and asking them would fix its sizes."""
+    """Return whether all are numbers. During an export they may be symbols: comparing them would fix the sizes."""
     return all(type(extent) is int for pair in pads for extent in pair)
 
 
 def pad(input: Tensor, pads: Sequence[tuple[int, int]], mode: str) -> Tensor:
-    """The input with (left, right) elements more along each of its last axes; as it is where none are.
+    """Pad the last axes of a tensor; return the tensor itself if there is nothing to pad.
 
     Args:
         input: ``[..., *sizes]``.
-        pads: One pair an axis; negative ones cut.
+        pads: (left, right) of each axis; negative numbers crop.
         mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``.
     """
     if is_known(pads) and not any(map(any, pads)):

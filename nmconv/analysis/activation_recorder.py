@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from nmconv.analysis.all_reduce import reduced
-from nmconv.analysis.observed_sites import sites_of
+from nmconv.analysis.map_moments import all_reduce_moments
+from nmconv.analysis.observed_sites import observed_sites
 from nmconv.analysis.site_accumulators import SiteAccumulators
 from nmconv.analysis.statistics import ActivationStats
-from nmconv.errors import NoSitesError, OptionError
+from nmconv.errors import OptionError
 from nmconv.fitting import Hook, home_of
 from nmconv.flow import recordings_of
 from nmconv.surgery import check_examples, check_has_run, check_plain
@@ -22,23 +22,26 @@ __all__ = ["ActivationRecorder"]
 
 
 class ActivationRecorder:
-    """Measures the activations of a model that trains, every so many steps: a context manager.
+    """Context manager that measures a model's activations at regular training steps.
 
-    Every forward of a recorded step counts, in the mode that the model is in; those without gradients (validation) do
-    not. Other steps cost next to nothing. Hooks are on the model within the ``with`` only. Where torch.distributed is
-    initialised, sums are added up over all processes: each of them must use a recorder in the same way.
+    In a recorded step, every forward with gradients enabled counts, in the model's current mode; forwards without
+    gradients (validation) do not. Steps that are not recorded cost next to nothing. The model carries hooks only within
+    the ``with``. If torch.distributed is initialized, sums are added up over all processes, so that each process must
+    use a recorder in the same way.
 
     Args:
-        model: Not wrapped, compiled or scripted: with ``DistributedDataParallel`` give ``ddp.module``.
-        every: Steps from one that is recorded to the next; the first is.
-        example_inputs: What the model is called with, as for :func:`nmconv.convert`; None guesses an image batch.
+        model: A module that is not wrapped, compiled or scripted: with ``DistributedDataParallel``, give
+            ``ddp.module``.
+        every: Record every ``every``-th step, beginning with the first.
+        example_inputs: Inputs for one forward, as in :func:`nmconv.convert`; None guesses an image batch.
 
     Attributes:
-        stats: From the number of a step, from 0, to its :class:`nmconv.ActivationStats`; without gradients.
+        stats: The :class:`nmconv.ActivationStats` of each recorded step, without gradients, by the step's number from
+            0.
 
     Raises:
-        ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted.
-        OptionError: If ``every`` is no number from 1, or the model cannot be called with ``example_inputs``.
+        ModelTypeError: If ``model`` is not a module, or is wrapped, compiled or scripted.
+        OptionError: If ``every`` is not a positive integer, or the model cannot be called with ``example_inputs``.
         NoSitesError: If the model calls no activation that nmconv knows.
 
     Example:
@@ -67,62 +70,62 @@ class ActivationRecorder:
             raise OptionError(f"every={every!r}: give a number of steps, 1 or more")
         self._model = model
         self._every = every
-        sites = sites_of(model, recordings_of(model, example_inputs, linear=True, both_sizes=False))
-        self._measured = SiteAccumulators(model, sites)
-        if not self._measured.sites:
-            raise NoSitesError(
-                f"this {type(model).__name__} calls no activation that nmconv knows: see nmconv.register"
-            )
+        recordings = recordings_of(model, example_inputs, linear=True, both_sizes=False)
+        self._accumulators = SiteAccumulators(model, observed_sites(model, recordings))
         self._hooks = ExitStack()
-        self._forward = ExitStack()  # what is on during a forward
-        self._on = False
+        self._running_forward = ExitStack()
+        self._entered = False
         self._step = 0
         self.stats: dict[int, ActivationStats] = {}
 
     def __enter__(self) -> ActivationRecorder:
-        if self._on:
+        if self._entered:
             raise OptionError("this ActivationRecorder is entered already: make another one")
-        self._on = True
-        self._measured.clear()
-        self._hooks.enter_context(self._measured.watch)
-        # Around all other hooks: before the first, and behind the last even where the forward fails.
-        begin = self._model.register_forward_pre_hook(Hook(self._begin), prepend=True, with_kwargs=True)
-        end = self._model.register_forward_hook(Hook(self._end), always_call=True)
+        self._entered = True
+        self._accumulators.clear()
+        self._hooks.enter_context(self._accumulators.watch)
+        # Enclose all other hooks: run first before the forward, and last after it, even if it fails.
+        begin = self._model.register_forward_pre_hook(Hook(self._begin_forward), prepend=True, with_kwargs=True)
+        end = self._model.register_forward_hook(Hook(self._end_forward), always_call=True)
         self._hooks.callback(begin.remove)
         self._hooks.callback(end.remove)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._on = False
-        self._forward.close()
+        self._entered = False
+        self._running_forward.close()
         self._hooks.close()
 
     def step(self) -> None:
-        """End a training step; what a recorded one has seen goes to ``stats``.
+        """End a training step. If it was recorded, add its statistics to ``stats``.
 
         Raises:
-            OptionError: Outside of the ``with``.
+            OptionError: If called outside of the ``with``.
         """
-        if not self._on:
+        if not self._entered:
             raise OptionError("step() is for within the with: with ActivationRecorder(model) as recorder: ...")
-        if self._step % self._every == 0:
-            measured = self._measured
-            measured.images = reduced(list(measured.sums.values()), measured.images, home_of(self._model)[0])
-            if measured.images:
-                self.stats[self._step] = measured.stats()
-            measured.clear()
+        if self._records_step():
+            accumulators = self._accumulators
+            device, _ = home_of(self._model)
+            accumulators.images = all_reduce_moments(list(accumulators.moments.values()), accumulators.images, device)
+            if accumulators.images:
+                self.stats[self._step] = accumulators.stats()
+            accumulators.clear()
         self._step += 1
 
     def rows(self) -> list[dict[str, Any]]:
-        """A tidy table of all steps: the rows of :meth:`nmconv.ActivationStats.rows`, each with its ``step``."""
+        """Return a tidy table of all steps: the rows of :meth:`nmconv.ActivationStats.rows`, each with its ``step``."""
         return [{"step": step, **row} for step, stats in self.stats.items() for row in stats.rows()]
 
-    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._forward.close()  # one that was interrupted
-        if self._step % self._every == 0 and torch.is_grad_enabled():
-            first = next((value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)), None)
-            self._measured.images += len(first) if first is not None and first.dim() else 1
-            self._forward.enter_context(self._measured.watch.running())
+    def _records_step(self) -> bool:
+        return self._step % self._every == 0
 
-    def _end(self, *_: object) -> None:
-        self._forward.close()
+    def _begin_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._running_forward.close()  # of a forward that was interrupted
+        if self._records_step() and torch.is_grad_enabled():
+            first = next((value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)), None)
+            self._accumulators.images += len(first) if first is not None and first.dim() else 1
+            self._running_forward.enter_context(self._accumulators.watch.running())
+
+    def _end_forward(self, *_: object) -> None:
+        self._running_forward.close()

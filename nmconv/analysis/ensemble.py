@@ -1,4 +1,4 @@
-"""What was measured of an ensemble's members: plain data."""
+"""Measurements of an ensemble's members, as plain data."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ __all__ = ["Ensemble"]
 
 @dataclass(frozen=True, eq=False)
 class Ensemble:
-    """Members of a network, each with some activations dropped, and the soft network that mixes at every site.
+    """Members of a model, each with some activations dropped, and the soft model that mixes at every site.
 
-    Tensors are float64, on the CPU. Accuracies are parts of the images, or None where the data had no labels.
+    Tensors are float64 on the CPU. Accuracies are fractions of the images, or None if the data had no labels.
 
     Attributes:
-        model: Class name of the network.
-        slope: The probability by which each site is linear, rounded to float32 as the slopes of a network are.
+        model: Class name of the model.
+        slope: The probability with which each site is linear, rounded to float32 as the slopes of a model are.
         sites: Ids of the sites that members drop or keep, in the order of execution.
-        sampled: Whether the members were drawn; else they are all that there are.
-        dropped: Of each member, the ids of the sites that it drops. A member that is drawn twice stands here twice.
-        weights: Of each member: its probability where all were enumerated, else one over their number.
-        kept: How many activations of convolutions each member keeps.
-        ratios: Convolutions over activations kept, of each member; infinite where none is kept.
-        accuracy: Of each member.
-        disagreement: Mean over images of the probability that two members, drawn independently, predict other classes;
-            for drawn members the mean over all pairs of them, NaN where there is only one.
-        mean_probabilities: ``[images, classes]``, the members' average after softmax.
-        mean_logits: ``[images, classes]``, the members' average before softmax.
-        soft_logits: ``[images, classes]``, of the network with this slope at every site.
-        gap: Mean absolute difference of ``mean_logits`` and ``soft_logits``, in the unit of logits.
-        probabilities_accuracy: Of the average over probabilities.
-        logits_accuracy: Of the average over logits.
-        soft_accuracy: Of the soft network.
+        sampled: Whether the members were drawn at random; else they are all members.
+        dropped: For each member, the ids of the sites that it drops. A member that was drawn twice appears twice.
+        weights: For each member, its probability if all were enumerated, else one over their number.
+        kept: For each member, the number of activations of convolutions that it keeps.
+        ratios: For each member, convolutions over activations kept; infinite if none is kept.
+        accuracy: For each member, its accuracy.
+        disagreement: Mean over images of the probability that two members, drawn independently, predict different
+            classes; for members drawn at random the mean over all pairs of them, NaN if there is only one.
+        mean_probabilities: ``[images, classes]``, the members' mean after softmax.
+        mean_logits: ``[images, classes]``, the members' mean before softmax.
+        soft_logits: ``[images, classes]``, the logits of the model with this slope at every site.
+        gap: Mean absolute difference of ``mean_logits`` and ``soft_logits``.
+        probabilities_accuracy: Accuracy of ``mean_probabilities``.
+        logits_accuracy: Accuracy of ``mean_logits``.
+        soft_accuracy: Accuracy of ``soft_logits``.
     """
 
     model: str
@@ -59,17 +59,17 @@ class Ensemble:
     soft_accuracy: float | None
 
     def rows(self) -> list[dict[str, Any]]:
-        """A tidy table: one dict for each member, for ``pandas.DataFrame`` or a csv file."""
+        """Return a tidy table for ``pandas.DataFrame`` or a csv file: one dict per member."""
         return [
             {
-                "member": at,
-                "weight": self.weights[at],
-                "kept": self.kept[at],
-                "ratio": self.ratios[at],
-                "accuracy": None if self.accuracy is None else self.accuracy[at],
+                "member": index,
+                "weight": self.weights[index],
+                "kept": self.kept[index],
+                "ratio": self.ratios[index],
+                "accuracy": None if self.accuracy is None else self.accuracy[index],
                 "dropped": " ".join(dropped),
             }
-            for at, dropped in enumerate(self.dropped)
+            for index, dropped in enumerate(self.dropped)
         ]
 
     def __str__(self) -> str:
@@ -87,10 +87,10 @@ class Ensemble:
             f"{self.model} at slope {self.slope:g}: {len(self.dropped)} members{drawn}, of {len(self.sites)} sites, on "
             f"{len(self.soft_logits)} images"
         )
-        said = f"disagreement {self.disagreement:.4g}, gap {self.gap:.4g}"
+        summary = f"disagreement {self.disagreement:.4g}, gap {self.gap:.4g}"
         if self.soft_accuracy is not None:
-            said += (
+            summary += (
                 f"; accuracy of the mean of probabilities {self.probabilities_accuracy:.4g}, of logits "
                 f"{self.logits_accuracy:.4g}, of the soft network {self.soft_accuracy:.4g}"
             )
-        return f"{head}\n{table(('kept', 'ratio', 'members', 'weight', 'accuracy'), lines)}\n{said}"
+        return f"{head}\n{table(('kept', 'ratio', 'members', 'weight', 'accuracy'), lines)}\n{summary}"

@@ -1,4 +1,4 @@
-"""The public call: statistics of every activation of a model on a set of images."""
+"""The public function that measures every activation of a model on a set of images."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from nmconv.analysis.leave_untouched import untouched
-from nmconv.analysis.observed_sites import sites_of
+from nmconv.analysis.observed_model import state_preserved, to_home
+from nmconv.analysis.observed_sites import observed_sites
 from nmconv.analysis.site_accumulators import SiteAccumulators
 from nmconv.analysis.statistics import ActivationStats
-from nmconv.errors import FitError, NoSitesError, OptionError
+from nmconv.errors import FitError, OptionError
 from nmconv.fitting import home_of, read_batches, taking
 from nmconv.flow import recordings_of
 from nmconv.surgery import check_has_run, check_plain
@@ -24,32 +24,31 @@ __all__ = ["activation_stats"]
 
 
 def activation_stats(model: nn.Module, data: Any, *, loss: Any = None, key: str | None = None) -> ActivationStats:
-    """Measure what each activation of a model is given and gives: how rich it is, what is dead, what is sparse.
+    """Measure the inputs and outputs of each activation of a model: effective rank, dead channels, sparsity.
 
-    Every call of an activation counts by itself: modules, functions, shared and in-place ones, those inside of timm's
-    norm + act layers, and expressions such as ``x * torch.sigmoid(x)``; those of gates and heads, too. Everything is
-    summed batch by batch in float64, and no map is kept beyond its batch; the batches' sizes make no difference. The
-    scatter matrices take ``8 * channels ** 2`` bytes for each activation.
+    Every call of an activation counts separately: modules, functions, shared and in-place activations, those within
+    timm's norm + act layers, expressions such as ``x * torch.sigmoid(x)``, and also those of gates and heads. Sums are
+    accumulated batch by batch in float64, so that batch sizes do not matter and no map outlives its batch. The scatter
+    matrices take ``8 * channels ** 2`` bytes per activation.
 
     Args:
-        model: In any mode; it runs in eval mode. Modes, parameters, ``.grad``, buffers, hooks and random states are
-            afterwards as they were.
+        model: A module in any mode; it runs in eval mode. Its modes, parameters, ``.grad``, buffers, hooks and the RNG
+            state are left unchanged.
         data: A tensor ``[images, ...]``, or a loader or iterable of batches: tensors, (x, y) pairs or dicts. Read once.
-        loss: Measures gradients, too. A function of (output, y), of (output, batch) where batches are dicts, or of the
-            output alone, which gives the batch's mean or a number for each image.
-        key: Where batches are dicts: under which key the images are.
+        loss: If given, gradients are measured, too. A function of (output, y), of (output, batch) if batches are dicts,
+            or of the output alone. It returns the batch's mean loss or one loss per image.
+        key: The key of the images if batches are dicts.
 
     Returns:
-        The table, a line for each activation that ran: :class:`nmconv.SiteStats` says what the numbers are. The
-        effective rank is the participation ratio tr(S)²/tr(S²) of the channel covariance S (Gao et al. 2017, bioRxiv
-        214262). A gradient is that of an image's own loss, so that it goes neither by the batch's size nor by how many
-        images there are.
+        One :class:`nmconv.SiteStats` for each activation that ran. The effective rank is the participation ratio
+        tr(S)²/tr(S²) of the channel covariance S (Gao et al. 2017, bioRxiv 214262). Gradients are those of each image's
+        own loss, so that they depend neither on the batch size nor on the number of images.
 
     Raises:
-        ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted.
-        OptionError: If there are no images, ``loss`` is no function, or asks for a y that the data does not have.
+        ModelTypeError: If ``model`` is not a module, or is wrapped, compiled or scripted.
+        OptionError: If there are no images, ``loss`` is not a function, or it needs a y that the data does not have.
         NoSitesError: If the model calls no activation that nmconv knows.
-        FitError: If the model does not take the images, or ``loss`` gives nothing that depends on them.
+        FitError: If the model fails on the images, or the result of ``loss`` does not depend on them.
 
     Example:
         >>> import torch
@@ -58,68 +57,77 @@ def activation_stats(model: nn.Module, data: Any, *, loss: Any = None, key: str 
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU())
         >>> _ = nn.init.constant_(model[0].weight, 1.0), nn.init.constant_(model[0].bias, 0.0)
         >>> images = torch.tensor([-1.0, 1.0, 3.0, -2.0]).view(1, 1, 2, 2)
-        >>> found = nmconv.activation_stats(model, images)["1#1"]
-        >>> found.positive, found.mean, found.sparsity, found.rank, found.dead
+        >>> stats = nmconv.activation_stats(model, images)["1#1"]
+        >>> stats.positive, stats.mean, stats.sparsity, stats.rank, stats.dead
         (0.5, 1.0, 0.5, 1.0, ())
     """
     check_plain(model, "measure")
     check_has_run(model)
     if loss is not None and not callable(loss):
         raise OptionError(f"loss={loss!r:.80}: give a function of (output, y) or of the output, or None")
-    device, dtype = home_of(model)
-    with untouched(model):
+    home = home_of(model)
+    device, _ = home
+    with state_preserved(model):
         batches = read_batches(data, key)
-        images, target = next(batches)
-        on_target = _asks_for_target(loss, target) if loss is not None else False
-        first = images[:2].to(device, dtype if images.is_floating_point() else images.dtype)
-        measured = SiteAccumulators(model, sites_of(model, recordings_of(model, first, both_sizes=False)))
-        if not measured.sites:
-            raise NoSitesError(
-                f"this {type(model).__name__} calls no activation that nmconv knows: see nmconv.register"
-            )
-        with measured.watch:
-            for batch, y in itertools.chain([(images, target)], batches):
-                images = batch.to(device, dtype if batch.is_floating_point() else batch.dtype, copy=True)
-                measured.images += len(images)
+        first_images, first_target = next(batches)
+        with_target = loss is not None and _takes_target(loss, first_target)
+        example = to_home(first_images[:2], home)
+        accumulators = SiteAccumulators(model, observed_sites(model, recordings_of(model, example, both_sizes=False)))
+        with accumulators.watch:
+            for batch, target in itertools.chain([(first_images, first_target)], batches):
+                images = to_home(batch, home, copy=True)
+                accumulators.images += len(images)
                 if loss is None:
-                    with torch.no_grad(), taking(model, images), measured.watch.running():
+                    with torch.no_grad(), taking(model, images), accumulators.watch.running():
                         model(images)
                 else:
-                    moved = tree_map(lambda part: part.to(device) if isinstance(part, Tensor) else part, y)
-                    _there_and_back(measured, model, images, loss, (moved,) if on_target else ())
-    return measured.stats()
+                    moved = tree_map(lambda part: part.to(device) if isinstance(part, Tensor) else part, target)
+                    _run_with_gradients(accumulators, model, images, loss, (moved,) if with_target else ())
+    return accumulators.stats()
 
 
-def _there_and_back(
-    measured: SiteAccumulators, model: nn.Module, images: Tensor, loss: Callable[..., Any], rest: Any
+def _run_with_gradients(
+    accumulators: SiteAccumulators,
+    model: nn.Module,
+    images: Tensor,
+    loss: Callable[..., Any],
+    loss_args: tuple[Any, ...],
 ) -> None:
-    """One forward, and the way back to the images: no parameter gets a gradient."""
+    """Run forward and backward. No parameter gets a gradient.
+
+    Args:
+        accumulators: Updated, including the gradients.
+        model: The model that they watch.
+        images: A batch.
+        loss: A function of the output and ``loss_args``.
+        loss_args: The target in a tuple, or an empty tuple.
+    """
     with torch.inference_mode(False), torch.enable_grad():
         leaf = images.clone()
         if leaf.is_floating_point():
             leaf.requires_grad_()
-        measured.scale = float(len(images))  # the mean loss counts each image for so little
-        with taking(model, images), measured.watch.running():
+        accumulators.gradient_scale = float(len(images))  # undoes the division by the batch size in the mean loss
+        with taking(model, images), accumulators.watch.running():
             output = model(leaf.clone())  # some models overwrite their input
-        value = loss(output, *rest)
+        value = loss(output, *loss_args)
         if not isinstance(value, Tensor) or not value.requires_grad:
             raise FitError(
                 f"loss gives {'a tensor without gradient' if isinstance(value, Tensor) else type(value).__name__}: it "
                 "is to give a tensor computed from the output: the mean over the batch, or a number for each image"
             )
-        wanted = [leaf] if leaf.requires_grad else [each for each in model.parameters() if each.requires_grad]
-        torch.autograd.grad(value.mean(), wanted, allow_unused=True)
+        inputs = [leaf] if leaf.requires_grad else [each for each in model.parameters() if each.requires_grad]
+        torch.autograd.grad(value.mean(), inputs, allow_unused=True)
 
 
-def _asks_for_target(loss: Callable[..., Any], target: Any) -> bool:
-    """Whether the loss is called with what comes with the images.
+def _takes_target(loss: Callable[..., Any], target: Any) -> bool:
+    """Return whether to call the loss with the target.
 
     Raises:
-        OptionError: If it has to be, and nothing does.
+        OptionError: If the loss needs a target and there is none.
     """
-    if target is not None and _takes(loss, 2):
+    if target is not None and _accepts(loss, 2):
         return True
-    if not _takes(loss, 1):
+    if not _accepts(loss, 1):
         raise OptionError(
             "loss is a function of (output, y), and data has no y: give batches of (x, y) pairs or dicts, or a "
             "function of the output alone"
@@ -127,10 +135,10 @@ def _asks_for_target(loss: Callable[..., Any], target: Any) -> bool:
     return False
 
 
-def _takes(loss: Callable[..., Any], count: int) -> bool:
-    """Whether it can be called with so many arguments; one whose signature is not known can."""
+def _accepts(function: Callable[..., Any], count: int) -> bool:
+    """Return whether a function accepts ``count`` positional arguments, True if its signature is unknown."""
     try:
-        signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
     except (TypeError, ValueError):
         return True
     try:

@@ -1,4 +1,4 @@
-"""Where activations are called, and how to find each call again while the model runs: as plain data."""
+"""Where a model calls activations, as plain data by which each call is found again while the model runs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from nmconv.flow import Expression, Flow, Op, expressions_of
 from nmconv.planning import Activation
 from nmconv.recording import Fact, Recordings
 
-__all__ = ["Moment", "Observed", "axes_of", "sites_of"]
+__all__ = ["CallId", "ObservedSite", "channel_axes", "observed_sites"]
 
-_LAST = -1  # the axis of the channels where a linear layer made the value
-_SECOND = 1  # and everywhere else
+_LAST_AXIS = -1  # the channel axis of a linear layer's output
+_SECOND_AXIS = 1  # the channel axis of anything else
 
 
 @dataclass(frozen=True)
-class Moment:
-    """One call within one forward of a module.
+class CallId:
+    """Identifies one call within one forward of a module.
 
     Attributes:
         owner: Qualified name of the module whose forward makes the call.
-        label: A function's name, or ``/`` and the qualified name of a module.
-        number: Which call of that label it is in one forward of the owner, from 1.
+        label: The name of the called function, or ``/`` and the qualified name of the called module.
+        number: Counts the calls with that label in one forward of the owner, from 1.
     """
 
     owner: str
@@ -35,99 +35,102 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Observed:
+class ObservedSite:
     """One activation call of a model in one mode.
 
+    An activation written out by hand, such as ``x * torch.sigmoid(x)``, consists of several calls.
+
     Attributes:
-        id: As of :class:`nmconv.Site`.
+        id: The activation's id, as in :class:`nmconv.Site`.
         kind: The activation's name.
-        axis: Where its channels are.
-        real: Whether it is a site: it belongs to a convolution.
-        given: The first call that is given its input; for an activation that is one call, that call.
-        position: Which of the tensors among the arguments of that call is the input.
-        made: The call that gives its output.
+        axis: The channel axis of its output.
+        is_site: Whether the activation belongs to a convolution.
+        input_call: The first call that reads the activation's input.
+        input_position: The input's index among the tensor arguments of that call.
+        output_call: The call that returns the activation's output; often the same as ``input_call``.
     """
 
     id: str
     kind: str
     axis: int
-    real: bool
-    given: Moment
-    position: int
-    made: Moment
+    is_site: bool
+    input_call: CallId
+    input_position: int
+    output_call: CallId
 
 
-def sites_of(model: nn.Module, recordings: Recordings) -> dict[bool, tuple[Observed, ...]]:
-    """The activation calls of a model in eval mode (False) and in train mode (True), in the order of execution.
+def observed_sites(model: nn.Module, recordings: Recordings) -> dict[bool, tuple[ObservedSite, ...]]:
+    """Return the activation calls in eval mode (False) and in train mode (True), in the order of execution.
 
-    Left out are those on parameters, which no image has a part in, and those inside of another.
+    Activations of parameters, which do not depend on the input, and activations within another one are left out.
 
     Args:
-        model: What was recorded; read only.
-        recordings: Of it.
+        model: The recorded model; not changed.
+        recordings: Its recordings.
     """
     structure = read(model, recordings)
     return {
-        training: tuple(dict.fromkeys(_in_mode(model, recordings, structure.activations, training)))
+        training: tuple(dict.fromkeys(_sites_in_mode(model, recordings, structure.activations, training)))
         for training in (False, True)
     }
 
 
-def axes_of(model: nn.Module, recordings: Recordings) -> dict[str, int]:
-    """From the names of modules to where the channels are in what they give, in eval mode."""
-    found: dict[str, int] = {}
+def channel_axes(model: nn.Module, recordings: Recordings) -> dict[str, int]:
+    """Return the channel axis of each module's output in eval mode, by the module's qualified name."""
+    axes: dict[str, int] = {}
     for flow in flows_of(model, recordings):
         for frame in flow.frames:
             if frame.result is not None:
-                found[frame.path] = _axis(flow, frame.result)
+                axes[frame.path] = _channel_axis(flow, frame.result)
         for node in flow.nodes:
             if node.module is not None:
-                found[node.name] = _axis(flow, node.index)
-    return found
+                axes[node.name] = _channel_axis(flow, node.index)
+    return axes
 
 
-def _in_mode(
+def _sites_in_mode(
     model: nn.Module, recordings: Recordings, activations: Iterable[Activation], training: bool
-) -> Iterable[Observed]:
+) -> Iterable[ObservedSite]:
     mode = "train" if training else "eval"
-    known = {
+    by_call = {
         (act.owner, act.name, act.function, act.train_call if training else act.call): act
         for act in activations
         if act.modes in ("both", mode)
     }
     for flow in flows_of(model, recordings, training=training):
-        facts, by_hand = flow.recording.facts, expressions_of(flow.recording)
+        facts, expressions = flow.recording.facts, expressions_of(flow.recording)
         for node in flow.nodes:
             call = node.act
             if node.op is not Op.ACT or call is None:
                 continue
-            act = known.get((call.frame.path, call.name, call.function, call.call))
-            if act is None:  # train mode makes a call more often than eval mode, and the plan has one site of them
+            act = by_call.get((call.frame.path, call.name, call.function, call.call))
+            if act is None:  # train mode can repeat a call that has only one site in the plan
                 continue
-            made = _moment(facts, node.origin)
-            given, position = (made, 0)
-            if node.origin in by_hand:
-                given, position = _entry(facts, node.origin, by_hand[node.origin])
-            yield Observed(act.id, act.kind, _axis(flow, node.index), not act.skip, given, position, made)
+            output_call = _call_id(facts, node.origin)
+            input_call, position = output_call, 0
+            if node.origin in expressions:
+                input_call, position = _first_read(facts, node.origin, expressions[node.origin])
+            axis = _channel_axis(flow, node.index)
+            yield ObservedSite(act.id, act.kind, axis, not act.skip, input_call, position, output_call)
 
 
-def _axis(flow: Flow, index: int) -> int:
-    """Where the channels of a value are: last where a linear layer made it, else second."""
+def _channel_axis(flow: Flow, index: int) -> int:
+    """Return the channel axis of a value: the last if it comes from a linear layer, else the second."""
     node = flow.nodes[index]
     while node.op not in (Op.LINEAR, Op.CONV, Op.LAYOUT) and node.inputs:
         node = flow.nodes[node.inputs[0]]
-    return _LAST if node.op is Op.LINEAR else _SECOND
+    return _LAST_AXIS if node.op is Op.LINEAR else _SECOND_AXIS
 
 
-def _moment(facts: dict[Node, Fact], node: Node) -> Moment:
+def _call_id(facts: dict[Node, Fact], node: Node) -> CallId:
     fact = facts[node]
     label = f"/{fact.label}" if node.op == "call_module" else fact.label
-    return Moment(fact.frame.path, label, fact.number)
+    return CallId(fact.frame.path, label, fact.number)
 
 
-def _entry(facts: dict[Node, Fact], last: Node, expression: Expression) -> tuple[Moment, int]:
-    """The first call of an expression that is given what it is an expression in, and as which tensor."""
+def _first_read(facts: dict[Node, Fact], output: Node, expression: Expression) -> tuple[CallId, int]:
+    """Return the first call of an expression that reads its input, and the input's index among the call's tensors."""
     first = next(
-        node for node in facts if (node in expression.inner or node is last) and expression.base in facts[node].reads
+        node for node in facts if (node in expression.inner or node is output) and expression.base in facts[node].reads
     )
-    return _moment(facts, first), facts[first].reads.index(expression.base)
+    return _call_id(facts, first), facts[first].reads.index(expression.base)

@@ -1,4 +1,4 @@
-"""The public call: a Leaky ReLU network read as an ensemble, its members run one by one."""
+"""The public function that reads a model with Leaky ReLUs as an ensemble and measures its members."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from nmconv.analysis.ensemble import Ensemble
-from nmconv.analysis.leave_untouched import untouched
-from nmconv.analysis.member_averages import Averages, Slopes
-from nmconv.errors import FitError, NoSitesError, OptionError
-from nmconv.fitting import home_of, read_batches, read_images, recalibrate_norms, taking
+from nmconv.analysis.member_outputs import MemberAverages, MemberModel, Slopes
+from nmconv.analysis.observed_model import state_preserved, to_home
+from nmconv.errors import NoSitesError, OptionError
+from nmconv.fitting import home_of, read_batches
 from nmconv.planning import Plan, Site
-from nmconv.surgery import apply_plan, check_model, check_plain, check_slope, is_slope, make_plan, set_slope
+from nmconv.surgery import check_model, check_plain, check_slope, make_plan
 
 __all__ = ["members"]
 
-_MOST = 12  # sites of which all members are enumerated: 4096
+_MAX_ENUMERATED_SITES = 12  # 4096 members
 
 
 def members(
@@ -39,52 +38,54 @@ def members(
     key: str | None = None,
     label_key: str | None = None,
 ) -> Ensemble:
-    """Read a network with Leaky ReLUs as an ensemble of networks of different ratios, and measure its members.
+    """Read a model with Leaky ReLUs as an ensemble of models of different ratios, and measure its members.
 
-    A Leaky ReLU of slope a is ``a * x + (1 - a) * relu(x)``: of L activations each is linear with probability a, which
-    makes 2^L members with shared weights. One that drops d of them has the probability a^d (1 - a)^(L - d). The same
-    holds for any other activation that a gradual conversion mixes with its input. The soft network, with slope a at
-    every site, stands for their average: exactly where one site is followed by linear layers alone.
+    A Leaky ReLU of slope a is ``a * x + (1 - a) * relu(x)``. Read as an expectation, each of L activations is linear
+    with probability a, which gives 2^L members with shared weights; one that drops d activations has the probability
+    a^d (1 - a)^(L - d). The same holds for any other activation that a gradual conversion mixes with its input. The
+    soft model, with slope a at every site, approximates the members' average, and equals it if one site is followed by
+    linear layers only.
 
-    One copy of the model runs as every member, in eval mode: slopes of 0 and 1 are the original and the hard conversion
-    to the bit. The model is left as it was. Each batch is read once, and runs through all members.
+    One copy of the model runs as every member, in eval mode; slopes of 0 and 1 are bitwise equal to the original and to
+    the hard conversion. The model is left unchanged. Each batch is read once and runs through all members.
 
     Args:
-        model: The original, without slopes, which gives logits ``[images, classes]``.
-        data: A tensor ``[images, ...]``, or a loader or iterable of batches: tensors, (x, y) pairs or dicts. Where y is
-            a tensor with one integer for each image, these are labels.
+        model: The original, without slopes, which returns logits ``[images, classes]``.
+        data: A tensor ``[images, ...]``, or a loader or iterable of batches: tensors, (x, y) pairs or dicts. If y is a
+            tensor with one integer per image, these are labels.
         slope: The probability a, from 0 to 1.
-        n: How many members to draw, with replacement; or ``"all"`` for every one, weighted, of at most 12 sites.
-        seed: Of the draw.
-        sites: Ids of the activations that members drop or keep, as in a plan, or its sites (``plan.changes``). None:
-            all that a plan of the model has and can drop.
-        recalibrate: Other images. The norms' statistics of each member, and of the soft network, are then estimated
-            on these, as :func:`nmconv.recalibrate_norms` does: they run through all members, too. None: every member
-            has the model's own statistics.
-        key: Where batches are dicts: under which key the images are.
-        label_key: The same of the labels.
+        n: How many members to draw, with replacement; or ``"all"`` for every member, weighted by its probability, of at
+            most 12 sites.
+        seed: Seed of the draw.
+        sites: Ids of the activations that members drop or keep, as in a plan, or sites of a plan (``plan.changes``).
+            None stands for all that a plan of the model has and can drop.
+        recalibrate: Other images. The norms' statistics of each member and of the soft model are then estimated on
+            these, as :func:`nmconv.recalibrate_norms` does; they run through all members, too. None leaves every member
+            the model's own statistics.
+        key: The key of the images if batches are dicts.
+        label_key: The key of the labels if batches are dicts.
 
     Returns:
-        The members and what they give: :class:`nmconv.ensemble.Ensemble` says what the numbers are.
+        The members and their measurements, as :class:`nmconv.ensemble.Ensemble` describes them.
 
     Raises:
-        ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted.
+        ModelTypeError: If ``model`` is not a module, or is wrapped, compiled or scripted.
         AlreadyConvertedError: If it was converted, or is gradual: :func:`nmconv.restore` gives the original back.
         OptionError: If an option is out of range, there are no images, or an activation is random (RReLU).
         PlanError: If a site is unknown, or cannot be dropped.
         NoSitesError: If the model has no activation that can be dropped.
-        FitError: If the model does not take the images, or gives no logits.
+        FitError: If the model fails on the images, or does not return logits.
 
     Example:
         >>> import torch
         >>> from torch import nn
         >>> import nmconv
         >>> layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
-        >>> net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 10))
-        >>> found = nmconv.ensemble.members(net, torch.randn(16, 3, 8, 8), 0.25, n="all")
-        >>> found.kept, found.ratios, found.weights
+        >>> model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 10))
+        >>> ensemble = nmconv.ensemble.members(model, torch.randn(16, 3, 8, 8), 0.25, n="all")
+        >>> ensemble.kept, ensemble.ratios, ensemble.weights
         ((2, 1, 1, 0), (1.0, 2.0, 2.0, inf), (0.5625, 0.1875, 0.1875, 0.0625))
-        >>> nmconv.ensemble.members(net, torch.randn(16, 3, 8, 8), 0.25, n=100).mean_probabilities.shape
+        >>> nmconv.ensemble.members(model, torch.randn(16, 3, 8, 8), 0.25, n=100).mean_probabilities.shape
         torch.Size([16, 10])
     """
     check_slope(slope)
@@ -96,133 +97,86 @@ def members(
         raise OptionError("recalibrate is data itself: give other images, such as some of the training set")
     check_plain(model, "take members of")
     check_model(model)
-    slope = float(torch.tensor(slope, dtype=torch.float32))  # what the soft network's buffers hold
-    with untouched(model), torch.no_grad():
-        batches = _batches(data, model, key, label_key)
+    slope = float(torch.tensor(slope, dtype=torch.float32))  # as the soft model's buffers hold it
+    with state_preserved(model), torch.no_grad():
+        batches = _labeled_batches(data, model, key, label_key)
         first = next(batches)
-        plan = _planned(model, first[0][:2], sites)
-        found = tuple(site.id for site in plan.changes)
-        drawn = _drawn(n, slope, len(found), seed)
-        counted = Counter(drawn)
-        shares = {each: _chance(each, slope) if n == "all" else counted[each] / n for each in counted}
-        soft = (slope,) * len(found)
-        networks = _Networks(model, plan)
+        plan = _plan_to_drop(model, first[0][:2], sites)
+        site_count = len(plan.changes)
+        drawn = _draw_members(n, slope, site_count, seed)
+        counts = Counter(drawn)
+        weights = {member: _probability(member, slope) if n == "all" else counts[member] / n for member in counts}
+        soft = (slope,) * site_count
+        member_model = MemberModel(model, plan)
         if recalibrate is not None:
-            networks.recalibrate([soft, *shares], recalibrate, key)
-        averages = Averages(shares, soft)
+            member_model.recalibrate([soft, *weights], recalibrate, key)
+        averages = MemberAverages(weights, soft)
         for images, labels in itertools.chain([first], batches):
-            averages.add(partial(networks.logits, images), labels)
-    return _ensemble(model, plan, slope, n, drawn, shares, averages)
+            averages.add(partial(member_model.logits, images), labels)
+    return _ensemble(model, plan, slope, n, drawn, weights, averages)
 
 
-def _batches(
+def _labeled_batches(
     data: Any, model: nn.Module, key: str | None, label_key: str | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Images and labels, on the model's device."""
-    device, dtype = home_of(model)
+    """Yield images and their labels, if there are any, on the model's device."""
+    home = home_of(model)
     for images, y in read_batches(data, key):
         if isinstance(y, Mapping):
             if label_key is not None and label_key not in y:
                 names = ", ".join(map(repr, y))
                 raise OptionError(f"batches are dicts with {names}: name the labels' by label_key=")
             y = None if label_key is None else y[label_key]
-        fits = isinstance(y, Tensor) and not y.is_floating_point() and y.shape == images.shape[:1]
-        yield images.to(device, dtype if images.is_floating_point() else images.dtype), y.to(device) if fits else None
+        are_labels = isinstance(y, Tensor) and not y.is_floating_point() and y.shape == images.shape[:1]
+        yield to_home(images, home), y.to(home[0]) if are_labels else None
 
 
-def _planned(model: nn.Module, images: Tensor, sites: Iterable[str | Site] | None) -> Plan:
-    """The plan of the member that drops all sites, and nothing else.
+def _plan_to_drop(model: nn.Module, images: Tensor, sites: Iterable[str | Site] | None) -> Plan:
+    """Return the plan that drops the given sites, by default all that can be dropped, and nothing else.
 
     Raises:
-        OptionError: If ``sites`` is no list of sites, or one of them does not run in eval mode.
-        PlanError: If one is unknown, or cannot be dropped.
-        NoSitesError: If none can be dropped.
+        OptionError: If ``sites`` is not a list of sites, or one of them does not run in eval mode.
+        PlanError: If a site is unknown, or cannot be dropped.
+        NoSitesError: If no site can be dropped.
     """
     plan = make_plan(model, "1:1", example_inputs=images)
     real = [site for site in plan.sites if site.is_real]
     if sites is None:
-        wanted = [site.id for site in real if site.modes != "train" and not site.locked]
-        if not wanted:
+        chosen = [site.id for site in real if site.modes != "train" and not site.locked]
+        if not chosen:
             raise NoSitesError(f"no activation of this {type(model).__name__} can be dropped: {real[0].locked}")
     elif isinstance(sites, Iterable) and not isinstance(sites, str):
-        wanted = [site.id if isinstance(site, Site) else site for site in sites]
+        chosen = [site.id if isinstance(site, Site) else site for site in sites]
     else:
         raise OptionError(f"sites={sites!r:.80}: give a list of ids of activations, as in a plan")
-    if not wanted:
+    if not chosen:
         raise OptionError("sites is empty: give ids of activations, or None for all that can be dropped")
-    plan = plan.edit({**dict.fromkeys((site.id for site in real), "keep"), **dict.fromkeys(wanted, "drop")})
+    plan = plan.edit({**dict.fromkeys((site.id for site in real), "keep"), **dict.fromkeys(chosen, "drop")})
     for site in plan.changes:
         if site.modes == "train":
             raise OptionError(f"{site.id} runs in train mode only, and members run in eval mode: leave it out of sites")
     return plan
 
 
-def _drawn(n: int | Literal["all"], slope: float, count: int, seed: int) -> list[Slopes]:
-    """All members of so many sites, or some drawn at random: slopes of 0, which keep, and 1, which drop.
+def _draw_members(n: int | Literal["all"], slope: float, site_count: int, seed: int) -> list[Slopes]:
+    """Return the slopes of all members, or of ``n`` members drawn at random.
 
     Raises:
-        OptionError: If there are too many to enumerate.
+        OptionError: If there are too many members to enumerate.
     """
     if n != "all":
-        draw = random.Random(seed)
-        return [tuple(float(draw.random() < slope) for _ in range(count)) for _ in range(n)]
-    if count > _MOST:
+        rng = random.Random(seed)
+        return [tuple(float(rng.random() < slope) for _ in range(site_count)) for _ in range(n)]
+    if site_count > _MAX_ENUMERATED_SITES:
         raise OptionError(
-            f"n='all' of {count} sites would be {2**count} members: give a number of members to draw, or name at most "
-            f"{_MOST} sites"
+            f"n='all' of {site_count} sites would be {2**site_count} members: give a number of members to draw, or "
+            f"name at most {_MAX_ENUMERATED_SITES} sites"
         )
-    return list(itertools.product((0.0, 1.0), repeat=count))
+    return list(itertools.product((0.0, 1.0), repeat=site_count))
 
 
-def _chance(member: Slopes, slope: float) -> float:
-    return math.prod(slope if gone else 1 - slope for gone in member)
-
-
-class _Networks:
-    """One gradual copy of a model that runs as each of its members.
-
-    Args:
-        model: Read only.
-        plan: Of the member that drops all sites.
-    """
-
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
-        self._model = apply_plan(model, plan, gradual=True).eval()
-        self._sites = [site.id for site in plan.changes]
-        norms = [module for module in self._model.modules() if isinstance(module, _BatchNorm)]
-        named = [pair for norm in norms for pair in norm.named_buffers(recurse=False)]
-        self._buffers = [value for name, value in named if not is_slope(name)]
-        self._statistics: dict[Slopes, list[Tensor]] = {}
-
-    def recalibrate(self, networks: Iterable[Slopes], data: Any, key: str | None) -> None:
-        """Estimate the norms' statistics of networks with these slopes, each by itself."""
-        images = read_images(data, self._model, key=key)
-        for slopes in networks:
-            self._turn_into(slopes)
-            recalibrate_norms(self._model, images)
-            self._statistics[slopes] = [value.clone() for value in self._buffers]
-
-    def logits(self, images: Tensor, slopes: Slopes) -> Tensor:
-        """What the network with these slopes gives: ``[images, classes]``, float64.
-
-        Raises:
-            FitError: If it does not take the images, or gives something else.
-        """
-        self._turn_into(slopes)
-        for value, had in zip(self._buffers, self._statistics.get(slopes, ()), strict=False):
-            value.copy_(had)
-        with taking(self._model, images):
-            output = self._model(images.clone())  # some models overwrite their input
-        if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(images) or output.shape[1] < 2:
-            what = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-            raise FitError(
-                f"this {type(self._model).__name__} gives {what}: members are compared by logits [images, classes]; "
-                "wrap the model in a module that returns them"
-            )
-        return output.double()
-
-    def _turn_into(self, slopes: Slopes) -> None:
-        set_slope(self._model, dict(zip(self._sites, slopes, strict=True)))
+def _probability(member: Slopes, slope: float) -> float:
+    return math.prod(slope if dropped else 1 - slope for dropped in member)
 
 
 def _ensemble(
@@ -231,32 +185,32 @@ def _ensemble(
     slope: float,
     n: int | Literal["all"],
     drawn: list[Slopes],
-    shares: Mapping[Slopes, float],
-    averages: Averages,
+    weights: Mapping[Slopes, float],
+    averages: MemberAverages,
 ) -> Ensemble:
     ids = [site.id for site in plan.changes]
     kept = [plan.counts.activations_before - int(sum(member)) for member in drawn]
     accuracies = averages.accuracies()
     disagreement = averages.disagreement()
-    if n != "all":  # pairs of a member with itself are none
+    if n != "all":  # leave out the pairs of a member with itself
         disagreement = disagreement * n / (n - 1) if n > 1 else math.nan
-    logits, probabilities, soft = averages.logits(), averages.probabilities(), averages.soft_logits()
+    logits, probabilities, soft_logits = averages.logits(), averages.probabilities(), averages.soft_logits()
     return Ensemble(
         model=type(model).__name__,
         slope=slope,
         sites=tuple(ids),
         sampled=n != "all",
         dropped=tuple(tuple(site for site, gone in zip(ids, member, strict=True) if gone) for member in drawn),
-        weights=tuple(shares[member] if n == "all" else 1 / n for member in drawn),
+        weights=tuple(weights[member] if n == "all" else 1 / n for member in drawn),
         kept=tuple(kept),
         ratios=tuple(plan.convs / count if count else math.inf for count in kept),
         accuracy=None if accuracies is None else tuple(accuracies[member] for member in drawn),
         disagreement=disagreement,
         mean_probabilities=probabilities,
         mean_logits=logits,
-        soft_logits=soft,
-        gap=float((logits - soft).abs().mean()),
+        soft_logits=soft_logits,
+        gap=float((logits - soft_logits).abs().mean()),
         probabilities_accuracy=averages.accuracy(probabilities),
         logits_accuracy=averages.accuracy(logits),
-        soft_accuracy=averages.accuracy(soft),
+        soft_accuracy=averages.accuracy(soft_logits),
     )

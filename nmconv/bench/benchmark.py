@@ -1,4 +1,4 @@
-"""The benchmark: original, converted and merged side by side, on each backend and batch."""
+"""The benchmark: original, converted and merged network on each backend with each batch size."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from nmconv.bench.count import activations_of, network
+from nmconv.bench.count import count_activations, network_size
 from nmconv.bench.machine import environment
-from nmconv.bench.measure import measured
-from nmconv.bench.models import build, settle_norms
+from nmconv.bench.measure import measure_latencies
+from nmconv.bench.models import build, randomize_norms
 from nmconv.bench.results import Cell, Result, Settings
 from nmconv.copying import copy_of
 from nmconv.errors import NoEffectWarning, OptionError
 from nmconv.merging import fold_norms, merge
 from nmconv.surgery import convert
 from nmconv.timing import BACKENDS, interleaved, require
-from nmconv.timing import threads as threads_set
+from nmconv.timing import threads as thread_count
 
 __all__ = ["run"]
 
-_CALIBRATION = 4  # images
+_CALIBRATION_IMAGES = 4
 
 
 def run(
@@ -43,37 +43,38 @@ def run(
     device: str = "cpu",
     weights: str = "",
     channels_last: bool = False,
-    progress: Callable[[str], None] = lambda doing: None,
+    progress: Callable[[str], None] = lambda message: None,
 ) -> Result:
-    """Time a network as it is, converted, and merged: interleaved, norms folded wherever they can be in all three.
+    """Time the original, converted and merged network interleaved, all three with norms folded where possible.
 
     Args:
-        model: A timm name, ``torchvision:`` and a name, or a module in eval mode, which is left as it is. Networks
-            built by name without weights get norms with statistics of their own.
-        ratio: To convert to; ``"none"`` merges the network as it is.
+        model: A timm name, ``torchvision:`` and a name, or a module in eval mode, which is left unchanged. A network
+            built by name without weights gets randomized norms.
+        ratio: The ratio to convert to; ``"none"`` merges the original network.
         relocate: As in :func:`nmconv.convert`.
         hoist_padding: As in :func:`nmconv.convert`.
-        gate: As in :func:`nmconv.merge`. By ``"latency"`` the network is merged anew for each backend and batch.
+        gate: As in :func:`nmconv.merge`. With ``"latency"``, the network is merged separately for each backend and
+            batch size.
         min_gain: As in :func:`nmconv.merge`.
-        backends: Of :func:`nmconv.timing.runner`; None is all, and says so where one is not installed.
-        batches: Images in a batch.
+        backends: Backends of :func:`nmconv.timing.runner`; None stands for all, and reports those not installed.
+        batches: Batch sizes.
         size: Height and width of the images, in pixels.
-        threads: To compute with.
-        rounds: Samples of each timing.
-        seconds: Least duration of a sample.
-        device: As torch names it.
+        threads: Number of threads.
+        rounds: Number of samples of each timing.
+        seconds: Minimum duration of a sample.
+        device: torch's name of the device.
         weights: Path of a state dict for a network built by name.
-        channels_last: Lay networks and images out so in memory (``memory_format=torch.channels_last``), all alike.
-        progress: Is told in words what is being done.
+        channels_last: Whether all networks and images use ``memory_format=torch.channels_last``.
+        progress: Called with a message at the start of each stage.
 
     Returns:
-        Everything found. What could not be measured is a cell that says why.
+        The result. A cell that could not be measured holds the reason.
 
     Raises:
-        OptionError: For an option that cannot be, an unknown model, a backend asked for that is not installed, or a
-            size that the network does not run on.
-        FileError: For weights that do not fit.
-        NmconvError: As :func:`nmconv.convert` and :func:`nmconv.merge` raise.
+        OptionError: If an option is invalid, the model is unknown, a requested backend is not installed, or the
+            network does not run on images of this size.
+        FileError: If the weights do not fit.
+        NmconvError: As raised by :func:`nmconv.convert` and :func:`nmconv.merge`.
     """
     settings = Settings(
         ratio=ratio,
@@ -93,51 +94,54 @@ def run(
     )
     for backend in backends or ():
         require(backend)
-    interleaved([], rounds=rounds, seconds=seconds)  # only checks the numbers
-    where = _checked(settings)
+    interleaved([], rounds=rounds, seconds=seconds)  # only checks rounds and seconds
+    torch_device = _check_settings(settings)
     notes: list[str] = []
-    with threads_set(threads), _noting(notes):
+    with thread_count(threads), _no_effect_warnings_as(notes):
         name = model if isinstance(model, str) else type(model).__name__
         progress(f"building {name}")
-        original = _prepared(model, settings, where)
+        original = _build_and_check(model, settings, torch_device)
         progress(f"converting {name}")
-        converted = original if ratio == "none" else _converted(original, settings)
-        owning = activations_of(original), activations_of(converted)
+        converted = original if ratio == "none" else _convert(original, settings)
+        activations = count_activations(original), count_activations(converted)
         folded = fold_norms(original), fold_norms(converted)
-        image = _images(1, settings, where)
-        sizes = [network(module, image, count) for module, count in zip(folded, owning, strict=True)]
+        image = _random_images(1, settings, torch_device)
+        sizes = [network_size(module, image, count) for module, count in zip(folded, activations, strict=True)]
 
-        def merged(backend: str, images: Tensor) -> nn.Module:  # norms of what stays alone are folded, too
+        def merge_for(backend: str, images: Tensor) -> nn.Module:  # also folds the norms of what is not merged
             return merge(converted, gate=gate, min_gain=min_gain, backend=backend, example_inputs=(images,))
 
         progress(f"merging {name}")
-        shared = None if gate == "latency" else merged("eager", image)
+        merged_once = None if gate == "latency" else merge_for("eager", image)
 
-        def cell(backend: str, batch: int) -> Cell:
+        def measure_cell(backend: str, batch: int) -> Cell:
             progress(f"{name}: {backend}, batch {batch}")
             try:
                 require(backend)
-                images = _images(batch, settings, where)
-                last = merged(backend, images) if shared is None else shared
-                counted = network(last, image, owning[1])
-                found = measured((*folded, last), counted, images, backend, rounds=rounds, seconds=seconds)
-            except Exception as error:  # of whatever backend: the other cells are worth having
-                words = " ".join(str(error).split()) or type(error).__name__
-                return Cell(backend, batch, None, f"not measured: {words}")
-            return Cell(backend, batch, found)
+                images = _random_images(batch, settings, torch_device)
+                merged = merge_for(backend, images) if merged_once is None else merged_once
+                merged_size = network_size(merged, image, activations[1])
+                latencies = measure_latencies(
+                    (*folded, merged), merged_size, images, backend, rounds=rounds, seconds=seconds
+                )
+            except Exception as error:  # a backend can raise anything, and the other cells are still worth measuring
+                reason = " ".join(str(error).split()) or type(error).__name__
+                return Cell(backend, batch, None, f"not measured: {reason}")
+            return Cell(backend, batch, latencies)
 
-        cells = tuple(cell(backend, batch) for backend in settings.backends for batch in settings.batches)
-        notes += [_unmerged(cell, gate) for cell in cells if cell.measured and cell.measured.network == sizes[1]]
-    return Result(name, settings, environment(where), sizes[0], sizes[1], cells, tuple(dict.fromkeys(notes)))
+        cells = tuple(measure_cell(backend, batch) for backend in settings.backends for batch in settings.batches)
+        notes += [_unmerged_note(cell, gate) for cell in cells if cell.measured and cell.measured.network == sizes[1]]
+    machine = environment(torch_device)
+    return Result(name, settings, machine, sizes[0], sizes[1], cells, tuple(dict.fromkeys(notes)))
 
 
-def _unmerged(cell: Cell, gate: str) -> str:
+def _unmerged_note(cell: Cell, gate: str) -> str:
     where = f"{cell.backend}, batch {cell.batch}: " if gate == "latency" else ""
     return f"{where}nothing was merged, as nothing passed the gate: merged is converted once more"
 
 
-def _checked(settings: Settings) -> torch.device:
-    """The device, once all numbers are known to be some."""
+def _check_settings(settings: Settings) -> torch.device:
+    """Return the device, or raise OptionError if batches, size or device are invalid."""
     for batch in settings.batches or (None,):
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise OptionError(f"batches={settings.batches!r}: give positive whole numbers, such as (1, 8)")
@@ -146,25 +150,22 @@ def _checked(settings: Settings) -> torch.device:
     try:
         device = torch.empty(1, device=settings.device).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch compiled without CUDA
-        first = str(error).splitlines()[0]
-        raise OptionError(f"device={settings.device!r}: there is none here, try 'cpu' ({first})") from error
+        first_line = str(error).splitlines()[0]
+        raise OptionError(f"device={settings.device!r}: there is none here, try 'cpu' ({first_line})") from error
     if device.type == "meta":
         raise OptionError("device='meta' computes nothing: give one that does, such as 'cpu'")
     return device
 
 
-def _images(batch: int, settings: Settings, device: torch.device) -> Tensor:
-    drawn = torch.Generator().manual_seed(batch)
-    images = torch.randn(batch, 3, settings.size, settings.size, generator=drawn)
-    return images.to(device, memory_format=_format(settings))
+def _random_images(batch: int, settings: Settings, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(batch)
+    images = torch.randn(batch, 3, settings.size, settings.size, generator=generator)
+    memory_format = torch.channels_last if settings.channels_last else torch.preserve_format
+    return images.to(device, memory_format=memory_format)
 
 
-def _format(settings: Settings) -> torch.memory_format:
-    return torch.channels_last if settings.channels_last else torch.preserve_format
-
-
-def _prepared(model: str | nn.Module, settings: Settings, device: torch.device) -> nn.Module:
-    """The network on its device, known to run there."""
+def _build_and_check(model: str | nn.Module, settings: Settings, device: torch.device) -> nn.Module:
+    """Return the network on its device, or raise OptionError if it does not run there."""
     if isinstance(model, str):
         module = build(model, settings.weights).to(device)
     elif settings.weights:
@@ -173,28 +174,28 @@ def _prepared(model: str | nn.Module, settings: Settings, device: torch.device) 
         module = copy_of(model) if settings.channels_last else model
     if settings.channels_last:
         module = module.to(memory_format=torch.channels_last)
-    images = _images(_CALIBRATION, settings, device)
+    images = _random_images(_CALIBRATION_IMAGES, settings, device)
     try:
         if isinstance(model, str) and not settings.weights:
-            settle_norms(module, images)
+            randomize_norms(module, images)
         with torch.no_grad():
             module(images[:1])
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OptionError(
             f"size={settings.size}: the network does not run on images of shape {tuple(images.shape[1:])} on "
-            f"{device}: {first}"
+            f"{device}: {first_line}"
         ) from error
     return module
 
 
-def _converted(model: nn.Module, settings: Settings) -> nn.Module:
+def _convert(model: nn.Module, settings: Settings) -> nn.Module:
     return convert(model, settings.ratio, relocate=settings.relocate, hoist_padding=settings.hoist_padding)
 
 
 @contextmanager
-def _noting(notes: list[str]) -> Iterator[None]:
-    """Warnings that something had no effect become notes; others are given anew afterwards."""
+def _no_effect_warnings_as(notes: list[str]) -> Iterator[None]:
+    """Append the messages of NoEffectWarnings to ``notes``; issue other warnings again on exit."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", NoEffectWarning)
         yield

@@ -1,4 +1,4 @@
-"""``python -m nmconv bench``: the only file that knows typer and rich."""
+"""The command ``python -m nmconv bench``: the only file that knows typer and rich."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nmconv.bench.benchmark import run
-from nmconv.bench.results import Cell, Latencies, NetworkSize, Result
+from nmconv.bench.results import Cell, NetworkSize, Result
 from nmconv.errors import NmconvError
 from nmconv.timing import BACKENDS, Spread, Timing
 
@@ -22,7 +22,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 @app.callback()
 def main() -> None:
-    """N:M proportional units: measure what merging is worth."""
+    """N:M proportional units: measure how much faster merged networks are."""
 
 
 @app.command()
@@ -32,19 +32,19 @@ def bench(
     relocate: Annotated[bool, typer.Option("--relocate", help="Move kept activations to their unit's end.")] = False,
     hoist: Annotated[bool, typer.Option("--hoist", help="Move padding to each linear run's first conv.")] = False,
     gate: Annotated[str, typer.Option(help="What a merge must save: flops, latency, or nothing (always).")] = "flops",
-    min_gain: Annotated[float, typer.Option(help="How many times, before over after.")] = 1.05,
+    min_gain: Annotated[float, typer.Option(help="Least gain of a merge: before over after.")] = 1.05,
     backend: Annotated[list[str] | None, typer.Option(help=f"{', '.join(BACKENDS)}; default: all.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Images in a batch; default: 1 and 8.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch size; default: 1 and 8.")] = None,
     size: Annotated[int, typer.Option(help="Height and width of the images, in pixels.")] = 224,
-    threads: Annotated[int, typer.Option(help="To compute with.")] = 1,
-    rounds: Annotated[int, typer.Option(help="Samples of each timing.")] = 11,
-    seconds: Annotated[float, typer.Option(help="Least duration of a sample.")] = 0.2,
-    device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
-    weights: Annotated[str, typer.Option(help="State dict to load; without, weights are random.")] = "",
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="Networks and images, in memory.")] = False,
-    json: Annotated[Path | None, typer.Option(help="Write all that was measured to this file.")] = None,
+    threads: Annotated[int, typer.Option(help="Number of threads.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Number of samples of each timing.")] = 11,
+    seconds: Annotated[float, typer.Option(help="Minimum duration of a sample, in seconds.")] = 0.2,
+    device: Annotated[str, typer.Option(help="torch's name of the device.")] = "cpu",
+    weights: Annotated[str, typer.Option(help="State dict to load; default: random weights.")] = "",
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Use torch.channels_last memory.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the result to this file.")] = None,
 ) -> None:
-    """Time a network as it is, converted, and merged: side by side, norms folded in all three."""
+    """Time the original, converted and merged network side by side, all three with norms folded."""
     screen, errors = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
     if json is not None and not json.parent.is_dir():
         _fail(errors, f"{json}: there is no folder {json.parent}: make it first")
@@ -66,12 +66,12 @@ def bench(
                 device=device,
                 weights=weights,
                 channels_last=channels_last,
-                progress=lambda doing: status.update(doing),
+                progress=lambda message: status.update(message),
             )
     except NmconvError as error:
         _fail(errors, str(error))
     screen.print(_table(result))
-    for line in _remarks(result):
+    for line in _remark_lines(result):
         screen.print(line, markup=False, highlight=False)
     if json is not None:
         try:
@@ -88,22 +88,22 @@ def _fail(errors: Console, message: str) -> Any:
 
 
 def _table(result: Result) -> Table:
-    asked = result.settings
-    conversion = "not converted" if asked.ratio == "none" else f"converted to {asked.ratio}"
+    settings = result.settings
+    conversion = "not converted" if settings.ratio == "none" else f"converted to {settings.ratio}"
     options = [
-        ("relocate", asked.relocate),
-        ("padding hoisted", asked.hoist_padding),
-        ("channels last", asked.channels_last),
+        ("relocate", settings.relocate),
+        ("padding hoisted", settings.hoist_padding),
+        ("channels last", settings.channels_last),
     ]
-    title = ", ".join([f"{result.model} {conversion}", *(name for name, given in options if given)])
+    title = ", ".join([f"{result.model} {conversion}", *(name for name, enabled in options if enabled)])
     versions = dict(result.environment.versions)
     table = Table(
-        title=f"{title}; merged by {asked.gate}, gain ≥ {asked.min_gain}",
+        title=f"{title}; merged by {settings.gate}, gain ≥ {settings.min_gain}",
         caption=(
             "Norms are folded into convolutions in all three, so that ratios show merging alone. Medians of "
-            f"{asked.rounds} interleaved rounds; ratios are original / this one, round by round, with quartiles: above "
-            "1 is faster than the original. Multiply-adds of one image; difference: largest, relative to the largest "
-            f"output of the converted network. {asked.size}x{asked.size}, {asked.threads} thread(s), "
+            f"{settings.rounds} interleaved rounds; ratios are original / this one, round by round, with quartiles: "
+            "above 1 is faster than the original. Multiply-adds of one image; difference: largest, relative to the "
+            f"largest output of the converted network. {settings.size}x{settings.size}, {settings.threads} thread(s), "
             f"{result.environment.device}, torch {versions['torch']}."
         ),
         caption_justify="left",
@@ -120,13 +120,14 @@ def _table(result: Result) -> Table:
 
 
 def _rows(cell: Cell, result: Result) -> list[tuple[str, ...]]:
-    head, found = (cell.backend, str(cell.batch)), cell.measured
-    if found is None:
+    head, times = (cell.backend, str(cell.batch)), cell.measured
+    if times is None:
         return [(*head, "not measured")]
+    difference = f"{times.difference:.1e}"
     return [
-        (*head, "original", *_size(result.original), _ms(found.original), "1"),
-        ("", "", "converted", *_size(result.converted), _ms(found.converted), _ratio(found.original_over_converted)),
-        ("", "", "merged", *_size(found.network), _ms(found.merged), _ratio(found.original_over_merged), _apart(found)),
+        (*head, "original", *_size(result.original), _ms(times.original), "1"),
+        ("", "", "converted", *_size(result.converted), _ms(times.converted), _ratio(times.original_over_converted)),
+        ("", "", "merged", *_size(times.network), _ms(times.merged), _ratio(times.original_over_merged), difference),
     ]
 
 
@@ -142,10 +143,6 @@ def _ratio(spread: Spread) -> str:
     return f"{spread.median:.3f} ({spread.lower:.3f}–{spread.upper:.3f})"
 
 
-def _apart(found: Latencies) -> str:
-    return f"{found.difference:.1e}"
-
-
-def _remarks(result: Result) -> list[str]:
+def _remark_lines(result: Result) -> list[str]:
     cells = [f"{cell.backend}, batch {cell.batch}: {cell.why}" for cell in result.cells if cell.why]
     return cells + [f"note: {note}" for note in result.notes]

@@ -1,4 +1,4 @@
-"""How much a network computes, counted while it does."""
+"""Count a model's activations, convolutions and multiply-adds."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from nmconv.bench.results import NetworkSize
 from nmconv.errors import NoSitesError
 from nmconv.surgery import get_plan, make_plan
 
-__all__ = ["activations_of", "network"]
+__all__ = ["count_activations", "network_size"]
 
 
-class _Convolutions(TorchDispatchMode):
-    """Counts convolutions."""
+class _ConvolutionCounter(TorchDispatchMode):
+    """Counts calls of aten.convolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,23 +27,23 @@ class _Convolutions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def network(model: nn.Module, image: Tensor, activations: int) -> NetworkSize:
-    """Convolutions and multiply-adds of one forward.
+def network_size(model: nn.Module, image: Tensor, activations: int) -> NetworkSize:
+    """Count the convolutions and multiply-adds of one forward.
 
     Args:
-        model: In eval mode.
-        image: A batch of one.
-        activations: As :func:`activations_of` counts them.
+        model: A model in eval mode.
+        image: A batch of one image.
+        activations: Number of activations, as :func:`count_activations` returns it.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # here, since it imports triton
+    from torch.utils.flop_counter import FlopCounterMode  # imported here, as it imports triton
 
-    with torch.no_grad(), FlopCounterMode(display=False) as flops, _Convolutions() as convs:
+    with torch.no_grad(), FlopCounterMode(display=False) as flops, _ConvolutionCounter() as convs:
         model(image)
     return NetworkSize(activations, convs.calls, flops.get_total_flops() // 2)
 
 
-def activations_of(model: nn.Module) -> int:
-    """Activations that own a convolution, of a model that is not merged."""
+def count_activations(model: nn.Module) -> int:
+    """Return how many activations of a model own a convolution; the model must not be merged."""
     try:
         plan = get_plan(model)
         return make_plan(model, "1:1").counts.activations_before if plan is None else plan.counts.activations_after

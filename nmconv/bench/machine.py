@@ -1,4 +1,4 @@
-"""Where a measurement is made."""
+"""Description of the machine that runs the benchmark."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PACKAGES = ("torch", "timm", "torchvision", "onnx", "onnxscript", "onnxruntime"
 
 
 def environment(device: torch.device) -> Environment:
-    """The machine, the device, and the versions of what computes there."""
+    """Return the machine, the device, and the versions of the packages that compute."""
     versions = {"python": platform.python_version(), "nmconv": nmconv.__version__}
     versions |= {package: _version(package) for package in _PACKAGES}
     return Environment(
@@ -39,7 +39,7 @@ def _version(package: str) -> str:
 
 
 def _processor() -> str:
-    """The processor's name and the instructions that torch uses."""
+    """Return the processor's name and the instruction set that torch uses."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

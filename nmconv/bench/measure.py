@@ -1,4 +1,4 @@
-"""One cell of the table: three networks on one backend, for one batch."""
+"""Measure one cell of the table: three networks on one backend with one batch size."""
 
 from __future__ import annotations
 
@@ -8,60 +8,59 @@ from torch.utils._pytree import tree_leaves
 from nmconv.bench.results import Latencies, NetworkSize
 from nmconv.timing import interleaved, ratios, runner
 
-__all__ = ["difference", "measured"]
+__all__ = ["difference", "measure_latencies"]
 
 
-def measured(
+def measure_latencies(
     networks: tuple[nn.Module, nn.Module, nn.Module],
-    merged: NetworkSize,
+    merged_size: NetworkSize,
     images: Tensor,
     backend: str,
     *,
     rounds: int,
     seconds: float,
 ) -> Latencies:
-    """Times, and how far the merged network's outputs are from the converted one's on this backend.
+    """Time three networks, and compare the outputs of the merged and the converted network on this backend.
 
     Args:
-        networks: Original, converted, merged; all in eval mode with norms folded.
-        merged: The size of the last of them.
+        networks: Original, converted and merged network, in eval mode with norms folded.
+        merged_size: The size of the merged network.
         images: The batch.
-        backend: As in :func:`nmconv.timing.runner`.
-        rounds: Samples of each.
-        seconds: Least duration of a sample.
+        backend: A backend of :func:`nmconv.timing.runner`.
+        rounds: Number of samples of each network.
+        seconds: Minimum duration of a sample.
 
     Raises:
-        OptionError: If the backend cannot run one of them.
+        OptionError: If the backend cannot run one of the networks.
         ArithmeticError: If outputs are not finite.
     """
     runners = [runner(network, (images,), backend) for network in networks]
-    apart = difference(runners[2](), runners[1]())
-    original, converted, last = interleaved(runners, rounds=rounds, seconds=seconds)
+    output_difference = difference(runners[2](), runners[1]())
+    original, converted, merged = interleaved(runners, rounds=rounds, seconds=seconds)
     return Latencies(
-        network=merged,
+        network=merged_size,
         original=original,
         converted=converted,
-        merged=last,
+        merged=merged,
         original_over_converted=ratios(original, converted),
-        original_over_merged=ratios(original, last),
-        difference=apart,
+        original_over_merged=ratios(original, merged),
+        difference=output_difference,
     )
 
 
-def difference(found: object, wanted: object) -> float:
-    """The largest difference between two structures of tensors, over the largest value wanted.
+def difference(actual: object, expected: object) -> float:
+    """Return the largest absolute difference between two pytrees of tensors, over the largest expected magnitude.
 
     Raises:
         ArithmeticError: If a value is not finite.
-        ValueError: If they do not hold the same number of tensors.
+        ValueError: If the pytrees do not hold the same number of leaves.
     """
-    pairs = [
-        (one, two) for one, two in zip(tree_leaves(found), tree_leaves(wanted), strict=True) if isinstance(two, Tensor)
-    ]
+    leaves = zip(tree_leaves(actual), tree_leaves(expected), strict=True)
+    pairs = [(first, second) for first, second in leaves if isinstance(second, Tensor)]
     if not all(value.isfinite().all() for pair in pairs for value in pair):
         raise ArithmeticError("the outputs are not all finite numbers")
-    apart = max((float((one.double() - two.double()).abs().max()) for one, two in pairs), default=0.0)
-    largest = max((float(two.double().abs().max()) for _, two in pairs), default=0.0)
-    if largest == 0 and apart > 0:
+    deviation = max((float((first.double() - second.double()).abs().max()) for first, second in pairs), default=0.0)
+    magnitude = max((float(second.double().abs().max()) for _, second in pairs), default=0.0)
+    if magnitude == 0 and deviation > 0:
         raise ArithmeticError("the converted network's outputs are all zero, and the merged one's are not")
-    return apart / largest if apart else 0.0
+    return deviation / magnitude if deviation else 0.0

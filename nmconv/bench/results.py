@@ -1,4 +1,4 @@
-"""What was asked, and what was measured: frozen plain data."""
+"""Settings and measurements of a benchmark, as frozen plain data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for.
+    """Settings of a benchmark.
 
     Attributes:
         ratio: ``N:M``, or ``none`` for no conversion.
@@ -29,12 +29,12 @@ class Settings:
         backends: In the order measured.
         batches: In the order measured.
         size: Height and width of the images, in pixels.
-        threads: Of torch and of ONNX Runtime.
-        rounds: Samples of each timing.
-        seconds: Least duration of a sample.
-        device: As torch names it.
-        weights: Path of the weights, or "" where they are random.
-        channels_last: Whether networks and images are, in memory.
+        threads: Number of threads of torch and of ONNX Runtime.
+        rounds: Number of samples of each timing.
+        seconds: Minimum duration of a sample.
+        device: torch's name of the device.
+        weights: Path of the weights, or "" if they are random.
+        channels_last: Whether networks and images use torch.channels_last.
     """
 
     ratio: str
@@ -55,14 +55,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Environment:
-    """Where it was measured.
+    """The machine that ran a benchmark.
 
     Attributes:
         device: The name of the processor or of the GPU.
-        cores: Processors of the machine.
+        cores: Number of logical processors.
         system: Operating system and architecture.
-        versions: Pairs of a package and its version; "" where it is not installed.
-        date: Of the measurement, UTC, ISO 8601.
+        versions: Pairs of a package and its version, "" if it is not installed.
+        date: Time of the measurement in UTC, ISO 8601.
     """
 
     device: str
@@ -77,9 +77,9 @@ class NetworkSize:
     """The size of a network whose norms are folded.
 
     Attributes:
-        activations: Those that own a convolution.
-        convs: Convolutions in one forward, as counted while it runs.
-        multiply_adds: Of one image, as ``torch.utils.flop_counter`` counts them while it runs, halved.
+        activations: Number of activations that own a convolution.
+        convs: Number of convolutions in one forward, counted while it runs.
+        multiply_adds: Multiply-adds for one image: half of the operations that ``torch.utils.flop_counter`` counts.
     """
 
     activations: int
@@ -89,16 +89,17 @@ class NetworkSize:
 
 @dataclass(frozen=True)
 class Latencies:
-    """Times of the three networks on one backend, for one batch.
+    """Latencies of the three networks on one backend with one batch size.
 
     Attributes:
-        network: The merged one. (By latency, each backend and batch has its own.)
-        original: Seconds a batch.
-        converted: Seconds a batch.
-        merged: Seconds a batch.
-        original_over_converted: Quotients of the times, round by round: above 1, the converted one is faster.
-        original_over_merged: The same for the merged one.
-        difference: Largest difference of merged from converted outputs on this backend, over the largest output.
+        network: Size of the merged network. With the latency gate, each backend and batch size has its own.
+        original: Seconds per batch.
+        converted: Seconds per batch.
+        merged: Seconds per batch.
+        original_over_converted: Quotients of the times, round by round: above 1, the converted network is faster.
+        original_over_merged: The same quotients for the merged network.
+        difference: Largest difference between merged and converted outputs on this backend, over the largest converted
+            output.
     """
 
     network: NetworkSize
@@ -112,13 +113,13 @@ class Latencies:
 
 @dataclass(frozen=True)
 class Cell:
-    """One backend and batch.
+    """Measurements on one backend with one batch size.
 
     Attributes:
         backend: ``eager``, ``compile``, ``frozen`` or ``onnxruntime``.
-        batch: Images in a batch.
-        measured: The times, or None.
-        why: ``not measured: `` and the reason, where there are none; else "".
+        batch: Images per batch.
+        measured: The latencies, or None.
+        why: ``not measured: `` and the reason if there are none, else "".
     """
 
     backend: str
@@ -129,16 +130,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Result:
-    """All that one run of the benchmark has found.
+    """Results of one run of the benchmark.
 
     Attributes:
-        model: Its name.
-        settings: What was asked for.
-        environment: Where it was measured.
-        original: The network as it was, norms folded.
-        converted: The converted one, norms folded.
-        cells: One for each backend and batch.
-        notes: What else is to be known: that nothing pays, for instance.
+        model: Name of the model.
+        settings: Settings of the run.
+        environment: The machine that ran it.
+        original: Size of the original network, norms folded.
+        converted: Size of the converted network, norms folded.
+        cells: One for each backend and batch size.
+        notes: Remarks, for instance that nothing was merged.
     """
 
     model: str
@@ -150,14 +151,14 @@ class Result:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> str:
-        """All of it as JSON; times in seconds, with median and quartiles."""
-        return json.dumps({"version": _VERSION} | _plain(self), indent=2, ensure_ascii=False, allow_nan=False)
+        """Return the result as JSON; times are in seconds, with median and quartiles."""
+        return json.dumps({"version": _VERSION} | _to_plain(self), indent=2, ensure_ascii=False, allow_nan=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON: the file is there whole, or as it was before.
+        """Write the JSON atomically.
 
         Raises:
-            OSError: If it cannot be written.
+            OSError: If the file cannot be written.
         """
         target = Path(path)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
@@ -168,18 +169,18 @@ class Result:
                 os.fsync(file.fileno())
             umask = os.umask(0)
             os.umask(umask)
-            os.chmod(name, 0o666 & ~umask)  # mkstemp lets only the owner read
+            os.chmod(name, 0o666 & ~umask)  # mkstemp creates files that only the owner can read
             os.replace(name, target)
         except BaseException:
             os.unlink(name)
             raise
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if isinstance(value, Timing):
         return asdict(value.spread) | {"seconds": list(value.seconds)}
     if isinstance(value, Environment):
         return asdict(value) | {"versions": dict(value.versions)}
     if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+        return {field.name: _to_plain(getattr(value, field.name)) for field in fields(value)}
+    return [_to_plain(item) for item in value] if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""Deep copies of models, as a user would make them."""
+"""Deep copies of models by ``copy.deepcopy``, as a user would make them."""
 
 from __future__ import annotations
 
@@ -8,35 +8,36 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nmconv.copying.copies import check_copy, shared_on_copy
+from nmconv.copying.copy_checks import check_copy
+from nmconv.copying.held_objects import uncopyable_objects
 from nmconv.errors import ModelTypeError
 
 __all__ = ["copy_of"]
 
 
 def copy_of(model: nn.Module, spare: Iterable[Tensor | nn.Module] = ()) -> nn.Module:
-    """A deep copy, also where modules hold tensors that are no leaves of autograd (old-style weight norm).
+    """Return a deep copy, even if modules hold non-leaf tensors of autograd (old-style weight norm).
 
-    What cannot be copied (locks, open files) is shared.
+    Objects that cannot be copied (locks, open files) are shared.
 
     Args:
         model: Read only.
-        spare: What is not copied: the copy will not keep it.
+        spare: Tensors and modules to share instead of copying, because the caller will remove them from the copy.
 
     Raises:
-        ModelTypeError: If the copy is none, or the model cannot be copied.
+        ModelTypeError: If the model cannot be copied, or the copy shares modules with it or differs from it.
     """
     spare = list(spare)
-    memo: dict[int, Any] = {id(value): value for value in (*spare, *shared_on_copy(model))}
+    memo: dict[int, Any] = {id(value): value for value in (*spare, *uncopyable_objects(model))}
     for module in model.modules():
         for value in module.__dict__.values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
     try:
-        made = copy.deepcopy(model, memo)
-    except Exception as error:  # a __deepcopy__ of one of its classes
+        model_copy = copy.deepcopy(model, memo)
+    except Exception as error:  # a class's own __deepcopy__ may raise anything
         raise ModelTypeError(
             f"this {type(model).__name__} cannot be copied ({type(error).__name__}: {error}): pass inplace=True"
         ) from error
-    check_copy(model, made, {id(value) for value in spare})
-    return made
+    check_copy(model, model_copy, {id(value) for value in spare})
+    return model_copy

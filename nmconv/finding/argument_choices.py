@@ -1,4 +1,4 @@
-"""Which arguments a forward chooses by: what it does, or which module it calls."""
+"""Find the arguments that decide what a forward does, or which module it calls."""
 
 from __future__ import annotations
 
@@ -7,70 +7,88 @@ import dis
 from collections.abc import Iterator
 from functools import lru_cache
 from types import CodeType
-from typing import Any
 
 from torch import nn
 
+from nmconv.finding.control_flow import is_attribute_of, optional_arguments
 from nmconv.recording import NoSource, conditions, goes_one_way, parsed, unwrapped
 
 __all__ = ["chosen_by"]
 
 
 def chosen_by(module: nn.Module, *, conditions: bool) -> frozenset[str] | None:
-    """Names of the arguments by which the module's forward chooses; None where its code cannot be read.
+    """Return the names of the arguments that decide what a module's forward does, or None if its code is unavailable.
 
     Args:
-        module: Whose forward.
-        conditions: Whether conditions on optional arguments count, and not only indices, helpers, and arguments without
-            a default: a run does not go past the others.
+        module: The module.
+        conditions: Whether conditions on optional arguments count, and not only indices, arguments of helpers, and
+            conditions on arguments without a default: no linear run extends over conditions on optional arguments.
     """
-    own = module.__dict__.get("forward", getattr(type(module), "forward", None))
-    found: frozenset[str] = frozenset()
-    for function in unwrapped(getattr(own, "__func__", own)):
+    forward = module.__dict__.get("forward", getattr(type(module), "forward", None))
+    names: frozenset[str] = frozenset()
+    for function in unwrapped(getattr(forward, "__func__", forward)):
         code = getattr(function, "__code__", None)
         if not isinstance(code, CodeType) or code.co_name != "forward":
             continue
-        names = _chosen(code, conditions)
-        if names is None:
+        deciding = _deciding_arguments(code, conditions)
+        if deciding is None:
             return None
-        found |= names
-    return found
+        names |= deciding
+    return names
 
 
 @lru_cache(maxsize=1024)
-def _chosen(code: CodeType, with_conditions: bool) -> frozenset[str] | None:
+def _deciding_arguments(code: CodeType, with_conditions: bool) -> frozenset[str] | None:
     try:
         function = parsed(code)
     except NoSource:
         indexes = any(step.opname == "BINARY_SUBSCR" for step in dis.get_instructions(code))
         return frozenset() if goes_one_way(code) and not indexes else None
-    given = function.args
-    parts = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
-    meant = {part.arg: {part.arg} for part in parts if part is not None}  # from a variable to the arguments behind it
-    own = next(iter(meant), "")
+    args = function.args
+    names = [arg.arg for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg) if arg]
+    self_name = next(iter(names), "")
+    sources = _sources_of_variables(function, names, self_name)
+    tests = [test for _, test in conditions(function)]
+    deciding = set().union(*(_arguments_in(test, sources) for test in tests))
+    if not with_conditions:
+        deciding -= optional_arguments(args)
+    in_tests = {id(part) for test in tests for part in ast.walk(test)}
+    for expression in _other_choices(function, self_name, in_tests):
+        deciding |= _arguments_in(expression, sources)
+    return frozenset(deciding - {self_name})
+
+
+def _sources_of_variables(function: ast.FunctionDef, names: list[str], self_name: str) -> dict[str, set[str]]:
+    """Return for each variable that holds an argument or a part of one the names of these arguments."""
+    sources = {name: {name} for name in names}
     for node in ast.walk(function):
-        if isinstance(node, ast.Assign):
-            behind = _behind(node.value, meant) if not _computes(node.value, own) else set()
+        if isinstance(node, ast.Assign) and not _computes(node.value, self_name):
+            arguments = _arguments_in(node.value, sources)
             for target in node.targets:
                 for part in ast.walk(target):
-                    if isinstance(part, ast.Name) and behind:
-                        meant.setdefault(part.id, set()).update(behind)
-    positional = [*given.posonlyargs, *given.args]
-    optional = {part.arg for part in positional[len(positional) - len(given.defaults) :]}
-    optional |= {part.arg for part, value in zip(given.kwonlyargs, given.kw_defaults, strict=True) if value is not None}
-    tests = [test for _, test in conditions(function)]
-    asked = set().union(*(_behind(test, meant) for test in tests))
-    found = asked if with_conditions else asked - optional
-    inside = {id(part) for test in tests for part in ast.walk(test)}
-    for part in _choices(function, own, inside):
-        found |= _behind(part, meant)
-    return frozenset(found - {own})
+                    if isinstance(part, ast.Name) and arguments:
+                        sources.setdefault(part.id, set()).update(arguments)
+    return sources
 
 
-def _choices(function: ast.FunctionDef, own: str, inside: set[int]) -> Iterator[ast.AST]:
-    """Whatever something is chosen by besides conditions, whose parts are ``inside``."""
+def _arguments_in(expression: ast.AST, sources: dict[str, set[str]]) -> set[str]:
+    """Return the arguments that the variables in an expression hold."""
+    names = (part.id for part in ast.walk(expression) if isinstance(part, ast.Name))
+    return set[str]().union(*(sources.get(name, set()) for name in names))
+
+
+def _computes(value: ast.expr, self_name: str) -> bool:
+    """Return whether an expression calls a module or computes; its result is then no part of an argument."""
+    return any(
+        isinstance(part, ast.BinOp) or (isinstance(part, ast.Call) and is_attribute_of(part.func, self_name))
+        for part in ast.walk(value)
+    )
+
+
+def _other_choices(function: ast.FunctionDef, self_name: str, in_tests: set[int]) -> Iterator[ast.AST]:
+    """Yield the expressions besides conditions that decide something; ``in_tests`` are the parts of conditions."""
     for node in ast.walk(function):
-        if id(node) in inside:
+        if id(node) in in_tests:
             continue
         if isinstance(node, (ast.BoolOp, ast.Compare)):
             yield node
@@ -80,25 +98,8 @@ def _choices(function: ast.FunctionDef, own: str, inside: set[int]) -> Iterator[
         elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
             yield node.slice
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            yield from node.args  # a helper, or getattr
-        elif isinstance(node, ast.Call) and _is_helper(node.func, own):
+            yield from node.args  # a helper function, or getattr
+        elif isinstance(node, ast.Call) and is_attribute_of(node.func, self_name):
+            # It may be a method of the module; if it is a child, that child's own forward is examined separately.
             yield from node.args
             yield from (keyword.value for keyword in node.keywords)
-
-
-def _is_helper(func: ast.expr, own: str) -> bool:
-    """Whether it may be a method of the module's: a call of ``self.name``; a child's forward is asked by itself."""
-    return isinstance(func, ast.Attribute) and isinstance(func.value, ast.Name) and func.value.id == own
-
-
-def _computes(value: ast.expr, own: str) -> bool:
-    """Whether more is done than to hand on or look up: what a module or an operator gives is no argument any more."""
-    return any(
-        isinstance(part, ast.BinOp) or (isinstance(part, ast.Call) and _is_helper(part.func, own))
-        for part in ast.walk(value)
-    )
-
-
-def _behind(value: ast.AST, meant: dict[str, set[str]]) -> set[str]:
-    names: list[Any] = [part.id for part in ast.walk(value) if isinstance(part, ast.Name)]
-    return set().union(*(meant.get(name, set()) for name in names))

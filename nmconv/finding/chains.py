@@ -1,4 +1,4 @@
-"""Who owns which activation, and which convolutions follow one another: the words of the documentation, as code.
+"""Assign each activation to the convolution that owns it, and link convolutions to chains (see ``docs/words.md``).
 
 A convolution owns at most one activation: the one after it, or, in a chain that begins with an activation and whose
 last convolution has none, the one before it.
@@ -11,15 +11,22 @@ from dataclasses import dataclass, field
 
 from nmconv.flow import Dominators, Flow, Op, summands
 
-__all__ = ["ChainFound", "Link", "Ownership", "own"]
+__all__ = ["ConvChain", "Link", "Ownership", "find_chains"]
 
-_BETWEEN = {Op.NORM, Op.DROP, Op.PASS, Op.PAD, Op.SCALE}
+_WITHIN_CHAIN = {Op.NORM, Op.DROP, Op.PASS, Op.PAD, Op.SCALE}
+_BEFORE_CHAIN = _WITHIN_CHAIN | {Op.LAYOUT}
 _NORMS = {Op.NORM, Op.SCALE}
 
 
 @dataclass
 class Link:
-    """A convolution of a chain, the activation it owns, and how that is reached."""
+    """One convolution of a chain.
+
+    Attributes:
+        conv: Index of the convolution.
+        act: Index of the activation that it owns, or None.
+        role: How the activation is reached, as in :class:`nmconv.Site`.
+    """
 
     conv: int
     act: int | None = None
@@ -27,8 +34,8 @@ class Link:
 
 
 @dataclass
-class ChainFound:
-    """A chain: its links in order, and whether activations stand before their convolutions."""
+class ConvChain:
+    """A chain: its links in order, and whether activations precede their convolutions."""
 
     links: list[Link]
     pre: bool = False
@@ -36,29 +43,41 @@ class ChainFound:
 
 @dataclass
 class Ownership:
-    """All chains of a flow in order of execution, leading activations that belong to nobody, and why others skip."""
+    """Which convolution owns which activation in one flow.
 
-    chains: list[ChainFound]
+    Attributes:
+        chains: All chains, in order of execution.
+        leading: Activations that precede convolutions but belong to none.
+        skipped: For each of the other activations without an owner, the reason.
+    """
+
+    chains: list[ConvChain]
     leading: list[int]
     skipped: dict[int, str]
 
 
 @dataclass
 class _Route:
-    """What lies between a convolution and an activation after it."""
+    """How an activation is reached from the convolution before it.
+
+    Attributes:
+        conv: Index of the convolution.
+        role: ``post``, ``residual`` or ``gated``.
+        gated: Whether a gate's product lies on the way.
+    """
 
     conv: int
     role: str
     gated: bool = False
 
 
-def own(flow: Flow) -> Ownership:
-    """Find ownership and chains on a flow whose gates are resolved and parallel branches folded."""
-    return _Finder(flow).run()
+def find_chains(flow: Flow) -> Ownership:
+    """Find the chains of a flow whose gates are resolved and whose parallel branches are folded."""
+    return _ChainFinder(flow).run()
 
 
 @dataclass
-class _Finder:
+class _ChainFinder:
     flow: Flow
     owner: dict[int, int] = field(default_factory=dict)  # activation → convolution before it
     owned: dict[int, tuple[int, str]] = field(default_factory=dict)  # convolution → activation after it, role
@@ -66,57 +85,58 @@ class _Finder:
     def run(self) -> Ownership:
         flow = self.flow
         self.paths = Dominators(flow)
-        self.acts = [node.index for node in flow.nodes if node.op is Op.ACT and flow.main[node.index] and not node.why]
+        acts = [node.index for node in flow.nodes if node.op is Op.ACT and flow.main[node.index] and not node.why]
         convs = [node.index for node in flow.nodes if node.op is Op.CONV and flow.main[node.index]]
         indirect = []
-        for act in self.acts:
-            route = self._back(act)
+        for act in acts:
+            route = self._route_to(act)
             if route is not None and route.role == "post":
-                self._give(act, route)
+                self._assign(act, route)
             else:
                 indirect.append(act)
-        self._chain(convs)
-        self.heads = {chain.links[0].conv: chain for chain in self.chains}
-        self.chain_of = {link.conv: chain for chain in self.chains for link in chain.links}
-        self.fed = self._fed()
-        for act in indirect:  # in order: what an earlier one belongs to decides what a later one can
-            route = self._back(act)
-            if route is None or route.conv in self.owned:
-                continue
-            if route.gated and self._lead(self.chain_of[route.conv]) is not None:
-                continue  # a pre-activation chain: it belongs to the convolution after it
-            self._give(act, route)
+        self._link(convs)
+        self._assign_indirect(indirect)
         for chain in self.chains:
-            self._settle(chain)
-        taken = {link.act for chain in self.chains for link in chain.links}
-        leading = [act for act in self.acts if act not in taken and self.fed.get(act)]
+            self._fill_links(chain)
+        in_chain = {link.act for chain in self.chains for link in chain.links}
+        leading = [act for act in acts if act not in in_chain and self.convs_after.get(act)]
         skipped = {
-            node.index: self._why(node.index)
+            node.index: self._skip_reason(node.index)
             for node in flow.nodes
-            if node.op is Op.ACT and node.index not in taken and node.index not in leading
+            if node.op is Op.ACT and node.index not in in_chain and node.index not in leading
         }
         return Ownership(self.chains, leading, skipped)
 
-    # -- activation → convolution before it ---------------------------------------------------------------------------
+    # -- from an activation to the convolution before it --------------------------------------------------------------
 
-    def _give(self, act: int, route: _Route) -> None:
+    def _assign(self, act: int, route: _Route) -> None:
         self.owner[act] = route.conv
         parallel = route.role == "post" and bool(self.flow.nodes[route.conv].members)
         self.owned[route.conv] = (act, "parallel" if parallel else route.role)
 
-    def _back(self, act: int) -> _Route | None:
-        """The convolution whose value the activation activates, if nobody else reads that value."""
-        return self._back_from(self.flow.nodes[act].inputs[0], joined=False)
+    def _assign_indirect(self, acts: list[int]) -> None:
+        """Assign activations behind sums and gates, in order: an earlier assignment limits the later ones."""
+        for act in acts:
+            route = self._route_to(act)
+            if route is None or route.conv in self.owned:
+                continue
+            if route.gated and self._leading_act(self.chain_of[route.conv]) is not None:
+                continue  # in a pre-activation chain, it belongs to the convolution after it
+            self._assign(act, route)
 
-    def _back_from(self, at: int, *, joined: bool) -> _Route | None:
+    def _route_to(self, act: int) -> _Route | None:
+        """Return the route from the convolution before an activation, or None if its value has another reader."""
+        return self._route_up(self.flow.nodes[act].inputs[0], joined=False)
+
+    def _route_up(self, index: int, *, joined: bool) -> _Route | None:
         flow, normed, gated = self.flow, False, False
-        while flow.single(at):
-            node = flow.nodes[at]
+        while flow.single(index):
+            node = flow.nodes[index]
             if node.op is Op.CONV:
                 role = "residual" if joined else "gated" if gated else "post"
-                return _Route(at, role, gated)
+                return _Route(index, role, gated)
             if node.op is Op.ADD and not normed and not joined:
-                return self._longest(at, gated)
+                return self._route_from_longest_branch(index, gated)
             if node.op in _NORMS:
                 normed = True
             elif node.op is Op.GATED:
@@ -124,16 +144,16 @@ class _Finder:
                 normed = False
             elif node.op not in (Op.DROP, Op.PASS, Op.PAD, Op.LAYOUT):
                 return None
-            at = node.inputs[0]
+            index = node.inputs[0]
         return None
 
-    def _longest(self, add: int, gated: bool) -> _Route | None:
-        """The branch of a join with the most convolutions, of those that end in a convolution without activation."""
+    def _route_from_longest_branch(self, add: int, gated: bool) -> _Route | None:
+        """Return the route through the longest of a sum's branches that end in a convolution without activation."""
         operands = summands(self.flow, add)
         fork = self.paths.fork(operands)
         best: tuple[int, int, _Route] | None = None
         for operand in operands:
-            route = self._back_from(operand, joined=True)
+            route = self._route_up(operand, joined=True)
             if route is None or route.conv in self.owned:
                 continue
             rank = (self.paths.convs_above(operand, fork), -route.conv)
@@ -144,76 +164,74 @@ class _Finder:
         best[2].gated |= gated
         return best[2]
 
-    # -- convolution → convolution ------------------------------------------------------------------------------------
+    # -- from a convolution to the next one ---------------------------------------------------------------------------
 
-    def _chain(self, convs: list[int]) -> None:
-        following: dict[int, int] = {}
+    def _link(self, convs: list[int]) -> None:
+        """Link convolutions to chains."""
+        next_conv: dict[int, int] = {}
         for conv in convs:
-            before = self._previous(conv)
-            if before is not None:
-                following[before] = conv
-        inner = set(following.values())
-        self.chains: list[ChainFound] = []
+            previous = self._previous_conv(conv)
+            if previous is not None:
+                next_conv[previous] = conv
+        not_first = set(next_conv.values())
+        self.chains: list[ConvChain] = []
         for conv in convs:
-            if conv not in inner:
+            if conv not in not_first:
                 links = [Link(conv)]
-                while links[-1].conv in following:
-                    links.append(Link(following[links[-1].conv]))
-                self.chains.append(ChainFound(links))
+                while links[-1].conv in next_conv:
+                    links.append(Link(next_conv[links[-1].conv]))
+                self.chains.append(ConvChain(links))
+        self.chain_of = {link.conv: chain for chain in self.chains for link in chain.links}
+        self.convs_after: dict[int, list[int]] = {}
+        for conv in self.chain_of:
+            for act in self._acts_before(conv):
+                self.convs_after.setdefault(act, []).append(conv)
 
-    def _previous(self, conv: int) -> int | None:
-        """The convolution right before, with an activation of its own between, and no fork."""
-        first = None
-        at = self.flow.nodes[conv].inputs[0]
-        while self.flow.single(at):
-            node = self.flow.nodes[at]
+    def _previous_conv(self, conv: int) -> int | None:
+        """Return the preceding convolution if it owns the activation between the two and there is no fork."""
+        first_act = None
+        index = self.flow.nodes[conv].inputs[0]
+        while self.flow.single(index):
+            node = self.flow.nodes[index]
             if node.op is Op.CONV:
-                return at if first is not None and self.owner.get(first) == at else None
+                return index if first_act is not None and self.owner.get(first_act) == index else None
             if node.op is Op.ACT:
-                first = at
-            elif node.op not in _BETWEEN:
+                first_act = index
+            elif node.op not in _WITHIN_CHAIN:
                 return None
-            at = node.inputs[0]
+            index = node.inputs[0]
         return None
 
-    # -- activation before a chain ------------------------------------------------------------------------------------
+    # -- the activation before a chain --------------------------------------------------------------------------------
 
-    def _feeding(self, conv: int) -> Iterator[int]:
-        """Activations before a convolution with nothing but norms, layout and the like between."""
-        at = self.flow.nodes[conv].inputs[0]
+    def _acts_before(self, conv: int) -> Iterator[int]:
+        """Yield the activations before a convolution, nearest first, up to another layer."""
+        index = self.flow.nodes[conv].inputs[0]
         while True:
-            node = self.flow.nodes[at]
+            node = self.flow.nodes[index]
             if node.op is Op.ACT:
-                yield at
-            elif node.op not in _BETWEEN | {Op.LAYOUT}:
+                yield index
+            elif node.op not in _BEFORE_CHAIN:
                 return
-            at = node.inputs[0]
+            index = node.inputs[0]
 
-    def _fed(self) -> dict[int, list[int]]:
-        """From each activation to the convolutions right after it."""
-        fed: dict[int, list[int]] = {}
-        for conv in self.chain_of:
-            for act in self._feeding(conv):
-                fed.setdefault(act, []).append(conv)
-        return fed
-
-    def _lead(self, chain: ChainFound) -> int | None:
-        """The activation that a chain begins with: nobody else's, and no longer branch's."""
+    def _leading_act(self, chain: ConvChain) -> int | None:
+        """Return the unowned activation that a chain begins with, unless a longer branch begins with it, too."""
         head = chain.links[0].conv
-        act = next(self._feeding(head), None)
+        act = next(self._acts_before(head), None)
         if act is None or act in self.owner or self.flow.nodes[act].why:
             return None
-        rivals = [conv for conv in self.fed[act] if next(self._feeding(conv), None) == act]
+        rivals = [conv for conv in self.convs_after[act] if next(self._acts_before(conv), None) == act]
         if len(rivals) == 1:
             return act
         join = self.paths.meeting(rivals)
-        best = max(rivals, key=lambda conv: (self.paths.convs_below(conv, join), -conv))
-        return act if best == head else None
+        longest = max(rivals, key=lambda conv: (self.paths.convs_below(conv, join), -conv))
+        return act if longest == head else None
 
-    def _settle(self, chain: ChainFound) -> None:
-        """Write down what each convolution owns."""
+    def _fill_links(self, chain: ConvChain) -> None:
+        """Enter the activation that each convolution of a chain owns."""
         after = [self.owned.get(link.conv) for link in chain.links]
-        lead = self._lead(chain)
+        lead = self._leading_act(chain)
         chain.pre = lead is not None and after[-1] is None
         if chain.pre:
             before = [lead, *(pair[0] for pair in after[:-1] if pair is not None)]
@@ -224,10 +242,9 @@ class _Finder:
             if pair is not None:
                 link.act, link.role = pair
 
-    # -- and the rest -------------------------------------------------------------------------------------------------
+    # -- activations without an owner ---------------------------------------------------------------------------------
 
-    def _why(self, act: int) -> str:
-        """Why an activation is no site."""
+    def _skip_reason(self, act: int) -> str:
         flow = self.flow
         if flow.nodes[act].why:
             return flow.nodes[act].why
@@ -235,10 +252,10 @@ class _Finder:
             return "nothing that is returned depends on it"
         if not flow.main[act]:
             return "gate: it reaches the main path only as a factor (squeeze-excite, attention)"
-        at = flow.nodes[act].inputs[0]
-        while flow.nodes[at].op in _BETWEEN | {Op.LAYOUT}:
-            at = flow.nodes[at].inputs[0]
-        source = flow.nodes[at]
+        index = flow.nodes[act].inputs[0]
+        while flow.nodes[index].op in _BEFORE_CHAIN:
+            index = flow.nodes[index].inputs[0]
+        source = flow.nodes[index]
         if source.op is Op.LINEAR:
             return "it activates a linear layer, which counts only with linear=True"
         if source.op in (Op.CONV, Op.ADD, Op.GATED):

@@ -1,4 +1,4 @@
-"""Whether a forward, asked otherwise, may do something else between two of its values than a recording shows."""
+"""Find branch points between two values of a forward: where other arguments or settings may lead another way."""
 
 from __future__ import annotations
 
@@ -9,192 +9,233 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from types import CodeType
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
 from nmconv.flow import FlowNode, ModuleCall, ancestors
 from nmconv.recording import Lines, NoSource, conditions, goes_one_way, parsed
 
-__all__ = ["flags_between", "turns_between"]
+__all__ = ["flags_between", "is_attribute_of", "may_diverge_between", "optional_arguments"]
 
-_FLAGS = (bool, int, float, str)
-_ENDING = (ast.Return, ast.Break, ast.Continue)
+_FLAG_TYPES = (bool, int, float, str)
+_EXITS = (ast.Return, ast.Break, ast.Continue)
+_ARITHMETIC = (ast.BinOp, ast.UnaryOp, ast.AugAssign)
 
 
-def turns_between(value: FlowNode, node: FlowNode, *, sized: bool) -> bool:
-    """Whether a forward may do something else between a value and a node that reads it.
+def may_diverge_between(value: FlowNode, node: FlowNode, *, sized: bool) -> bool:
+    """Return whether a forward may take another way between a value and a node that reads it.
 
-    What differs by sizes, modes and contexts recordings show. What is left are the jumps of the forward that both are
-    made in: those that go by an optional argument, and those that may end the forward by a flag (a bool, a number or a
-    text on the module). Other flags are for :func:`flags_between`. What a module does with submodules that it has or
-    has not is no choice of its caller's.
+    Recordings show what depends on sizes, modes and contexts. The rest are branch points of the innermost forward that
+    computes both: those that depend on an optional argument, and those that may exit the forward depending on a flag (a
+    bool, a number or a text on the module). :func:`flags_between` returns the other flags. A module's choice between
+    submodules that it has or lacks does not depend on the call.
 
     Args:
-        value: What is read.
-        node: What reads it.
-        sized: Whether jumps that go by variables count, too: these may hold numbers that were made of sizes.
+        value: The value that is read.
+        node: The node that reads it.
+        sized: Whether branch points that depend on variables count, too: these may hold numbers computed from sizes.
     """
-    frame, met = _met_between(value, node)
-    return frame is not None and any(jump.counts(frame.module, sized=sized) for jump in met)
+    frame, points = _points_between(value, node)
+    return frame is not None and any(point.may_diverge(frame.module, sized=sized) for point in points)
 
 
 def flags_between(value: FlowNode, node: FlowNode) -> tuple[tuple[str, str], ...]:
-    """The flags by which a forward goes another way between the two without ending: its module's name, and theirs."""
-    frame, met = _met_between(value, node)
+    """Return the flags on which a forward branches between two nodes without exiting: module name and attribute."""
+    frame, points = _points_between(value, node)
     if frame is None:
         return ()
-    names = dict.fromkeys(name for jump in met for name in sorted(jump.settings))
-    return tuple((frame.path, name) for name in names if type(_held(frame.module, name)) in _FLAGS)
+    names = dict.fromkeys(name for point in points for name in sorted(point.inner_flags))
+    return tuple((frame.path, name) for name in names if _is_flag(frame.module, name))
 
 
-def _met_between(value: FlowNode, node: FlowNode) -> tuple[ModuleCall | None, list[_Jump]]:
-    """The innermost forward that both are made in, and the jumps that are met between them."""
-    ways = [[*ancestors(each.frame)] for each in (value, node)]
-    shared = {id(frame) for frame in ways[0]} & {id(frame) for frame in ways[1]}
-    lines = [value.lines, node.lines]
-    for side, way in enumerate(ways):
-        for frame in way:
-            if id(frame) in shared:
-                if side:
-                    return frame, _met(*lines)
-                break
-            lines[side] = frame.lines
-    return None, []
+def _is_flag(module: nn.Module, name: str) -> bool:
+    value = module.__dict__.get(name, inspect.getattr_static(type(module), name, None))
+    return type(value) in _FLAG_TYPES
 
 
-def _held(module: nn.Module, name: str) -> Any:
-    return module.__dict__.get(name, inspect.getattr_static(type(module), name, None))
+def _points_between(value: FlowNode, node: FlowNode) -> tuple[ModuleCall | None, list[_BranchPoint]]:
+    """Return the innermost forward that computes both nodes, and its branch points between them."""
+    value_frames, node_frames = [*ancestors(value.frame)], [*ancestors(node.frame)]
+    shared = next((frame for frame in node_frames if any(frame is other for other in value_frames)), None)
+    if shared is None:
+        return None, []
+    return shared, _points_on_way(_lines_in(shared, value, value_frames), _lines_in(shared, node, node_frames))
 
 
-def _met(first: Lines, then: Lines) -> list[_Jump]:
-    """The jumps between two places in a module's methods: where a value is made, and where it is read."""
+def _lines_in(frame: ModuleCall, node: FlowNode, frames: list[ModuleCall]) -> Lines:
+    """Return the lines of a frame's methods at which a node is computed, directly or within a call."""
+    lines = node.lines
+    for each in frames:
+        if each is frame:
+            break
+        lines = each.lines
+    return lines
+
+
+def _points_on_way(first: Lines, then: Lines) -> list[_BranchPoint]:
+    """Return the branch points between two places in a module's methods."""
     level = 0
-    met: list[_Jump] = []
+    points: list[_BranchPoint] = []
     while level < min(len(first), len(then)) and first[level] == then[level]:
         code, line = first[level]
-        met += _around(code, line, line)
+        points += _points_in_loop_around(code, line, line)
         level += 1
-    behind, before = first[level:], then[level:]
-    if behind and before and behind[0][0] is before[0][0]:
-        code, start, end = *behind[0], before[0][1]
-        met += [jump for jump in _jumps(code) if jump.is_between(start, end)] if start <= end else []
-        met += _around(code, start, end)
-        behind, before = behind[1:], before[1:]
-    met += [jump for code, _ in (*first, *then) for jump in _jumps(code) if jump.anywhere]
-    met += [jump for code, line in behind for jump in _jumps(code) if jump.end > line]
-    met += [jump for code, line in before for jump in _jumps(code) if jump.start <= line]
-    return met
+    left, entered = first[level:], then[level:]
+    if left and entered and left[0][0] is entered[0][0]:
+        code, start, end = *left[0], entered[0][1]
+        points += [point for point in _branch_points(code) if start <= end and point.is_between(start, end)]
+        points += _points_in_loop_around(code, start, end)
+        left, entered = left[1:], entered[1:]
+    points += [point for code, _ in (*first, *then) for point in _branch_points(code) if point.everywhere]
+    points += [point for code, line in left for point in _branch_points(code) if point.end > line]
+    points += [point for code, line in entered for point in _branch_points(code) if point.start <= line]
+    return points
+
+
+def _points_in_loop_around(code: CodeType, *lines: int) -> list[_BranchPoint]:
+    """Return the branch points of the outermost loop that holds all these lines."""
+    points = _branch_points(code)
+    loops = [loop for loop in points if loop.is_loop and all(loop.start <= line <= loop.end for line in lines)]
+    outermost = min(loops, key=lambda loop: loop.start, default=None)
+    return [point for point in points if outermost is not None and outermost.start <= point.start <= outermost.end]
+
+
+# The branch points of one function -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Jump:
-    """A condition, or what catches exceptions.
+class _BranchPoint:
+    """A condition, a lookup by a variable, or an exception handler.
 
     Attributes:
         start: Its first line.
-        end: And its last.
-        optional: Whether it goes by an optional argument, or by data.
-        flags: Names of attributes of the module that it goes by, if it may end the forward.
-        settings: The same, if it may not.
-        variable: Whether it goes by a variable, or picks by one.
-        anywhere: Whether it also decides on what is called elsewhere, or goes by whatever else is given (``**more``).
-        loops: Whether it is a loop.
-        catches: Whether it is no condition, but catches exceptions.
+        end: Its last line.
+        by_argument: Whether it depends on an optional argument, or on data.
+        by_variable: Whether it depends on a variable.
+        exit_flags: Names of the module's attributes that it depends on, if it may exit the forward.
+        inner_flags: The same, if it may not.
+        everywhere: Whether it counts for all pairs of values: it also decides on what is called elsewhere, or depends
+            on variadic arguments.
+        is_loop: Whether it is a loop.
+        is_handler: Whether it is an exception handler.
     """
 
     start: int
     end: int
-    optional: bool
-    flags: frozenset[str] = frozenset()
-    settings: frozenset[str] = frozenset()
-    variable: bool = False
-    anywhere: bool = False
-    loops: bool = False
-    catches: bool = False
+    by_argument: bool = False
+    by_variable: bool = False
+    exit_flags: frozenset[str] = frozenset()
+    inner_flags: frozenset[str] = frozenset()
+    everywhere: bool = False
+    is_loop: bool = False
+    is_handler: bool = False
 
     def is_between(self, first: int, then: int) -> bool:
-        """Whether it is met on the way from one line to another that is no earlier one."""
-        if self.catches:
+        """Return whether it affects the way from one line to another that is not an earlier one."""
+        if self.is_handler:
             return self.start <= then and first <= self.end
         if first == then:
-            return self.optional and self.start == first
-        makes = self.optional and self.start <= first <= self.end < then
-        return makes or first < self.start <= then
+            return self.by_argument and self.start == first
+        decides_first = self.by_argument and self.start <= first <= self.end < then
+        return decides_first or first < self.start <= then
 
-    def counts(self, module: nn.Module, *, sized: bool) -> bool:
-        """Whether another way may be taken in calls of this module."""
-        by_flag = any(type(_held(module, name)) in _FLAGS for name in self.flags)
-        return self.optional or (sized and self.variable) or by_flag
-
-
-def _around(code: CodeType, *lines: int) -> list[_Jump]:
-    """The jumps of the outermost loop that all these lines are in."""
-    loops = [loop for loop in _jumps(code) if loop.loops and all(loop.start <= line <= loop.end for line in lines)]
-    first = min(loops, key=lambda loop: loop.start, default=None)
-    return [jump for jump in _jumps(code) if first is not None and first.start <= jump.start <= first.end]
+    def may_diverge(self, module: nn.Module, *, sized: bool) -> bool:
+        """Return whether calls of this module may take another way."""
+        return self.by_argument or (sized and self.by_variable) or any(_is_flag(module, n) for n in self.exit_flags)
 
 
 @lru_cache(maxsize=1024)
-def _jumps(code: CodeType) -> tuple[_Jump, ...]:
+def _branch_points(code: CodeType) -> tuple[_BranchPoint, ...]:
     try:
         function = parsed(code)
     except NoSource:
-        return () if goes_one_way(code) else (_Jump(0, 1 << 30, optional=True),)
-    given = function.args
-    positional = [*given.posonlyargs, *given.args]
-    own = positional[0].arg if positional else ""
-    optional = {part.arg for part in positional[len(positional) - len(given.defaults) :]}
-    optional |= {part.arg for part, value in zip(given.kwonlyargs, given.kw_defaults, strict=True) if value}
-    rest = {part.arg for part in (given.vararg, given.kwarg) if part}
-    optional |= rest
-    returned = {id(part) for last in ast.walk(function) if isinstance(last, ast.Return) for part in ast.walk(last)}
-    found = []
-    mentioned = Counter(_own_names(function, own))
-    for node, test in conditions(function):
-        names = {part.id for part in ast.walk(test) if isinstance(part, ast.Name)}
-        by_given, is_loop = not names.isdisjoint(optional), isinstance(node, (ast.For, ast.While))
-        ends = id(node) in returned or any(isinstance(part, _ENDING) for part in ast.walk(node))
-        ends = ends and not is_loop  # what ends it is a jump inside
-        same = not ends and _calls_the_same(node, own)
-        flags = frozenset() if same else frozenset(_own_names(test, own)) - {"training"}
-        called = {id(part.func) for part in ast.walk(node) if isinstance(part, ast.Call)}
-        shared = any(
-            mentioned[part.__dict__["attr"]] > 1 or id(part) not in called
-            for part in ast.walk(node)
-            if _is_own(part, own)
+        return () if goes_one_way(code) else (_BranchPoint(0, 1 << 30, by_argument=True),)
+    scope = _Scope(function, code)
+    points = [_condition(node, test, scope) for node, test in conditions(function)]
+    for node in ast.walk(function):
+        if isinstance(node, ast.Subscript) and scope.is_lookup_by_variable(node):
+            points.append(_BranchPoint(node.lineno, node.end_lineno or node.lineno, by_variable=True))
+        if isinstance(node, ast.Try) and node.handlers:  # the data may decide whether an exception is raised
+            points.append(_BranchPoint(node.lineno, node.end_lineno or node.lineno, by_argument=True, is_handler=True))
+    return tuple(points)
+
+
+class _Scope:
+    """What the names in a forward stand for, and where its attributes are used."""
+
+    def __init__(self, function: ast.FunctionDef, code: CodeType) -> None:
+        args = function.args
+        positional = [*args.posonlyargs, *args.args]
+        self.self_name = positional[0].arg if positional else ""
+        self.variadic = {arg.arg for arg in (args.vararg, args.kwarg) if arg}
+        self.optional = optional_arguments(args) | self.variadic
+        self.variables = code.co_varnames
+        self.uses = Counter(self.attributes(function))
+        returns = (node for node in ast.walk(function) if isinstance(node, ast.Return))
+        self.returned = {id(part) for node in returns for part in ast.walk(node)}
+
+    def attributes(self, tree: ast.AST) -> Iterator[str]:
+        """Yield the names of the module's attributes that are used within a syntax tree."""
+        return (part.attr for part in ast.walk(tree) if is_attribute_of(part, self.self_name))
+
+    def shares_attributes(self, tree: ast.AST) -> bool:
+        """Return whether a tree uses an attribute of the module without calling it, or one that is used elsewhere."""
+        called = {id(part.func) for part in ast.walk(tree) if isinstance(part, ast.Call)}
+        return any(
+            self.uses[part.attr] > 1 or id(part) not in called
+            for part in ast.walk(tree)
+            if is_attribute_of(part, self.self_name)
         )
-        anywhere = (by_given and shared) or not names.isdisjoint(rest)
-        by_variable = not (names - {own}).isdisjoint(code.co_varnames) and not _asks_for_none(test)
-        which = (flags, frozenset[str]()) if ends else (frozenset[str](), flags)
-        found.append(_Jump(node.lineno, node.end_lineno, by_given, *which, by_variable, anywhere, is_loop))
-    for part in ast.walk(function):
-        if isinstance(part, ast.Subscript) and any(_is_own(inner, own) for inner in ast.walk(part.value)):
-            picks = any(isinstance(inner, ast.Name) and inner.id in code.co_varnames for inner in ast.walk(part.slice))
-            found += [_Jump(part.lineno, part.end_lineno or part.lineno, False, variable=True)] if picks else []
-        if isinstance(part, ast.Try) and part.handlers:  # what is caught there may be up to data
-            found.append(_Jump(part.lineno, part.end_lineno or part.lineno, optional=True, catches=True))
-    return tuple(found)
+
+    def is_lookup_by_variable(self, node: ast.Subscript) -> bool:
+        """Return whether a subscript picks a part of one of the module's attributes by a variable."""
+        return any(is_attribute_of(part, self.self_name) for part in ast.walk(node.value)) and any(
+            isinstance(part, ast.Name) and part.id in self.variables for part in ast.walk(node.slice)
+        )
 
 
-def _asks_for_none(test: ast.expr) -> bool:
+def _condition(node: Any, test: ast.expr, scope: _Scope) -> _BranchPoint:
+    names = {part.id for part in ast.walk(test) if isinstance(part, ast.Name)}
+    by_argument = not names.isdisjoint(scope.optional)
+    is_loop = isinstance(node, (ast.For, ast.While))
+    # What may exit from inside a loop is another branch point.
+    exits = not is_loop and (id(node) in scope.returned or any(isinstance(part, _EXITS) for part in ast.walk(node)))
+    is_guard = exits or not _has_equivalent_bodies(node, scope)
+    flags = frozenset(scope.attributes(test)) - {"training"} if is_guard else frozenset[str]()
+    return _BranchPoint(
+        node.lineno,
+        node.end_lineno,
+        by_argument=by_argument,
+        by_variable=not (names - {scope.self_name}).isdisjoint(scope.variables) and not _is_identity_test(test),
+        exit_flags=flags if exits else frozenset(),
+        inner_flags=frozenset() if exits else flags,
+        everywhere=(by_argument and scope.shares_attributes(node)) or not names.isdisjoint(scope.variadic),
+        is_loop=is_loop,
+    )
+
+
+def _is_identity_test(test: ast.expr) -> bool:
+    """Return whether a condition only compares by ``is`` or ``is not``, with None, for instance."""
     return isinstance(test, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in test.ops)
 
 
-def _calls_the_same(node: Any, own: str) -> bool:
-    """Whether both ways name the same of the module's attributes, and do no arithmetic: checkpointing, say."""
+def _has_equivalent_bodies(node: Any, scope: _Scope) -> bool:
+    """Return whether both bodies of an ``if`` use the same attributes without arithmetic, as checkpointing does."""
     if not isinstance(node, ast.If):
         return False
-    ways = [ast.Module(body, []) for body in (node.body, node.orelse)]
-    computing = (ast.BinOp, ast.UnaryOp, ast.AugAssign)
-    computes = any(isinstance(part, computing) for way in ways for part in ast.walk(way))
-    one, other = (list(_own_names(way, own)) for way in ways)
-    return not computes and one == other
+    bodies = [ast.Module(body, []) for body in (node.body, node.orelse)]
+    computes = any(isinstance(part, _ARITHMETIC) for body in bodies for part in ast.walk(body))
+    return not computes and list(scope.attributes(bodies[0])) == list(scope.attributes(bodies[1]))
 
 
-def _own_names(whole: ast.AST, own: str) -> Iterator[str]:
-    return (str(part.__dict__["attr"]) for part in ast.walk(whole) if _is_own(part, own))
+def optional_arguments(args: ast.arguments) -> set[str]:
+    """Return the names of a function's arguments that have a default."""
+    positional = [*args.posonlyargs, *args.args]
+    names = {arg.arg for arg in positional[len(positional) - len(args.defaults) :]}
+    return names | {arg.arg for arg, value in zip(args.kwonlyargs, args.kw_defaults, strict=True) if value is not None}
 
 
-def _is_own(part: Any, own: str) -> bool:
-    return isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == own
+def is_attribute_of(node: ast.AST, name: str) -> TypeGuard[ast.Attribute]:
+    """Return whether a node is an attribute of the variable ``name``."""
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == name

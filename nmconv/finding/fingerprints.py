@@ -1,4 +1,4 @@
-"""A model's structure in one short text: the same for any weights, sizes, dtype, device, mode and classifier."""
+"""Hash a model's structure, independently of its weights, sizes, dtype, device, mode and classifier."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from nmconv.planning import Structure
 
 __all__ = ["fingerprint"]
 
-_SHOWN = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+_CONV_ATTRIBUTES = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 
 
 def fingerprint(model: nn.Module, structure: Structure) -> str:
-    """Hash of names, kinds and extents of all convolutions and activations, and of what the forward does with them.
+    """Hash the names, kinds and extents of all convolutions and activations, and the data flow between them.
 
-    The classifier is left out.
+    Args:
+        model: Not modified.
+        structure: Its structure.
+
+    Returns:
+        16 hexadecimal digits. The classifier is left out.
     """
     classifier = zoo.classifier_names(model)
     digest = hashlib.sha256(structure.digest().encode())
@@ -28,6 +33,6 @@ def fingerprint(model: nn.Module, structure: Structure) -> str:
         if op is Op.ACT:
             digest.update(f"{name} {act_kind(module)}\n".encode())
         elif op is Op.CONV or is_conv(module):
-            values = [getattr(module, attribute, None) for attribute in _SHOWN]
+            values = [getattr(module, attribute, None) for attribute in _CONV_ATTRIBUTES]
             digest.update(f"{name} conv {values}\n".encode())
     return digest.hexdigest()[:16]

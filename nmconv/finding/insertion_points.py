@@ -1,19 +1,19 @@
-"""Where a unit ends: the value behind its last convolution, its norm and its residual add."""
+"""Find where an activation can be inserted at a unit's end: behind its last convolution, norm and residual add."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from nmconv.flow import Dominators, Flow, Op, ancestors, is_sequential, summands, zoo
+from nmconv.flow import Dominators, Flow, Op, ancestors, is_norm_act, is_sequential, summands
 from nmconv.planning import Place
 
 __all__ = ["InsertionPoints"]
 
-_ALONG = {Op.NORM, Op.DROP, Op.PASS, Op.SCALE}
+_PART_OF_UNIT = {Op.NORM, Op.DROP, Op.PASS, Op.SCALE}
 
 
 class InsertionPoints:
-    """Finds the place behind convolutions that own no activation, in one flow.
+    """Finds insertion points behind convolutions that own no activation, in one flow.
 
     Args:
         flow: With gates resolved and parallel branches folded.
@@ -24,21 +24,22 @@ class InsertionPoints:
         self._flow = flow
         self._differing = differing
         self._paths: Dominators | None = None
-        self._exposed = [False] * len(flow.nodes)
-        for node in reversed(flow.nodes):  # what reaches an output with no further convolution
-            if node.op is Op.OUTPUT or (self._exposed[node.index] and node.op not in (Op.CONV, Op.DEAD)):
+        self._reaches_output = [False] * len(flow.nodes)  # with no further convolution
+        for node in reversed(flow.nodes):
+            continues = self._reaches_output[node.index] and node.op not in (Op.CONV, Op.DEAD)
+            if node.op is Op.OUTPUT or continues:
                 for source in (*node.inputs, *node.sides):
-                    self._exposed[source] = True
+                    self._reaches_output[source] = True
 
     def place(self, conv: int) -> tuple[Place | None, str]:
-        """The place, or None and why there is none."""
-        at = self._end(conv)
-        if self._exposed[at]:
+        """Return the insertion point behind a convolution, or None and the reason why there is none."""
+        end = self._end(conv)
+        if self._reaches_output[end]:
             return None, "the unit's end reaches an output of the network with no further convolution"
-        node = self._flow.nodes[at]
+        node = self._flow.nodes[end]
         frame, label, number = node.frame, node.label, node.number
-        while frame is not None and frame.result == at and frame.parent is not None:
-            if zoo.is_norm_act(frame.module) and isinstance(getattr(frame.module, "act", None), nn.Identity):
+        while frame is not None and frame.result == end and frame.parent is not None:
+            if is_norm_act(frame.module) and isinstance(getattr(frame.module, "act", None), nn.Identity):
                 return Place(frame.path, "forward", "act", 1, "slot"), ""
             if not is_sequential(frame.module):
                 break
@@ -54,28 +55,28 @@ class InsertionPoints:
         return Place(frame.path, "forward", label, number, "rewrite"), ""
 
     def _end(self, conv: int) -> int:
-        flow, at = self._flow, conv
-        while flow.single(at):
-            reader = flow.readers[at][0]
-            node = flow.nodes[reader]
-            if node.op is Op.ADD:
-                return self._join(conv, at, reader)
-            if node.op not in _ALONG and not (node.op is Op.GATED and node.inputs[0] == at):
+        """Return the index of the last value that belongs to a convolution's unit."""
+        flow, end = self._flow, conv
+        while flow.single(end):
+            reader = flow.nodes[flow.readers[end][0]]
+            if reader.op is Op.ADD:
+                return self._end_at_sum(end, reader.index)
+            if reader.op not in _PART_OF_UNIT and not (reader.op is Op.GATED and reader.inputs[0] == end):
                 break
-            # A dropout of the next block may hand on the very tensor: others that read it seem to read that.
-            around = [*ancestors(flow.nodes[at].frame)]
-            if node.op in (Op.DROP, Op.PASS) and node.frame not in around:
+            # A dropout of the next block may return its very input: other readers then seem to read the dropout.
+            in_frame_of_end = any(reader.frame is frame for frame in ancestors(flow.nodes[end].frame))
+            if reader.op in (Op.DROP, Op.PASS) and not in_frame_of_end:
                 break
-            at = reader
-        return at
+            end = reader.index
+        return end
 
-    def _join(self, conv: int, at: int, add: int) -> int:
-        """The sum, if the convolution is on its longest branch; else the value before it."""
+    def _end_at_sum(self, operand: int, add: int) -> int:
+        """Return the sum if the operand is on its longest branch, else the operand."""
         flow = self._flow
         while flow.single(add) and flow.nodes[flow.readers[add][0]].op is Op.ADD:
             add = flow.readers[add][0]
         self._paths = self._paths or Dominators(flow)
         operands = summands(flow, add)
         fork = self._paths.fork(operands)
-        lengths = {operand: self._paths.convs_above(operand, fork) for operand in operands}
-        return add if lengths.get(at, -1) == max(lengths.values()) else at
+        lengths = {each: self._paths.convs_above(each, fork) for each in operands}
+        return add if lengths.get(operand, -1) == max(lengths.values()) else operand

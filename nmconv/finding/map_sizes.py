@@ -1,4 +1,4 @@
-"""How large the maps are that convolutions and activations make."""
+"""Find the shapes of the feature maps that convolutions and activations return."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from nmconv.finding.analysis import Called, flows_of
-from nmconv.flow import Op, recordings_of
+from nmconv.finding.def_use import CallKey, call_key
+from nmconv.finding.flow_analysis import eval_flows
+from nmconv.flow import Op
 
 __all__ = ["Shapes", "shapes_of"]
 
@@ -17,31 +18,30 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Shapes:
-    """Shapes of results in eval mode, without the batch, in order of execution; () where they cannot be known.
+    """Shapes of results in eval mode, without the batch, in order of execution; () where they are unknown.
 
     Attributes:
-        convs: By qualified name; of a convolution that is called several times, the first.
-        acts: By who calls, name and kind of function, and which call of it in one forward.
+        convs: By qualified name; for a convolution that is called several times, the shape of the first call.
+        acts: By activation call.
     """
 
     convs: dict[str, Shape]
-    acts: dict[tuple[Called, int], Shape]
+    acts: dict[CallKey, Shape]
 
 
 def shapes_of(model: nn.Module, example_inputs: Any) -> Shapes:
-    """Find them out without running the model.
+    """Return the shapes of a model's feature maps without running the model.
 
     Args:
-        model: Read only.
-        example_inputs: What it is called with; only structure and shapes are used.
+        model: Not modified.
+        example_inputs: What the model is called with; only structure and shapes are used.
     """
-    found = Shapes({}, {})
-    for flow in flows_of(model, recordings_of(model, example_inputs, both_sizes=False)):
+    shapes = Shapes({}, {})
+    for flow in eval_flows(model, example_inputs):
         for node in flow.nodes:
             shape = () if node.shape is None else node.shape[1:]
             if node.op is Op.CONV:
-                found.convs.setdefault(node.name, shape)
+                shapes.convs.setdefault(node.name, shape)
             elif node.op is Op.ACT and node.act is not None:
-                act = node.act
-                found.acts[(act.frame.path, act.name, act.function), act.call] = shape
-    return found
+                shapes.acts[call_key(node.act)] = shape
+    return shapes

@@ -1,70 +1,94 @@
-"""Which activation call in train mode is the same as which in eval mode."""
+"""Compare a model's flows in eval and train mode, and match their activation calls."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from nmconv.flow import Flow, FlowNode, Op
+from nmconv.flow import Flow, FlowNode, ModuleCall, Op, ancestors, is_norm_act
 
-__all__ = ["local_hashes"]
+__all__ = ["differing_modules", "local_hashes", "same_flows"]
 
-_PASSED = {Op.DROP, Op.PASS, Op.SCALE, Op.LAYOUT, Op.ADD, Op.GATED, Op.NORM, Op.PAD}
+_BETWEEN_LAYERS = {Op.DROP, Op.PASS, Op.SCALE, Op.LAYOUT, Op.ADD, Op.GATED, Op.NORM, Op.PAD}
+
+
+def same_flows(first: Sequence[Flow], second: Sequence[Flow]) -> bool:
+    """Return whether the flows of two modes are the same, node by node."""
+    return len(first) == len(second) and all(
+        list(map(_facts_of, one.nodes)) == list(map(_facts_of, other.nodes))
+        for one, other in zip(first, second, strict=True)
+    )
+
+
+def _facts_of(node: FlowNode) -> tuple[Any, ...]:
+    path = node.frame.path if node.frame is not None else ""
+    call = node.op, node.name, node.kind, node.number, node.method, path, node.lines, node.shape
+    return *call, node.inputs, node.sides, node.exposed, node.inplace, node.view, node.partial
+
+
+def differing_modules(first: Iterable[Flow], second: Iterable[Flow]) -> set[str]:
+    """Return the names of modules that run in both modes but make other calls in one than in the other."""
+    one, other = _calls_by_module(first), _calls_by_module(second)
+    return {path for path, calls in one.items() if path in other and other[path] != calls}
+
+
+def _calls_by_module(flows: Iterable[Flow]) -> dict[str, list[tuple[str, int]]]:
+    calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for flow in flows:
+        for node in flow.nodes:
+            if node.frame is not None and node.op is not Op.PARAM and not is_norm_act(node.frame.module):
+                calls[node.frame.path].append((node.label, node.number))
+    return calls
 
 
 def local_hashes(flow: Flow, *, near: bool = False) -> dict[int, int]:
-    """For every activation a hash of what its owner's forward has done to get its input.
+    """Return for each activation a hash of how its owner's forward computes its input.
 
-    The same in eval and in train mode for the same call, whatever calls of the same module come before: dropout and
-    identities are passed over, values from outside the forward are all alike. With ``near`` only what comes right
-    before the call counts, back to the next layer.
+    The hash of a call is the same in eval and train mode, whatever other calls of the same module precede it: dropout
+    and identities are ignored, and so are values that come from outside the forward.
+
+    Args:
+        flow: Any flow.
+        near: Whether to hash only what lies between the call and the last layers before it.
     """
-    result: dict[int, int] = {}
-    for node in flow.nodes:
-        if node.op is not Op.ACT or node.act is None:
+    return {
+        node.index: _local_hash(flow, node, node.act.frame, near=near)
+        for node in flow.nodes
+        if node.op is Op.ACT and node.act is not None
+    }
+
+
+def _local_hash(flow: Flow, activation: FlowNode, frame: ModuleCall, *, near: bool) -> int:
+    first = _first_index(flow, activation, frame)
+    ignored = {Op.DROP, Op.PASS, Op.SCALE} if near else {Op.DROP, Op.PASS}
+    hashes: dict[int, int] = {}
+    stack = [activation.index]
+    while stack:
+        node = flow.nodes[stack[-1]]
+        sources = [source for source in (*node.inputs, *node.sides) if source >= first]
+        if near and node is not activation and node.op not in _BETWEEN_LAYERS:
+            sources = []
+        missing = [source for source in sources if source not in hashes]
+        if missing:
+            stack += missing
             continue
-        start = _first_index(flow, node)
-        memo: dict[int, int] = {}
-
-        def local(index: int, start: int = start, memo: dict[int, int] = memo) -> int:
-            stack = [index]
-            while stack:
-                at = stack[-1]
-                if at in memo:
-                    stack.pop()
-                    continue
-                current = flow.nodes[at]
-                sources = [source for source in (*current.inputs, *current.sides) if source >= start]
-                if near and at != index and current.op not in _PASSED:
-                    sources = []
-                missing = [source for source in sources if source not in memo]
-                if missing and at >= start:
-                    stack += missing
-                    continue
-                if at < start:
-                    memo[at] = 0
-                elif (current.op in (Op.DROP, Op.PASS) or (near and current.op is Op.SCALE)) and sources:
-                    memo[at] = memo[sources[0]]
-                else:
-                    name = current.name.partition("#")[0] if current.op is not Op.ACT else current.kind
-                    memo[at] = hash((current.op.name, name, tuple(memo[source] for source in sources)))
-                stack.pop()
-            return memo[index]
-
-        result[node.index] = local(node.index)
-    return result
+        if node.op in ignored and sources:
+            hashes[node.index] = hashes[sources[0]]
+        else:
+            name = node.kind if node.op is Op.ACT else node.name.partition("#")[0]
+            hashes[node.index] = hash((node.op.name, name, tuple(hashes[source] for source in sources)))
+        stack.pop()
+    return hashes[activation.index]
 
 
-def _first_index(flow: Flow, node: FlowNode) -> int:
-    """The first flow node made within the frame that calls the activation."""
-    frame = node.act.frame  # type: ignore[union-attr]
-    low = node.index
-    while low > 0 and _within(flow.nodes[low - 1], frame):
-        low -= 1
-    return low
+def _first_index(flow: Flow, activation: FlowNode, frame: ModuleCall) -> int:
+    """Return the first of the consecutive nodes up to an activation that are computed within a frame."""
+    first = activation.index
+    while first > 0 and _is_within(flow.nodes[first - 1], frame):
+        first -= 1
+    return first
 
 
-def _within(node: FlowNode, frame: Any) -> bool:
-    at = node.frame
-    while at is not None and at is not frame:
-        at = at.parent
-    return at is frame or node.op is Op.PARAM
+def _is_within(node: FlowNode, frame: ModuleCall) -> bool:
+    return node.op is Op.PARAM or any(each is frame for each in ancestors(node.frame))

@@ -1,11 +1,11 @@
-"""Who calls, reads and holds which module: whether it can be replaced."""
+"""Find who calls, inspects and holds a module, and hence whether it can be replaced."""
 
 from __future__ import annotations
 
 import functools
 from collections import Counter, deque
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -13,19 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from nmconv.flow import ATOMS, Flow
-from nmconv.recording import Fact
+from nmconv.flow import ATOMS, Flow, is_leaf
+from nmconv.recording import Fact, ModelRaised, NeedsData, Recording, record_again
 
-__all__ = ["OWN", "Callers", "CallsSeen", "Holders"]
+__all__ = ["CallsSeen", "Holders", "ModuleUsers", "inspected_modules"]
+
+_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)  # of every module: children, tensors and hooks
 
 
 @dataclass(frozen=True)
 class CallsSeen:
-    """What one flow shows of calls.
+    """The calls of modules in one flow.
 
     Attributes:
         calls: How often each module is called, by qualified name.
-        read: Names of modules whose parameters or buffers are read from outside of them.
+        read: Names of modules whose parameters or buffers other modules read.
     """
 
     calls: Counter[str]
@@ -33,63 +35,63 @@ class CallsSeen:
 
     @staticmethod
     def of(flow: Flow) -> CallsSeen:
-        """What is to be seen in a flow."""
+        """Collect the calls in a flow."""
         facts = flow.recording.facts
         calls = Counter(fact.label for node, fact in facts.items() if node.op == "call_module")
         calls.update(frame.path for frame in flow.frames)
-        return CallsSeen(calls, frozenset(_read_by_others(facts)))
+        return CallsSeen(calls, frozenset(_owners_of_shared_tensors(facts)))
 
 
-def _read_by_others(facts: Mapping[Node, Fact]) -> Iterator[str]:
-    """Names of modules of which a parameter or buffer gets into what other modules compute from their inputs."""
-    fixed: set[Node] = set()
+def _owners_of_shared_tensors(facts: Mapping[Node, Fact]) -> Iterator[str]:
+    """Yield the names of modules whose parameters or buffers other modules combine with their inputs."""
+    constant: set[Node] = set()  # not computed from an input
     for node in facts:
-        if node.op == "get_attr" or (node.op != "placeholder" and fixed.issuperset(node.all_input_nodes)):
-            fixed.add(node)
+        if node.op == "get_attr" or (node.op != "placeholder" and constant.issuperset(node.all_input_nodes)):
+            constant.add(node)
     for node, fact in facts.items():
         owner = fact.label.rpartition(".")[0] if node.op == "get_attr" else ""
         todo = [node] if owner else []
         while todo:
             users = list(todo.pop().users)
-            if any(user not in fixed and user in facts and facts[user].frame.path != owner for user in users):
+            if any(user not in constant and user in facts and facts[user].frame.path != owner for user in users):
                 yield owner
                 break
-            todo += [user for user in users if user in fixed]
+            todo += [user for user in users if user in constant]
 
 
-class Callers:
-    """Who calls which module, and whether replacing a module changes that one call and nothing else.
+class ModuleUsers:
+    """Tells whether replacing a module changes one call of it and nothing else.
 
     Args:
-        model: Whose modules.
-        seen: What its flows show, in all modes.
-        looked_at: Names of modules at which a forward looks.
-        broken: Names of parts that do not run in some mode.
+        model: The model whose modules are meant; not modified.
+        seen: The calls in its flows, in all modes.
+        inspected: Names of modules that a forward inspects; see :func:`inspected_modules`.
+        not_run: Names of parts that do not run in some mode.
     """
 
     def __init__(
-        self, model: nn.Module, seen: Sequence[CallsSeen], looked_at: Container[str], broken: Iterable[str]
+        self, model: nn.Module, seen: Sequence[CallsSeen], inspected: Container[str], not_run: Iterable[str]
     ) -> None:
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._holders = Holders(model)
-        self._opaque = any(True for _ in broken)
+        self._runs_in_part = any(True for _ in not_run)
         self._read = {name for flow in seen for name in flow.read}
-        self._looked_at = looked_at
+        self._inspected = inspected
         self._owners = Counter(id(value) for module in model.modules() for value in _tensors(module))
-        self._times: Counter[int] = Counter()
+        self._calls: Counter[int] = Counter()
         for flow in seen:
-            for name, times in flow.calls.items():
+            for name, calls in flow.calls.items():
                 module = id(self._modules[name])
-                self._times[module] = max(self._times[module], times)
+                self._calls[module] = max(self._calls[module], calls)
 
     def why_not(self, name: str) -> str:
-        """Why the module cannot be replaced, or ""."""
+        """Return why the module cannot be replaced, or ""."""
         module = self._modules[name]
-        if self._times[id(module)] != 1:
+        if self._calls[id(module)] != 1:
             return "it is called several times"
         if name in self._read:
             return "something else reads its parameters"
-        if name in self._looked_at:
+        if name in self._inspected:
             return "a forward looks at its settings, class or parameters"
         if any(self._owners[id(value)] > 1 for value in _tensors(module)):
             return "another module has the same parameters or statistics"
@@ -97,7 +99,7 @@ class Callers:
             return "its class has a __call__ of its own"
         if self._holders.is_kept_elsewhere(module):
             return "an attribute holds it without registering it, so that it cannot be replaced"
-        if self._opaque and self._holders.count(module) > 1:
+        if self._runs_in_part and self._holders.count(module) > 1:
             return "it is registered several times in a model that does not run as a whole"
         return ""
 
@@ -107,7 +109,85 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [value for value in values if value is not None]
 
 
-OWN = frozenset(nn.Module().__dict__)  # what every module has: children, tensors and hooks
+# Inspection by a forward ---------------------------------------------------------------------------------------------
+
+
+def inspected_modules(model: nn.Module, runs: Iterable[Recording], names: Iterable[str]) -> frozenset[str]:
+    """Return those of the named modules of which a forward reads settings, parameters or the class.
+
+    Each run is recorded again with the modules disguised: if nothing changes, no forward has inspected them. Modules
+    that make a difference are found by bisection.
+
+    Args:
+        model: Not modified.
+        runs: Recordings of the model or its parts.
+        names: Names of leaves.
+    """
+    inspected: set[str] = set()
+    for run in runs:
+        todo = [sorted({*names} - inspected)]
+        while todo:
+            group = todo.pop()
+            if not group or _is_unchanged_with_disguise(model, run, group):
+                continue
+            if len(group) == 1:
+                inspected.update(group)
+            else:
+                todo += [group[: len(group) // 2], group[len(group) // 2 :]]
+    return frozenset(inspected)
+
+
+def _is_unchanged_with_disguise(model: nn.Module, run: Recording, names: Iterable[str]) -> bool:
+    try:
+        again = record_again(model, replace(run, call=replace(run.call, disguised=frozenset(names))), is_leaf)
+    except (ModelRaised, NeedsData):
+        return False
+    return list(map(_comparable, run.facts.values())) == list(map(_comparable, again.facts.values()))
+
+
+def _comparable(fact: Fact) -> tuple[object, ...]:
+    return fact.label, fact.form, fact.shapes, fact.context, fact.frame.path
+
+
+# Holders -------------------------------------------------------------------------------------------------------------
+
+
+class Holders:
+    """An index of the slots and attributes in which a model's modules are held."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._slots: Counter[int] = Counter()
+        self._kept: set[int] = set()
+        for module in model.modules():
+            self._slots.update(id(child) for child in module._modules.values() if child is not None)
+            for name, value in module.__dict__.items():
+                if name not in _MODULE_ATTRIBUTES:
+                    self._add_modules_in(value)
+
+    def _add_modules_in(self, value: Any) -> None:
+        """Note the modules in a value: in containers and plain objects, at any depth."""
+        seen: set[int] = set()
+        todo = [value]
+        while todo:
+            value = todo.pop()
+            if isinstance(value, nn.Module):
+                self._kept.add(id(value))
+            elif type(value) not in ATOMS and id(value) not in seen:
+                seen.add(id(value))
+                todo += _parts(value)
+
+    def count(self, module: nn.Module) -> int:
+        """Return in how many slots of the model the module is registered."""
+        return self._slots[id(module)]
+
+    def slots(self, path: str, module: nn.Module) -> int:
+        """Return in how many slots of the module at ``path`` it is registered."""
+        return sum(child is module for child in self._model.get_submodule(path)._modules.values())
+
+    def is_kept_elsewhere(self, module: nn.Module) -> bool:
+        """Return whether an attribute holds the module without registering it, alone or in a container."""
+        return id(module) in self._kept
 
 
 def _parts(value: Any) -> Iterable[Any]:
@@ -121,43 +201,5 @@ def _parts(value: Any) -> Iterable[Any]:
         return (value.__self__,)
     if isinstance(value, (type, FunctionType, torch.Tensor, ModuleType)):
         return ()
-    held = getattr(value, "__dict__", None)
-    return held.values() if isinstance(held, dict) else ()
-
-
-class Holders:
-    """An index of a model's modules by where they are kept."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._counts: Counter[int] = Counter()
-        self._kept: set[int] = set()
-        for module in model.modules():
-            self._counts.update(id(child) for child in module._modules.values() if child is not None)
-            for name, value in module.__dict__.items():
-                if name not in OWN:
-                    self._look_into(value)
-
-    def _look_into(self, value: Any) -> None:
-        """Through containers and plain objects, however deep."""
-        seen: set[int] = set()
-        todo = [value]
-        while todo:
-            value = todo.pop()
-            if isinstance(value, nn.Module):
-                self._kept.add(id(value))
-            elif type(value) not in ATOMS and id(value) not in seen:
-                seen.add(id(value))
-                todo += _parts(value)
-
-    def count(self, module: nn.Module) -> int:
-        """In how many slots of the model the module is registered."""
-        return self._counts[id(module)]
-
-    def slots(self, path: str, module: nn.Module) -> int:
-        """In how many slots of the module at ``path`` it is registered."""
-        return sum(child is module for child in self._model.get_submodule(path)._modules.values())
-
-    def is_kept_elsewhere(self, module: nn.Module) -> bool:
-        """Whether an attribute holds the module without registering it, alone or in a container."""
-        return id(module) in self._kept
+    attributes = getattr(value, "__dict__", None)
+    return attributes.values() if isinstance(attributes, dict) else ()

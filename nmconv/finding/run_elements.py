@@ -1,4 +1,4 @@
-"""What linear runs consist of, as plain data: modules in a row, and sums of branches."""
+"""The elements of linear runs as plain data: modules in sequence, and sums of parallel branches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Step:
 
     Attributes:
         kind: ``conv``, ``norm``, ``pad``, ``drop`` (dropout, drop-path), ``pass`` (identity) or ``pool`` (an average
-            pool; the last of its run).
+            pool, which ends its run).
         name: Its qualified name.
         why: Why it cannot be replaced without changing something else, or "".
     """
@@ -27,7 +27,7 @@ class Step:
 
     @property
     def quiet(self) -> bool:
-        """Whether it hands on what it gets in eval mode."""
+        """Whether it is the identity in eval mode."""
         return self.kind in ("pass", "drop")
 
     @property
@@ -43,9 +43,9 @@ class Join:
     Attributes:
         branches: The operands, each a sequence of elements; an empty one is the value itself.
         owner: Qualified name of the module whose forward adds.
-        label: What the addition is called there.
+        label: The addition's label in that forward.
         number: Which call of that label it is, from 1.
-        takes: The structure of that forward's arguments, where that is known.
+        takes: The structure of that forward's arguments, or "" if unknown.
         why: Why the owner's forward cannot be rewritten, or "".
     """
 
@@ -58,7 +58,7 @@ class Join:
 
     @property
     def quiet(self) -> bool:
-        """Whether it hands on what it gets: never."""
+        """Whether it is the identity in eval mode: never."""
         return False
 
     @property
@@ -72,13 +72,14 @@ Element: TypeAlias = "Step | Join"
 
 @dataclass(frozen=True)
 class LinearRun:
-    """Elements that follow one another, each value between them read by the next one only.
+    """Consecutive elements; each value between two of them has the next one as its only reader.
 
     Attributes:
         elements: In order of execution.
-        crossed: Qualified names of modules that begin or end inside the run: their hooks would see other values.
-        source: Shape of the input without the batch, where it can be known: ``(channels, *sizes)``.
-        flags: By which forwards go another way between its values: names of a module, and of its bool, number or text.
+        crossed: Qualified names of modules that begin or end inside the run: merging changes what their hooks see.
+        source: Shape of the input without the batch, ``(channels, *sizes)``, or None if unknown.
+        flags: Control-flow guards inside the run: names of modules, each with the name of an attribute (a bool, number
+            or text) that its forward branches on.
     """
 
     elements: tuple[Element, ...]
@@ -88,7 +89,7 @@ class LinearRun:
 
 
 def steps_of(elements: Iterable[Element]) -> Iterator[Step]:
-    """All modules of a run, those of branches too."""
+    """Yield all modules of a run, including those of branches."""
     for element in elements:
         if isinstance(element, Step):
             yield element
@@ -98,18 +99,18 @@ def steps_of(elements: Iterable[Element]) -> Iterator[Step]:
 
 
 def takes_in(elements: Iterable[Element]) -> dict[str, str]:
-    """Of each module whose forward makes a sum of a run, the structure of that forward's arguments."""
-    found: dict[str, str] = {}
+    """Return the argument structure of each forward that computes a sum of a run, by the module's name."""
+    takes: dict[str, str] = {}
     for element in elements:
         if isinstance(element, Join):
-            found[element.owner] = element.takes
+            takes[element.owner] = element.takes
             for branch in element.branches:
-                found |= takes_in(branch)
-    return found
+                takes |= takes_in(branch)
+    return takes
 
 
 def without_end(elements: Sequence[Element]) -> Sequence[Element]:
-    """The elements up to the last one that does something in eval mode."""
+    """Return the elements without the identities at their end."""
     end = len(elements)
     while end and elements[end - 1].quiet:
         end -= 1
@@ -117,41 +118,41 @@ def without_end(elements: Sequence[Element]) -> Sequence[Element]:
 
 
 def text_of(elements: Iterable[Element]) -> str:
-    """The elements of a run as JSON."""
-    return json.dumps(_plain(elements))
+    """Return the elements of a run as JSON."""
+    return json.dumps(_to_plain(elements))
 
 
-def _plain(elements: Iterable[Element]) -> list[Any]:
-    found: list[Any] = []
+def _to_plain(elements: Iterable[Element]) -> list[Any]:
+    rows: list[Any] = []
     for element in elements:
         if isinstance(element, Step):
-            found.append([element.kind, element.name])
+            rows.append([element.kind, element.name])
         else:
-            branches = [_plain(branch) for branch in element.branches]
-            found.append([element.owner, element.label, element.number, *branches])
-    return found
+            branches = [_to_plain(branch) for branch in element.branches]
+            rows.append([element.owner, element.label, element.number, *branches])
+    return rows
 
 
 def elements_from(text: str) -> tuple[Element, ...]:
-    """Read what :func:`text_of` wrote.
+    """Read the text that :func:`text_of` returned.
 
     Raises:
-        ValueError: If it is something else.
+        ValueError: If the text is something else.
     """
     try:
-        return _elements(json.loads(text))
+        return _from_plain(json.loads(text))
     except (TypeError, RecursionError, KeyError, IndexError) as error:
         raise ValueError(f"these are no factors: {error}") from error
 
 
-def _elements(parts: Any) -> tuple[Element, ...]:
-    found: list[Element] = []
-    for part in parts:
-        if len(part) == 2 and part[0] in ("conv", "norm", "pad", "drop", "pass") and isinstance(part[1], str):
-            found.append(Step(part[0], part[1]))
+def _from_plain(rows: Any) -> tuple[Element, ...]:
+    elements: list[Element] = []
+    for row in rows:
+        if len(row) == 2 and row[0] in ("conv", "norm", "pad", "drop", "pass") and isinstance(row[1], str):
+            elements.append(Step(row[0], row[1]))
             continue
-        owner, label, number, one, two = part
+        owner, label, number, one, two = row
         if [type(value) for value in (owner, label, number)] != [str, str, int]:
             raise TypeError("a sum of another form")
-        found.append(Join((_elements(one), _elements(two)), owner, label, number))
-    return tuple(found)
+        elements.append(Join((_from_plain(one), _from_plain(two)), owner, label, number))
+    return tuple(elements)

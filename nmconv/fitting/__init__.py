@@ -1,4 +1,4 @@
-"""Fitting converted models to what they were made from: least squares on a few hundred images, no training."""
+"""Fitting converted models to the models they were made from: least squares on a few hundred images, no training."""
 
 from nmconv.fitting.api import fit, fit_units, get_fit
 from nmconv.fitting.capture import Capture
@@ -9,7 +9,7 @@ from nmconv.fitting.norm_recalibration import eval_mode, recalibrate_norms
 from nmconv.fitting.normal_equations import Moments
 from nmconv.fitting.output_divergence import Loss, NotFiniteError, check_loss, divergence, outputs_of
 from nmconv.fitting.report import Divergence, Fit, UnitFit
-from nmconv.fitting.ridge import RIDGES, RidgeSolution, solved
+from nmconv.fitting.ridge_regression import RIDGES, RidgeSolution, solved
 from nmconv.fitting.samples import is_direct
 from nmconv.fitting.tasks import FitTask
 

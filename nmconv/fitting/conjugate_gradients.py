@@ -1,4 +1,4 @@
-"""Least squares by conjugate gradients, where the moments would be too large: every step reads all rows again."""
+"""Least squares by conjugate gradients, where moments would not fit in memory: every step reads all rows again."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 
 from nmconv.algebra import Geometry, patches
-from nmconv.fitting.normal_equations import Line, Rows
+from nmconv.fitting.ridge_regression import Coefficients, Regression
 
 __all__ = ["ConjugateGradients"]
 
-_CLOSE = 1e-10  # of the residual at the start, where the steps end
-_STEPS = 500  # at most; what is not solved by then is the firmer ridge's answer, nearly, and judged as such
+_TOLERANCE = 1e-10  # stop at this residual, relative to the right-hand side
+_MAX_STEPS = 500  # what has not converged by then is close to the previous, larger ridge's solution, and judged as such
 
 
-class ConjugateGradients(Rows):
-    """Inputs and targets as they are; rows are made of them block by block, and forgotten.
+class ConjugateGradients(Regression):
+    """A regression on inputs and targets as they are; its rows are made by im2col, block by block, and not kept.
 
     Args:
-        batches: What the convolution is given and what it should give.
-        geometry: Of the convolution.
+        batches: Pairs of the convolution's input and its target output.
+        geometry: The convolution's geometry.
     """
 
     def __init__(self, batches: Sequence[tuple[Tensor, Tensor]], geometry: Geometry) -> None:
@@ -43,8 +43,8 @@ class ConjugateGradients(Rows):
             self._diagonal += (rows - self.mean[:, None]).square().sum(1)
             self.target_square += (targets - self.target_mean[:, None]).square().sum(1)
 
-    def spread(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of ``row @ weight``, each ``[groups, outputs]``."""
+    def output_statistics(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of ``row @ weight``, each ``[groups, outputs]``."""
         mean = self.mean[:, None] @ weight
         square = sum((rows @ weight - mean).square().sum(1) for rows, _ in self._blocks())
         assert isinstance(square, Tensor)
@@ -57,19 +57,19 @@ class ConjugateGradients(Rows):
         for input, target in self._batches:
             yield from patches(input, target, self._geometry)
 
-    def _solver(self, start: Line, intercept: bool) -> Callable[[float], Tensor]:
-        diagonal, mean, constant = self._diagonal, self.mean[:, None], self.target_mean[:, None]
-        if not intercept:
+    def _solver(self, initial: Coefficients, fit_intercept: bool) -> Callable[[float], Tensor]:
+        diagonal, mean, intercept = self._diagonal, self.mean[:, None], self.target_mean[:, None]
+        if not fit_intercept:  # rows are not centered then
             diagonal = diagonal + self.rows * self.mean.square()
-            mean, constant = torch.zeros_like(mean), start.constant[:, None]
-        pull = torch.zeros_like(start.weight)
+            mean, intercept = torch.zeros_like(mean), initial.intercept[:, None]
+        right = torch.zeros_like(initial.weight)
         for rows, targets in self._blocks():
             rows = rows - mean
-            pull += rows.transpose(1, 2) @ (targets - constant - rows @ start.weight)
+            right += rows.transpose(1, 2) @ (targets - intercept - rows @ initial.weight)
         scale = diagonal.mean(1)
-        found = torch.zeros_like(pull)
+        solution = torch.zeros_like(right)
 
-        def product(weight: Tensor) -> Tensor:
+        def normal_operator(weight: Tensor) -> Tensor:
             result = torch.zeros_like(weight)
             for rows, _ in self._blocks():
                 rows = rows - mean
@@ -77,36 +77,50 @@ class ConjugateGradients(Rows):
             return result
 
         def solve(ridge: float) -> Tensor:
-            nonlocal found
-            held = ridge * torch.where(scale > 0, scale, 1.0)[:, None, None]
-            found = _conjugate(lambda weight: product(weight) + held * weight, pull, diagonal[..., None] + held, found)
-            return found
+            nonlocal solution  # each solution is the guess for the next ridge
+            penalty = ridge * torch.where(scale > 0, scale, 1.0)[:, None, None]
+            solution = _conjugate_gradients(
+                lambda weight: normal_operator(weight) + penalty * weight,
+                right,
+                diagonal[..., None] + penalty,
+                solution,
+            )
+            return solution
 
         return solve
 
-    def _squares(self, line: Line) -> float:
-        constant = line.constant[:, None]
-        return sum(float((rows @ line.weight + constant - targets).square().sum()) for rows, targets in self._blocks())
+    def _squared_error(self, coefficients: Coefficients) -> float:
+        weight, intercept = coefficients.weight, coefficients.intercept[:, None]
+        return sum(float((rows @ weight + intercept - targets).square().sum()) for rows, targets in self._blocks())
 
 
-def _conjugate(product: Callable[[Tensor], Tensor], right: Tensor, diagonal: Tensor, guess: Tensor) -> Tensor:
-    """Solve ``product(x) = right``, ``[groups, columns, outputs]``, each output by itself, scaled by the diagonal."""
+def _conjugate_gradients(
+    operator: Callable[[Tensor], Tensor], right: Tensor, diagonal: Tensor, guess: Tensor
+) -> Tensor:
+    """Solve ``operator(x) = right`` by conjugate gradients with a Jacobi preconditioner, each output separately.
+
+    Args:
+        operator: Symmetric and positive semidefinite.
+        right: ``[groups, columns, outputs]``.
+        diagonal: The operator's diagonal, ``[groups, columns, 1]``.
+        guess: The initial solution, shaped as ``right``.
+    """
     inverse = torch.where(diagonal > 0, 1 / diagonal.clamp_min(1e-300), 0.0)
-    limit = _CLOSE**2 * (right * inverse * right).sum(1, keepdim=True)
-    found = guess.clone()
-    rest = right - product(found)
-    step = inverse * rest
-    size = (rest * step).sum(1, keepdim=True)
-    for _ in range(_STEPS):
-        going = size > limit
-        if not bool(going.any()):
+    limit = _TOLERANCE**2 * (right * inverse * right).sum(1, keepdim=True)
+    solution = guess.clone()
+    residual = right - operator(solution)
+    direction = inverse * residual
+    norm = (residual * direction).sum(1, keepdim=True)
+    for _ in range(_MAX_STEPS):
+        active = norm > limit
+        if not bool(active.any()):
             break
-        image = product(step)
-        bend = (step * image).sum(1, keepdim=True)
-        length = torch.where(going & (bend > 0), size / bend, 0.0)
-        found += length * step
-        rest -= length * image
-        scaled = inverse * rest
-        before, size = size, (rest * scaled).sum(1, keepdim=True)
-        step = scaled + torch.where(before > 0, size / before, 0.0) * step
-    return found
+        image = operator(direction)
+        curvature = (direction * image).sum(1, keepdim=True)
+        length = torch.where(active & (curvature > 0), norm / curvature, 0.0)
+        solution += length * direction
+        residual -= length * image
+        preconditioned = inverse * residual
+        previous, norm = norm, (residual * preconditioned).sum(1, keepdim=True)
+        direction = preconditioned + torch.where(previous > 0, norm / previous, 0.0) * direction
+    return solution

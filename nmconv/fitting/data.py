@@ -1,9 +1,9 @@
-"""Images: read once from whatever the user has, split by index into what is fitted and what is held out."""
+"""Images: read once from the user's data, split by index into those that are fitted and those held out."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,141 +18,103 @@ from nmconv.errors import FitError, NmconvError, OptionError
 __all__ = ["Images", "check_finite", "check_takes", "home_of", "read_batches", "read_images", "taking"]
 
 _BATCH = 64  # images
+_MAX_BYTES = 4 * 2**30  # of images in memory; beyond that they are read again by index, where the data allows that
 _EMPTY = "data holds no images: give a loader or an iterable that has not been read to its end"
-_MOST = 4 * 2**30  # bytes of images kept in memory; more are read again by index where the data can do that
+Home = tuple[torch.device, torch.dtype]
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Batches of inputs, each all fitted or all held out.
+    """Batches of inputs; in each, all images are fitted or all are held out.
 
     Attributes:
-        source: Where batches come from: tensors, or what reads them again.
-        count: Images that are fitted.
-        held: Images that are held out.
-        home: Device, and dtype of floating-point images.
+        source: Returns an iterator over pairs of a batch and whether it is held out.
+        count: Number of images that are fitted.
+        held: Number of images that are held out.
+        home: The device of the batches, and the dtype of floating-point batches.
     """
 
-    source: Any
+    source: Callable[[], Iterator[tuple[Tensor, bool]]]
     count: int
     held: int
-    home: tuple[torch.device, torch.dtype]
+    home: Home
 
     def batches(self, held: bool | None = None) -> Iterator[tuple[Tensor, bool]]:
-        """Batches on the model's device and in its dtype, and whether each is held out.
+        """Yield copies of the batches on the model's device and in its dtype, and whether each is held out.
 
         Args:
-            held: Only what is held out, or only what is fitted; None for all.
+            held: Only the images held out (True), or only those fitted (False); None for all.
         """
         device, dtype = self.home
-        for batch, out in self.source():
-            if held is None or out is held:
-                # Copies: some models overwrite their input.
-                yield batch.to(device, dtype if batch.is_floating_point() else batch.dtype, copy=True), out
+        for batch, is_held in self.source():
+            if held is None or is_held is held:
+                # Copied, since some models overwrite their input.
+                yield batch.to(device, dtype if batch.is_floating_point() else batch.dtype, copy=True), is_held
 
     def first(self) -> Tensor:
-        """One image, as a batch."""
+        """Return one image, as a batch."""
         batch, _ = next(self.batches())
         return batch[:1]
 
 
-def home_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of a model's first floating-point parameter."""
+def home_of(model: nn.Module) -> Home:
+    """Return device and dtype of a model's first floating-point parameter or buffer."""
     for value in (*model.parameters(), *model.buffers()):
         if value.is_floating_point():
             return value.device, value.dtype
     return torch.device("cpu"), torch.float32
 
 
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
 def read_images(data: Any, model: nn.Module, *, holdout: float = 0.0, key: str | None = None) -> Images:
     """Read all data once.
 
     Args:
-        data: A tensor ``[images, ...]``, or a loader or iterable of batches: tensors, (x, y) pairs, or dicts; or what
-            this function returned before.
-        model: Gives device and dtype.
-        holdout: Which part of the images is held out, spread evenly over them.
-        key: Where batches are dicts: under which key the images are.
+        data: A tensor ``[images, ...]``, or a loader or iterable of batches: tensors, (x, y) pairs, or dicts; or a
+            result of this function.
+        model: Determines device and dtype.
+        holdout: The fraction of the images that is held out, evenly spaced.
+        key: Where batches are dicts: the key of the images.
 
     Raises:
-        OptionError: If there are no images, or they are something else.
+        OptionError: If there are no images, or the data is something else.
     """
     if isinstance(data, Images):
         return data
     home = home_of(model)
-    split = _Split(holdout)
-    kept = _Kept()
+    split = _HoldoutSplit(holdout)
+    memory = _ImagesInMemory()
     data = _in_batches(data)
-    again = _reader(data, key)
+    read_again = _reader_by_index(data, key)
     for batch, _ in _batches(data, key):
-        for part, held in split.take(batch):
-            kept.add(part, held)
-        if kept.size > _MOST and again is not None:
-            return again(holdout, home)
-    if not split.index:
+        for part, held in split.of_batch(batch):
+            memory.add(part, held)
+        if memory.size > _MAX_BYTES and read_again is not None:
+            return read_again(holdout, home)
+    if not split.count:
         raise OptionError(_EMPTY)
     if holdout and not split.held:
         raise OptionError(
-            f"data holds {split.index} images, too few to hold out {holdout} of them: give more, or another holdout"
+            f"data holds {split.count} images, too few to hold out {holdout} of them: give more, or another holdout"
         )
-    batches = kept.batches()
-    return Images(lambda: iter(batches), split.index - split.held, split.held, home)
-
-
-class _Kept:
-    """Batches in memory, small ones of one kind put together."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self._parts: list[tuple[list[Tensor], bool]] = []
-        self._open: dict[Any, list[Tensor]] = {}
-
-    def add(self, part: Tensor, held: bool) -> None:
-        self.size += part.numel() * part.element_size()
-        kind = (held, part.shape[1:], part.dtype, part.device)
-        if sum(map(len, self._open.get(kind, []))) + len(part) > _BATCH or kind not in self._open:
-            self._open[kind] = []
-            self._parts.append((self._open[kind], held))
-        self._open[kind].append(part)
-
-    def batches(self) -> list[tuple[Tensor, bool]]:
-        return [(torch.cat(parts) if len(parts) > 1 else parts[0], held) for parts, held in self._parts]
-
-
-def _is_held(index: int, holdout: float) -> bool:
-    """Evenly spaced, so that data sorted by class is split alike."""
-    return int((index + 1) * holdout) > int(index * holdout)
-
-
-class _Split:
-    """Divides batches by the number of each image."""
-
-    def __init__(self, holdout: float) -> None:
-        self._holdout = holdout
-        self.index = 0
-        self.held = 0
-
-    def take(self, batch: Tensor) -> list[tuple[Tensor, bool]]:
-        out = torch.tensor([_is_held(self.index + at, self._holdout) for at in range(len(batch))], dtype=torch.bool)
-        self.index += len(batch)
-        self.held += int(out.sum())
-        where = out.to(batch.device)
-        parts = [(batch[~where], False), (batch[where], True)]
-        return [(part, held) for part, held in parts if len(part)]
+    batches = memory.batches()
+    return Images(lambda: iter(batches), split.count - split.held, split.held, home)
 
 
 def read_batches(data: Any, key: str | None = None) -> Iterator[tuple[Tensor, Any]]:
-    """Batches as they come, none of them kept, each with what the loss is to be given besides the output.
+    """Yield batches as they are read, without keeping them, each with the additional argument of the loss.
 
     Args:
         data: As for :func:`read_images`.
-        key: The same.
+        key: As for :func:`read_images`.
 
     Yields:
-        Images, and y of an (x, y) pair; of a dict the whole of it; else None.
+        The images; and y of an (x, y) pair, a dict as a whole, else None.
 
     Raises:
-        OptionError: If there are no images, or they are something else.
+        OptionError: If there are no images, or the data is something else.
     """
     empty = True
     for images, target in _batches(_in_batches(data), key):
@@ -167,29 +129,29 @@ def _in_batches(data: Any) -> Any:
     if isinstance(data, Tensor) and data.dim():
         return data.split(_BATCH)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        return DataLoader(data, _BATCH, collate_fn=_collated)
+        return DataLoader(data, _BATCH, collate_fn=_collate)
     return data
 
 
-def _batches(data: Any, key: str | None) -> Iterator[tuple[Tensor, Any]]:
-    if isinstance(data, (str, bytes, Mapping, Tensor)) or not isinstance(data, Iterable):
-        raise OptionError(f"data={data!r:.80}: give a tensor of images, or a loader or iterable of batches")
-    for batch in data:
-        pair = isinstance(batch, (tuple, list)) and len(batch) > 1
-        yield _images_of(batch, key), batch[1] if pair else batch if isinstance(batch, Mapping) else None
-
-
-def _collated(parts: Any) -> Any:
+def _collate(items: Any) -> Any:
     try:
-        return default_collate(parts)
+        return default_collate(items)
     except TypeError as error:
         raise OptionError(
             f"data's items cannot be put into batches ({error}): give transforms that make tensors of them"
         ) from error
 
 
+def _batches(data: Any, key: str | None) -> Iterator[tuple[Tensor, Any]]:
+    if isinstance(data, (str, bytes, Mapping, Tensor)) or not isinstance(data, Iterable):
+        raise OptionError(f"data={data!r:.80}: give a tensor of images, or a loader or iterable of batches")
+    for batch in data:
+        is_pair = isinstance(batch, (tuple, list)) and len(batch) > 1
+        yield _images_of(batch, key), batch[1] if is_pair else batch if isinstance(batch, Mapping) else None
+
+
 def _images_of(batch: Any, key: str | None) -> Tensor:
-    """The images of a batch: ``[images, channels, *sizes]``."""
+    """Return the images of a batch: ``[images, channels, *sizes]``."""
     if isinstance(batch, Mapping):
         if key not in batch:
             raise OptionError(f"batches are dicts with {', '.join(map(repr, batch))}: name the images' by key=")
@@ -202,50 +164,101 @@ def _images_of(batch: Any, key: str | None) -> Tensor:
     return batch.detach()
 
 
-def _reader(data: Any, key: str | None) -> Any:
-    """What makes images of a loader that reads its data set again by index, or None where that cannot be done."""
+# -- splitting and keeping --------------------------------------------------------------------------------------------
+
+
+def _is_held(index: int, holdout: float) -> bool:
+    """Return whether an image is held out: evenly spaced, so that data sorted by class is split alike."""
+    return int((index + 1) * holdout) > int(index * holdout)
+
+
+class _HoldoutSplit:
+    """Splits batches by the index of each image."""
+
+    def __init__(self, holdout: float) -> None:
+        self._holdout = holdout
+        self.count = 0
+        self.held = 0
+
+    def of_batch(self, batch: Tensor) -> list[tuple[Tensor, bool]]:
+        held = [_is_held(self.count + index, self._holdout) for index in range(len(batch))]
+        self.count += len(batch)
+        self.held += sum(held)
+        mask = torch.tensor(held, dtype=torch.bool).to(batch.device)
+        parts = [(batch[~mask], False), (batch[mask], True)]
+        return [(part, is_held) for part, is_held in parts if len(part)]
+
+
+class _ImagesInMemory:
+    """Batches in memory; small ones of equal shape, dtype and device are concatenated."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._batches: list[tuple[list[Tensor], bool]] = []
+        self._open: dict[Any, list[Tensor]] = {}  # the last batch of each kind
+
+    def add(self, part: Tensor, held: bool) -> None:
+        self.size += part.numel() * part.element_size()
+        kind = (held, part.shape[1:], part.dtype, part.device)
+        if kind not in self._open or sum(map(len, self._open[kind])) + len(part) > _BATCH:
+            self._open[kind] = []
+            self._batches.append((self._open[kind], held))
+        self._open[kind].append(part)
+
+    def batches(self) -> list[tuple[Tensor, bool]]:
+        return [(torch.cat(parts) if len(parts) > 1 else parts[0], held) for parts, held in self._batches]
+
+
+def _reader_by_index(data: Any, key: str | None) -> Callable[[float, Home], Images] | None:
+    """Return a function that makes images which read a loader's data set by index; None where that is impossible."""
     if not isinstance(data, DataLoader) or data.collate_fn is None or isinstance(data.dataset, IterableDataset):
         return None
     sampler = data.batch_sampler
-    if sampler is None:  # its items are batches, of any number of images
+    if sampler is None:  # the data set's items are batches, of any number of images
         return None
     collate: Any = data.collate_fn
     dataset: Any = data.dataset
     if not hasattr(dataset, "__getitem__"):
         return None
 
-    def made(holdout: float, home: Any) -> Images:
-        order = itertools.chain.from_iterable(sampler)
-        wanted: tuple[list[int], list[int]] = ([], [])
-        for number, index in enumerate(sorted(order)):
-            wanted[_is_held(number, holdout)].append(index)
-        step = data.batch_size or _BATCH
+    def images_by_index(holdout: float, home: Home) -> Images:
+        indices: tuple[list[int], list[int]] = ([], [])  # fitted, held out
+        for number, index in enumerate(sorted(itertools.chain.from_iterable(sampler))):
+            indices[_is_held(number, holdout)].append(index)
+        size = data.batch_size or _BATCH
 
         def read() -> Iterator[tuple[Tensor, bool]]:
-            for held, indices in zip((False, True), wanted, strict=True):
-                for start in range(0, len(indices), step):
-                    yield _images_of(collate([dataset[at] for at in indices[start : start + step]]), key), held
+            for held, part in zip((False, True), indices, strict=True):
+                for start in range(0, len(part), size):
+                    yield _images_of(collate([dataset[index] for index in part[start : start + size]]), key), held
 
-        one, two = (next(read())[0] for _ in range(2))
-        asked = min(step, len(wanted[0]) or len(wanted[1]))
-        if len(one) != asked:
-            raise OptionError(
-                f"data is too large to keep, and its collate_fn makes {len(one)} images of {asked}: give one that "
-                "makes one of each, or fewer images"
-            )
-        if not torch.equal(one, two):
-            raise OptionError(
-                f"data is too large to keep, and its data set gives other images each time ({type(dataset).__name__}): "
-                "give it transforms that draw nothing at random, or fewer images"
-            )
-        return Images(read, len(wanted[0]), len(wanted[1]), home)
+        _check_repeatable(read, min(size, len(indices[0]) or len(indices[1])), dataset)
+        return Images(read, len(indices[0]), len(indices[1]), home)
 
-    return made
+    return images_by_index
+
+
+def _check_repeatable(read: Callable[[], Iterator[tuple[Tensor, bool]]], count: int, dataset: Any) -> None:
+    """Raise OptionError if reading the first batch twice gives different images, or not ``count`` of them."""
+    first, again = (next(read())[0] for _ in range(2))
+    if len(first) != count:
+        raise OptionError(
+            f"data is too large to keep, and its collate_fn makes {len(first)} images of {count}: give one that "
+            "makes one of each, or fewer images"
+        )
+    if not torch.equal(first, again):
+        raise OptionError(
+            f"data is too large to keep, and its data set gives other images each time ({type(dataset).__name__}): "
+            "give it transforms that draw nothing at random, or fewer images"
+        )
+
+
+# -- checking ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def taking(model: nn.Module, images: Tensor) -> Iterator[None]:
-    """Turn what a model raises on images that are not for it into a FitError."""
+    """Turn the errors of a model that does not accept these images into a FitError."""
     try:
         yield
     except (NmconvError, torch.OutOfMemoryError):
@@ -258,13 +271,13 @@ def taking(model: nn.Module, images: Tensor) -> Iterator[None]:
 
 
 def check_takes(model: nn.Module, images: Images) -> None:
-    """Refuse images that the model fails on, with FitError; looks at one."""
+    """Raise FitError if the model fails on the first image."""
     image = images.first()
     with torch.no_grad(), taking(model, image):
         model(image)
 
 
 def check_finite(values: Tensor, what: str) -> None:
-    """Refuse values that are not, with FitError."""
+    """Raise FitError if a value is infinite or NaN."""
     if not is_finite(values):
         raise FitError(f"{what} is not finite on these images")

@@ -1,4 +1,4 @@
-"""Following a model while it runs: which forwards are running, and how often each has called what so far."""
+"""Tracking a running model: which forwards are active, and how often each has called what so far."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ __all__ = ["ForwardTracker", "Hook"]
 
 
 class Hook:
-    """A hook for a while: in copies and pickles of the module it does nothing, and holds nothing.
+    """A temporary hook: copies and pickles of its module contain an empty one that does nothing.
 
     Args:
-        call: What the hook does; None, as in copies, for nothing.
+        call: The hook's function; None, as in copies, for an empty hook.
     """
 
     def __init__(self, call: Callable[..., None] | None = None) -> None:
         self._call = call
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Do it."""
+        """Call the function, if there is one."""
         if self._call is not None:
             self._call(*args, **kwargs)
 
@@ -38,17 +38,18 @@ class Hook:
 
 
 class ForwardTracker:
-    """Keeps the stack of running forwards, and is told of every function that is called on tensors.
+    """Keeps the stack of active forwards, and calls a method for every function that is called on tensors.
 
-    Hooks are on the model only between ``__enter__`` and ``__exit__``, and do something only within :meth:`running`.
+    Hooks are on the model only between ``__enter__`` and ``__exit__``, and are active only within :meth:`running`.
+    Subclasses override :meth:`calling` and :meth:`called`.
 
     Args:
-        model: In the mode it is to run in.
+        model: The model, in the mode that it shall run in.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._hooks = ExitStack()  # takes off every hook, whatever happens while it does
+        self._hooks = ExitStack()  # removes all hooks, even if removing one of them fails
         self._runs = False
         self._stack: list[str] = []
         self._counts: dict[tuple[str, str], int] = {}
@@ -66,20 +67,20 @@ class ForwardTracker:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The time of one forward."""
+        """Track one forward."""
         self._stack, self._counts = [], {}
         self._runs = True
         try:
-            with _Functions(self):
+            with _FunctionCalls(self):
                 yield
         finally:
             self._runs = False
 
     def calling(self, name: str, args: Any, kwargs: Any) -> None:
-        """A function of this name is called, in the forward that is running."""
+        """Handle the call of a function of this name in the active forward, before it runs."""
 
     def called(self, name: str, result: Any) -> Any:
-        """A function of this name gave this result, in the forward that is running; gives what to go on with."""
+        """Handle the result of a function of this name in the active forward; return what replaces the result."""
         return result
 
     def _hook(self) -> None:
@@ -87,7 +88,7 @@ class ForwardTracker:
         for module in dict.fromkeys(self._model.modules()):
             name = names[id(module)]
             self._add(module.register_forward_pre_hook(Hook(self._entering(name)), prepend=True))
-            # Also when a forward fails: the stack must fit again.
+            # Also called if the forward fails, so that the stack stays consistent.
             self._add(module.register_forward_hook(Hook(self._leaving), always_call=True))
 
     def _add(self, handle: RemovableHandle) -> None:
@@ -108,20 +109,21 @@ class ForwardTracker:
             self._stack.pop()
 
     def _count(self, owner: str, label: str) -> int:
+        """Count one more call of ``label`` in the owner's forward, and return its number, from 1."""
         key = (owner, label)
         self._counts[key] = self._counts.get(key, 0) + 1
         return self._counts[key]
 
 
-class _Functions(TorchFunctionMode):
-    """Tells of every function that is called on tensors."""
+class _FunctionCalls(TorchFunctionMode):
+    """Reports every function that is called on tensors to a tracker."""
 
-    def __init__(self, running: ForwardTracker) -> None:
+    def __init__(self, tracker: ForwardTracker) -> None:
         super().__init__()
-        self._running = running
+        self._tracker = tracker
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = label_of(function)
-        self._running.calling(name, args, kwargs or {})
+        self._tracker.calling(name, args, kwargs or {})
         result = function(*args, **(kwargs or {}))
-        return self._running.called(name, result)
+        return self._tracker.called(name, result)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from nmconv.algebra import Affine, Geometry, Refusal, filled, is_channels_last, laid_out, shrunk, taps_kept
 from nmconv.errors import OptionError
 from nmconv.finding import steps_of, takes_in
-from nmconv.fitting.norm_statistics import is_kept, pass_through
-from nmconv.fitting.normal_equations import Line, Rows
+from nmconv.fitting.norm_statistics import can_be_identity, make_identity
+from nmconv.fitting.ridge_regression import Coefficients, Regression
 from nmconv.fitting.tasks import FitTask
 from nmconv.flow import hooks_of
 from nmconv.merging import (
@@ -34,110 +34,124 @@ __all__ = ["MergedForm", "sizes_asked"]
 
 
 class MergedForm:
-    """A unit as one convolution: what it is composed to, smaller kernels of it, and putting one into the model.
+    """A unit as one convolution: the composed kernel, smaller kernels at its center, and their installation.
 
     Args:
-        model: Read only until :meth:`install`.
-        unit: Of it.
-        kernel: Its size.
-        training: Whether its parameters are to require gradients.
+        model: Only read until :meth:`install`.
+        task: A fit of this model.
+        kernel: The kernel's size.
+
+    Attributes:
+        geometry: The composed convolution's geometry, away from the border.
+        input_module: Qualified name of the module whose input is the regression's input.
+        sizes: Kernel sizes to try, smallest first.
 
     Raises:
-        Refusal: If it cannot be one convolution, and why.
-        OptionError: If the size is for another number of axes.
+        Refusal: If the unit cannot be one convolution, with the reason.
+        OptionError: If the size has another number of spatial axes.
     """
 
-    def __init__(self, model: nn.Module, unit: FitTask, kernel: Kernel) -> None:
+    def __init__(self, model: nn.Module, task: FitTask, kernel: Kernel) -> None:
         self._model = model
-        self._unit = unit
-        for step in steps_of(unit.elements):
-            if step.kind == "conv" and ":" in step.name:
-                raise Refusal(f"{step.name}: {step.why}")
-            if step.why and not step.quiet:
-                raise Refusal(f"{step.name}: {step.why}")
-            if hooks_of(model.get_submodule(step.name)):
-                raise Refusal(f"{step.name} has a hook, which would not run any more: remove it first")
-        first: Any = model.get_submodule(unit.convs[0])
-        size = getattr(first, "kernel_size", None)
-        rank = len(size) if isinstance(size, tuple) else 2
+        self._task = task
+        self._check_steps()
+        first: Any = model.get_submodule(task.convs[0])
+        kernel_size = getattr(first, "kernel_size", None)
+        rank = len(kernel_size) if isinstance(kernel_size, tuple) else 2
         self._like: Tensor = first.weight
-        self._last = is_channels_last(model)
-        like = torch.empty(0, dtype=torch.float64, device="cpu")
+        self._channels_last = is_channels_last(model)
         self._nodes = nodes_of(
-            model.get_submodule, unit.elements, None, (256,) * rank, lambda name, geometry: geometry, {}
+            model.get_submodule, task.elements, None, (256,) * rank, lambda name, geometry: geometry, {}
         )
-        channels = getattr(first, "in_channels", 0)
-        with torch.no_grad():
-            affine = interior_affine(self._nodes, model.get_submodule, channels, rank, like).dense()
+        affine = self._composed_affine(getattr(first, "in_channels", 0), rank)
         if kernel.dense and affine.geometry.groups > 1:
-            affine = _dense(affine)
+            affine = _without_groups(affine)
         geometry = replace(affine.geometry, bias=True, bounded=())
-        self.inputs = (unit.head,)
+        self.input_module = task.first_module
         self.geometry: Geometry = geometry
-        self.has_intercept = True
         self.sizes = sizes_asked(kernel, geometry)
         bias = affine.bias if affine.bias is not None else affine.weight.new_zeros(geometry.out_channels)
-        behind = norms_behind(Segment(self._nodes, geometry))
-        kept = [name for name in behind if is_kept(model.get_submodule(name), geometry.out_channels)]
+        norms = norms_behind(Segment(self._nodes, geometry))
+        kept = [name for name in norms if can_be_identity(model.get_submodule(name), geometry.out_channels)]
         self._norm = kept[-1] if kept else ""
         self._composed = Affine(geometry, affine.weight.detach(), bias.detach())
-        self._takes = takes_in(unit.elements)
-        _, self._failed = write_methods(model, [self._record(geometry)], self._takes)
-        for error in self._failed.values():
+        self._takes = takes_in(task.elements)
+        _, failed = write_methods(model, [self._record(geometry)], self._takes)
+        for error in failed.values():
             raise Refusal(str(error))
 
-    def start(self, size: Sequence[int]) -> Line:
-        """The composed kernel's middle, as a line."""
+    def initial(self, size: Sequence[int]) -> Coefficients:
+        """Return the center of the composed kernel, cut to a size."""
         groups = self.geometry.groups
         kept = taps_kept(self.geometry, size)
         weight = self._composed.weight[(slice(None), slice(None), *kept)]
         assert self._composed.bias is not None
-        rows = weight.reshape(groups, weight.shape[0] // groups, -1).transpose(1, 2)
+        weight = weight.reshape(groups, weight.shape[0] // groups, -1).transpose(1, 2)
         device = self._like.device
-        return Line(rows.to(device), self._composed.bias.reshape(groups, -1).to(device))
+        return Coefficients(weight.to(device), self._composed.bias.reshape(groups, -1).to(device))
 
-    def install(self, size: Sequence[int], line: Line, rows: Rows | None, flags: Iterable[tuple[str, str]]) -> Merge:
-        """Put the convolution into the model.
+    def install(
+        self,
+        size: Sequence[int],
+        coefficients: Coefficients,
+        regression: Regression | None,
+        flags: Iterable[tuple[str, str]],
+    ) -> Merge:
+        """Put the convolution into the model, in place of the unit.
 
         Args:
-            size: Of its kernel.
-            line: What it computes.
-            rows: What it is given: the unit's last norm stays behind it, with the statistics of its output, which it
-                passes on as it is in eval mode. None: no norm stays.
-            flags: That must stay as they are, see :class:`nmconv.finding.LinearRun`.
+            size: Size of its kernel.
+            coefficients: What it computes.
+            regression: Gives the statistics of its output: the unit's last norm stays behind it as the identity in eval
+                mode. None: no norm stays.
+            flags: Attributes that must keep their values, see :class:`nmconv.finding.LinearRun`.
 
         Returns:
-            What was done.
+            The record of what was done.
         """
-        made = self._record(shrunk(self.geometry, size))
-        if rows is not None and self._norm:
-            mean, variance = rows.spread(line.weight)
-            mean = (mean + line.constant).flatten()
-            if pass_through(self._model.get_submodule(self._norm), mean, variance.flatten()):
-                removed = tuple(name for name in made.removed if name != self._norm)
-                made = replace(made, norm=self._norm, removed=removed)
-        (made,) = with_flags(self._model, [made], flags)
-        methods, _ = write_methods(self._model, [made], self._takes)
-        install(self._model, [made], {made.head: self.conv(size, line, made.trainable)}, methods)
-        return made
+        merge = self._record(shrunk(self.geometry, size))
+        if regression is not None and self._norm:
+            mean, variance = regression.output_statistics(coefficients.weight)
+            mean = (mean + coefficients.intercept).flatten()
+            if make_identity(self._model.get_submodule(self._norm), mean, variance.flatten()):
+                removed = tuple(name for name in merge.removed if name != self._norm)
+                merge = replace(merge, norm=self._norm, removed=removed)
+        (merge,) = with_flags(self._model, [merge], flags)
+        methods, _ = write_methods(self._model, [merge], self._takes)
+        install(self._model, [merge], {merge.head: self.conv(size, coefficients, merge.trainable)}, methods)
+        return merge
 
-    def conv(self, size: Sequence[int], line: Line, requires_grad: bool) -> nn.Module:
-        """The convolution by itself, in the model's dtype."""
+    def conv(self, size: Sequence[int], coefficients: Coefficients, requires_grad: bool) -> nn.Module:
+        """Return the convolution by itself, in the model's dtype."""
         geometry = shrunk(self.geometry, size)
-        weight = line.weight.transpose(1, 2).reshape(geometry.out_channels, -1, *geometry.kernel)
-        made = filled(Affine(geometry, weight, line.constant.flatten()), self._like, requires_grad)
-        return laid_out(made, self._last)
+        weight = coefficients.weight.transpose(1, 2).reshape(geometry.out_channels, -1, *geometry.kernel)
+        conv = filled(Affine(geometry, weight, coefficients.intercept.flatten()), self._like, requires_grad)
+        return laid_out(conv, self._channels_last)
+
+    def _check_steps(self) -> None:
+        for step in steps_of(self._task.elements):
+            if step.kind == "conv" and ":" in step.name:
+                raise Refusal(f"{step.name}: {step.why}")
+            if step.why and not step.quiet:
+                raise Refusal(f"{step.name}: {step.why}")
+            if hooks_of(self._model.get_submodule(step.name)):
+                raise Refusal(f"{step.name} has a hook, which would not run any more: remove it first")
+
+    def _composed_affine(self, channels: int, rank: int) -> Affine:
+        like = torch.empty(0, dtype=torch.float64, device="cpu")
+        with torch.no_grad():
+            return interior_affine(self._nodes, self._model.get_submodule, channels, rank, like).dense()
 
     def _record(self, geometry: Geometry) -> Merge:
-        trainable = trains(self._model.get_submodule, (step.name for step in steps_of(self._unit.elements)))
+        trainable = trains(self._model.get_submodule, (step.name for step in steps_of(self._task.elements)))
         return record(Segment(self._nodes, geometry), trainable, False)
 
 
 def sizes_asked(kernel: Kernel, geometry: Geometry) -> list[tuple[int, ...]]:
-    """Kernel sizes to try, smallest first: none larger than the exact merge's.
+    """Return the kernel sizes to try, smallest first, none larger than the exact merge's.
 
     Raises:
-        OptionError: If the size is for another number of axes.
+        OptionError: If the size has another number of spatial axes.
     """
     full = geometry.kernel
     if kernel.size == "exact":
@@ -154,11 +168,11 @@ def sizes_asked(kernel: Kernel, geometry: Geometry) -> list[tuple[int, ...]]:
     return [tuple(min(part, size) for part, size in zip(parts, full, strict=True))]
 
 
-def _dense(affine: Affine) -> Affine:
+def _without_groups(affine: Affine) -> Affine:
+    """Return the same map as a dense, block-diagonal weight."""
     groups = affine.geometry.groups
-    outputs, inputs = affine.weight.shape[:2]
-    wide = affine.weight.new_zeros(groups, outputs // groups, groups, inputs, *affine.weight.shape[2:])
-    at = torch.arange(groups)
-    wide[at, :, at] = affine.weight.reshape(groups, outputs // groups, inputs, *affine.weight.shape[2:])
-    weight = wide.reshape(outputs, groups * inputs, *affine.weight.shape[2:])
-    return Affine(replace(affine.geometry, groups=1), weight, affine.bias)
+    outputs, inputs, *kernel = affine.weight.shape
+    blocks = affine.weight.new_zeros(groups, outputs // groups, groups, inputs, *kernel)
+    diagonal = torch.arange(groups)
+    blocks[diagonal, :, diagonal] = affine.weight.reshape(groups, outputs // groups, inputs, *kernel)
+    return Affine(replace(affine.geometry, groups=1), blocks.reshape(outputs, groups * inputs, *kernel), affine.bias)

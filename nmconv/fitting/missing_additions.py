@@ -1,4 +1,4 @@
-"""Which number an addition has: in the reference, and in a model in which some of the forward's others are gone."""
+"""Numbers of additions in the reference, and in a model that lacks some of the reference's additions."""
 
 from __future__ import annotations
 
@@ -10,49 +10,52 @@ from nmconv.planning import Sum
 
 __all__ = ["MissingAdditions"]
 
-_Key = tuple[str, str, int]  # owner, label, number in the reference
+_Addition = tuple[str, str, int]  # owner, label, number in the reference
 
 
 class MissingAdditions:
-    """The additions of the reference that the model does not make any more.
+    """The additions of the reference that the model no longer computes.
+
+    A forward's additions are numbered in order of execution, so every missing one shifts the numbers behind it.
 
     Args:
-        gone: By their numbers in the reference.
+        missing: The additions, with their numbers in the reference.
     """
 
-    def __init__(self, gone: Iterable[Sum]) -> None:
-        self._gone: frozenset[_Key] = frozenset((one.owner, one.label, one.number) for one in gone)
+    def __init__(self, missing: Iterable[Sum]) -> None:
+        self._missing: frozenset[_Addition] = frozenset((one.owner, one.label, one.number) for one in missing)
 
-    def without(self, gone: Iterable[Sum]) -> MissingAdditions:
-        """The same after these are gone too, by their numbers in the model as it is before that."""
-        made = MissingAdditions(())
-        made._gone = self._gone | {
-            (one.owner, one.label, self._in_reference(one.owner, one.label, one.number)) for one in gone
+    def without(self, removed: Iterable[Sum]) -> MissingAdditions:
+        """Return the missing additions after more are removed, given with their present numbers in the model."""
+        result = MissingAdditions(())
+        result._missing = self._missing | {
+            (one.owner, one.label, self._reference_number(one.owner, one.label, one.number)) for one in removed
         }
-        return made
+        return result
 
     def in_reference(self, elements: Iterable[Element]) -> tuple[Element, ...]:
-        """Elements of the model with the numbers that their sums have in the reference."""
-        return _renumbered(elements, self._in_reference)
+        """Renumber the sums of a model's elements as in the reference."""
+        return _renumbered(elements, self._reference_number)
 
     def in_model(self, elements: Iterable[Element]) -> tuple[Element, ...]:
-        """Elements of the reference with the numbers that their sums have in the model."""
-        return _renumbered(elements, self._in_model)
+        """Renumber the sums of the reference's elements as in the model."""
+        return _renumbered(elements, self._model_number)
 
-    def _in_model(self, owner: str, label: str, number: int) -> int:
-        return number - sum(key[:2] == (owner, label) and key[2] < number for key in self._gone)
+    def _model_number(self, owner: str, label: str, number: int) -> int:
+        return number - sum(one[:2] == (owner, label) and one[2] < number for one in self._missing)
 
-    def _in_reference(self, owner: str, label: str, number: int) -> int:
-        for gone in sorted(key[2] for key in self._gone if key[:2] == (owner, label)):
-            number += gone <= number
+    def _reference_number(self, owner: str, label: str, number: int) -> int:
+        for missing in sorted(one[2] for one in self._missing if one[:2] == (owner, label)):
+            number += missing <= number
         return number
 
 
 def _renumbered(elements: Iterable[Element], number: Callable[[str, str, int], int]) -> tuple[Element, ...]:
-    found: list[Element] = []
+    result: list[Element] = []
     for element in elements:
         if isinstance(element, Join):
-            one, two = (_renumbered(branch, number) for branch in element.branches)
-            element = replace(element, branches=(one, two), number=number(element.owner, element.label, element.number))
-        found.append(element)
-    return tuple(found)
+            first, second = (_renumbered(branch, number) for branch in element.branches)
+            new_number = number(element.owner, element.label, element.number)
+            element = replace(element, branches=(first, second), number=new_number)
+        result.append(element)
+    return tuple(result)

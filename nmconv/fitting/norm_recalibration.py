@@ -1,4 +1,4 @@
-"""Statistics of batch norms estimated anew: the cheapest repair of a converted network."""
+"""Batch norm statistics estimated anew: the cheapest repair of a converted network."""
 
 from __future__ import annotations
 
@@ -12,35 +12,45 @@ from torch import Tensor, nn
 
 from nmconv.errors import FitError
 from nmconv.fitting.data import Images, read_images, taking
-from nmconv.fitting.norm_statistics import counts
+from nmconv.fitting.norm_statistics import has_running_statistics
 from nmconv.surgery import check_plain
 
-__all__ = ["eval_mode", "give_back", "recalibrate", "recalibrate_norms"]
+__all__ = ["eval_mode", "recalibrate", "recalibrate_norms", "restore_statistics"]
 
-_BATCH = 64  # images
-Statistics = list[tuple[Any, list[Tensor]]]
+_MIN_BATCH = 64  # images; smaller batches are concatenated
+Statistics = list[tuple[Any, list[Tensor]]]  # norms with copies of their statistics
 
 
 def recalibrate_norms(model: nn.Module, data: Any, *, key: str | None = None) -> nn.Module:
     """Estimate the running statistics of all batch norms anew, in place: the cheapest repair of a converted model.
 
-    Every norm gets the mean and the variance of what it is given, over all images, while the norms before it are
-    normalising by their batches' statistics; everything else runs as in eval mode.
+    Every batch norm gets the mean and the variance of its input over all images, while the norms before it normalize by
+    their batches' statistics; everything else runs as in eval mode.
 
     Args:
         model: Its parameters and modes stay as they are.
-        data: A handful of batches: a tensor ``[images, ...]``, or a loader or iterable of tensors, of (x, y) pairs
-            or of dicts. Small batches are put together.
-        key: Where batches are dicts: under which key the images are.
+        data: A few batches: a tensor ``[images, ...]``, or a loader or iterable of tensors, of (x, y) pairs or of
+            dicts. Small batches are concatenated.
+        key: Where batches are dicts: the key of the images.
 
     Returns:
         The model.
 
     Raises:
-        ModelTypeError: If ``model`` is no module, or wrapped, compiled or scripted.
+        ModelTypeError: If ``model`` is not a module, or is wrapped, compiled or scripted.
         OptionError: If there are no images.
-        FitError: If what a norm is given is not finite, or the model does not take the images. The statistics are as
-            they were then.
+        FitError: If the input of a norm is not finite, or the model does not accept the images. The statistics are then
+            as they were before.
+
+    Example:
+        >>> import torch, nmconv
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        >>> images = torch.randn(16, 3, 8, 8)
+        >>> _ = nmconv.recalibrate_norms(model, images)
+        >>> torch.allclose(model[1].running_mean, model[0](images).mean((0, 2, 3)), atol=1e-5)
+        True
     """
     check_plain(model, "recalibrate")
     images = read_images(data, model, key=key)
@@ -50,9 +60,9 @@ def recalibrate_norms(model: nn.Module, data: Any, *, key: str | None = None) ->
 
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """All of the models in eval mode; afterwards every module is in the mode it was found in.
+    """Put models into eval mode; afterwards restore the mode of every module.
 
-    A module that has taken the place of another by then gets the other's mode.
+    A module that has replaced another by then gets the other's mode.
     """
     before = [(model, name, module, module.training) for model in models for name, module in model.named_modules()]
     try:
@@ -69,12 +79,15 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 
 
 def recalibrate(model: nn.Module, images: Images) -> Statistics:
-    """Do it with the images that are fitted; if it fails, the norms have the statistics that they had.
+    """Estimate the statistics of all batch norms anew from the fitted images; if that fails, restore them.
 
     Returns:
-        The norms, each with the statistics that it had.
+        The norms with the statistics that they had before, for :func:`restore_statistics`.
+
+    Raises:
+        FitError: See :func:`recalibrate_norms`.
     """
-    norms: list[Any] = [module for module in model.modules() if counts(module)]
+    norms: list[Any] = [module for module in model.modules() if has_running_statistics(module)]
     before = [(norm, [value.clone() for value in _statistics(norm)]) for norm in norms]
     momenta = [norm.momentum for norm in norms]
     with eval_mode(model):
@@ -83,14 +96,14 @@ def recalibrate(model: nn.Module, images: Images) -> Statistics:
                 norm.reset_running_stats()
                 norm.training = True
             _estimate(model, norms, images)
-            give_back([(norm, had) for norm, had in before if not int(norm.num_batches_tracked)])  # nobody calls it
+            restore_statistics([(norm, old) for norm, old in before if not int(norm.num_batches_tracked)])  # not called
             for norm in norms:
                 if not all(bool(torch.isfinite(value).all()) for value in _statistics(norm)):
                     raise FitError(
                         f"a {type(norm).__name__} of this {type(model).__name__} is given values that are not finite"
                     )
         except BaseException:
-            give_back(before)
+            restore_statistics(before)
             raise
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
@@ -98,12 +111,12 @@ def recalibrate(model: nn.Module, images: Images) -> Statistics:
     return before
 
 
-def give_back(before: Statistics) -> None:
-    """Give norms the statistics that they had."""
+def restore_statistics(before: Statistics) -> None:
+    """Copy earlier statistics back into the norms."""
     with torch.no_grad():
-        for norm, had in before:
-            for value, number in zip(_statistics(norm), had, strict=True):
-                value.copy_(number)
+        for norm, old in before:
+            for value, old_value in zip(_statistics(norm), old, strict=True):
+                value.copy_(old_value)
 
 
 def _statistics(norm: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,31 +124,35 @@ def _statistics(norm: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _estimate(model: nn.Module, norms: list[Any], images: Images) -> None:
-    """Statistics over all images: of each batch, a smaller one counting for less, and of what lies between them."""
+    """Estimate mean and total variance over all images, each batch weighted by its size.
+
+    The momentum turns the running statistics into weighted means over the batches. The variance between the batches'
+    means, which a mean of variances lacks, is accumulated by Welford's update and added at the end.
+    """
     seen: Counter[int] = Counter()
     means: dict[int, Tensor] = {}
-    between: dict[int, Tensor] = {}  # squared deviations of the batches' means, times images (Welford's)
+    between: dict[int, Tensor] = {}  # squared deviations of the batches' means, times images
 
-    def weigh(norm: Any, args: Any, kwargs: Any) -> None:
+    def set_momentum(norm: Any, args: Any, kwargs: Any) -> None:
         count = len(args[0] if args else kwargs["input"])
         seen[id(norm)] += count
         norm.momentum = count / seen[id(norm)]
         means[id(norm)] = norm.running_mean.double()
 
-    def spread(norm: Any, args: Any, result: Any) -> None:
-        part = norm.momentum
-        moved = norm.running_mean.double() - means[id(norm)]
-        between[id(norm)] = between.get(id(norm), 0) + seen[id(norm)] * moved.square() * (1 / part - 1)
+    def add_between(norm: Any, args: Any, result: Any) -> None:
+        share = norm.momentum
+        step = norm.running_mean.double() - means[id(norm)]
+        between[id(norm)] = between.get(id(norm), 0) + seen[id(norm)] * step.square() * (1 / share - 1)
 
     with ExitStack() as hooks, torch.no_grad():
         for norm in norms:
-            hooks.callback(norm.register_forward_pre_hook(weigh, with_kwargs=True).remove)
-            hooks.callback(norm.register_forward_hook(spread).remove)
-        for batch in _gathered(images):
+            hooks.callback(norm.register_forward_pre_hook(set_momentum, with_kwargs=True).remove)
+            hooks.callback(norm.register_forward_hook(add_between).remove)
+        for batch in _large_batches(images):
             with taking(model, batch):
                 try:
                     model(batch)
-                except ValueError as error:  # torch's: one value a channel
+                except ValueError as error:  # torch's, for one value per channel
                     raise FitError(
                         f"a batch of {len(batch)} images has no statistics ({error}): give more images"
                     ) from error
@@ -145,16 +162,16 @@ def _estimate(model: nn.Module, norms: list[Any], images: Images) -> None:
                 norm.running_var += (between[id(norm)] / seen[id(norm)]).to(norm.running_var.dtype)
 
 
-def _gathered(images: Images) -> Iterator[Tensor]:
-    """Batches large enough for statistics, where images are of one size; what is left at the end joins the last."""
-    whole: list[Tensor] = []  # a batch, held back until there is another
+def _large_batches(images: Images) -> Iterator[Tensor]:
+    """Concatenate images of equal size into batches of at least 64; a smaller remainder joins the last batch."""
+    complete: list[Tensor] = []  # one batch, kept until it is known whether a remainder follows
     parts: list[Tensor] = []
     for batch, _ in images.batches(held=False):
-        if (whole or parts) and (whole or parts)[0].shape[1:] != batch.shape[1:]:
-            yield torch.cat([*whole, *parts])
-            whole, parts = [], []
+        if (complete or parts) and (complete or parts)[0].shape[1:] != batch.shape[1:]:
+            yield torch.cat([*complete, *parts])
+            complete, parts = [], []
         parts.append(batch)
-        if sum(map(len, parts)) >= _BATCH:
-            yield from whole
-            whole, parts = [torch.cat(parts)], []
-    yield torch.cat([*whole, *parts])
+        if sum(map(len, parts)) >= _MIN_BATCH:
+            yield from complete
+            complete, parts = [torch.cat(parts)], []
+    yield torch.cat([*complete, *parts])

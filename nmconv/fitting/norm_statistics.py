@@ -1,4 +1,4 @@
-"""Giving norms the statistics of what they are given after a fit, what they compute unchanged."""
+"""Statistics and parameters of norms after a fit: changed so that what is computed in eval mode stays the same."""
 
 from __future__ import annotations
 
@@ -10,76 +10,77 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nmconv.algebra import norm_of
 
-__all__ = ["centre", "counts", "has_shift", "is_kept", "pass_through", "put"]
+__all__ = ["assign", "can_be_identity", "has_bias", "has_running_statistics", "make_identity", "set_input_statistics"]
 
 
-def counts(module: nn.Module) -> bool:
-    """Whether it is a batch norm that is called, and keeps running statistics of its own."""
+def has_running_statistics(module: nn.Module) -> bool:
+    """Return whether a module is a callable batch norm with running statistics of its own."""
     if not isinstance(module, _BatchNorm) or type(module).__module__.startswith("nmconv."):
         return False
     return module.running_mean is not None and module.num_batches_tracked is not None
 
 
-def has_shift(norm: Any) -> bool:
-    """Whether it adds something that is learnt."""
+def has_bias(norm: Any) -> bool:
+    """Return whether a norm adds a learned bias."""
     return getattr(norm, "bias", None) is not None
 
 
-def is_kept(norm: Any, channels: int) -> bool:
-    """Whether :func:`pass_through` can be done to it, behind a convolution of so many channels."""
+def can_be_identity(norm: Any, channels: int) -> bool:
+    """Return whether :func:`make_identity` applies to a norm behind a convolution with ``channels`` outputs."""
     affine = all(isinstance(norm._parameters.get(name), nn.Parameter) for name in ("weight", "bias"))
-    return counts(norm) and affine and norm.num_features == channels
+    return has_running_statistics(norm) and affine and norm.num_features == channels
 
 
-def pass_through(norm: Any, mean: Tensor, variance: Tensor) -> bool:
-    """Make a norm give what it is given in eval mode, and normalise by its batches in train mode.
+def make_identity(norm: Any, mean: Tensor, variance: Tensor) -> bool:
+    """Make a norm the identity in eval mode; in train mode it still normalizes by its batches.
 
     Args:
-        norm: One that :func:`is_kept`.
-        mean: ``[channels]``, of what it is given.
-        variance: The same.
+        norm: A norm for which :func:`can_be_identity` holds.
+        mean: Mean of its input, ``[channels]``.
+        variance: Variance of its input, ``[channels]``.
 
     Returns:
-        False, and nothing done, where its dtype cannot hold that, or it would divide by zero.
+        False, with nothing changed, if its dtype cannot represent the numbers or it would divide by zero.
     """
-    if not bool((variance + norm.eps > 0).all()) or not _hold(norm, mean, variance):
+    if not bool((variance + norm.eps > 0).all()) or not _can_represent(norm, mean, variance):
         return False
-    put(norm.running_mean, mean)
-    put(norm.running_var, variance)
-    put(norm.weight, (norm.running_var.double() + norm.eps).sqrt())
-    put(norm.bias, norm.running_mean)
+    assign(norm.running_mean, mean)
+    assign(norm.running_var, variance)
+    assign(norm.weight, (norm.running_var.double() + norm.eps).sqrt())
+    assign(norm.bias, norm.running_mean)
     return True
 
 
-def _hold(norm: Any, mean: Tensor, variance: Tensor) -> bool:
-    """Whether the norm's dtypes hold such numbers."""
-    limits = [
-        torch.finfo(value.dtype).max
-        for value in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-        if value is not None
-    ]
-    return bool((mean.abs() <= min(limits)).all() and (variance <= min(limits)).all())
+def set_input_statistics(norm: Any, mean: Tensor, variance: Tensor) -> None:
+    """Set a norm's running statistics to those of its new input, its output unchanged.
 
+    Training then continues where the fit left off. If the norm's dtype cannot represent the statistics, it keeps its
+    own.
 
-def centre(norm: Any, mean: Tensor, variance: Tensor) -> None:
-    """Give a norm the statistics of its new input, its output unchanged: training goes on where the fit left off.
-
-    Where its dtype cannot hold them it keeps those that it has.
+    Args:
+        norm: The norm.
+        mean: Mean of its new input, ``[channels]``.
+        variance: Variance of its new input, ``[channels]``.
     """
     scale, shift = norm_of(norm, torch.float64)
-    if not has_shift(norm) or not _hold(norm, mean, variance):
+    if not has_bias(norm) or not _can_represent(norm, mean, variance):
         return
-    put(norm.running_mean, mean)
+    assign(norm.running_mean, mean)
     if getattr(norm, "weight", None) is not None:
-        usable = variance > 0
-        variance = torch.where(usable, variance, norm.running_var.double())
-        put(norm.running_var, variance)
-        put(norm.weight, scale * (norm.running_var.double() + norm.eps).sqrt())
-    again, _ = norm_of(norm, torch.float64)
-    put(norm.bias, shift + norm.running_mean.double() * again)
+        variance = torch.where(variance > 0, variance, norm.running_var.double())
+        assign(norm.running_var, variance)
+        assign(norm.weight, scale * (norm.running_var.double() + norm.eps).sqrt())
+    new_scale, _ = norm_of(norm, torch.float64)
+    assign(norm.bias, shift + norm.running_mean.double() * new_scale)
 
 
-def put(tensor: Tensor, value: Tensor) -> None:
-    """Set a tensor's numbers."""
+def _can_represent(norm: Any, mean: Tensor, variance: Tensor) -> bool:
+    values = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    limit = min(torch.finfo(value.dtype).max for value in values if value is not None)
+    return bool((mean.abs() <= limit).all() and (variance <= limit).all())
+
+
+def assign(tensor: Tensor, value: Tensor) -> None:
+    """Copy values into a tensor, reshaped to its shape."""
     with torch.no_grad():
         tensor.copy_(value.reshape(tensor.shape))

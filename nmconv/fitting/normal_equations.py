@@ -1,117 +1,28 @@
-"""Least squares by normal equations, streamed: what is kept is the moments, never the rows."""
+"""Least squares by normal equations: rows are streamed, only their moments are kept."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-__all__ = ["Line", "Moments", "Rows"]
+from nmconv.fitting.ridge_regression import Coefficients, Regression
 
-_LARGE = 1024  # columns, up to which it is found out what follows from what
-_ALIKE = 1e-12  # of the largest eigenvalue: what float32 inputs leave where columns depend on each other
-_HARDLY = 1e-10  # ridges below this do not keep the system away from being singular
+__all__ = ["Moments"]
 
-
-@dataclass(frozen=True, eq=False)
-class Line:
-    """Per group, ``target = row @ weight + constant``.
-
-    Attributes:
-        weight: ``[groups, columns, outputs]``, in float64.
-        constant: ``[groups, outputs]``.
-    """
-
-    weight: Tensor
-    constant: Tensor
+_MAX_EIGEN_COLUMNS = 1024  # largest number of columns for which linear dependence is looked for
+_DEPENDENT = 1e-12  # relative to the largest eigenvalue: what float32 inputs leave of linearly dependent columns
+_NEGLIGIBLE_RIDGE = 1e-10  # smaller ridges do not keep the system from being singular
 
 
-class Rows(ABC):
-    """A regression: rows and targets, in whatever form, and what is asked of them. All in float64.
+class Moments(Regression):
+    """Centered sums over rows; blocks are combined by Chan's formula, which avoids cancellation.
 
     Attributes:
-        rows: How many.
-        mean, target_mean: ``[groups, columns]`` and ``[groups, outputs]``.
-        target_square: ``[groups, outputs]``: sum of squares of (target - mean).
-    """
-
-    rows: int
-    mean: Tensor
-    target_mean: Tensor
-    target_square: Tensor
-
-    @property
-    def columns(self) -> int:
-        """Unknowns per output."""
-        return self.mean.shape[-1]
-
-    def lines(self, start: Line, ridges: Iterable[float], *, intercept: bool = True) -> Iterator[Line]:
-        """For each ridge the line with the least squared error and ``ridge`` times the distance from ``start``.
-
-        The penalty is relative: weights are held by ``ridge`` times the columns' mean square, the mean output by
-        ``ridge`` times the number of rows. With an infinite ridge it is ``start``, with 0 plain least squares (of
-        several equal ones that nearest to ``start``).
-
-        Args:
-            start: Where the ridge pulls to.
-            ridges: From 0 to infinity.
-            intercept: Whether the constant is fitted too; else it stays as it is.
-        """
-        solve: Callable[[float], Tensor] | None = None
-        for ridge in ridges:
-            if ridge == math.inf:
-                yield start
-                continue
-            solve = solve or self._solver(start, intercept)
-            weight = start.weight + solve(ridge)
-            if not intercept:
-                yield Line(weight, start.constant)
-                continue
-            before = (self.mean[:, None] @ start.weight).squeeze(1) + start.constant
-            mean = (self.target_mean + ridge * before) / (1 + ridge)
-            yield Line(weight, mean - (self.mean[:, None] @ weight).squeeze(1))
-
-    def error(self, line: Line) -> float:
-        """Mean squared error of a line over all rows, relative to the targets' mean variance."""
-        total, scale = max(self._squares(line), 0.0), float(self.target_square.sum())
-        return total / scale if scale > 0 else float(total > 0)
-
-    def lacks(self) -> tuple[int, int]:
-        """How many unknowns belong to columns that never change, and how many more nothing tells apart.
-
-        The second is not looked for, and 0, where it would take long: from 1025 columns on.
-        """
-        squares = self._column_squares()
-        dead = int((squares <= squares.amax(-1, keepdim=True) * 1e-24).sum())
-        return dead, 0
-
-    @abstractmethod
-    def _column_squares(self) -> Tensor:
-        """``[groups, columns]``: sums of squares of (row - mean)."""
-
-    @abstractmethod
-    def spread(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of ``row @ weight``, each ``[groups, outputs]``."""
-
-    @abstractmethod
-    def _solver(self, start: Line, intercept: bool) -> Callable[[float], Tensor]:
-        """From a ridge to how far the weight goes away from ``start``; asked in any order."""
-
-    @abstractmethod
-    def _squares(self, line: Line) -> float:
-        """Sum of squared errors."""
-
-
-class Moments(Rows):
-    """Sums over rows, centred; blocks are joined by Chan's formula, so that nothing cancels.
-
-    Attributes:
-        square: ``[groups, columns, columns]``: sum of (row - mean)ᵀ(row - mean).
-        cross: ``[groups, columns, outputs]``: the same of rows and targets.
+        square: Sum of (row - mean)ᵀ(row - mean), ``[groups, columns, columns]``.
+        cross: Sum of (row - mean)ᵀ(target - target mean), ``[groups, columns, outputs]``.
     """
 
     def __init__(self) -> None:
@@ -119,7 +30,7 @@ class Moments(Rows):
         self.mean = self.target_mean = self.square = self.cross = self.target_square = torch.empty(0)
 
     def add(self, rows: Tensor, targets: Tensor) -> None:
-        """Take in a block: ``[groups, rows, columns]`` and ``[groups, rows, outputs]``."""
+        """Add a block: ``[groups, rows, columns]`` and ``[groups, rows, outputs]``."""
         count = rows.shape[1]
         mean, target_mean = rows.mean(1), targets.mean(1)
         if not self.rows:
@@ -130,10 +41,10 @@ class Moments(Rows):
             self.target_square = torch.zeros_like(target_mean)
         total = self.rows + count
         step, target_step = mean - self.mean, target_mean - self.target_mean
-        # One row more stands for the way between the two means.
-        share = math.sqrt(self.rows * count / total)
-        rows = torch.cat([rows - mean[:, None], share * step[:, None]], 1)
-        targets = torch.cat([targets - target_mean[:, None], share * target_step[:, None]], 1)
+        # One additional row accounts for the distance between the two means.
+        factor = math.sqrt(self.rows * count / total)
+        rows = torch.cat([rows - mean[:, None], factor * step[:, None]], 1)
+        targets = torch.cat([targets - target_mean[:, None], factor * target_step[:, None]], 1)
         self.square.baddbmm_(rows.transpose(1, 2), rows)
         self.cross.baddbmm_(rows.transpose(1, 2), targets)
         self.target_square += targets.square().sum(1)
@@ -142,7 +53,7 @@ class Moments(Rows):
         self.rows = total
 
     def of_columns(self, columns: Tensor) -> Moments:
-        """The moments of some columns only."""
+        """Return the moments of a subset of the columns."""
         part = Moments()
         part.rows = self.rows
         if not self.rows:
@@ -152,52 +63,53 @@ class Moments(Rows):
         part.square = self.square[:, columns][:, :, columns]
         return part
 
-    def spread(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of ``row @ weight``, each ``[groups, outputs]``."""
+    def output_statistics(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of ``row @ weight``, each ``[groups, outputs]``."""
         variance = (weight * (self.square @ weight)).sum(1).clamp_min(0) / max(self.rows, 1)
         return (self.mean[:, None] @ weight).squeeze(1), variance
 
-    def lacks(self) -> tuple[int, int]:
-        """See :meth:`Rows.lacks`."""
-        dead, _ = super().lacks()
-        if self.columns > _LARGE:
-            return dead, 0
-        values = torch.linalg.eigvalsh(self.square)
-        floor = values.amax(-1, keepdim=True) * _ALIKE
-        return dead, max(int((values <= floor).sum()) - dead, 0)
+    def degenerate_columns(self) -> tuple[int, int]:
+        """See :meth:`Regression.degenerate_columns`."""
+        constant, _ = super().degenerate_columns()
+        if self.columns > _MAX_EIGEN_COLUMNS:
+            return constant, 0
+        eigenvalues = torch.linalg.eigvalsh(self.square)
+        threshold = eigenvalues.amax(-1, keepdim=True) * _DEPENDENT
+        return constant, max(int((eigenvalues <= threshold).sum()) - constant, 0)
 
     def _column_squares(self) -> Tensor:
         return self.square.diagonal(dim1=1, dim2=2)
 
-    def _solver(self, start: Line, intercept: bool) -> Callable[[float], Tensor]:
+    def _solver(self, initial: Coefficients, fit_intercept: bool) -> Callable[[float], Tensor]:
         square, cross = self.square, self.cross
-        if not intercept:  # of rows as they are and of (targets - constant), not centred
-            off = self.target_mean - start.constant
+        if not fit_intercept:  # moments of uncentered rows and of (targets - intercept)
+            offset = self.target_mean - initial.intercept
             square = square + self.rows * self.mean[:, :, None] * self.mean[:, None, :]
-            cross = cross + self.rows * self.mean[:, :, None] * off[:, None, :]
-        pull = cross - square @ start.weight
+            cross = cross + self.rows * self.mean[:, :, None] * offset[:, None, :]
+        right = cross - square @ initial.weight
         scale = square.diagonal(dim1=1, dim2=2).mean(1)
 
         def solve(ridge: float) -> Tensor:
             system = square.clone()
             system.diagonal(dim1=1, dim2=2).add_(ridge * torch.where(scale > 0, scale, 1.0)[:, None])
-            return _solved(system, pull, ridge < _HARDLY)
+            return _solve(system, right, maybe_singular=ridge < _NEGLIGIBLE_RIDGE)
 
         return solve
 
-    def _squares(self, line: Line) -> float:
-        off = (self.mean[:, None] @ line.weight).squeeze(1) + line.constant - self.target_mean
-        fitted = (line.weight * (self.square @ line.weight - 2 * self.cross)).sum(1)
-        return float((self.target_square + fitted + self.rows * off.square()).sum())
+    def _squared_error(self, coefficients: Coefficients) -> float:
+        weight = coefficients.weight
+        offset = (self.mean[:, None] @ weight).squeeze(1) + coefficients.intercept - self.target_mean
+        explained = (weight * (self.square @ weight - 2 * self.cross)).sum(1)
+        return float((self.target_square + explained + self.rows * offset.square()).sum())
 
 
-def _solved(system: Tensor, right: Tensor, singular: bool) -> Tensor:
-    if not singular:
+def _solve(system: Tensor, right: Tensor, *, maybe_singular: bool) -> Tensor:
+    """Solve by Cholesky; by the pseudoinverse (the solution of least norm) if the system may be singular."""
+    if not maybe_singular:
         factor, failed = torch.linalg.cholesky_ex(system)
         if not bool(failed.any()):
             return torch.cholesky_solve(right, factor)
-    # Rank-deficient, and hardly any ridge: the shortest solution.
     values, vectors = torch.linalg.eigh(system)
-    floor = values.amax(-1, keepdim=True) * values.shape[-1] * torch.finfo(values.dtype).eps
-    inverse = torch.where(values > floor, 1 / values.clamp_min(1e-300), torch.zeros_like(values))
+    threshold = values.amax(-1, keepdim=True) * values.shape[-1] * torch.finfo(values.dtype).eps
+    inverse = torch.where(values > threshold, 1 / values.clamp_min(1e-300), torch.zeros_like(values))
     return vectors @ (inverse[..., None] * (vectors.transpose(1, 2) @ right))

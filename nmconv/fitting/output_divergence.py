@@ -1,4 +1,4 @@
-"""How far a network's outputs are from a reference's."""
+"""How far a model's outputs are from a reference's."""
 
 from __future__ import annotations
 
@@ -17,91 +17,97 @@ from nmconv.fitting.report import Divergence
 
 __all__ = ["Loss", "NotFiniteError", "Outputs", "check_loss", "divergence", "outputs_of"]
 
-Loss = Callable[[Any, Any], Any]  # of the output and the reference's output of a batch: a number, or one for each image
-Outputs = list[tuple[int, Any]]  # of each batch: how many images, and the output
+Loss = Callable[[Any, Any], Any]  # (output, the reference's output) of a batch -> a number, or one for each image
+Outputs = list[tuple[int, Any]]  # for each batch: its number of images, and the output
 
 
 class NotFiniteError(FitError):
-    """Outputs or a loss that are not: of one candidate among many this says that it is none."""
+    """Outputs or a loss that are not finite; a search skips such a candidate."""
 
 
 def check_loss(loss: object) -> None:
-    """Refuse what is no function, with OptionError."""
+    """Raise OptionError if ``loss`` is neither callable nor None."""
     if loss is not None and not callable(loss):
         raise OptionError(f"loss={loss!r:.80}: give a function of (output, the original's output), or None")
 
 
 def outputs_of(model: nn.Module, images: Images, held: bool | None) -> Outputs:
-    """Outputs of all batches, in the model's present mode.
+    """Return the outputs of all batches, in the model's present mode.
+
+    Args:
+        model: The model.
+        images: Its inputs.
+        held: As for :meth:`Images.batches`.
 
     Raises:
-        NotFiniteError: If one is not finite.
-        FitError: If the model does not take the images.
+        NotFiniteError: If an output is not finite.
+        FitError: If the model does not accept the images.
     """
-    found = []
+    outputs = []
     with torch.no_grad():
         for batch, _ in images.batches(held):
             with taking(model, batch):
                 output = model(batch)
-            for part in tree_leaves(output):
-                if isinstance(part, Tensor) and part.is_floating_point() and not is_finite(part):
+            for leaf in tree_leaves(output):
+                if isinstance(leaf, Tensor) and leaf.is_floating_point() and not is_finite(leaf):
                     raise NotFiniteError(
                         f"this {type(model).__name__} gives values that are not finite on these images"
                     )
-            found.append((len(batch), output))
-    return found
+            outputs.append((len(batch), output))
+    return outputs
 
 
 def divergence(outputs: Outputs, reference: Outputs, loss: Loss | None) -> Divergence:
-    """Mean over images; by KL divergence where the output is one row of logits for each image, else by ``loss``.
+    """Return the mean divergence over all images.
 
-    Without a loss, outputs of any other form are compared by their squared error relative to the reference's mean
-    square.
+    It is measured by ``loss`` if given; else by the KL divergence in nats where the output is one row of logits per
+    image; else by the squared error relative to the reference's mean square.
 
     Raises:
-        FitError: If there is nothing to compare; NotFiniteError if ``loss`` gives what is not finite.
+        FitError: If there is nothing to compare.
+        NotFiniteError: If the result is not finite.
     """
-    total = same = 0.0
+    total = agreeing = 0.0
     images = 0
     for (count, output), (_, wanted) in zip(outputs, reference, strict=True):
-        floats = isinstance(output, Tensor) and output.is_floating_point()
-        logits = floats and output.dim() == 2 and output.shape[1] > 1
+        is_float = isinstance(output, Tensor) and output.is_floating_point()
+        is_logits = is_float and output.dim() == 2 and output.shape[1] > 1
         images += count
         if loss is not None:
-            total += _number(loss(output, wanted)) * count
-        elif logits:
-            one, two = output.double().log_softmax(1), wanted.double().log_softmax(1)
-            total += float((two.exp() * (two - one)).sum())
+            total += _mean_loss(loss(output, wanted)) * count
+        elif is_logits:
+            log_probs, wanted_log_probs = output.double().log_softmax(1), wanted.double().log_softmax(1)
+            total += float((wanted_log_probs.exp() * (wanted_log_probs - log_probs)).sum())
         else:
-            total += _relative(output, wanted) * count
-        if logits:
-            same += float((output.argmax(1) == wanted.argmax(1)).sum())
+            total += _relative_squared_error(output, wanted) * count
+        if is_logits:
+            agreeing += float((output.argmax(1) == wanted.argmax(1)).sum())
         else:
-            same = math.nan
+            agreeing = math.nan
     if not math.isfinite(total):
         raise NotFiniteError(
             f"the {'divergence' if loss is None else 'loss'} is {total / images} on these images: not finite"
         )
-    return Divergence(total / images, same / images)
+    return Divergence(total / images, agreeing / images)
 
 
-def _number(lost: Any) -> float:
+def _mean_loss(value: Any) -> float:
     try:
-        return float(torch.as_tensor(lost).double().mean())
+        return float(torch.as_tensor(value).double().mean())
     except (TypeError, ValueError, RuntimeError) as error:
-        raise FitError(f"loss gives a {type(lost).__name__}: it is to give a number, or one for each image") from error
+        raise FitError(f"loss gives a {type(value).__name__}: it is to give a number, or one for each image") from error
 
 
-def _relative(output: Any, wanted: Any) -> float:
-    error = size = 0.0
+def _relative_squared_error(output: Any, wanted: Any) -> float:
     pairs = zip(tree_leaves(output), tree_leaves(wanted), strict=True)
-    compared = [(one, two) for one, two in pairs if isinstance(one, Tensor) and one.is_floating_point()]
+    compared = [(leaf, other) for leaf, other in pairs if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not compared:
         raise FitError(
             f"an output of type {type(output).__name__} holds no floating-point tensor to compare: give loss=, a "
             "function of (output, the original's output)"
         )
-    for one, two in compared:
-        error += float((one.double() - two.double()).square().sum())
-        size += float(two.double().square().sum())
+    error = size = 0.0
+    for leaf, other in compared:
+        error += float((leaf.double() - other.double()).square().sum())
+        size += float(other.double().square().sum())
     return error / size if size else error

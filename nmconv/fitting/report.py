@@ -1,4 +1,4 @@
-"""What a fit did, as plain data."""
+"""The report of a fit, as plain data."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ __all__ = ["Divergence", "Fit", "UnitFit"]
 
 @dataclass(frozen=True)
 class UnitFit:
-    """One unit of a fit.
+    """The fit of one unit.
 
     Errors are squared errors of the unit's output against the reference's, relative to the target's variance.
 
     Attributes:
         convs: Qualified names of its convolutions, in order of execution.
         form: ``factors``, ``merged``, or "" where nothing was changed.
-        kernel: Size of the fitted convolution.
-        ridge: That was chosen; infinite where the composed kernel stayed.
+        kernel: Kernel size of the fitted convolution.
+        ridge: The ridge that was chosen; infinite where the composed kernel stayed.
         before: Error on the fitted images with the converted (or composed) convolution.
-        after: With the fitted one.
-        held_before: Error on the held-out images before; NaN without any.
-        held_after: And after.
-        images: How many were fitted.
-        positions: How many output positions that makes: equations.
+        after: Error on the fitted images with the fitted convolution.
+        held_before: Error on the held-out images before the fit; NaN without held-out images.
+        held_after: Error on the held-out images after the fit; NaN without held-out images.
+        images: Number of fitted images.
+        positions: Number of output positions in them: the equations.
         unknowns: Weights per output channel.
-        why: What should be known of it: why it was refused, or what the images did not decide (fewer equations than
-            unknowns, inputs that never change or follow from others).
-        sizes: With ``kernel="auto"``: every size tried and its held-out error.
+        why: Why the unit was refused, or what the images do not determine (fewer equations than unknowns, constant or
+            linearly dependent inputs).
+        sizes: With ``kernel="auto"``: every size tried, with its held-out error.
         norm: In the merged form: qualified name of the norm that stays behind the convolution, or "".
     """
 
@@ -50,11 +50,11 @@ class UnitFit:
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far a network's outputs are from the reference's.
+    """How far a model's outputs are from the reference's.
 
     Attributes:
-        loss: Mean over images: KL divergence in nats for classifiers, else what the callable gave.
-        agreement: Part of the images with the same top-1 class; NaN where the output is no classifier's.
+        loss: Mean over images: KL divergence in nats for classifiers, else the result of the loss function.
+        agreement: Fraction of the images with the same top-1 class; NaN where the model is not a classifier.
     """
 
     loss: float
@@ -63,17 +63,18 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Fit:
-    """What :func:`nmconv.fit` did.
+    """What :func:`nmconv.fit` did to a model.
 
     Attributes:
-        units: In order of execution.
-        images: Fitted.
-        held: Held out; divergences are measured on them, or on the fitted ones if there are none.
-        converted: Divergence as the model came.
-        recalibrated: With nothing but its norms' statistics re-estimated: the baseline; NaN where the images give none.
-        fitted: With the units fitted.
-        returned: As it was returned.
-        norms_recalibrated: Whether its norms' statistics were re-estimated in the end.
+        units: The fits of the units, in order of execution.
+        images: Number of fitted images.
+        held: Number of held-out images; divergences are measured on them, or on the fitted ones if there are none.
+        converted: Divergence of the converted model.
+        recalibrated: Divergence with only the norms' statistics re-estimated, the baseline; NaN where the images do not
+            determine them.
+        fitted: Divergence with the units fitted.
+        returned: Divergence of the returned model.
+        norms_recalibrated: Whether the returned model's norms have re-estimated statistics.
     """
 
     units: tuple[UnitFit, ...]
@@ -86,19 +87,25 @@ class Fit:
     norms_recalibrated: bool
 
     def __deepcopy__(self, memo: object) -> Fit:
-        return self  # nothing in it can change
+        return self  # immutable
 
     def __str__(self) -> str:
         held = f"{self.held} held out" if self.held else "none held out"
-        done = sum(bool(unit.form) for unit in self.units)
-        lines = [f"{done} of {len(self.units)} units fitted on {self.images} images, {held}"]
-        for unit in self.units:
-            size = "x".join(map(str, unit.kernel))
-            what = f"{unit.form} {size}, ridge {unit.ridge:.0e}" if unit.form else "left as converted"
-            errors = "" if not unit.form else f": error {unit.held_before:.3f} -> {unit.held_after:.3f}"
-            lines.append(f"{unit.convs[0]} … {unit.convs[-1]}: {what}{errors}{'; ' + unit.why if unit.why else ''}")
+        fitted = sum(bool(unit.form) for unit in self.units)
+        lines = [f"{fitted} of {len(self.units)} units fitted on {self.images} images, {held}"]
+        lines += map(_line_of, self.units)
         for name in ("converted", "recalibrated", "fitted", "returned"):
-            found: Divergence = getattr(self, name)
-            same = "" if math.isnan(found.agreement) else f", same top-1 class {found.agreement:.1%}"
-            lines.append(f"{name}: divergence {found.loss:.4f}{same}")
+            result: Divergence = getattr(self, name)
+            agreement = "" if math.isnan(result.agreement) else f", same top-1 class {result.agreement:.1%}"
+            lines.append(f"{name}: divergence {result.loss:.4f}{agreement}")
         return "\n".join(lines)
+
+
+def _line_of(unit: UnitFit) -> str:
+    convs = f"{unit.convs[0]} … {unit.convs[-1]}"
+    why = f"; {unit.why}" if unit.why else ""
+    if not unit.form:
+        return f"{convs}: left as converted{why}"
+    size = "x".join(map(str, unit.kernel))
+    errors = f"error {unit.held_before:.3f} -> {unit.held_after:.3f}"
+    return f"{convs}: {unit.form} {size}, ridge {unit.ridge:.0e}: {errors}{why}"

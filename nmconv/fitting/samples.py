@@ -1,4 +1,4 @@
-"""What one convolution is given and should give, for kernels of several sizes."""
+"""Inputs and target outputs of one convolution, as regressions for kernels of several sizes."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from torch import Tensor
 
 from nmconv.algebra import Geometry, columns_of, patches, shrunk, taps_kept
 from nmconv.fitting.conjugate_gradients import ConjugateGradients
-from nmconv.fitting.normal_equations import Moments, Rows
+from nmconv.fitting.normal_equations import Moments
+from nmconv.fitting.ridge_regression import Regression
 
 __all__ = ["UnitSamples", "is_direct"]
 
-_MOST = 6144  # columns, of a convolution without groups, whose moments are kept: 288 MiB
+_MAX_COLUMNS = 6144  # of a convolution without groups whose moments are kept: 288 MiB
 
 
 class UnitSamples:
-    """Batches of inputs and targets, as moments; as they are where the moments would be larger than memory should be.
+    """Collects batches of inputs and targets: as moments, or as they are where moments would take too much memory.
 
     Args:
-        geometry: Of the largest kernel.
+        geometry: The geometry with the largest kernel.
 
     Attributes:
-        rows: How many positions there were.
+        rows: Number of output positions so far.
     """
 
     def __init__(self, geometry: Geometry) -> None:
@@ -33,7 +34,7 @@ class UnitSamples:
         self.rows = 0
 
     def add(self, input: Tensor, target: Tensor) -> None:
-        """Take in ``[batch, in, *sizes]`` and ``[batch, out, *output sizes]``."""
+        """Add ``[batch, in, *sizes]`` and ``[batch, out, *output sizes]``."""
         self.rows += target.numel() // target.shape[1]
         if self._moments is None:
             self._batches.append((input, target))
@@ -41,8 +42,8 @@ class UnitSamples:
         for rows, targets in patches(input, target, self._geometry):
             self._moments.add(rows, targets)
 
-    def of(self, size: Sequence[int]) -> Rows:
-        """The regression of a kernel of this size: the middle of the largest."""
+    def regression(self, size: Sequence[int]) -> Regression:
+        """Return the regression for a kernel of this size: the center of the largest one."""
         geometry = shrunk(self._geometry, size)
         if self._moments is not None:
             if geometry.kernel == self._geometry.kernel or not self._moments.rows:
@@ -55,10 +56,10 @@ class UnitSamples:
         samples = UnitSamples(geometry)
         for input, target in self._batches:
             samples.add(input, target)
-        return samples.of(size)
+        return samples.regression(size)
 
 
 def is_direct(geometry: Geometry) -> bool:
-    """Whether the moments of a convolution's inputs are small enough to be kept."""
+    """Return whether the moments of a convolution's inputs are small enough to keep in memory."""
     columns = geometry.in_channels // geometry.groups * math.prod(geometry.kernel)
-    return geometry.groups * columns**2 <= _MOST**2
+    return geometry.groups * columns**2 <= _MAX_COLUMNS**2

@@ -1,8 +1,8 @@
-"""What is fitted: the linear runs in which an activation was dropped, and where their targets are."""
+"""What to fit: the linear runs in which an activation was dropped, with the locations of their targets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -10,44 +10,46 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from nmconv.errors import FitError
-from nmconv.finding import DefUse, Element, Join, ValueLocation, linear_runs, steps_of, without_end
+from nmconv.finding import DefUse, Element, Join, ValueLocation, linear_runs, steps_of
 from nmconv.fitting.missing_additions import MissingAdditions
+from nmconv.fitting.run_pieces import convs_of, pieces_of, without_last_sum
 from nmconv.planning import Kernel, Plan, Site, Sum
 
-__all__ = ["FitTask", "FitTasks", "left_out"]
+__all__ = ["FitTask", "FitTasks", "lost_sites"]
 
-
-Act: TypeAlias = "tuple[tuple[str, str, str | None], int]"  # who calls it, its name and kind; which call of it
+ActivationCall: TypeAlias = "tuple[tuple[str, str, str | None], int]"  # (caller, name, function), number of the call
 
 
 @dataclass(frozen=True)
 class FitTask:
-    """One fit.
+    """One unit to fit.
 
     Attributes:
-        elements: From the first convolution to the last norm.
+        elements: Its elements, from the first convolution to the last norm.
         convs: Qualified names of its convolutions, in order of execution.
-        head: Qualified name of the module that gets the unit's input.
-        end: The unit's output, in the converted model.
-        far: The sum that it ends in, in the converted model, or None.
-        target: In the reference, the value at the end, or at the sum; behind it where its activation was dropped.
-        kernel: What the plan says, or None.
-        acts: The dropped activations that it makes up for beyond those inside: calls, as in the plan's sites.
+        first_module: Qualified name of the module that receives the unit's input.
+        output: The unit's output, in the converted model.
+        residual_sum: The residual add behind the unit at which the target is taken, in the converted model, or None.
+        target: The target, in the reference: the value at the output or at the residual add; behind the activation that
+            follows, if that was dropped.
+        kernel: The kernel that the plan names, or None.
+        acts: Dropped activations outside of the unit that it compensates for: calls, as in the plan's sites.
     """
 
     elements: tuple[Element, ...]
     convs: tuple[str, ...]
-    head: str
-    end: ValueLocation
-    far: ValueLocation | None
+    first_module: str
+    output: ValueLocation
+    residual_sum: ValueLocation | None
     target: ValueLocation
     kernel: Kernel | None
-    acts: tuple[Act, ...] = ()
+    acts: tuple[ActivationCall, ...] = ()
 
     @property
-    def adders(self) -> set[str]:
-        """Qualified names of the modules in whose forwards its sums and its end are counted."""
-        return {spot.owner for spot in (self.end, self.far) if spot is not None} | set(_adders(self.elements))
+    def sum_owners(self) -> set[str]:
+        """Qualified names of the modules whose forwards compute its sums and its output."""
+        locations = {location.owner for location in (self.output, self.residual_sum) if location is not None}
+        return locations | set(_sum_owners(self.elements))
 
 
 class FitTasks:
@@ -55,18 +57,18 @@ class FitTasks:
 
     Args:
         model: Converted by ``plan``, not merged.
-        reference: As it was before.
-        plan: What was done.
-        default: The kernel of units of which the plan names none; None to fit their last convolution alone.
-        example_inputs: What both are called with; only structure and shapes are used.
-        downstream: Whether to take in whatever comes after the first of them, too, to be fitted in factors form.
+        reference: The model before it was converted.
+        plan: The plan of the conversion.
+        default: The kernel of units for which the plan names none; None to fit their last convolution alone.
+        example_inputs: Inputs of both models; only structure and shapes are used.
+        downstream: Whether to fit everything behind the first unit too, in factors form.
 
     Attributes:
-        found: In order of execution.
-        flags: By which the model goes another way inside of its linear runs, see :class:`nmconv.finding.LinearRun`.
+        tasks: The fits, in order of execution.
+        flags: Attributes that control the flow inside of linear runs, see :class:`nmconv.finding.LinearRun`.
 
     Raises:
-        FitError: If the plan names kernels for convolutions that do not follow one another.
+        FitError: If the plan names a kernel for convolutions that do not follow one another.
     """
 
     def __init__(
@@ -80,204 +82,124 @@ class FitTasks:
         downstream: bool = False,
     ) -> None:
         self._model = model
-        self._examples = example_inputs
-        self._here, self._there = DefUse(model, example_inputs), DefUse(reference, example_inputs)
-        self._dropped = {_act_of(site) for site in plan.sites if _is_gone(site)}
-        self._sums = MissingAdditions(branch.sum for branch in plan.branches)
-        self._run_of = {
-            conv: number
-            for number, run in enumerate(linear_runs(reference, example_inputs=example_inputs, sizes=False))
-            for conv in _convs(run.elements)
+        self._example_inputs = example_inputs
+        self._model_uses, self._reference_uses = DefUse(model, example_inputs), DefUse(reference, example_inputs)
+        self._dropped = {_call_of(site) for site in plan.sites if _is_dropped(site)}
+        self._additions = MissingAdditions(branch.sum for branch in plan.branches)
+        reference_runs = linear_runs(reference, example_inputs=example_inputs, sizes=False)
+        self._reference_run = {
+            conv: index for index, run in enumerate(reference_runs) for conv in convs_of(run.elements)
         }
         self._runs = linear_runs(model, example_inputs=example_inputs, sizes=False)
         self.flags = tuple(dict.fromkeys(flag for run in self._runs for flag in run.flags))
-        self.found = tuple(self._find(plan, default, downstream))
+        self.tasks = tuple(self._find(plan, default, downstream))
 
-    def renewed(self, units: Iterable[FitTask], gone: Sequence[Sum]) -> list[FitTask]:
-        """The same units after sums of the model are gone: those behind them in the same forward have other numbers."""
-        units, before = list(units), self._sums
-        self._sums = before.without(gone)
-        changed = {one.owner for one in gone}
-        if not any(changed & unit.adders for unit in units):
-            return units
-        in_reference = [before.in_reference(unit.elements) for unit in units]
-        self._here = DefUse(self._model, self._examples)
+    def renumbered(self, tasks: Iterable[FitTask], removed: Sequence[Sum]) -> list[FitTask]:
+        """Return the same tasks after additions were removed from the model, which shifts the numbers behind them."""
+        tasks, before = list(tasks), self._additions
+        self._additions = before.without(removed)
+        changed = {addition.owner for addition in removed}
+        if not any(changed & task.sum_owners for task in tasks):
+            return tasks
+        in_reference = [before.in_reference(task.elements) for task in tasks]
+        self._model_uses = DefUse(self._model, self._example_inputs)
         return [
-            replace(self._unit(elements, unit.kernel), acts=unit.acts)
-            for elements, unit in zip(in_reference, units, strict=True)
+            replace(self._task(elements, task.kernel), acts=task.acts)
+            for elements, task in zip(in_reference, tasks, strict=True)
         ]
 
     def _find(self, plan: Plan, default: Kernel | None, downstream: bool) -> list[FitTask]:
-        there, dropped = self._there, self._dropped
         kernels = {kernel.convs: kernel for kernel in plan.kernels}
-        found: list[FitTask] = []
+        tasks: list[FitTask] = []
         for run in self._runs:
-            for part, kernel in _parts(self._sums.in_reference(run.elements), kernels, there):
-                unit = self._unit(part, kernel)
+            elements = self._additions.in_reference(run.elements)
+            for piece, kernel in pieces_of(elements, kernels, self._reference_uses):
+                task = self._task(piece, kernel)
                 if kernel is not None:
-                    found.append(unit)
+                    tasks.append(task)
                     continue
-                # What stands before it may have lost its activation where no unit could make up for that.
-                read = {there.read_by(step) for step in steps_of(part) if step.kind == "conv" and ":" not in step.name}
-                lost = (dropped & read) - {act for other in found for act in other.acts}
-                lost |= dropped & set(_acts_inside(part, there))
-                if unit.acts or lost or len({self._run_of.get(conv) for conv in unit.convs}) > 1:
-                    unit = self._unit(part if default else _opened(part), default)
-                    found.append(replace(unit, acts=(*unit.acts, *lost)))
-                elif downstream and found:
-                    found += [self._unit(piece, None) for piece, _ in _parts(_opened(part), {}, there)]
-        missing = set(kernels) - {unit.convs for unit in found}
+                lost = self._lost_in(piece) - {act for earlier in tasks for act in earlier.acts}
+                lost |= self._dropped & set(_acts_inside(piece, self._reference_uses))
+                crosses_runs = len({self._reference_run.get(conv) for conv in task.convs}) > 1
+                if task.acts or lost or crosses_runs:
+                    task = self._task(piece if default else without_last_sum(piece), default)
+                    tasks.append(replace(task, acts=(*task.acts, *lost)))
+                elif downstream and tasks:
+                    rest = pieces_of(without_last_sum(piece), {}, self._reference_uses)
+                    tasks += [self._task(part, None) for part, _ in rest]
+        missing = set(kernels) - {task.convs for task in tasks}
         if missing:
             names = ", ".join(min(missing))
             raise FitError(f"the plan names a kernel for {names}, which are not one linear run here, nor a part of one")
-        return found
+        return tasks
 
-    def _unit(self, elements: tuple[Element, ...], kernel: Kernel | None) -> FitTask:
-        """The fit of some elements, their sums numbered as in the reference."""
-        here, there = self._here, self._there
-        own = self._sums.in_model(elements)
+    def _lost_in(self, elements: tuple[Element, ...]) -> set[ActivationCall]:
+        """Return the dropped activations whose results the elements' convolutions read in the reference."""
+        convs = (step for step in steps_of(elements) if step.kind == "conv" and ":" not in step.name)
+        read = {self._reference_uses.read_by(conv) for conv in convs}
+        return {act for act in read if act is not None and act in self._dropped}
+
+    def _task(self, elements: tuple[Element, ...], kernel: Kernel | None) -> FitTask:
+        """Return the fit of some elements, whose sums are numbered as in the reference."""
+        model_uses, reference_uses = self._model_uses, self._reference_uses
+        model_elements = self._additions.in_model(elements)
+        last = model_elements[-1]
         try:
-            end, target = here.spot(own[-1]), there.spot(elements[-1])
-            sums = [hop.spot for hop in here.after(own[-1]) if hop.kind == "sum"]
-            hops = there.after(elements[-1])
+            output, target = model_uses.spot(last), reference_uses.spot(elements[-1])
+            sums = [use.spot for use in model_uses.after(last) if use.kind == "sum"]
+            uses = reference_uses.after(elements[-1])
         except KeyError as error:
             raise FitError(
                 f"the reference makes no call {error.args[0]} that this model makes: give the model that was converted "
                 "as it was before that"
             ) from error
-        far: ValueLocation | None = None
-        acts: tuple[Act, ...] = ()
-        for hop in hops:
-            if hop.kind == "sum":
+        residual_sum: ValueLocation | None = None
+        acts: tuple[ActivationCall, ...] = ()
+        for use in uses:
+            if use.kind == "sum":
                 if not sums:
                     break
-                far, target = sums.pop(0), hop.spot
+                residual_sum, target = sums.pop(0), use.spot
             else:
-                if hop.act is not None and hop.act in self._dropped:
-                    target, acts = hop.spot, (hop.act,)
+                if use.act is not None and use.act in self._dropped:
+                    target, acts = use.spot, (use.act,)
                 break
-        head = next(step.name for step in steps_of(own))
-        return FitTask(own, _convs(own), head, end, far, target, kernel, acts)
+        first = next(step.name for step in steps_of(model_elements))
+        return FitTask(model_elements, convs_of(model_elements), first, output, residual_sum, target, kernel, acts)
 
 
-def _adders(elements: Iterable[Element]) -> Iterator[str]:
-    for element in elements:
-        if isinstance(element, Join):
-            yield element.owner
-            for branch in element.branches:
-                yield from _adders(branch)
-
-
-def _acts_inside(elements: tuple[Element, ...], there: DefUse) -> Iterator[Act]:
-    """The reference's activations right behind an element that is not the last."""
-    for element in elements[:-1]:
-        if element.quiet:
-            continue
-        with suppress(KeyError):  # a call that only the converted model makes
-            yield from (hop.act for hop in there.after(element) if hop.act is not None)
-
-
-def left_out(plan: Plan, units: Iterable[FitTask]) -> Iterator[Site]:
-    """Dropped activations that no unit makes up for."""
-    units = tuple(units)
-    convs = {conv for unit in units for conv in unit.convs}
-    acts = {act for unit in units for act in unit.acts}
+def lost_sites(plan: Plan, tasks: Iterable[FitTask]) -> Iterator[Site]:
+    """Yield the dropped activations that no task compensates for."""
+    tasks = tuple(tasks)
+    convs = {conv for task in tasks for conv in task.convs}
+    acts = {act for task in tasks for act in task.acts}
     for site in plan.sites:
-        is_lost = site.action == "drop" and site.modes != "train" and _act_of(site) not in acts
+        is_lost = site.action == "drop" and site.modes != "train" and _call_of(site) not in acts
         if is_lost and site.convs and convs.isdisjoint(site.convs):
             yield site
 
 
-def _is_gone(site: Site) -> bool:
-    """Whether the call is not made any more where the reference makes it."""
+def _sum_owners(elements: Iterable[Element]) -> Iterator[str]:
+    for element in elements:
+        if isinstance(element, Join):
+            yield element.owner
+            for branch in element.branches:
+                yield from _sum_owners(branch)
+
+
+def _acts_inside(elements: tuple[Element, ...], reference_uses: DefUse) -> Iterator[ActivationCall]:
+    """Yield the reference's activations directly behind an element that is not the last."""
+    for element in elements[:-1]:
+        if element.quiet:
+            continue
+        with suppress(KeyError):  # only the converted model makes this call
+            yield from (use.act for use in reference_uses.after(element) if use.act is not None)
+
+
+def _is_dropped(site: Site) -> bool:
+    """Return whether the call is no longer made where the reference makes it."""
     return site.action in ("drop", "move", "gone") and site.modes != "train"
 
 
-def _act_of(site: Site) -> Act:
+def _call_of(site: Site) -> ActivationCall:
     return (site.owner, site.name, site.function), site.call
-
-
-def _convs(elements: Iterable[Element]) -> tuple[str, ...]:
-    return tuple(step.name for step in steps_of(elements) if step.kind == "conv")
-
-
-def _parts(
-    elements: tuple[Element, ...], kernels: Mapping[tuple[str, ...], Kernel], there: DefUse
-) -> Iterator[tuple[tuple[Element, ...], Kernel | None]]:
-    """The run cut where named kernels begin and end, and where the reference has no activation either.
-
-    The more places there are where the reference tells what is wanted, the less there is to make up for at each.
-    """
-    blocks = list(_blocks(elements))
-    rest: list[Element] = []
-    at = 0
-    while at < len(blocks):
-        names: tuple[str, ...] = ()
-        for end in range(at, len(blocks)):
-            names += _convs(blocks[end])
-            if names in kernels:
-                yield from _part(rest, None)
-                rest = []
-                yield from _part([element for block in blocks[at : end + 1] for element in block], kernels[names])
-                at = end + 1
-                break
-        else:
-            inside = list(_branches_named(blocks[at], kernels))
-            if inside:
-                yield from _part(rest, None)
-                rest = []
-                for branch in inside:
-                    yield from _parts(branch, kernels, there)
-            else:
-                rest += blocks[at]
-                if not _is_before_activation(rest, there):
-                    yield from _part(rest, None)
-                    rest = []
-            at += 1
-    yield from _part(rest, None)
-
-
-def _branches_named(block: list[Element], kernels: Mapping[tuple[str, ...], Kernel]) -> Iterator[tuple[Element, ...]]:
-    """The branches of the block's sums, if a kernel is named for a part of one."""
-    branches = [branch for element in block if isinstance(element, Join) for branch in element.branches]
-    if any(set(names) <= set(_convs(branch)) for names in kernels for branch in branches):
-        yield from branches
-
-
-def _is_before_activation(elements: list[Element], there: DefUse) -> bool:
-    """Whether the reference has an activation in or behind the last of the elements' blocks, sums passed over."""
-    *_, block = _blocks(tuple(elements))
-    parts = [element for element in block if not element.quiet]
-    try:
-        return any(hop.kind == "act" for element in parts for hop in there.after(element))
-    except KeyError:
-        return True
-
-
-def _blocks(elements: tuple[Element, ...]) -> Iterator[list[Element]]:
-    """Each convolution or sum with the norms and so on behind it."""
-    block: list[Element] = []
-    for element in elements:
-        if _convs([element]) and _convs(block):
-            yield block
-            block = []
-        block.append(element)
-    yield block
-
-
-def _part(elements: list[Element], kernel: Kernel | None) -> Iterator[tuple[tuple[Element, ...], Kernel | None]]:
-    while elements and not _convs(elements[:1]):  # what comes before the first convolution stays as it is
-        elements = elements[1:]
-    kept = tuple(without_end(elements))
-    if kept:
-        yield kept, kernel
-
-
-def _opened(elements: tuple[Element, ...]) -> tuple[Element, ...]:
-    """Without a sum at the end of which only one branch has convolutions: that branch ends the run, the sum follows."""
-    while isinstance(elements[-1], Join):
-        full = [branch for branch in elements[-1].branches if _convs(branch)]
-        if len(full) != 1:
-            return elements
-        elements = tuple(without_end((*elements[:-1], *full[0])))
-    return elements

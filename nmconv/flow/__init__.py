@@ -1,10 +1,16 @@
-"""What a recording means: every call classified, every value's readers, gates, sums and dominators."""
+"""The flow graph of a recording: every call classified, every value with its readers, gates, sums and dominators."""
 
 from nmconv.flow.aliasing import must_copy, sums_must_copy
-from nmconv.flow.argument_specs import arguments_from, takes_by_forward, takes_of
-from nmconv.flow.arguments import ATOMS, Arguments, UnknownNumber, containers, map_given
-from nmconv.flow.call_inputs import signature_of
-from nmconv.flow.cropping import crop_of_module
+from nmconv.flow.arguments import (
+    ATOMS,
+    Arguments,
+    UnknownNumber,
+    arguments_from,
+    containers,
+    map_given,
+    takes_by_forward,
+    takes_of,
+)
 from nmconv.flow.dominators import Dominators
 from nmconv.flow.expressions import (
     Expression,
@@ -20,7 +26,8 @@ from nmconv.flow.gradual_ops import GRADUAL, held, mixed, mixed_into
 from nmconv.flow.leaves import LEAF, THROUGH, act_kind, hooks_of, is_activation, is_conv, is_sequential, leaf_op
 from nmconv.flow.lowering import lower
 from nmconv.flow.ops import ACT_KINDS, PLAIN_ACTS, SUMS, Op, is_inplace
-from nmconv.flow.recordings import is_leaf, recordings_of
+from nmconv.flow.probed_modules import crop_of_module
+from nmconv.flow.recordings import is_leaf, recordings_of, signature_of
 from nmconv.flow.registry import register, registered_kind, registered_names
 from nmconv.flow.sums import fold_parallel, summands
 from nmconv.flow.zoo import ZOOS, builders, has_plain_weight, is_frozen_norm, is_norm_act, pads_same

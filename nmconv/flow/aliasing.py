@@ -1,4 +1,4 @@
-"""Which activations must leave a copy when they go: where readers would come to share memory that is overwritten."""
+"""Aliasing: which activations cannot become a plain identity, since memory that others read would be overwritten."""
 
 from __future__ import annotations
 
@@ -9,97 +9,104 @@ from nmconv.flow.ops import Op
 
 __all__ = ["must_copy", "sums_must_copy"]
 
-# Their output is not needed for their own gradient, so overwriting it harms nobody.
-_FREE = {Op.CONV, Op.LINEAR, Op.NORM, Op.ADD, Op.SCALE, Op.GATED, Op.POOL, Op.LAYOUT, Op.PASS, Op.DROP}
+# Their backward pass does not need their output, so overwriting it is harmless.
+_OUTPUT_UNUSED_IN_BACKWARD = {
+    *(Op.CONV, Op.LINEAR, Op.NORM, Op.ADD, Op.SCALE, Op.GATED, Op.POOL, Op.LAYOUT, Op.PASS, Op.DROP),
+}
 # Their memory belongs to the caller or to the model.
-_FOREIGN = {Op.INPUT, Op.PARAM}
+_EXTERNAL = {Op.INPUT, Op.PARAM}
 
 
 def must_copy(flow: Flow) -> set[int]:
-    """Indices of out-of-place activations whose identity must copy.
+    """Return the indices of the out-of-place activations that must be replaced by a copy when they are dropped.
 
-    Decided for each alone, as if every other one went too (a dropped activation hands its memory on) and as if every
-    other one stayed (it overwrites, and its gradient needs what it read or made): whatever a plan drops, the answer is
-    safe.
+    Each is decided on its own under two assumptions at once: every other activation is dropped (and passes its memory
+    on), and every other one is kept (and overwrites, and needs its input or output for its gradient). So the answer is
+    safe whatever a plan drops.
     """
-    memory = _Memory(flow)
+    aliases = _AliasGraph(flow)
     return {
         node.index
         for node in flow.nodes
-        if node.op is Op.ACT and not node.inplace and (_not_dense(flow, node.inputs[0]) or memory.hazard(node.index))
+        if node.op is Op.ACT
+        and not node.inplace
+        and (_may_be_strided(flow, node.inputs[0]) or aliases.needs_copy(node.index))
     }
 
 
 def sums_must_copy(flow: Flow, kept: Mapping[int, int]) -> set[int]:
-    """Indices of sums in whose place a copy of the operand that stays must be.
+    """Return the indices of the sums that must be replaced by a copy of their remaining operand.
 
     Args:
-        flow: With all nodes of the sums' other operands.
-        kept: From sums to the operands that would take their places.
+        flow: The flow graph, with all nodes of the removed operands.
+        kept: From each sum to the operand that replaces it.
     """
-    memory = _Memory(flow, kept)
-    return {index for index in kept if _not_dense(flow, kept[index]) or memory.hazard(index)}
+    aliases = _AliasGraph(flow, kept)
+    return {index for index in kept if _may_be_strided(flow, kept[index]) or aliases.needs_copy(index)}
 
 
-def _not_dense(flow: Flow, at: int) -> bool:
-    """Whether a value may be a slice or an expansion, of which what is left out made a dense copy."""
-    while flow.nodes[at].inputs and flow.nodes[at].op in (Op.PASS, Op.DROP, Op.ACT):
-        at = flow.nodes[at].inputs[0]
-    return flow.nodes[at].op is Op.LAYOUT or flow.nodes[at].partial
+def _may_be_strided(flow: Flow, index: int) -> bool:
+    """Return whether a value may be a slice or an expanded view, where the removed operation returned a dense copy."""
+    node = flow.nodes[index]
+    while node.inputs and node.op in (Op.PASS, Op.DROP, Op.ACT):
+        node = flow.nodes[node.inputs[0]]
+    return node.op is Op.LAYOUT or node.partial
 
 
-class _Memory:
-    """Of each value: whose memory it may share, and who shares, overwrites or only reads its own."""
+class _AliasGraph:
+    """For each value: which values it may share memory with, and who overwrites or only reads it."""
 
     def __init__(self, flow: Flow, kept: Mapping[int, int] | None = None) -> None:
-        self.nodes = flow.nodes
-        self.shared: list[list[int]] = [[] for _ in flow.nodes]
-        self.sharers: list[list[int]] = [[] for _ in flow.nodes]
-        self.writers: list[list[int]] = [[] for _ in flow.nodes]
-        self.readers: list[list[int]] = [[] for _ in flow.nodes]
+        self._nodes = flow.nodes
+        self._bases: list[list[int]] = [[] for _ in flow.nodes]  # earlier values whose memory it may share
+        self._aliases: list[list[int]] = [[] for _ in flow.nodes]  # later values that may share its memory
+        self._writers: list[list[int]] = [[] for _ in flow.nodes]
+        self._readers: list[list[int]] = [[] for _ in flow.nodes]
         for node in flow.nodes:
-            first, shares = _first(node), node.op is Op.ACT or node.view or node.partial
+            bases, shares = _possible_bases(node), node.op is Op.ACT or node.view or node.partial
             if kept and node.index in kept:
-                first, shares = [kept[node.index]], True
+                bases, shares = [kept[node.index]], True
             for source in {*node.inputs, *node.sides}:
-                if shares and source in first:
-                    self.shared[node.index].append(source)
-                    self.sharers[source].append(node.index)
+                if shares and source in bases:
+                    self._bases[node.index].append(source)
+                    self._aliases[source].append(node.index)
                 else:
-                    self.readers[source].append(node.index)
-                if node.inplace and source in first:
-                    self.writers[source].append(node.index)
+                    self._readers[source].append(node.index)
+                if node.inplace and source in bases:
+                    self._writers[source].append(node.index)
 
-    def hazard(self, act: int) -> bool:
-        """Whether it matters that what a node gives (below) be other memory than what it reads (above)."""
-        below = _closure({act}, self.sharers)
-        above = _closure(_closure({act}, self.shared), self.sharers) - below
-        if self._overwritten(above, act):
-            return True  # the output is there to be read, or kept for a gradient
-        if self._overwritten(below, act) and (any(self.readers[at] for at in above) or self._ops(above) - _FREE):
-            return True
-        return self._returned(below) and (self._returned(above) or bool(self._ops(above) & _FOREIGN))
+    def needs_copy(self, index: int) -> bool:
+        """Return whether the results depend on the node's output not sharing memory with its input."""
+        output = _reachable({index}, self._aliases)
+        source = _reachable(_reachable({index}, self._bases), self._aliases) - output
+        if self._overwritten_after(source, index):
+            return True  # the output is read later, or kept for a gradient
+        if self._overwritten_after(output, index):
+            read = any(self._readers[value] for value in source)
+            if read or self._ops(source) - _OUTPUT_UNUSED_IN_BACKWARD:
+                return True
+        return self._returned(output) and (self._returned(source) or bool(self._ops(source) & _EXTERNAL))
 
-    def _overwritten(self, values: set[int], act: int) -> bool:
-        return any(writer > act for at in values for writer in self.writers[at])
+    def _overwritten_after(self, values: set[int], index: int) -> bool:
+        return any(writer > index for value in values for writer in self._writers[value])
 
     def _returned(self, values: set[int]) -> bool:
-        return Op.OUTPUT in self._ops(reader for at in values for reader in self.readers[at])
+        return Op.OUTPUT in self._ops(reader for value in values for reader in self._readers[value])
 
     def _ops(self, values: Iterable[int]) -> set[Op]:
-        return {self.nodes[at].op for at in values}
+        return {self._nodes[value].op for value in values}
 
 
-def _first(node: FlowNode) -> list[int]:
-    """What may be the first operand: any, where gates were sorted from the main path."""
+def _possible_bases(node: FlowNode) -> list[int]:
+    """Return the values that may be the call's first operand; gate resolution has lost the order of a product's."""
     return [*node.inputs, *node.sides] if node.op is Op.GATED else node.inputs[:1]
 
 
-def _closure(start: set[int], step: list[list[int]]) -> set[int]:
-    found, todo = set(start), list(start)
+def _reachable(start: set[int], edges: list[list[int]]) -> set[int]:
+    reached, todo = set(start), list(start)
     while todo:
-        for other in step[todo.pop()]:
-            if other not in found:
-                found.add(other)
+        for other in edges[todo.pop()]:
+            if other not in reached:
+                reached.add(other)
                 todo.append(other)
-    return found
+    return reached

@@ -1,4 +1,4 @@
-"""Activations that a forward works out by hand, such as ``x * torch.sigmoid(x)``: expressions in one value."""
+"""Activations written out as expressions in one value, such as ``x * torch.sigmoid(x)``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from nmconv.flow.handwritten import is_plain
-from nmconv.flow.ops import AFFINE, BENDING, is_inplace
+from nmconv.flow.ops import AFFINE, NONLINEAR, is_inplace
+from nmconv.flow.probed_modules import is_plain
 from nmconv.recording import Fact, Read, Recording
 
 __all__ = [
@@ -26,18 +26,18 @@ __all__ = [
     "operation_of_module",
 ]
 
-EXPRESSION = "expression"  # what is called so is none of the known kinds
+EXPRESSION = "expression"  # the kind of an expression that equals no known activation
 
 
 @dataclass(frozen=True, eq=False)
 class Expression:
-    """One activation.
+    """One activation that is written out.
 
     Attributes:
-        kind: The function that does the same, or :data:`EXPRESSION`.
-        base: What it is an expression in.
-        inner: The calls on the way; nobody else reads what they give.
-        overwrites: Whether its result is written to the memory of what it is an expression in.
+        kind: The known function that it equals, or :data:`EXPRESSION`.
+        base: The value that it is an expression in.
+        inner: The calls between that value and the result; nothing else reads what they return.
+        overwrites: Whether the result is written to the memory of ``base``.
     """
 
     kind: str
@@ -48,30 +48,30 @@ class Expression:
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """What is done to each element of one or several values.
+    """An elementwise operation on one or several values.
 
     Attributes:
-        label: What it is called.
-        place: Where; an expression lies in one place.
+        label: The name of the function.
+        scope: The frame, method and context of the call; all operations of an expression have the same.
         reads: The values.
-        function: What does it to tensors.
-        arguments: What that is given, with nodes in the place of tensors.
+        function: The function itself.
+        arguments: Its positional and keyword arguments, with nodes in place of tensors.
         inplace: Whether it overwrites the first value.
     """
 
     label: str
-    place: Hashable
+    scope: Hashable
     reads: tuple[Read, ...]
     function: Callable[..., Any]
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     inplace: bool
 
 
-# What an expression may end in: calls on two values, of which one is bent.
+# The calls that may end an expression: they combine two values.
 _JOINS = frozenset(("mul", "mul_", "multiply", "div", "div_", "divide", "maximum", "minimum"))
-_SCALES = frozenset(("mul", "mul_", "div", "div_"))
-# And what it may consist of: "clone" and "contiguous" may share memory with what they are given.
-_INNER = (AFFINE | BENDING | _JOINS | {"rdiv"}) - {"clone", "contiguous"}
+_SCALINGS = frozenset(("mul", "mul_", "div", "div_"))
+# The calls inside an expression. "clone" and "contiguous" may share memory with their operand.
+_INNER = (AFFINE | NONLINEAR | _JOINS | {"rdiv"}) - {"clone", "contiguous"}
 _KINDS: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
     ("silu", F.silu),
     ("hardswish", F.hardswish),
@@ -79,7 +79,7 @@ _KINDS: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
     ("gelu", F.gelu),
     ("gelu", lambda x: F.gelu(x, approximate="tanh")),
 )
-# Modules without parameters, as they are when made without arguments.
+# Parameterless modules with default settings, by what a recording stores as a module's settings.
 _MODULES: dict[tuple[str, ...], tuple[str, Callable[..., Any]]] = {
     (cls.__module__, cls.__qualname__, cls().extra_repr()): (function.__name__, function)
     for cls, function in (
@@ -92,98 +92,101 @@ _MODULES: dict[tuple[str, ...], tuple[str, Callable[..., Any]]] = {
         (nn.Softsign, F.softsign),
     )
 }
-_INPLACE = "inplace=True"  # what modules say that are
+_INPLACE = "inplace=True"  # the ``repr`` of their in-place variants
 
 
 def expressions_of(recording: Recording) -> dict[Node, Expression]:
-    """From the last calls of expressions in a recording to these."""
-    kept = {node for node, _ in recording.stored.values()}
-    return expressions_in({node: _operation(node, fact) for node, fact in recording.facts.items()}, kept)
+    """Return the expressions in a recording, by their last calls."""
+    stored = {node for node, _ in recording.stored.values()}
+    return expressions_in({node: _operation(node, fact) for node, fact in recording.facts.items()}, stored)
 
 
-def _operation(node: Node, fact: Fact) -> Operation | None:
-    place = (fact.frame, fact.method, fact.context)
-    if node.op == "call_module":
-        return operation_of_module(node, fact.settings, place, fact.reads)
-    if node.op != "call_function" or not is_elementwise(fact.label, node.args, node.kwargs):
-        return None
-    inplace = is_inplace(node, None, fact.label)
-    target: Any = node.target
-    return Operation(fact.label, place, fact.reads, target, (node.args, node.kwargs), inplace)
+def expressions_in(operations: Mapping[Node, Operation | None], kept: Container[Node] = ()) -> dict[Node, Expression]:
+    """Return the expressions among operations, by their last calls; of nested ones, only the outermost.
+
+    Args:
+        operations: For each node, in the order of execution, its operation; None for nodes that cannot be part of an
+            expression.
+        kept: Nodes that are read by more than their users.
+    """
+    search = _Search(operations, kept)
+    expressions: dict[Node, Expression] = {}
+    covered: set[Node] = set()
+    for node, operation in reversed(list(operations.items())):
+        match = None
+        if operation is not None and operation.label in _JOINS and node not in covered:
+            match = search.ending_in(node, operation)
+        if match is not None:
+            last, expression = match
+            expressions[last] = expression
+            covered |= expression.inner
+    return expressions
 
 
 def is_elementwise(label: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of a function may be a part of an expression."""
+    """Return whether a call of a function may be part of an expression."""
     return label in _INNER and "out" not in kwargs and is_plain((args, tuple(kwargs.values())))
 
 
 def operation_of_module(
-    node: Node, settings: tuple[str, ...], place: Hashable, reads: tuple[Read, ...]
+    node: Node, settings: tuple[str, ...], scope: Hashable, reads: tuple[Read, ...]
 ) -> Operation | None:
-    """The operation of a call of a module, by its class and what its ``repr`` says."""
+    """Return the operation of a call of a module, by its class and its ``repr``; None for unknown modules."""
     inplace = settings[-1:] == (_INPLACE,)
-    found = _MODULES.get((*settings[:2], "") if inplace else settings)
-    if found is None:
+    known = _MODULES.get((*settings[:2], "") if inplace else settings)
+    if known is None:
         return None
-    return Operation(found[0], place, reads, found[1], (node.args, {}), inplace)
+    label, function = known
+    return Operation(label, scope, reads, function, (node.args, {}), inplace)
 
 
-def expressions_in(operations: Mapping[Node, Operation | None], kept: Container[Node] = ()) -> dict[Node, Expression]:
-    """From the last calls of expressions to these; where one lies within another, only the outer one counts.
-
-    Args:
-        operations: Of each node in the order of execution; None for what is no part of an expression.
-        kept: Nodes that somebody reads besides their users.
-    """
-    search = _Search(operations, kept)
-    found: dict[Node, Expression] = {}
-    taken: set[Node] = set()
-    for node, operation in reversed(list(operations.items())):
-        met = None
-        if operation is not None and operation.label in _JOINS and node not in taken:
-            met = search.ending_in(node, operation)
-        if met is not None:
-            found[met[0]] = met[1]
-            taken |= met[1].inner
-    return found
+def _operation(node: Node, fact: Fact) -> Operation | None:
+    scope = (fact.frame, fact.method, fact.context)
+    if node.op == "call_module":
+        return operation_of_module(node, fact.settings, scope, fact.reads)
+    if node.op != "call_function" or not is_elementwise(fact.label, node.args, node.kwargs):
+        return None
+    inplace = is_inplace(node, None, fact.label)
+    target: Any = node.target
+    return Operation(fact.label, scope, fact.reads, target, (node.args, node.kwargs), inplace)
 
 
 class _Search:
-    """Looks for expressions among operations."""
+    """Searches operations for expressions."""
 
     def __init__(self, operations: Mapping[Node, Operation | None], kept: Container[Node]) -> None:
         self._operations = operations
         self._kept = kept
-        self._order = {node: at for at, node in enumerate(operations)}
+        self._order = {node: position for position, node in enumerate(operations)}
 
     def ending_in(self, join: Node, operation: Operation) -> tuple[Node, Expression] | None:
-        """The expression that a call makes, alone or with scalings behind it, and the last call of it."""
-        met = self._inside(join, operation)
-        if met is None:
+        """Return the expression that ends in a call, or in a scaling of its result, and its last call."""
+        body = self._body(join, operation)
+        if body is None:
             return None
-        base, parts = met
+        base, parts = body
+        if not any(part.label in NONLINEAR for part in (operation, *parts.values())):
+            return None
         inner = frozenset(parts)
-        if not any(part.label in BENDING for part in (operation, *parts.values())):
-            return None
         overwrites = operation.inplace and operation.reads[0] == base
         kind = _kind(base, [*parts.items(), (join, operation)])
         if kind == EXPRESSION and not overwrites:
-            behind: dict[Node, Operation] = {join: operation}
-            for node, scaling in self._scalings(join, operation.place):
-                behind[node] = scaling
-                kind = _kind(base, [*parts.items(), *behind.items()])
+            tail: dict[Node, Operation] = {join: operation}
+            for node, scaling in self._scalings(join, operation.scope):
+                tail[node] = scaling
+                kind = _kind(base, [*parts.items(), *tail.items()])
                 if kind != EXPRESSION:
-                    return node, Expression(kind, base, inner | (behind.keys() - {node}), False)
+                    return node, Expression(kind, base, inner | (tail.keys() - {node}), False)
         return join, Expression(kind, base, inner, overwrites)
 
-    def _inside(self, join: Node, operation: Operation) -> tuple[Read, dict[Node, Operation]] | None:
-        """The last value that all the operands are made from, and what is done to it until they are."""
+    def _body(self, join: Node, operation: Operation) -> tuple[Read, dict[Node, Operation]] | None:
+        """Return the last value that all operands are computed from, and the operations in between, in order."""
         parts: dict[Node, Operation] = {}
         todo = set(operation.reads)
         while len(todo) > 1:
-            read = max(todo, key=self._made_at)
+            read = max(todo, key=self._position)
             part = self._operations.get(read[0])
-            if part is None or part.place != operation.place or read[1] is not None or read[0] in self._kept:
+            if part is None or part.scope != operation.scope or read[1] is not None or read[0] in self._kept:
                 return None
             todo.remove(read)
             todo |= set(part.reads)
@@ -192,20 +195,20 @@ class _Search:
             return None
         (base,) = todo
         if any(part.inplace and part.reads[0] == base for part in parts.values()):
-            return None  # nothing has what it was any more
+            return None  # the base's value is lost
         if not all(parts.keys() | {join} >= set(node.users) for node in parts):
             return None
         return base, dict(sorted(parts.items(), key=lambda pair: self._order[pair[0]]))
 
-    def _made_at(self, read: Read) -> int:
+    def _position(self, read: Read) -> int:
         return max(self._order[node] for node in read if node is not None)
 
-    def _scalings(self, node: Node, place: Hashable) -> Iterator[tuple[Node, Operation]]:
-        """Products with numbers right behind a call, while nobody else reads what they are made of."""
+    def _scalings(self, node: Node, scope: Hashable) -> Iterator[tuple[Node, Operation]]:
+        """Yield the products with constants that follow a call, as long as each is the only reader of the last."""
         while len(node.users) == 1 and node not in self._kept:
             (reader,) = node.users
             operation = self._operations.get(reader)
-            if operation is None or operation.label not in _SCALES or operation.place != place:
+            if operation is None or operation.label not in _SCALINGS or operation.scope != scope:
                 return
             if operation.reads != ((node, None),):
                 return
@@ -214,12 +217,14 @@ class _Search:
 
 
 def _kind(base: Read, operations: Iterable[tuple[Node, Operation]]) -> str:
-    """The function that does the same as operations do one after another."""
+    """Return the known function that a sequence of operations equals, by evaluating both on a grid."""
     grid = torch.linspace(-8, 8, 129, dtype=torch.float64, device="cpu")
     values: dict[Node, Any] = {base[0]: grid.clone()}
-    made: Any = None
+    result: Any = None
     with torch.no_grad():
         for node, operation in operations:
             args, kwargs = map_arg(operation.arguments, values.__getitem__)
-            values[node] = made = operation.function(*args, **kwargs)
-        return next((kind for kind, function in _KINDS if torch.allclose(made, function(grid), atol=1e-6)), EXPRESSION)
+            values[node] = result = operation.function(*args, **kwargs)
+        return next(
+            (kind for kind, function in _KINDS if torch.allclose(result, function(grid), atol=1e-6)), EXPRESSION
+        )

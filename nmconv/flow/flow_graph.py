@@ -1,4 +1,4 @@
-"""The flow graph: what a recording says about data, with modules, functions and methods all alike."""
+"""The flow graph: the data flow of a recording, with modules, functions and methods treated alike."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class ModuleCall:
     Attributes:
         module: The module.
         path: Its qualified name, the first it is registered under.
-        parent: The frame it was called from, None for the root's.
-        label: What it is called in the parent: its name relative to the parent's module.
+        parent: The module call it was made from; None for the root's.
+        label: The module's name relative to the parent's module.
         number: Which call of that label in the parent it is, from 1.
-        result: Index of the value it returned, where it returned just one.
-        lines: Of the parent's methods, where the call is made.
+        result: Index of the returned value; None unless it returned exactly one tensor.
+        lines: The lines of the parent's methods where the call is made.
         args: Positional arguments, with a :class:`nmconv.recording.Spec` for each tensor.
-        kwargs: Arguments by name.
+        kwargs: Keyword arguments, likewise.
     """
 
     module: nn.Module
@@ -43,7 +43,7 @@ class ModuleCall:
 
 
 def ancestors(frame: ModuleCall | None) -> Iterator[ModuleCall]:
-    """The frame, and those that it was called from, innermost first."""
+    """Yield the module call and those it was made from, innermost first."""
     while frame is not None:
         yield frame
         frame = frame.parent
@@ -51,7 +51,7 @@ def ancestors(frame: ModuleCall | None) -> Iterator[ModuleCall]:
 
 @dataclass(frozen=True)
 class ActCall:
-    """What identifies one activation call: see :class:`nmconv.Site`, whose attributes these are."""
+    """What identifies one activation call; the attributes are those of :class:`nmconv.Site`."""
 
     frame: ModuleCall
     method: str
@@ -64,31 +64,31 @@ class ActCall:
 
 @dataclass(eq=False)
 class FlowNode:
-    """One value.
+    """One value, and the operation that produces it.
 
     Attributes:
         index: Position in the order of execution.
-        op: What makes it.
-        inputs: Indices of the values it is made from, on the main path.
-        sides: Indices of values that only modulate it (gates); filled in by gate resolution.
+        op: The kind of operation.
+        inputs: Indices of its operands on the main path.
+        sides: Indices of operands that only modulate it (gates); filled in by gate resolution.
         origin: The recording's node.
-        name: For a convolution its qualified name, else what describes it.
-        frame: The module call that makes it.
-        module: The module that was called for it, if it was one.
-        method: The method of the frame's module that makes it.
-        lines: Of the methods of the frame's module, where it is made.
-        label: What it is called there: a child's relative name or a function's name.
-        number: Which call of that label it is in the frame, from 1.
+        name: For a convolution its qualified name, otherwise a description.
+        frame: The module call in which it runs.
+        module: The module that is called, if one is.
+        method: The method of the frame's module in which it runs.
+        lines: The lines of the methods of the frame's module where it runs.
+        label: A child's name relative to the frame's module, or a function's name.
+        number: Which call of that label in the frame it is, from 1.
         act: The activation call, for an activation.
         kind: The activation's name.
-        shape: Its shape; None for what is more than one tensor.
+        shape: The value's shape; None for more than one tensor.
         inplace: Whether it overwrites its first input.
-        view: Whether it may share memory with its first input.
-        partial: Whether it is a part of its first input only (a slice).
-        learned: For a PARAM, whether a parameter is in it.
-        exposed: Whether its shape is asked for, or an attribute keeps it.
+        view: Whether the value may share memory with the first input.
+        partial: Whether the value is only a part of the first input (a slice).
+        learned: For a PARAM, whether it depends on a parameter.
+        exposed: Whether the model asks for the value's shape, or keeps it in an attribute.
         members: Names of the convolutions folded into it.
-        why: For an activation, why it is no site; for a product, what could not be known.
+        why: For an activation, why it is no site; for a product, what could not be determined.
     """
 
     index: int
@@ -117,10 +117,16 @@ class FlowNode:
 
 @dataclass(eq=False)
 class Flow:
-    """All values of one recording in order of execution, and who reads whom.
+    """All values of one recording in the order of execution.
 
-    ``readers`` counts main-path readers only and is set by :meth:`link`, once gates are known. ``odd`` has the names of
-    modules of which a child returned something else than one tensor.
+    Attributes:
+        nodes: The values.
+        frames: All calls of modules that are not leaves.
+        recording: The recording.
+        odd: Names of the modules with a child that returned something else than one tensor.
+        readers: For each value, its readers on the main path; set by :meth:`link`, once gates are resolved.
+        main: For each value, whether it is on the main path; set by :meth:`link`.
+        gating: For each value, whether it reaches the main path through a gate; set by :meth:`link`.
     """
 
     nodes: list[FlowNode]
@@ -132,7 +138,7 @@ class Flow:
     gating: list[bool] = field(default_factory=list)
 
     def link(self) -> None:
-        """(Re)compute which nodes are on the main path (reach an output) and their readers there."""
+        """(Re)compute which values are on the main path (reach an output) and their readers there."""
         self.main = [False] * len(self.nodes)
         for node in reversed(self.nodes):
             if node.op is Op.OUTPUT:
@@ -152,11 +158,11 @@ class Flow:
                     self.readers[source].append(node.index)
 
     def single(self, index: int) -> bool:
-        """Whether the value has exactly one reader on the main path."""
+        """Return whether the value has exactly one reader on the main path."""
         return len(self.readers[index]) == 1
 
     def all_readers(self) -> list[list[int]]:
-        """Of each value, who reads it in any way."""
+        """Return the readers of each value, off the main path, too."""
         readers: list[list[int]] = [[] for _ in self.nodes]
         for node in self.nodes:
             for source in {*node.inputs, *node.sides}:

@@ -9,17 +9,18 @@ from nmconv.flow.ops import Op
 
 __all__ = ["resolve_gates"]
 
-_THROUGH = {Op.LAYOUT, Op.PASS, Op.SCALE, Op.PAD, Op.DROP, Op.POOL}
-# These keep a full-sized map full-sized; after anything else a shape may be smaller than it looks.
+# What may lie between a bounded function and the product that it gates.
+_TRANSPARENT = {Op.LAYOUT, Op.PASS, Op.SCALE, Op.PAD, Op.DROP, Op.POOL}
+# These keep a full-sized map full-sized; after anything else, a value may broadcast.
 _KEEPS_EXTENT = {Op.CONV, Op.NORM, Op.ACT, Op.DROP, Op.PASS, Op.PAD, Op.SCALE, Op.POOL, Op.GATED, Op.BOUNDED}
 
 
 def resolve_gates(flow: Flow) -> None:
-    """Turn every product (or sum) with a gate into GATED with the main path as input and the gate at its side.
+    """Turn every gated product or sum into GATED, with the main path as its input and the gate at its side.
 
-    A gate is the bounded operand (sigmoid, softmax, ...), else the one that is broadcast; for a product with neither,
-    the activation that feeds it directly. Shapes are looked at only where the kinds of operation leave it open.
-    Sets the flow's readers.
+    The gate is the bounded operand (sigmoid, softmax, ...), or else the operand that is broadcast. In a product with
+    neither, it is the activation that feeds the product directly. Shapes are consulted only where the operations leave
+    it open. Sets the flow's readers.
     """
     full = [False] * len(flow.nodes)
     for node in flow.nodes:
@@ -35,66 +36,72 @@ def resolve_gates(flow: Flow) -> None:
 
 
 def _resolve(flow: Flow, node: FlowNode, full: list[bool]) -> None:
+    gates = _gates(flow, node, full)
+    if gates:
+        node.op = Op.GATED
+        node.sides = [*node.sides, *gates]
+        node.inputs = [source for source in node.inputs if source not in gates]
+    elif node.op is Op.MUL:
+        _gate_by_activation(flow, node)
+
+
+def _gates(flow: Flow, node: FlowNode, full: list[bool]) -> list[int]:
+    """Return the bounded or broadcast operands of a product or sum, which leave at least one other operand."""
     operands = node.inputs
     bounded = [source for source in operands if _is_bounded(flow, source)]
     if len(bounded) == 1:
-        gates = bounded
-    elif all(full[source] for source in operands):
-        gates = []
-    else:
-        gates = _broadcast(flow, node)
+        return bounded
+    gates: list[int] = []
+    if not all(full[source] for source in operands):
+        gates = _broadcast_operands(flow, node)
         if not gates and len(bounded) == len(operands) and node.op is Op.MUL:
             gates = bounded[1:]
     if not gates:
-        by_hand = [source for source in operands if _is_hard_sigmoid(flow, source)]
-        gates = by_hand if len(by_hand) < len(operands) else []
-    if not gates and node.op is Op.MUL:
-        acting = [source for source in operands if _activation_behind(flow, source) is not None]
-        for source in acting:
-            behind = _activation_behind(flow, source)
-            assert behind is not None
-            flow.nodes[behind].why = "gate: it feeds a product directly"
-        if len(acting) < len(operands) and acting:
-            # the branch stays on the main path; only the activation is the gate
-            node.op = Op.GATED
-            node.inputs = [source for source in operands if source not in acting] + acting
-        else:
-            node.op = Op.OTHER
-        return
-    if gates:
+        hard_sigmoids = [source for source in operands if _is_hard_sigmoid(flow, source)]
+        gates = hard_sigmoids if len(hard_sigmoids) < len(operands) else []
+    return gates
+
+
+def _gate_by_activation(flow: Flow, node: FlowNode) -> None:
+    """Let the activations that feed a product directly be its gates; their branches stay on the main path."""
+    activated = []
+    for source in node.inputs:
+        *_, producer = _path_up(flow, source, {Op.LAYOUT, Op.PASS, Op.DROP})
+        if producer.op is Op.ACT:
+            producer.why = "gate: it feeds a product directly"
+            activated.append(source)
+    if activated and len(activated) < len(node.inputs):
         node.op = Op.GATED
-        node.inputs = [source for source in operands if source not in gates]
-        node.sides = [*node.sides, *gates]
+        node.inputs = [source for source in node.inputs if source not in activated] + activated
+    else:
+        node.op = Op.OTHER
 
 
 def _is_bounded(flow: Flow, index: int) -> bool:
-    node = flow.nodes[index]
-    while node.op in _THROUGH and len(node.inputs) == 1:
-        node = flow.nodes[node.inputs[0]]
-    return node.op is Op.BOUNDED
+    *_, producer = _path_up(flow, index, _TRANSPARENT)
+    return producer.op is Op.BOUNDED
 
 
 def _is_hard_sigmoid(flow: Flow, index: int) -> bool:
-    """Whether the value is a scaled ReLU6: a hard sigmoid written by hand, bounded though made of an activation."""
-    node, scaled = flow.nodes[index], False
-    while node.op in _THROUGH and len(node.inputs) == 1:
-        scaled |= node.op is Op.SCALE
-        node = flow.nodes[node.inputs[0]]
-    return scaled and node.op is Op.ACT and node.kind == "ReLU6"
+    """Return whether the value is a scaled ReLU6: a handwritten hard sigmoid, bounded though made of an activation."""
+    *passed, producer = _path_up(flow, index, _TRANSPARENT)
+    scaled = any(node.op is Op.SCALE for node in passed)
+    return scaled and producer.op is Op.ACT and producer.kind == "ReLU6"
 
 
-def _activation_behind(flow: Flow, index: int) -> int | None:
-    node = flow.nodes[index]
-    while node.op in (Op.LAYOUT, Op.PASS, Op.DROP) and len(node.inputs) == 1:
-        node = flow.nodes[node.inputs[0]]
-    return node.index if node.op is Op.ACT else None
+def _path_up(flow: Flow, index: int, through: set[Op]) -> list[FlowNode]:
+    """Return the value and its producers, up to the first that is none of ``through`` or has several inputs."""
+    path = [flow.nodes[index]]
+    while path[-1].op in through and len(path[-1].inputs) == 1:
+        path.append(flow.nodes[path[-1].inputs[0]])
+    return path
 
 
-def _broadcast(flow: Flow, node: FlowNode) -> list[int]:
-    """The operands with fewer elements than the result."""
+def _broadcast_operands(flow: Flow, node: FlowNode) -> list[int]:
+    """Return the operands with fewer elements than the result; none if that is all of them."""
     if node.shape is None:
         return []
     shapes = {source: flow.nodes[source].shape for source in node.inputs}
-    result = prod(node.shape)
-    gates = [source for source, shape in shapes.items() if shape is not None and prod(shape) < result]
-    return gates if len(gates) < len(shapes) else []
+    size = prod(node.shape)
+    smaller = [source for source, shape in shapes.items() if shape is not None and prod(shape) < size]
+    return smaller if len(smaller) < len(shapes) else []

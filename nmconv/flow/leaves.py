@@ -1,4 +1,4 @@
-"""What one module is: a leaf of a known kind, or something to look into."""
+"""What one module is: a leaf of a known kind, or a module whose inner calls are analyzed."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ from typing import Any
 from torch import nn
 
 from nmconv.flow import zoo
-from nmconv.flow.cropping import is_crop
 from nmconv.flow.gradual_ops import GRADUAL
-from nmconv.flow.handwritten import is_handwritten_activation
-from nmconv.flow.ops import ACT_MODULES, MODULES, Op, is_torchs
+from nmconv.flow.ops import ACT_MODULES, MODULES, Op, has_torch_forward
+from nmconv.flow.probed_modules import is_crop, is_handwritten_activation
 from nmconv.flow.registry import registered_op
 
 __all__ = ["LEAF", "THROUGH", "act_kind", "hooks_of", "is_activation", "is_conv", "is_sequential", "leaf_op", "slot_of"]
 
-# Marks of our own: on a class or an object that is one convolution whatever its forward; on one to be looked into.
+# Attributes that nmconv sets: on a class or module that is one convolution whatever its forward, and on a module that
+# passes its input on.
 LEAF = "_nmconv_leaf"
 THROUGH = zoo.THROUGH
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 def leaf_op(module: nn.Module) -> Op | None:
-    """The module's kind, or None if it is to be looked into.
+    """Return the module's kind, or None if it is no leaf.
 
-    A subclass that brings a forward of its own is looked into like any module (it may do more than its base), unless
-    timm or torchvision wrote it and it is known, or it is an activation written by hand. What is registered is known:
-    with :func:`nmconv.register` as what that says, with timm's ``register_notrace_module`` as a leaf.
+    A subclass with its own forward is no leaf, since it may do more than its base, unless it is known from timm or
+    torchvision or is a handwritten activation. Registered classes are leaves: those of :func:`nmconv.register` of the
+    registered kind, those of timm's ``register_notrace_module`` of no particular kind.
     """
     cls = type(module)
     if THROUGH in module.__dict__:
@@ -36,7 +38,7 @@ def leaf_op(module: nn.Module) -> Op | None:
     if known is not None:
         return known
     op = next((op for base in cls.__mro__ if (op := MODULES.get(base)) is not None), None)
-    if op is not None and (is_torchs(cls) or getattr(cls, LEAF, False) or LEAF in module.__dict__):
+    if op is not None and (has_torch_forward(cls) or getattr(cls, LEAF, False) or LEAF in module.__dict__):
         return op if "forward" not in module.__dict__ else None
     if op in (None, Op.ACT) and is_handwritten_activation(module):
         return Op.ACT
@@ -46,40 +48,42 @@ def leaf_op(module: nn.Module) -> Op | None:
         return None
     if zoo.is_opaque(cls):
         return Op.OTHER
-    return Op.OTHER if is_torchs(cls) and cls.__module__.startswith(("torch.nn.", "torch.ao.nn.")) else None
+    return Op.OTHER if has_torch_forward(cls) and cls.__module__.startswith(("torch.nn.", "torch.ao.nn.")) else None
 
 
 def act_kind(module: nn.Module) -> str:
-    """The name of an activation module's kind."""
+    """Return the name of an activation module's kind."""
     known = zoo.act_kind(type(module))
     if known is not None:
         return known
-    if not is_torchs(type(module)):
+    if not has_torch_forward(type(module)):
         return type(module).__name__
     kinds = (kind for base in type(module).__mro__ if (kind := ACT_MODULES.get(base)) is not None)
-    return next(kinds, type(module).__name__)  # one of torch's that is registered
+    return next(kinds, type(module).__name__)  # a registered class of torch's has no known kind
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether the module is one of the activations that nmconv knows."""
+    """Return whether the module is a known activation."""
     return leaf_op(module) is Op.ACT
 
 
 def is_conv(module: nn.Module) -> bool:
-    """Whether the module's class derives from a convolution, whatever its forward, or is registered as one."""
+    """Return whether the module's class derives from a convolution, whatever its forward, or is registered as one."""
     return registered_op(module) is Op.CONV or any(MODULES.get(base) is Op.CONV for base in type(module).__mro__)
 
 
+def is_sequential(module: nn.Module) -> bool:
+    """Return whether the module has nn.Sequential's forward: children in order, each called once, on one value."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
 def hooks_of(module: nn.Module) -> list[Any]:
-    """All hooks on the module itself, of calls and of gradients."""
+    """Return all forward and backward hooks of the module itself."""
     return [hook for kind in _HOOKS for hook in (module.__dict__.get(kind) or {}).values()]
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 def slot_of(owner: nn.Module, child: nn.Module, path: str) -> str:
-    """The child's name inside ``owner``: its slot if it has one, else where it is found below, else ``/path``."""
+    """Return the child's name relative to ``owner``, or ``/path`` if it is no submodule of it."""
     for slot, module in owner._modules.items():
         if module is child:
             return slot
@@ -87,8 +91,3 @@ def slot_of(owner: nn.Module, child: nn.Module, path: str) -> str:
         if module is child and name:
             return name
     return f"/{path}"
-
-
-def is_sequential(module: nn.Module) -> bool:
-    """Whether the module's forward is nn.Sequential's: children called in order, each once, on one value."""
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward

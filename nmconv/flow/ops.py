@@ -1,4 +1,4 @@
-"""What torch's modules, functions and tensor methods mean to the analysis: one table of each."""
+"""The kinds of operation, and tables of torch's modules, functions and tensor methods by kind."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ __all__ = [
     "ACT_KINDS",
     "ACT_MODULES",
     "AFFINE",
-    "BENDING",
     "CALLS",
-    "INPLACE_ARG",
     "MAKES_NEW",
     "MODULES",
+    "NONLINEAR",
     "PLAIN_ACTS",
     "READS_SHAPE",
     "SUMS",
     "Op",
+    "has_torch_forward",
     "is_inplace",
-    "is_torchs",
 ]
 
-SUMS = ("add", "add_")  # what additions are called in a forward
+SUMS = ("add", "add_")  # labels of additions
 
 
 class Op(Enum):
-    """The kinds of node of a flow graph."""
+    """The kinds of operation in a flow graph."""
 
     INPUT = auto()
     OUTPUT = auto()
@@ -43,12 +42,12 @@ class Op(Enum):
     DROP = auto()  # dropout and drop-path
     PASS = auto()  # identity, clone, casts
     PAD = auto()
-    SCALE = auto()  # times or plus a constant or a per-channel parameter
+    SCALE = auto()  # product or sum with a constant or a per-channel parameter
     LAYOUT = auto()  # view, permute, flatten, ...
     ADD = auto()
     MUL = auto()
     GATED = auto()  # a product (or sum) of the main path and a gate
-    BOUNDED = auto()  # sigmoid, softmax, ...: what gates are made of
+    BOUNDED = auto()  # sigmoid, softmax, ...: typical gates
     POOL = auto()  # keeps a map a map: pooling, resizing, concatenation
     OTHER = auto()
     DEAD = auto()  # folded into another node
@@ -69,15 +68,13 @@ ACT_MODULES: dict[type[nn.Module], str] = {
     nn.Mish: "Mish",
     nn.Softplus: "Softplus",
 }
-_ACT_NAMES = {kind.lower(): kind for kind in ACT_MODULES.values()} | {"leaky_relu": "LeakyReLU"}
-_ACT_NAMES.pop("leakyrelu")
-ACT_KINDS = _ACT_NAMES
-# Functions without settings: a module of the same kind does the same.
+ACT_KINDS = {"leaky_relu" if kind == "LeakyReLU" else kind.lower(): kind for kind in ACT_MODULES.values()}
+# Activations without settings, whose module does exactly what the function does.
 PLAIN_ACTS: dict[str, type[nn.Module]] = {
     kind.__name__: kind for kind in (nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU, nn.Hardswish, nn.Mish)
 }
-# Where ``inplace`` stands among the positional arguments.
-INPLACE_ARG: dict[Callable[..., Any], int] = {
+# The position of ``inplace`` among the arguments.
+_INPLACE_POSITION: dict[Callable[..., Any], int] = {
     F.relu: 1,
     F.relu6: 1,
     F.leaky_relu: 2,
@@ -150,138 +147,48 @@ _METHOD_NAMES: dict[Op, str] = {
     Op.MUL: "mul mul_ multiply div div_",
     Op.BOUNDED: "sigmoid sigmoid_ tanh tanh_ softmax clamp clamp_ clip",
 }
-# What a call is, by the name of its function or method, operators by the name of the method that they stand for.
+# Kinds of call, by the name of the function or method; operators by the name of the method they call.
 CALLS: dict[str, Op] = {
     name: op for table in (_FUNCTION_NAMES, _METHOD_NAMES) for op, names in table.items() for name in names.split()
-} | {form: Op.ACT for name in _ACT_NAMES for form in (name, f"{name}_")}
-# What gives each element's own value times or plus numbers, and what bends it; all differentiable.
-AFFINE = frozenset(["add", "add_", "sub", "sub_", "rsub", "mul", "mul_", "div", "div_", "neg", "clone", "contiguous"])
-BENDING = frozenset(
-    [
-        "sigmoid",
-        "sigmoid_",
-        "tanh",
-        "tanh_",
-        "relu",
-        "relu_",
-        "relu6",
-        "hardtanh",
-        "hardtanh_",
-        "hardsigmoid",
-        "leaky_relu",
-        "leaky_relu_",
-        "elu",
-        "elu_",
-        "selu",
-        "selu_",
-        "celu",
-        "celu_",
-        "gelu",
-        "silu",
-        "hardswish",
-        "mish",
-        "softplus",
-        "softsign",
-        "logsigmoid",
-        "tanhshrink",
-        "clamp",
-        "clamp_",
-        "clamp_min",
-        "clamp_max",
-        "exp",
-        "erf",
-        "erfc",
-        "log",
-        "log1p",
-        "expm1",
-        "sqrt",
-        "rsqrt",
-        "pow",
-        "square",
-        "abs",
-        "atan",
-        "sin",
-        "cos",
-        "reciprocal",
-        "minimum",
-        "maximum",
-    ]
+} | {form: Op.ACT for name in ACT_KINDS for form in (name, f"{name}_")}
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Differentiable elementwise calls: affine in each tensor operand, and nonlinear.
+AFFINE = _names("add add_ sub sub_ rsub mul mul_ div div_ neg clone contiguous")
+NONLINEAR = _names(
+    "sigmoid sigmoid_ tanh tanh_ relu relu_ relu6 hardtanh hardtanh_ hardsigmoid leaky_relu leaky_relu_ elu elu_ selu "
+    "selu_ celu celu_ gelu silu hardswish mish softplus softsign logsigmoid tanhshrink clamp clamp_ clamp_min "
+    "clamp_max exp erf erfc log log1p expm1 sqrt rsqrt pow square abs atan sin cos reciprocal minimum maximum"
 )
-# What is of no kind above and certainly no view of its input.
-MAKES_NEW = frozenset(
-    [
-        "mean",
-        "sum",
-        "amax",
-        "amin",
-        "max",
-        "min",
-        "matmul",
-        "bmm",
-        "einsum",
-        "exp",
-        "log",
-        "sqrt",
-        "rsqrt",
-        "pow",
-        "stack",
-        "where",
-        "norm",
-        "var",
-        "std",
-        "roll",
-        "topk",
-        "cumsum",
-        "neg",
-        "abs",
-        "adaptive_avg_pool2d",
-        "adaptive_max_pool2d",
-        "adaptive_avg_pool1d",
-        "normalize",
-        "grid_sample",
-        "scaled_dot_product_attention",
-        "addcmul",
-        "fold",
-        "linear",
-        "eq",
-        "gt",
-        "lt",
-        "ge",
-        "le",
-        "repeat",
-        "new_tensor",
-    ]
+# Calls of other kinds whose result is never a view of an operand.
+MAKES_NEW = _names(
+    "mean sum amax amin max min matmul bmm einsum exp log sqrt rsqrt pow stack where norm var std roll topk cumsum neg "
+    "abs adaptive_avg_pool2d adaptive_max_pool2d adaptive_avg_pool1d normalize grid_sample "
+    "scaled_dot_product_attention addcmul fold linear eq gt lt ge le repeat new_tensor"
 )
-# What reads only a tensor's shape or type: no flow of data.
-READS_SHAPE = frozenset(
-    [
-        "new_empty",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "zeros_like",
-        "ones_like",
-        "empty_like",
-        "full_like",
-        "rand_like",
-        "randn_like",
-    ]
+# Calls that read only a tensor's shape, dtype or device: no data flow.
+READS_SHAPE = _names(
+    "new_empty new_zeros new_ones new_full zeros_like ones_like empty_like full_like rand_like randn_like"
 )
 
 
 def is_inplace(node: Node, module: nn.Module | None, label: str) -> bool:
-    """Whether a call overwrites its first input; ``label`` is what it is called, see :data:`CALLS`."""
+    """Return whether a call overwrites its first input; ``label`` is its name, as in :data:`CALLS`."""
     if module is not None:
         return getattr(module, "inplace", False) is True
     if node.kwargs.get("inplace") is True or label == "setitem":
         return True
-    position = INPLACE_ARG.get(node.target)  # type: ignore[arg-type]
+    position = _INPLACE_POSITION.get(node.target)  # type: ignore[arg-type]
     if position is not None and len(node.args) > position and node.args[position] is True:
         return True
     return label.endswith("_") and not label.startswith("_")
 
 
-def is_torchs(cls: type[nn.Module]) -> bool:
-    """Whether torch itself wrote the class's forward, and what a convolution's calls."""
+def has_torch_forward(cls: type[nn.Module]) -> bool:
+    """Return whether the class's forward, and a convolution's ``_conv_forward``, are torch's own."""
     methods = (getattr(cls, name, None) for name in ("forward", "_conv_forward"))
     return all((getattr(method, "__module__", None) or "").startswith("torch.") for method in methods if method)

@@ -1,4 +1,4 @@
-"""A model recorded with nmconv's own idea of what a leaf is, and of what it is called with."""
+"""Recording a model: with nmconv's leaves, on example inputs, on a plan's call signature, or on guesses."""
 
 from __future__ import annotations
 
@@ -7,48 +7,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from nmconv.errors import OptionError, PlanError
-from nmconv.flow.call_inputs import inputs_from
 from nmconv.flow.leaves import is_conv, leaf_op
 from nmconv.flow.ops import Op
 from nmconv.flow.zoo import default_input_size, takes_list_of_images
-from nmconv.planning import Signature
+from nmconv.planning import Signature, TensorSpec, to_signature
 from nmconv.recording import Inputs, Recordings, Spec, given_inputs, guessed_inputs, record
 
-__all__ = ["inputs_of", "is_leaf", "recordings_of"]
+__all__ = ["is_leaf", "recordings_of", "signature_of"]
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether a module is one node of a recording."""
+    """Return whether a module is a single node of a recording."""
     return leaf_op(module) is not None
-
-
-def inputs_of(model: nn.Module, example_inputs: Any, call: Signature | None = None) -> list[Inputs]:
-    """What the model is called with: what the user gave, else what a plan says, else guesses to try in turn.
-
-    None without a layer to go by.
-    """
-    if example_inputs is not None:
-        return [given_inputs(example_inputs)]
-    if call is not None:
-        return [inputs_from(model, call)]
-    if takes_list_of_images(model):
-        return [Inputs(([Spec((3, 224, 224), torch.float32)],), {})]
-    return guessed_inputs(model, default_input_size(model), _first_layer(model))
-
-
-def _first_layer(model: nn.Module) -> tuple[int, int] | None:
-    """Channels and spatial axes of the first convolution's input, or of the first linear layer's."""
-    modules = list(model.modules())
-    convs = (module for module in modules if leaf_op(module) is Op.CONV or is_conv(module))
-    linear = (module for module in modules if leaf_op(module) is Op.LINEAR)
-    for layer in (*convs, *linear):
-        sizes = [part.kernel_size for part in layer.modules() if isinstance(part, nn.modules.conv._ConvNd)]
-        channels = getattr(layer, "in_channels", getattr(layer, "in_features", None))
-        if isinstance(channels, int):
-            return channels, len(sizes[0]) if sizes else 0
-    return None
 
 
 def recordings_of(
@@ -63,22 +36,26 @@ def recordings_of(
 ) -> Recordings:
     """Record a model in eval and train mode, at two sizes, and in each context that its code asks for.
 
-    Args:
-        model: Read only. One without a convolution that no guess fits is not recorded: nothing of it could change.
-        example_inputs: What it is called with, or None for a guess.
-        linear: Whether it may be one of linear layers alone.
-        both_sizes: Whether at another size and in the contexts, too.
-        choices: Whether with other truth values and enum members, and at its other entry points, too.
-        methods: Further methods, and example inputs of each.
-        call: What a plan says that it is called with: instead of a guess.
+    A model without convolutions that no guess fits is not recorded, since nothing of it could change.
 
-    Raises: as :func:`nmconv.recording.record` does; a PlanError where it cannot be called as ``call`` says.
+    Args:
+        model: The model; only read.
+        example_inputs: Its inputs; None for a guess.
+        linear: Whether models with linear layers alone count.
+        both_sizes: Whether to record at a second size and in the contexts, too.
+        choices: Whether to record with other truth values and enum members, and at other entry points, too.
+        methods: Further methods to record, each with its example inputs.
+        call: A plan's call signature, used instead of a guess.
+
+    Raises:
+        PlanError: If the model cannot be called with ``call``.
+        OptionError, ModelTypeError, InternalError: As :func:`nmconv.recording.record`.
     """
-    given = {name: given_inputs(value) for name, value in (methods or {}).items()}
+    method_inputs = {name: given_inputs(value) for name, value in (methods or {}).items()}
     first: OptionError | None = None
-    for inputs in inputs_of(model, example_inputs, call):
+    for inputs in _candidate_inputs(model, example_inputs, call):
         try:
-            return record(model, inputs, is_leaf, both_sizes=both_sizes, choices=choices, methods=given)
+            return record(model, inputs, is_leaf, both_sizes=both_sizes, choices=choices, methods=method_inputs)
         except OptionError as error:
             first = first or error
     if first is not None and example_inputs is None and call is not None:
@@ -86,3 +63,67 @@ def recordings_of(
     if first is not None and (linear or example_inputs is not None or any(map(is_conv, model.modules()))):
         raise first
     return Recordings()
+
+
+def signature_of(model: nn.Module, recordings: Recordings) -> Signature | None:
+    """Return the call signature that a model was recorded with; None if there is none that a plan can store."""
+    if not recordings.runs:
+        return None
+    call, model_dtype = recordings.runs[0].call, _dtype_of(model)
+
+    def spec(value: Any) -> Any:
+        if not isinstance(value, Spec):
+            return value
+        dtype = "" if value.dtype == model_dtype else str(value.dtype).removeprefix("torch.")
+        return TensorSpec(tuple(value.shape), dtype)
+
+    return to_signature(*tree_map(spec, (call.args, dict(call.kwargs))))
+
+
+def _candidate_inputs(model: nn.Module, example_inputs: Any, call: Signature | None) -> list[Inputs]:
+    """Return the inputs to try in turn: the user's, else the plan's, else guesses by the model's first layer."""
+    if example_inputs is not None:
+        return [given_inputs(example_inputs)]
+    if call is not None:
+        return [_inputs_from(model, call)]
+    if takes_list_of_images(model):
+        return [Inputs(([Spec((3, 224, 224), torch.float32)],), {})]
+    return guessed_inputs(model, default_input_size(model), _first_layer(model))
+
+
+def _inputs_from(model: nn.Module, signature: Signature) -> Inputs:
+    """Return the inputs that a call signature describes.
+
+    Raises:
+        PlanError: If the signature names a dtype that torch does not have.
+    """
+    model_dtype = _dtype_of(model)
+
+    def spec(value: Any) -> Any:
+        if not isinstance(value, TensorSpec):
+            return value
+        dtype = getattr(torch, value.dtype, None) if value.dtype else model_dtype
+        if not isinstance(dtype, torch.dtype):
+            raise PlanError(f"the plan's call has a tensor of dtype {value.dtype!r}, which torch does not have")
+        return Spec(value.shape, dtype)
+
+    return Inputs(*tree_map(spec, (signature.args, dict(signature.kwargs))))
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the model's first floating-point parameter; plans do not depend on it."""
+    dtypes = (value.dtype for value in model.parameters() if value.dtype.is_floating_point)
+    return next(dtypes, torch.float32)
+
+
+def _first_layer(model: nn.Module) -> tuple[int, int] | None:
+    """Return the channels and spatial axes of the input of the first convolution, or else of the first linear layer."""
+    modules = list(model.modules())
+    convs = (module for module in modules if leaf_op(module) is Op.CONV or is_conv(module))
+    linear = (module for module in modules if leaf_op(module) is Op.LINEAR)
+    for layer in (*convs, *linear):
+        sizes = [part.kernel_size for part in layer.modules() if isinstance(part, nn.modules.conv._ConvNd)]
+        channels = getattr(layer, "in_channels", getattr(layer, "in_features", None))
+        if isinstance(channels, int):
+            return channels, len(sizes[0]) if sizes else 0
+    return None

@@ -1,4 +1,4 @@
-"""Classes of which the user says what they are: for modules that cannot be looked into."""
+"""Classes whose kind the user has registered: for modules that cannot be looked into."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from nmconv.errors import OptionError
 from nmconv.flow import zoo
-from nmconv.flow.ops import MODULES, Op, is_torchs
+from nmconv.flow.ops import MODULES, Op, has_torch_forward
 
 __all__ = ["Registration", "register", "registered_kind", "registered_names", "registered_op"]
 
@@ -22,11 +22,11 @@ _KINDS = {
 }
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _lock = threading.Lock()
-_registered: dict[type[nn.Module], tuple[str, int]] = {}  # the kind, and how often it was said and not taken back
+_registered: dict[type[nn.Module], tuple[str, int]] = {}  # the kind, and the number of active registrations
 
 
 class Registration:
-    """What :func:`register` returns: as a context manager, it takes the registration back at its end."""
+    """A registered class; as a context manager, it withdraws the registration at its end."""
 
     def __init__(self, cls: type[nn.Module]) -> None:
         self._cls: type[nn.Module] | None = cls
@@ -41,31 +41,42 @@ class Registration:
         if cls is None:
             return
         with _lock:
-            name, times = _registered[cls]
-            if times > 1:
-                _registered[cls] = (name, times - 1)
+            name, count = _registered[cls]
+            if count > 1:
+                _registered[cls] = (name, count - 1)
             else:
                 del _registered[cls]
 
 
 def register(cls: type[nn.Module], kind: str) -> Registration:
-    """Say what modules of a class are, for all models and all threads, where nmconv cannot see it.
+    """Declare the kind of all modules of a class, for classes that nmconv cannot look into.
 
-    For autograd functions, compiled code and the like. Each call of such a module is one step, whatever is in it;
-    subclasses count as well, unless they bring a forward of their own.
+    For autograd functions, compiled code and the like. Each call of such a module is one step, whatever happens inside.
+    The registration holds for all models and all threads, and for subclasses that do not override ``forward``.
 
     Args:
         cls: The class.
-        kind: ``"activation"``: elementwise and bent, so that plans may drop it. ``"norm"`` or ``"conv"``: counted as
-            one, and never merged or folded, since its numbers are not known. ``"identity"``: hands on what it gets in
-            eval mode. ``"leaf"``: anything else, not to be looked into.
+        kind: ``"activation"``: elementwise and nonlinear, so that plans may drop it. ``"norm"`` or ``"conv"``: counted
+            as one, and never merged or folded, since its weights are not known. ``"identity"``: returns its input in
+            eval mode. ``"leaf"``: anything else.
 
     Returns:
-        A context manager that takes the registration back at its end. Without ``with`` it stays.
+        A context manager that withdraws the registration at its end. Without ``with``, the registration stays.
 
     Raises:
-        OptionError: If ``cls`` is no class of modules, a container, or known as another kind already, or if ``kind``
-            is none of these.
+        OptionError: If ``cls`` is not a module class, is a container or is already known as another kind, or if
+            ``kind`` is invalid.
+
+    Example:
+        >>> import nmconv
+        >>> from torch import nn
+        >>> class Spike(nn.Module):  # not recognized as an activation, since it has no derivative
+        ...     def forward(self, x):
+        ...         return (x > 0).to(x.dtype)
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), Spike(), nn.Conv2d(8, 8, 3), Spike())
+        >>> with nmconv.register(Spike, "activation"):
+        ...     nmconv.make_plan(model, "2:1").counts.activations_before
+        2
     """
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
         what = f"an object of {type(cls).__name__}" if isinstance(cls, nn.Module) else repr(cls)
@@ -74,35 +85,22 @@ def register(cls: type[nn.Module], kind: str) -> Registration:
         raise OptionError(f"kind is {kind!r}; give one of {', '.join(map(repr, _KINDS))}")
     if cls in _CONTAINERS:
         raise OptionError(f"{cls.__name__} is what other modules are made of: register a class of your own")
-    known = _known(cls)
+    known = _built_in_op(cls)
     if known not in (None, _KINDS[kind]):
         raise OptionError(f"{_name_of(cls)} is known as {known.name.lower()} already: register a class of your own")
     with _lock:
-        before, times = _registered.get(cls, (kind, 0))
+        before, count = _registered.get(cls, (kind, 0))
         if before != kind:
             raise OptionError(
                 f"{_name_of(cls)} is registered as {before!r} already, and cannot be {kind!r} too: leave the context "
                 "of the first registration before"
             )
-        _registered[cls] = (kind, times + 1)
+        _registered[cls] = (kind, count + 1)
     return Registration(cls)
 
 
-def _name_of(cls: type[nn.Module]) -> str:
-    """The class's full name."""
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _known(cls: type[nn.Module]) -> Op | None:
-    """What nmconv knows of a class by itself."""
-    known = zoo.module_op(cls)
-    if known is None and is_torchs(cls):
-        known = next((op for base in cls.__mro__ if (op := MODULES.get(base)) is not None), None)
-    return known
-
-
 def registered_kind(module: nn.Module) -> str:
-    """As what the module's class is registered, or ""."""
+    """Return the registered kind of the module's class, or ""."""
     cls = type(module)
     for base in cls.__mro__ if _registered else ():
         kind, _ = _registered.get(base, ("", 0))
@@ -112,10 +110,22 @@ def registered_kind(module: nn.Module) -> str:
 
 
 def registered_op(module: nn.Module) -> Op | None:
-    """The same as an operation, or None."""
+    """Return the operation of the module's registered kind, or None."""
     return _KINDS.get(registered_kind(module))
 
 
 def registered_names(model: nn.Module) -> tuple[tuple[str, str], ...]:
-    """The full names of all registered classes that are in a model, and as what, sorted."""
+    """Return the qualified names and kinds of all registered classes in a model, sorted."""
     return tuple(sorted({(_name_of(type(part)), kind) for part in model.modules() if (kind := registered_kind(part))}))
+
+
+def _name_of(cls: type[nn.Module]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _built_in_op(cls: type[nn.Module]) -> Op | None:
+    """Return the kind that nmconv knows without registration, or None."""
+    known = zoo.module_op(cls)
+    if known is None and has_torch_forward(cls):
+        known = next((op for base in cls.__mro__ if (op := MODULES.get(base)) is not None), None)
+    return known

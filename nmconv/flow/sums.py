@@ -7,29 +7,20 @@ from nmconv.flow.ops import Op
 
 __all__ = ["fold_parallel", "summands"]
 
-_QUIET = {Op.DROP, Op.PASS}
+_IDENTITIES = {Op.DROP, Op.PASS}
 _LINEAR = {Op.NORM, Op.DROP, Op.PASS, Op.SCALE}
-_BEFORE = {Op.PAD, Op.PASS, Op.DROP}
+_BEFORE_CONV = {Op.PAD, Op.PASS, Op.DROP}
 
 
 def summands(flow: Flow, add: int) -> list[int]:
-    """The operands of a sum, with sums of sums that nobody else reads taken apart."""
-    found = []
-    for operand in flow.nodes[add].inputs:
-        at = operand
-        while flow.nodes[at].op in _QUIET and flow.single(at):
-            at = flow.nodes[at].inputs[0]
-        if flow.nodes[at].op is Op.ADD and flow.single(at):
-            found += summands(flow, at)
-        else:
-            found.append(operand)
-    return found
+    """Return the operands of a sum; an operand that is itself a sum with no other reader is flattened into its own."""
+    return _flatten(flow, add)[0]
 
 
 def fold_parallel(flow: Flow) -> None:
-    """Make one CONV of every sum of two or more single convolutions of the same value (and that value itself).
+    """Turn every sum of two or more single convolutions of one value (and that value itself) into one CONV.
 
-    ``conv(x) + x`` alone is a residual join and stays one. Relinks the flow.
+    ``conv(x) + x`` alone stays a residual join. Relinks the flow.
     """
     for node in reversed(flow.nodes):
         if node.op is Op.ADD and flow.main[node.index]:
@@ -38,45 +29,46 @@ def fold_parallel(flow: Flow) -> None:
 
 
 def _fold(flow: Flow, add: int) -> None:
-    sources, convs, inside = set(), [], []
-    for operand in summands(flow, add):
-        end, passed = _up(flow, operand, _LINEAR)
-        inside += passed
+    operands, folded = _flatten(flow, add)
+    sources, convs = set(), []
+    for operand in operands:
+        end, passed = _path_up(flow, operand, _LINEAR)
+        folded += passed
         if flow.nodes[end].op is Op.CONV and flow.single(end):
             convs.append(end)
-            start, before = _up(flow, flow.nodes[end].inputs[0], _BEFORE)
-            inside += before
-            sources.add(start)
+            source, passed = _path_up(flow, flow.nodes[end].inputs[0], _BEFORE_CONV)
+            folded += passed
+            sources.add(source)
         else:
             sources.add(end)
     if len(convs) < 2 or len(sources) != 1:
         return
     node = flow.nodes[add]
-    folded = [*convs, *inside, *_sums(flow, add)]
     node.op = Op.CONV
-    folded_convs = [flow.nodes[conv] for conv in sorted(convs)]
-    node.members = tuple(name for conv in folded_convs for name in conv.members or (conv.name,))
+    parts = [flow.nodes[conv] for conv in sorted(convs)]
+    node.members = tuple(name for part in parts for name in part.members or (part.name,))
     node.inputs = list(sources)
-    for index in folded:
+    for index in (*folded, *convs):
         flow.nodes[index].op = Op.DEAD
 
 
-def _sums(flow: Flow, add: int) -> list[int]:
-    """The sums and what passes between them that a flattened sum is made of, itself not included."""
-    found = []
+def _flatten(flow: Flow, add: int) -> tuple[list[int], list[int]]:
+    """Return the operands of a flattened sum, and the inner sums and identities that are flattened away."""
+    operands: list[int] = []
+    flattened: list[int] = []
     for operand in flow.nodes[add].inputs:
-        at = operand
-        between = []
-        while flow.nodes[at].op in _QUIET and flow.single(at):
-            between.append(at)
-            at = flow.nodes[at].inputs[0]
-        if flow.nodes[at].op is Op.ADD and flow.single(at):
-            found += [*between, at, *_sums(flow, at)]
-    return found
+        end, passed = _path_up(flow, operand, _IDENTITIES)
+        if flow.nodes[end].op is Op.ADD and flow.single(end):
+            inner_operands, inner = _flatten(flow, end)
+            operands += inner_operands
+            flattened += [*passed, end, *inner]
+        else:
+            operands.append(operand)
+    return operands, flattened
 
 
-def _up(flow: Flow, index: int, through: set[Op]) -> tuple[int, list[int]]:
-    """Up from a value through operations that only it reads, and what was passed."""
+def _path_up(flow: Flow, index: int, through: set[Op]) -> tuple[int, list[int]]:
+    """Return the first value above, itself included, that is not a singly read result of ``through``; and the rest."""
     passed = []
     while flow.nodes[index].op in through and flow.single(index):
         passed.append(index)

@@ -1,6 +1,6 @@
-"""The one place that knows timm and torchvision: what their modules are, and what their models say of themselves.
+"""The one place that knows timm and torchvision: the kinds of their modules, and their models' metadata.
 
-Neither is imported unless the program has done so already: a model of theirs cannot exist without.
+Neither is ever imported here: a model of theirs can only exist if the program has imported it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
     "takes_list_of_images",
 ]
 
-THROUGH = "_nmconv_through"  # on a module that only hands on what it gets, whatever its class
+THROUGH = "_nmconv_through"  # attribute of a module that only passes its input on, whatever its class
 
 _TIMM_ACTS = {
     "Swish": "SiLU",
@@ -74,50 +74,83 @@ _TABLE = {f"timm.layers.{name}": op for op, names in _TIMM.items() for name in n
 }
 _NORM_ACTS = frozenset(f"timm.layers.{name}" for name in _TIMM_NORM_ACTS.split())
 _ACTS = {f"timm.layers.{name}": kind for name, kind in _TIMM_ACTS.items()}
+# What depends on the number of classes in torchvision's models.
+_TORCHVISION_HEADS = (
+    *("fc", "classifier", "aux_classifier", "head.classification_head.cls_logits"),
+    *("head.classification_head.module_list", "roi_heads.mask_predictor.mask_fcn_logits"),
+    "roi_heads.keypoint_predictor",
+)
+# For each zoo, the function that builds a model by its name, and the dict of builders that it looks up.
+_BUILDERS = {
+    "timm": (("timm.models._factory", "create_model"), ("timm.models._registry", "_model_entrypoints")),
+    "torchvision": (("torchvision.models._api", "get_model"), ("torchvision.models._api", "BUILTIN_MODELS")),
+}
+ZOOS = tuple(_BUILDERS)
+
+_names: WeakKeyDictionary[type[nn.Module], str] = WeakKeyDictionary()
 
 
-_paths: WeakKeyDictionary[type[nn.Module], str] = WeakKeyDictionary()
+def _name_of(cls: type[nn.Module]) -> str:
+    """Return the class's qualified name; timm's layers by package, since they move between its files."""
+    name = _names.get(cls)
+    if name is None:
+        package = "timm.layers" if cls.__module__.startswith("timm.layers.") else cls.__module__
+        name = _names[cls] = f"{package}.{cls.__qualname__}"
+    return name
 
 
-def _path(cls: type[nn.Module]) -> str:
-    """The class's full name; timm's layers by package, since their files move."""
-    found = _paths.get(cls)
-    if found is None:
-        home = "timm.layers" if cls.__module__.startswith("timm.layers.") else cls.__module__
-        found = _paths[cls] = f"{home}.{cls.__qualname__}"
-    return found
+# -- modules ----------------------------------------------------------------------------------------------------------
 
 
 def module_op(cls: type[nn.Module]) -> Op | None:
-    """What a timm or torchvision class is, or None if it is to be looked into like any other."""
-    return _TABLE.get(_path(cls))
+    """Return the kind of a timm or torchvision class that is a leaf, or None."""
+    return _TABLE.get(_name_of(cls))
 
 
 def is_opaque(cls: type[nn.Module]) -> bool:
-    """Whether a class was given to timm's ``register_notrace_module``, by others than timm.
+    """Return whether a class outside timm was given to timm's ``register_notrace_module``.
 
-    timm's own are there because fx cannot trace them; a recording can look into them.
+    timm registers its own classes since fx cannot trace them; a recording can look into them.
     """
     if cls.__module__.partition(".")[0] in ("timm", "torchvision"):
         return False
-    ask = getattr(sys.modules.get("timm.layers"), "is_notrace_module", None)
-    return ask is not None and bool(ask(cls))
+    is_notrace_module = getattr(sys.modules.get("timm.layers"), "is_notrace_module", None)
+    return is_notrace_module is not None and bool(is_notrace_module(cls))
 
 
 def act_kind(cls: type[nn.Module]) -> str | None:
-    """The activation that a timm class is, or None."""
-    return _ACTS.get(_path(cls))
+    """Return the kind of activation that a timm class is, or None."""
+    return _ACTS.get(_name_of(cls))
 
 
 def is_norm_act(module: nn.Module) -> bool:
-    """Whether the module is timm's norm, then ``drop``, then ``act``, which can be divided."""
+    """Return whether the module is one of timm's that apply a norm, then ``drop``, then ``act``."""
     if THROUGH in module.__dict__:
         return False
-    return _path(type(module)) in _NORM_ACTS and isinstance(getattr(module, "act", None), nn.Module)
+    return _name_of(type(module)) in _NORM_ACTS and isinstance(getattr(module, "act", None), nn.Module)
+
+
+def pads_same(module: nn.Module) -> bool:
+    """Return whether a convolution of timm's pads like TensorFlow's "same", depending on its input's size."""
+    name = _name_of(type(module))
+    return name.startswith("timm.layers.") and (name.endswith(".Conv2dSame") or getattr(module, "same_pad", False))
+
+
+def has_plain_weight(cls: type[nn.Module]) -> bool:
+    """Return whether a convolution of timm's with its own forward uses ``weight`` unchanged."""
+    return _name_of(cls) == "timm.layers.Conv2dSame"
+
+
+def is_frozen_norm(module: nn.Module) -> bool:
+    """Return whether the module is a batch norm that always uses its stored statistics."""
+    return _name_of(type(module)) in ("torchvision.ops.misc.FrozenBatchNorm2d", "timm.layers.FrozenBatchNormAct2d")
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
 
 
 def stage_names(model: nn.Module) -> tuple[str, ...]:
-    """Module names in timm's ``feature_info``, in order; empty where there is none."""
+    """Return the module names in timm's ``feature_info``, in order; empty if the model has none."""
     info = getattr(model, "feature_info", None)
     info = getattr(info, "info", info)
     if not isinstance(info, (list, tuple)) or not all(isinstance(part, dict) and "module" in part for part in info):
@@ -125,21 +158,12 @@ def stage_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(part["module"] for part in info)
 
 
-_TORCHVISION_HEADS = (
-    *(
-        "fc",
-        "classifier",
-        "aux_classifier",
-        "head.classification_head.cls_logits",
-        "head.classification_head.module_list",
-    ),
-    *("roi_heads.mask_predictor.mask_fcn_logits", "roi_heads.keypoint_predictor"),
-)
-
-
 def classifier_names(model: nn.Module) -> tuple[str, ...]:
-    """Qualified names of what depends on the number of classes, by timm's ``pretrained_cfg`` or torchvision's habit."""
-    if _path(type(model)).startswith("torchvision.models."):
+    """Return the qualified names of the modules whose size depends on the number of classes.
+
+    By timm's ``pretrained_cfg``, or torchvision's conventions.
+    """
+    if _name_of(type(model)).startswith("torchvision.models."):
         return _TORCHVISION_HEADS
     config = getattr(model, "pretrained_cfg", None)
     names = config.get("classifier") if isinstance(config, dict) else None
@@ -149,51 +173,29 @@ def classifier_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def default_input_size(model: nn.Module) -> tuple[int, ...] | None:
-    """Channels and extents of the input the model was made for, as its family states it, or None."""
+    """Return the channels and spatial extents of the input that the model was designed for, or None."""
     config: Any = getattr(model, "pretrained_cfg", None)
     if isinstance(config, dict) and config.get("input_size"):
         return tuple(config["input_size"])
-    if _path(type(model)).startswith("torchvision.models.inception"):
+    name = _name_of(type(model))
+    if name.startswith("torchvision.models.inception"):
         return (3, 299, 299)
-    if _path(type(model)).startswith("torchvision.models.video") and "torchvision" in sys.modules:
-        return (3, 16, 224, 224) if _path(type(model)).startswith("torchvision.models.video.s3d") else (3, 16, 112, 112)
+    if name.startswith("torchvision.models.video") and "torchvision" in sys.modules:
+        return (3, 16, 224, 224) if name.startswith("torchvision.models.video.s3d") else (3, 16, 112, 112)
     return None
 
 
 def takes_list_of_images(model: nn.Module) -> bool:
-    """Whether the model is one of torchvision's detectors, which is given images in a list, without a batch."""
-    path = _path(type(model))
-    return path.startswith("torchvision.models.detection.") and hasattr(model, "transform")
-
-
-def pads_same(module: nn.Module) -> bool:
-    """Whether a convolution of timm's pads as TensorFlow's "same" does, by its input's size."""
-    path = _path(type(module))
-    return path.startswith("timm.layers.") and (path.endswith(".Conv2dSame") or getattr(module, "same_pad", False))
-
-
-def has_plain_weight(cls: type[nn.Module]) -> bool:
-    """Whether a convolution of timm's with a forward of its own convolves with ``weight`` as it is."""
-    return _path(cls) == "timm.layers.Conv2dSame"
-
-
-def is_frozen_norm(module: nn.Module) -> bool:
-    """Whether the module is a batch norm that always uses the statistics it holds."""
-    return _path(type(module)) in ("torchvision.ops.misc.FrozenBatchNorm2d", "timm.layers.FrozenBatchNormAct2d")
-
-
-_BUILDERS = {  # the function that builds by name, and where the builders are that it looks up
-    "timm": (("timm.models._factory", "create_model"), ("timm.models._registry", "_model_entrypoints")),
-    "torchvision": (("torchvision.models._api", "get_model"), ("torchvision.models._api", "BUILTIN_MODELS")),
-}
-ZOOS = tuple(_BUILDERS)
+    """Return whether the model is a torchvision detector, whose input is a list of images without a batch axis."""
+    name = _name_of(type(model))
+    return name.startswith("torchvision.models.detection.") and hasattr(model, "transform")
 
 
 def builders(zoo: str) -> tuple[Callable[..., Any], dict[str, Callable[..., Any]]]:
-    """The function of an imported zoo that builds a model by its name, and the zoo's own registry of builders.
+    """Return an imported zoo's function that builds a model by name, and its registry of builders.
 
     Raises:
-        OptionError: If this version of the zoo has them elsewhere.
+        OptionError: If the installed version of the zoo keeps them elsewhere.
     """
     try:
         by_name, registry = (getattr(sys.modules[module], name) for module, name in _BUILDERS[zoo])

@@ -1,4 +1,4 @@
-"""What a file says besides its tensors, as one JSON text in the file's metadata."""
+"""The contents of a file besides its tensors, as one JSON text in the file's metadata."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from nmconv.planning import Plan, from_plain
 
 __all__ = ["KEY", "Content", "from_text", "to_text"]
 
-KEY = "nmconv"  # in the file's metadata
+KEY = "nmconv"  # of the text in the file's metadata
 _FORMAT = 6
-_LONGEST = 2**24  # characters; a model of a thousand sites takes less than one million
+_MAX_LENGTH = 2**24  # in characters; a model of a thousand sites takes less than one million
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a file says.
+    """The contents of a file besides its tensors.
 
     Attributes:
         model: Class name of the model, for messages.
-        plan: That it was converted by, or None.
+        plan: The plan that the model was converted by, or None.
         merges: What was merged, one tuple for each call of merge.
-        aliases: Pairs of a name in the state dict and the name under which its tensor is in the file.
-        slopes: Of a gradual model, pairs of a site's id and its slope.
+        aliases: Pairs of a name in the state dict and the name under which the file has its tensor.
+        slopes: For a gradual model, pairs of a site's id and its slope.
     """
 
     model: str
@@ -39,30 +39,30 @@ class Content:
 
 
 def to_text(content: Content) -> str:
-    """The content as JSON."""
+    """Return the content as JSON."""
     from nmconv import __version__
 
     plan = None if content.plan is None else json.loads(content.plan.to_json())
-    rest = {
+    fields = {
         "model": content.model,
         "plan": plan,
         "merges": [[asdict(merge) for merge in merges] for merges in content.merges],
         "aliases": content.aliases,
     }
     if content.slopes:
-        rest["slopes"] = content.slopes
-    return json.dumps({"format": _FORMAT, "nmconv": __version__, **rest})
+        fields["slopes"] = content.slopes
+    return json.dumps({"format": _FORMAT, "nmconv": __version__, **fields})
 
 
 def from_text(text: str) -> Content:
-    """Read what :func:`to_text` wrote; every type is checked, values are not.
+    """Parse the result of :func:`to_text`; types are checked, values are not.
 
     Raises:
-        Unread: If it is of another version.
-        Damaged: If it is something else.
+        UnreadFormat: If it has another format version.
+        DamagedFile: If it is anything else.
     """
-    if len(text) > _LONGEST:
-        raise DamagedFile(f"its metadata has {len(text)} characters, more than any model needs ({_LONGEST})")
+    if len(text) > _MAX_LENGTH:
+        raise DamagedFile(f"its metadata has {len(text)} characters, more than any model needs ({_MAX_LENGTH})")
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -70,10 +70,10 @@ def from_text(text: str) -> Content:
     if not isinstance(data, dict) or type(data.get("format")) is not int:
         raise DamagedFile("its metadata names no format")
     if data["format"] != _FORMAT:
-        raise UnreadFormat(f"it has format {data['format']}, and this nmconv reads {_FORMAT}{_written(data)}")
-    names = {"format", "nmconv", "model", "plan", "merges", "aliases"}
-    if data.keys() - {"slopes"} != names:
-        raise DamagedFile(f"its metadata has other fields than {', '.join(sorted(names))}")
+        raise UnreadFormat(f"it has format {data['format']}, and this nmconv reads {_FORMAT}{_writer(data)}")
+    expected = {"format", "nmconv", "model", "plan", "merges", "aliases"}
+    if data.keys() - {"slopes"} != expected:
+        raise DamagedFile(f"its metadata has other fields than {', '.join(sorted(expected))}")
     try:
         plan = None if data["plan"] is None else Plan.from_json(json.dumps(data["plan"]))
         return Content(
@@ -84,11 +84,11 @@ def from_text(text: str) -> Content:
             slopes=from_plain(tuple[tuple[str, float], ...], data.get("slopes", []), "slopes"),
         )
     except (PlanError, TypeError, ValueError, RecursionError) as error:
-        raise DamagedFile(f"{error}{_written(data)}") from error
+        raise DamagedFile(f"{error}{_writer(data)}") from error
 
 
-def _written(data: dict[str, Any]) -> str:
-    """By which version the file was written, if that can be told."""
+def _writer(data: dict[str, Any]) -> str:
+    """Return a note on the version that wrote the file, or ""."""
     version = data.get("nmconv")
-    known = isinstance(version, str) and re.fullmatch(r"\d+(\.\w{1,20}){0,5}", version, re.ASCII)
-    return f" (it was written by nmconv {version})" if known else ""
+    is_version = isinstance(version, str) and re.fullmatch(r"\d+(\.\w{1,20}){0,5}", version, re.ASCII)
+    return f" (it was written by nmconv {version})" if is_version else ""

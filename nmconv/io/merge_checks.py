@@ -1,4 +1,4 @@
-"""Whether the merges that a file tells of can be made of this model: every name is looked up, none is evaluated."""
+"""Whether a model has the modules that a file's merges name; names are looked up, never evaluated."""
 
 from __future__ import annotations
 
@@ -21,26 +21,27 @@ Modules = Mapping[str, nn.Module]
 
 
 def check_merges(model: nn.Module, merges: Sequence[Merge]) -> None:
-    """Check that the merges of one round can be made of this model's modules.
+    """Check that the merges of one call of merge can be made with the model's modules.
 
     Raises:
-        Foreign, Damaged: If not.
+        ForeignFile: If they cannot.
+        DamagedFile: If they could be made with no model.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    taken: set[int] = set()
+    merged: set[int] = set()
     for merge in merges:
         for name in (merge.head, *merge.removed):
             module = _module(modules, name)
             if not (leaf_op(module) in _REMOVABLE or is_norm_act(module) or averages(module)):
                 raise ForeignFile(f"it merges {name!r}, which is a {type(module).__name__} here")
-            if id(module) in taken:
+            if id(module) in merged:
                 raise ForeignFile(f"it merges {name!r} twice")
-            taken.add(id(module))
+            merged.add(id(module))
         for name in merge.convs:
             _conv(modules, name)
         if merge.norm and not _is_norm(_module(modules, merge.norm)):
             raise ForeignFile(f"it keeps the norm {merge.norm!r}, which is a {type(modules[merge.norm]).__name__} here")
-        _check_ends(modules, merge)
+        _check_channels(modules, merge)
         for owner in (*(addition.owner for addition in merge.sums), *(guard.owner for guard in merge.guards)):
             _module(modules, owner)
         for name in merge.closed:
@@ -50,22 +51,22 @@ def check_merges(model: nn.Module, merges: Sequence[Merge]) -> None:
             _check_factors(merge)
 
 
-def _check_ends(modules: Modules, merge: Merge) -> None:
-    """The merged convolution takes what its first one takes and gives what its last one gives."""
-    first, last = (_conv(modules, merge.convs[at]) for at in (0, -1))
-    first, last = (module.__dict__.get("geometry", module) for module in (first, last))  # merged ones, live or not
+def _check_channels(modules: Modules, merge: Merge) -> None:
+    """Check that the merged convolution has the inputs of its first convolution and the outputs of its last one."""
+    first, last = (_conv(modules, merge.convs[index]) for index in (0, -1))
+    first, last = (conv.__dict__.get("geometry", conv) for conv in (first, last))  # merged ones have a geometry
     kernel = first.kernel if isinstance(first, Geometry) else first.kernel_size
-    found = (len(kernel), first.in_channels, last.out_channels)
-    told = (merge.geometry.rank, merge.geometry.in_channels, merge.geometry.out_channels)
-    if found != told:
+    present = (len(kernel), first.in_channels, last.out_channels)
+    stated = (merge.geometry.rank, merge.geometry.in_channels, merge.geometry.out_channels)
+    if present != stated:
         raise ForeignFile(
-            f"the merged {merge.head!r} has (axes, channels in, channels out) {told}, which this model's convolutions "
-            f"{merge.convs[0]!r} to {merge.convs[-1]!r} do not make: {found}"
+            f"the merged {merge.head!r} has (axes, channels in, channels out) {stated}, which this model's "
+            f"convolutions {merge.convs[0]!r} to {merge.convs[-1]!r} do not make: {present}"
         )
 
 
 def _check_factors(merge: Merge) -> None:
-    """A live kernel is computed from the modules it replaces, and from no others."""
+    """Check that a live kernel is computed from modules that it replaces only."""
     try:
         steps = list(steps_of(elements_from(merge.factors)))
     except (ValueError, RecursionError) as error:

@@ -1,10 +1,10 @@
-"""What can be wrong with a file. None of these leaves this package: :func:`nmconv.load` makes a FileError of each."""
+"""What can be wrong with a file. :func:`nmconv.load` turns each of these into a FileError."""
 
 __all__ = ["DamagedFile", "ForeignFile", "UnreadFormat"]
 
 
 class DamagedFile(ValueError):
-    """The file says what no file of :func:`nmconv.save` says."""
+    """The file has contents that :func:`nmconv.save` never writes."""
 
 
 class ForeignFile(ValueError):
@@ -12,4 +12,4 @@ class ForeignFile(ValueError):
 
 
 class UnreadFormat(ValueError):
-    """The file is of another format version."""
+    """The file has another format version."""

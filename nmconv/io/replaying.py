@@ -1,4 +1,4 @@
-"""Doing to a pristine model what a file says was done, deciding nothing again."""
+"""Replaying a file's plan and merges on a pristine model, without deciding anything again."""
 
 from __future__ import annotations
 
@@ -16,51 +16,57 @@ from nmconv.io.problems import DamagedFile, ForeignFile
 from nmconv.merging import Merge, install, trains, write_methods
 from nmconv.surgery import ResolvedPlan, change
 
-__all__ = ["Homes", "replay"]
+__all__ = ["TargetDevices", "replay"]
 
-Homes = dict[nn.Module, torch.device]  # where the parameters of a merged convolution belong
+TargetDevices = dict[nn.Module, torch.device]  # the devices that the parameters of merged convolutions belong on
 
 
-def replay(model: nn.Module, content: Content, carried: ResolvedPlan | None, takes: Mapping[str, str]) -> Homes:
-    """Convert and merge the model in place. What is merged stands on the meta device: nothing is allocated.
+def replay(
+    model: nn.Module, content: Content, resolved: ResolvedPlan | None, takes: Mapping[str, str]
+) -> TargetDevices:
+    """Convert and merge the model in place. Merged convolutions are on the meta device, so that nothing is allocated.
 
     Args:
-        model: A working copy of a pristine one.
+        model: A working copy of a pristine model.
         content: What is to be done.
-        carried: Its plan, carried over to the model.
-        takes: Of each module whose forward makes a sum that goes, the structure of that forward's arguments.
+        resolved: Its plan, resolved for the model.
+        takes: By owner of a sum that is removed, the call signature of its forward.
+
+    Returns:
+        The devices that the merged convolutions belong on.
 
     Raises:
-        Foreign, Damaged: If it cannot be done on this model, which is then left half changed.
+        ForeignFile: If it cannot be done with this model, which is left half changed.
+        DamagedFile: If it could be done with no model.
     """
-    homes: Homes = {}
+    devices: TargetDevices = {}
     try:
-        if content.plan is not None and carried is not None:
-            change(model, content.plan, carried, gradual=bool(content.slopes))
+        if content.plan is not None and resolved is not None:
+            change(model, content.plan, resolved, gradual=bool(content.slopes))
         for merges in content.merges:
             check_merges(model, merges)
-            _merge(model, merges, takes, homes)
+            _merge(model, merges, takes, devices)
     except (DamagedFile, ForeignFile):
         raise
-    except (NmconvError, Refusal, ValueError) as error:  # this model is not the one that it was made for
+    except (NmconvError, Refusal, ValueError) as error:
         raise ForeignFile(f"what it says cannot be done to this {type(model).__name__}: {error}") from error
-    return homes
+    return devices
 
 
-def _merge(model: nn.Module, merges: Sequence[Merge], takes: Mapping[str, str], homes: Homes) -> None:
+def _merge(model: nn.Module, merges: Sequence[Merge], takes: Mapping[str, str], devices: TargetDevices) -> None:
     methods, failed = write_methods(model, merges, takes)
     for error in failed.values():
         raise error
     convs: dict[str, nn.Module] = {}
     last = is_channels_last(model)
     for merge in merges:
-        if merge.live:  # its factors stay where they are
+        if merge.live:  # its factors stay in place
             continue
         head: Any = model.get_submodule(merge.head)
-        weight = like_of(head)
-        made = laid_out(conv_module(merge.geometry, torch.empty(0, dtype=weight.dtype, device="meta")), last)
-        made.requires_grad_(trains(model.get_submodule, (merge.head, *merge.removed)))
-        made.training = head.training
-        homes[made] = homes.pop(head, weight.device)
-        convs[merge.head] = made
+        like = like_of(head)
+        conv = laid_out(conv_module(merge.geometry, torch.empty(0, dtype=like.dtype, device="meta")), last)
+        conv.requires_grad_(trains(model.get_submodule, (merge.head, *merge.removed)))
+        conv.training = head.training
+        devices[conv] = devices.pop(head, like.device)
+        convs[merge.head] = conv
     install(model, merges, convs, methods)

@@ -1,4 +1,4 @@
-"""Saving: state dict, plan and merges of any model, written as a whole or not at all."""
+"""Saving: the state dict, plan and merges of any model, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -23,25 +23,38 @@ from nmconv.surgery import check_plain, get_plan, get_slopes
 
 __all__ = ["save"]
 
-_PLAIN = (Tensor, nn.Parameter, getattr(nn, "Buffer", Tensor))
+_STORABLE = (Tensor, nn.Parameter, getattr(nn, "Buffer", Tensor))
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a model to one safetensors file: its state dict, and in the metadata its plan and its merges.
+    """Write a model to one safetensors file: its state dict, and its plan and merges in the metadata.
 
-    Any model will do: converted, merged, both or neither, in any dtype and on any device. :func:`nmconv.load` reads it.
-    The file is written beside ``path`` first and takes its place when it is whole, so that a failure leaves what was
-    there before.
+    The model may be converted, merged, both or neither, in any dtype and on any device. :func:`nmconv.load` reads the
+    file. It is written to a temporary file next to ``path``, which replaces it only when complete, so that a failure
+    leaves an existing file as it was.
 
     Args:
-        model: What :func:`nmconv.convert` or :func:`nmconv.merge` returned, trained or not.
-        path: Where to; ``.safetensors`` is the usual ending. An existing file is replaced.
+        model: A result of :func:`nmconv.convert` or :func:`nmconv.merge`, trained or not, or any other model.
+        path: Path of the file, usually ending in ``.safetensors``. An existing file is replaced.
 
     Raises:
-        ModelTypeError: If it is no module, or wrapped or scripted; if its state dict holds what a safetensors file
-            cannot; or if a part of it was converted or merged by itself.
+        ModelTypeError: If ``model`` is not an ``nn.Module``, is wrapped or scripted, if its state dict contains what a
+            safetensors file cannot hold, or if a part of it was converted or merged separately.
         FileError: If the tensors cannot be written.
         OSError: If the folder does not exist or the disk is full.
+
+    Example:
+        >>> import os, tempfile
+        >>> import torch.nn as nn
+        >>> import nmconv
+        >>> from safetensors import safe_open
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.ReLU())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "model.safetensors")
+        ...     nmconv.save(nmconv.convert(model, "2:1"), path)
+        ...     with safe_open(path, "pt") as file:
+        ...         sorted(file.keys())
+        ['0.bias', '0.weight', '2.bias', '2.weight']
     """
     check_plain(model, "save", compiled=True)
     for name, module in model.named_modules():
@@ -51,10 +64,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 f"{name!r} in the model was converted or merged by itself: save it by itself, or convert and merge the "
                 "whole model"
             )
-    tensors, aliases = _distinct(state_of(model))
-    content = Content(
-        type(model).__name__, get_plan(model), get_merges(model), aliases, tuple(get_slopes(model).items())
-    )
+    tensors, aliases = _without_aliases(state_of(model))
+    slopes = tuple(get_slopes(model).items())
+    content = Content(type(model).__name__, get_plan(model), get_merges(model), aliases, slopes)
     metadata = {KEY: to_text(content)}
 
     def write(temporary: str) -> None:
@@ -63,26 +75,26 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         except SafetensorError as error:
             raise FileError(f"{os.fspath(path)} cannot be written: {error}; is the disk full?") from error
 
-    _replacing(os.path.realpath(path), write)
+    _write_atomically(os.path.realpath(path), write)
 
 
-def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[tuple[str, str], ...]]:
-    """Tensors that share no memory, each whole and contiguous; and which names are others' tensors."""
+def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[tuple[str, str], ...]]:
+    """Return tensors that share no memory, each contiguous, and pairs of a name and the earlier name of its tensor."""
     tensors: dict[str, Tensor] = {}
     aliases: list[tuple[str, str]] = []
-    known: dict[Any, str] = {}
+    names: dict[Any, str] = {}  # by view
     storages: set[Any] = set()
     for name, value in state.items():
         _check_storable(name, value)
         value = value.detach()
         storage = (value.device, value.untyped_storage().data_ptr())
         view = (storage, value.storage_offset(), value.shape, value.stride(), value.dtype, value.is_neg())
-        if value.numel() and view in known:
-            aliases.append((name, known[view]))
+        if value.numel() and view in names:
+            aliases.append((name, names[view]))
             continue
-        known[view] = name
-        whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.numel() * value.element_size()
-        if not whole or storage in storages or value.is_neg():
+        names[view] = name
+        is_whole = value.is_contiguous() and value.untyped_storage().nbytes() == value.numel() * value.element_size()
+        if not is_whole or storage in storages or value.is_neg():
             value = value.clone(memory_format=torch.contiguous_format).resolve_neg()
         storages.add(storage)
         tensors[name] = value
@@ -90,8 +102,8 @@ def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[tuple[
 
 
 def _check_storable(name: str, value: Tensor) -> None:
-    if type(value) not in _PLAIN or value.layout != torch.strided or value.is_quantized:
-        what = type(value).__name__ if type(value) not in _PLAIN else "sparse or quantized tensor"
+    if type(value) not in _STORABLE or value.layout != torch.strided or value.is_quantized:
+        what = type(value).__name__ if type(value) not in _STORABLE else "sparse or quantized tensor"
         raise ModelTypeError(f"{name!r} is a {what}, which a safetensors file cannot hold: save before quantizing")
     if value.dtype not in DTYPES.values() or value.is_conj():
         raise ModelTypeError(f"{name!r} is of type {value.dtype}, which a safetensors file cannot hold")
@@ -99,8 +111,8 @@ def _check_storable(name: str, value: Tensor) -> None:
         raise ModelTypeError(f"{name!r} is on the meta device and has no numbers to save: load or draw some first")
 
 
-def _replacing(path: str, write: Callable[[str], None]) -> None:
-    """Let ``write`` make a temporary file beside ``path``, and put it in the place of what is there."""
+def _write_atomically(path: str, write: Callable[[str], None]) -> None:
+    """Let ``write`` fill a temporary file next to ``path``, which then replaces ``path``, synchronized to the disk."""
     folder = os.path.dirname(path)
     temporary = os.path.join(folder, f".nmconv-{secrets.token_hex(8)}.tmp")
     mode = None
@@ -108,9 +120,9 @@ def _replacing(path: str, write: Callable[[str], None]) -> None:
         mode = stat.S_IMODE(os.stat(path).st_mode)
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        usual = stat.S_IMODE(os.stat(temporary).st_mode)
+        default_mode = stat.S_IMODE(os.stat(temporary).st_mode)
         write(temporary)
-        os.chmod(temporary, usual if mode is None else mode)
+        os.chmod(temporary, default_mode if mode is None else mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

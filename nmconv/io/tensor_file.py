@@ -1,4 +1,4 @@
-"""Reading a safetensors file: what it declares is looked at before any tensor is made."""
+"""Reading a safetensors file; its declarations are checked before any tensor is allocated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for code, name in _
 
 
 def kind_of(dtype: torch.dtype) -> str:
-    """What must agree between file and model: ``floating``, ``complex``, ``bool`` or ``integer``."""
+    """Return what must agree between file and model: ``floating``, ``complex``, ``bool`` or ``integer``."""
     if dtype.is_floating_point:
         return "floating"
     return "complex" if dtype.is_complex else "bool" if dtype == torch.bool else "integer"
@@ -35,7 +35,7 @@ def kind_of(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """What the file declares of one tensor."""
+    """The declaration of one tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -45,35 +45,35 @@ class File:
     """An open file.
 
     Attributes:
-        entries: Its tensors by name.
-        text: Its metadata of ours.
+        entries: The declarations of its tensors by name.
+        text: The text that :func:`nmconv.save` put into its metadata.
 
     Raises:
-        Damaged: If it has none of ours, or tensors that torch does not have.
+        DamagedFile: If it has no such text, or has tensors of types that torch does not have.
     """
 
     def __init__(self, reader: Any) -> None:
         self._reader = reader
-        self.text: str = _text(reader)
+        self.text: str = _text_in(reader)
         names: list[str] = reader.keys()
         self.entries = {name: _entry(name, reader.get_slice(name)) for name in names}
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor; it may share memory with the file."""
-        found: Tensor = self._reader.get_tensor(name)
-        return found
+        """Return a tensor, which may share memory with the file."""
+        tensor: Tensor = self._reader.get_tensor(name)
+        return tensor
 
 
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[File]:
-    """The file, open.
+    """Open a file.
 
     Raises:
         OSError: If it cannot be opened.
-        Damaged: If it is no safetensors file of ours.
+        DamagedFile: If it is not a safetensors file written by :func:`nmconv.save`.
     """
     with open(path, "rb"):
-        pass  # the reader's own errors do not tell a missing file from a bad one
+        pass  # since safe_open does not distinguish a missing file from a damaged one
     try:
         reader = safe_open(os.fspath(path), framework="pt")
     except Exception as error:
@@ -82,15 +82,15 @@ def opened(path: str | os.PathLike[str]) -> Iterator[File]:
         yield File(entered)
 
 
-def _text(reader: Any) -> str:
+def _text_in(reader: Any) -> str:
     metadata: Any = reader.metadata()
     if not metadata or KEY not in metadata:
         raise DamagedFile("it is a safetensors file, but not one that nmconv.save wrote")
     return str(metadata[KEY])
 
 
-def _entry(name: str, held: Any) -> Entry:
-    code = str(held.get_dtype())
+def _entry(name: str, declared: Any) -> Entry:
+    code = str(declared.get_dtype())
     if code not in DTYPES:
         raise DamagedFile(f"its tensor {name!r} is of type {code}, which no state dict of ours holds")
-    return Entry(tuple(held.get_shape()), DTYPES[code])
+    return Entry(tuple(declared.get_shape()), DTYPES[code])

@@ -2,9 +2,11 @@
 
 from nmconv.merging.api import find_runs, fold_norms, merge
 from nmconv.merging.call_guards import with_flags
-from nmconv.merging.interior import interior_affine, interior_geometry
-from nmconv.merging.partitioning import Node, Segment, nodes_of
-from nmconv.merging.placing import install, norms_behind, record, trains, write_methods
+from nmconv.merging.merge_records import norms_behind, record, trains
+from nmconv.merging.node_affines import interior_affine, interior_geometry
+from nmconv.merging.nodes import Node, nodes_of
+from nmconv.merging.partitioning import Segment
+from nmconv.merging.placing import install, write_methods
 from nmconv.merging.recorded_runs import groups_of
 from nmconv.merging.report import Merge, Run, get_merges
 

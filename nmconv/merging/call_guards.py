@@ -1,4 +1,7 @@
-"""Calls of a merged model that it was not merged for: refused with a clear error, in its forward itself."""
+"""Guards: a merged model raises MergeError in calls that it was not merged for.
+
+The first half of this file derives the guards from the recordings, the second puts them into the model's forwards.
+"""
 
 from __future__ import annotations
 
@@ -19,54 +22,48 @@ from nmconv.merging.report import Guard, Merge
 from nmconv.recording import ENTRY_POINTS, Frame, Recording
 from nmconv.surgery import RewrittenMethod, Witness, rewritten, shown_parameters
 
-__all__ = ["Closed", "check_argument", "guard", "guarded", "with_flags"]
+__all__ = ["Closed", "check_argument", "guard_calls", "guarded", "with_flags"]
 
 _PLAIN = (type(None), bool, int, float, str)
 
 
 def guarded(model: nn.Module, witness: Witness | None, merges: Sequence[Merge]) -> list[Merge]:
-    """The merges, each with what a caller must not change: arguments that forwards choose by, methods that read inside.
+    """Return merges with the arguments that forwards choose by, and with the methods that read values inside.
 
     Args:
-        model: As it was recorded.
-        witness: What it did; None: nothing is known, and nothing guarded.
-        merges: To be made.
+        model: The model that was recorded.
+        witness: Its recordings; None: nothing is guarded.
+        merges: Merges to be carried out.
     """
     if witness is None or not witness.recordings.runs:
         return list(merges)
-    groups = groups_of(merges)
-    closed: dict[str, list[str]] = {}
-    for run in witness.recordings.runs:
-        if run.call.closable:
-            for head in witness.broken_in(run, groups):
-                closed.setdefault(head, []).append(run.call.method)
     runs = witness.recordings.runs
-    recorded = {run.call.method for run in runs}
-    unknown = [name for name in ENTRY_POINTS if name not in recorded and callable(getattr(model, name, None))]
-    for merge in merges:
-        if len(merge.convs) > 1:  # folding a norm leaves what others read
-            closed.setdefault(merge.head, []).extend(unknown)
-    found = []
+    closed = _closed_methods(model, witness, merges)
+    result = []
     for merge in merges:
         members = {merge.head, *merge.removed}
-        frames = _frames(runs[0], members)
-        guards = dict.fromkeys(
-            each for frame, crossed in frames for each in _guards_of(model, frame, runs, crossed=crossed)
+        frames = _enclosing_frames(runs[0], members)
+        guards = (guard for frame, crossed in frames for guard in _guards_of(model, frame, runs, crossed=crossed))
+        result.append(
+            replace(
+                merge,
+                guards=tuple(dict.fromkeys(guards)),
+                closed=tuple(dict.fromkeys(closed.get(merge.head, ()))),
+            )
         )
-        found.append(replace(merge, guards=tuple(guards), closed=tuple(dict.fromkeys(closed.get(merge.head, ())))))
-    return found
+    return result
 
 
 def with_flags(model: nn.Module, merges: Iterable[Merge], flags: Iterable[tuple[str, str]]) -> list[Merge]:
-    """The merges, each with the flags around it that must stay as they are.
+    """Return merges with guards for the attributes of enclosing modules that control flow depends on.
 
     Args:
-        model: That has them.
-        merges: To be made.
-        flags: Of the runs that they are parts of, see :class:`nmconv.finding.LinearRun`.
+        model: The model.
+        merges: Merges to be carried out.
+        flags: Names of modules and of their attributes, see :class:`nmconv.finding.LinearRun`.
     """
     flags = sorted(set(flags))
-    found = []
+    result = []
     for merge in merges:
         members = (merge.head, *merge.removed)
         guards = [
@@ -74,26 +71,47 @@ def with_flags(model: nn.Module, merges: Iterable[Merge], flags: Iterable[tuple[
             for path, name in flags
             if any(not path or member.startswith(f"{path}.") for member in members)
         ]
-        found.append(replace(merge, guards=tuple(dict.fromkeys((*merge.guards, *guards)))))
-    return found
+        result.append(replace(merge, guards=tuple(dict.fromkeys((*merge.guards, *guards)))))
+    return result
 
 
-def _frames(run: Recording, members: set[str]) -> list[tuple[Frame, bool]]:
-    """The forwards that a run is in, from the innermost that holds all of it on, and whether each holds a part."""
-    ways: list[list[Frame]] = []
+def _closed_methods(model: nn.Module, witness: Witness, merges: Sequence[Merge]) -> dict[str, list[str]]:
+    """Return by head of a merge the methods that read values inside, or that were not recorded and may."""
+    runs = witness.recordings.runs
+    groups = groups_of(merges)
+    closed: dict[str, list[str]] = {}
+    for run in runs:
+        if run.call.closable:
+            for head in witness.broken_in(run, groups):
+                closed.setdefault(head, []).append(run.call.method)
+    recorded = {run.call.method for run in runs}
+    unknown = [name for name in ENTRY_POINTS if name not in recorded and callable(getattr(model, name, None))]
+    for merge in merges:
+        if len(merge.convs) > 1:  # folding a norm preserves what others read
+            closed.setdefault(merge.head, []).extend(unknown)
+    return closed
+
+
+def _enclosing_frames(run: Recording, members: set[str]) -> list[tuple[Frame, bool]]:
+    """Return the forwards that call the members, up to the innermost that encloses all of them.
+
+    Returns:
+        Frames, and whether each encloses only a part of the members; without the outermost frame of the call.
+    """
+    stacks: list[list[Frame]] = []
     for node, fact in run.facts.items():
         if (node.op == "call_module" and fact.label in members) or fact.frame.path in members:
-            ways.append([*_ancestors(fact.frame)])
-    if not ways:
+            stacks.append([*_ancestors(fact.frame)])
+    if not stacks:
         return []
-    shared = set.intersection(*({id(frame) for frame in way} for way in ways))
-    found: dict[int, tuple[Frame, bool]] = {}
-    for way in ways:
-        for frame in way:
-            found[id(frame)] = (frame, id(frame) not in shared)
+    shared = set.intersection(*({id(frame) for frame in stack} for stack in stacks))
+    frames: dict[int, tuple[Frame, bool]] = {}
+    for stack in stacks:
+        for frame in stack:
+            frames[id(frame)] = (frame, id(frame) not in shared)
             if id(frame) in shared:
                 break
-    return [(frame, crossed) for frame, crossed in found.values() if frame.parent is not None]
+    return [(frame, crossed) for frame, crossed in frames.values() if frame.parent is not None]
 
 
 def _ancestors(frame: Frame | None) -> Iterator[Frame]:
@@ -104,15 +122,15 @@ def _ancestors(frame: Frame | None) -> Iterator[Frame]:
 
 def _guards_of(model: nn.Module, frame: Frame, runs: Sequence[Recording], *, crossed: bool) -> Iterator[Guard]:
     module = model.get_submodule(frame.path)
-    given = _given(module, frame)
-    plain = {name: value for name, value in given.items() if type(value) in _PLAIN and not isinstance(value, Enum)}
+    arguments = _bound_arguments(module, frame)
+    plain = {name: value for name, value in arguments.items() if type(value) in _PLAIN and not isinstance(value, Enum)}
     chosen = chosen_by(module, conditions=crossed) if plain else frozenset()
     for name, value in plain.items():
-        if (chosen is None or name in chosen) and not _varied(module, frame.path, name, value, runs):
+        if (chosen is None or name in chosen) and not _was_recorded_both_ways(module, frame.path, name, value, runs):
             yield Guard(frame.path, name, json.dumps(value))
 
 
-def _given(module: nn.Module, frame: Frame) -> dict[str, Any]:
+def _bound_arguments(module: nn.Module, frame: Frame) -> dict[str, Any]:
     try:
         bound = inspect.signature(module.forward).bind(*frame.args, **frame.kwargs)
     except (TypeError, ValueError):
@@ -121,19 +139,19 @@ def _given(module: nn.Module, frame: Frame) -> dict[str, Any]:
     return dict(bound.arguments)
 
 
-def _varied(module: nn.Module, path: str, name: str, value: Any, runs: Sequence[Recording]) -> bool:
-    """Whether a truth value was recorded the other way, too."""
+def _was_recorded_both_ways(module: nn.Module, path: str, name: str, value: Any, runs: Sequence[Recording]) -> bool:
+    """Return whether a bool argument was recorded with the other value, too."""
     if type(value) is not bool:
         return False
     frames = (frame for run in runs for frame in run.frames if frame.path == path)
-    return any(_given(module, frame).get(name, value) != value for frame in frames)
+    return any(_bound_arguments(module, frame).get(name, value) != value for frame in frames)
 
 
-# -- in the model -----------------------------------------------------------------------------------------------------
+# -- in the model's forwards -------------------------------------------------------------------------------------------
 
 
 def check_argument(value: Any, expected: Any, owner: str, name: str) -> None:
-    """Raise MergeError unless an argument is what the model was merged for."""
+    """Raise MergeError unless an argument has the value that the model was merged for."""
     if value is expected or (type(value) is type(expected) and isinstance(value, _PLAIN) and value == expected):
         return
     shown = repr(value) if isinstance(value, _PLAIN) else f"a {type(value).__name__}"
@@ -146,7 +164,11 @@ def check_argument(value: Any, expected: Any, owner: str, name: str) -> None:
 
 @dataclass(frozen=True)
 class Closed:
-    """What stands in a merged model for a method that reads values inside of what was merged, or may."""
+    """Replaces a method of a merged model that reads values inside of what was merged, or may, and raises.
+
+    Attributes:
+        name: Name of the method.
+    """
 
     name: str
 
@@ -159,72 +181,80 @@ class Closed:
         )
 
 
-def guard(model: nn.Module, merges: Iterable[Merge], rewritten_owners: Iterable[str]) -> None:
+def guard_calls(model: nn.Module, merges: Iterable[Merge], rewritten_owners: Iterable[str]) -> None:
     """Let the forwards of a merged model check their arguments.
 
     Args:
-        model: Changed.
-        merges: All that were made in it.
-        rewritten_owners: Qualified names of modules whose forward was rewritten: it checks all of its arguments.
+        model: The model, changed in place.
+        merges: All merges carried out in it.
+        rewritten_owners: Qualified names of modules whose forward was rewritten, which checks all of its arguments.
 
     Raises:
-        MergeError: If a forward is set on an object, where no class can check.
+        MergeError: If a forward is set on an instance, where no class can check.
     """
-    done = set(rewritten_owners)
-    wanted: dict[str, dict[str, str]] = {}
+    checked = set(rewritten_owners)
+    expected: dict[str, dict[str, str]] = {}
     closed: dict[str, None] = {}
     for merge in merges:
         closed.update(dict.fromkeys(merge.closed))
-        for each in merge.guards:
-            wanted.setdefault(each.owner, {})[each.argument] = each.value
-    methods: dict[str, list[RewrittenMethod]] = {}
-    for owner, arguments in wanted.items():
+        for guard in merge.guards:
+            expected.setdefault(guard.owner, {})[guard.argument] = guard.value
+    methods: dict[str, RewrittenMethod] = {}
+    for owner, arguments in expected.items():
         module = model.get_submodule(owner)
-        if owner in done or _checks_all(module):
+        if owner in checked or _checks_all(module):
             continue
         if "forward" in module.__dict__:
             raise MergeError(
                 f"{owner or 'the model'} has a forward set on the object, which chooses by {', '.join(arguments)}: "
                 "give its class that forward"
             )
-        methods.setdefault(owner, []).append(_checking(module, owner, arguments))
+        methods[owner] = _checking_forward(module, owner, arguments)
     for name in closed:
         vars(model)[name] = Closed(name)
-    for owner, made in methods.items():
+    for owner, method in methods.items():
         module = model.get_submodule(owner)
-        module.__class__ = rewritten(type(module), tuple(made))
+        module.__class__ = rewritten(type(module), (method,))
 
 
-_MARK = "_argument("
+_CHECK = "_argument("  # in the source of a forward that only checks arguments
 
 
 def _checks_all(module: nn.Module) -> bool:
-    """Whether its forward was rewritten by a conversion or for a sum, and not to check arguments."""
+    """Return whether a conversion or a removed sum has rewritten the forward, so that it checks all arguments."""
     methods = getattr(type(module), "_nmconv_methods", ())
-    return any(method.name == "forward" and _MARK not in method.source for method in methods)
+    return any(method.name == "forward" and _CHECK not in method.source for method in methods)
 
 
-def _checking(module: nn.Module, owner: str, arguments: dict[str, str]) -> RewrittenMethod:
-    """A forward that checks arguments and calls the class's own."""
+def _checking_forward(module: nn.Module, owner: str, arguments: dict[str, str]) -> RewrittenMethod:
+    """Return a forward that checks arguments and calls the class's own.
+
+    Args:
+        module: The module.
+        owner: Its qualified name.
+        arguments: By name of an argument (or ``self.`` and an attribute), the expected value as JSON.
+    """
     base = getattr(type(module), "_nmconv_base", type(module))
     parameters = list(inspect.signature(base.forward).parameters.values())
     bound: dict[str, Any] = {"_argument": check_argument}
     shown = shown_parameters(parameters, bound)
-    passed: list[str] = []
-    for parameter in parameters[1:]:
-        kind = parameter.kind
-        stars = "*" if kind is parameter.VAR_POSITIONAL else "**" if kind is parameter.VAR_KEYWORD else ""
-        named = kind is parameter.KEYWORD_ONLY
-        passed.append(f"{parameter.name}={parameter.name}" if named else stars + parameter.name)
-    own = parameters[0].name
+    self_name, names = parameters[0].name, {parameter.name for parameter in parameters[1:]}
     lines = [f"def forward({', '.join(shown)}):"]
-    known = {parameter.name for parameter in parameters[1:]}
-    for at, (name, value) in enumerate(arguments.items()):
+    for index, (name, value) in enumerate(arguments.items()):
         flag = name.removeprefix("self.")
-        if name not in known and not (flag != name and flag.isidentifier() and not keyword.iskeyword(flag)):
+        if name not in names and not (flag != name and flag.isidentifier() and not keyword.iskeyword(flag)):
             raise MergeError(f"{owner or 'the model'} has no argument {name!r} that could be checked")
-        bound[f"_expected_{at}"] = json.loads(value)
-        shown_as = name if name in known else f"{own}.{flag}"
-        lines.append(f"    _argument({shown_as}, _expected_{at}, {owner!r}, {name!r})")
-    lines.append(f"    return type({own})._nmconv_base.forward({', '.join([own, *passed])})")
+        bound[f"_expected_{index}"] = json.loads(value)
+        expression = name if name in names else f"{self_name}.{flag}"
+        lines.append(f"    _argument({expression}, _expected_{index}, {owner!r}, {name!r})")
+    passed = [_passed_on(parameter) for parameter in parameters[1:]]
+    lines.append(f"    return type({self_name})._nmconv_base.forward({', '.join([self_name, *passed])})")
     return RewrittenMethod.with_globals("forward", "\n".join(lines) + "\n", bound)
+
+
+def _passed_on(parameter: inspect.Parameter) -> str:
+    """Return the source that passes a parameter on to a function with the same signature."""
+    if parameter.kind is parameter.KEYWORD_ONLY:
+        return f"{parameter.name}={parameter.name}"
+    stars: dict[Any, str] = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}
+    return stars.get(parameter.kind, "") + parameter.name

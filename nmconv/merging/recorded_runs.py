@@ -1,4 +1,4 @@
-"""Linear runs held against recordings: what is no single chain in every one of them is divided there."""
+"""Dividing linear runs where a recording contradicts them."""
 
 from __future__ import annotations
 
@@ -6,105 +6,109 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from nmconv.algebra import Refusal
-from nmconv.finding import Element, Join, steps_of
-from nmconv.merging.partitioning import Node
+from nmconv.finding import Element, Join, Step, steps_of
+from nmconv.merging.nodes import Node
 from nmconv.merging.report import Merge
 from nmconv.planning import Sum
 from nmconv.surgery import Witness
 from nmconv.witness import MergedGroup
 
-__all__ = ["RecordedRuns", "groups_of"]
+__all__ = ["RunDivider", "groups_of"]
 
 _Key = tuple[str, ...]
 
 
 def groups_of(*rounds: Iterable[Merge]) -> list[MergedGroup]:
-    """What merges put together, as the witness takes it: each round of them is made of what the one before left."""
-    found: list[MergedGroup] = []
+    """Return merges as groups of modules for the witness.
+
+    Args:
+        rounds: The merges of each call of merge; each merges what the one before left.
+    """
+    groups: list[MergedGroup] = []
     for number, merges in enumerate(rounds):
         for merge in merges:
             members = frozenset(filter(None, (merge.head, *merge.removed, merge.norm)))
-            inner = [group for group in found if not members.isdisjoint(group.members)]
-            found = [group for group in found if group not in inner]
+            inner = [group for group in groups if not members.isdisjoint(group.members)]
+            groups = [group for group in groups if group not in inner]
             members = members.union(*(group.members for group in inner))
-            sums = tuple(pair for group in inner for pair in group.sums)
-            found.append(MergedGroup(merge.head, members, (*sums, *((number, addition) for addition in merge.sums))))
-    return found
+            sums = tuple(numbered for group in inner for numbered in group.sums)
+            groups.append(MergedGroup(merge.head, members, (*sums, *((number, addition) for addition in merge.sums))))
+    return groups
 
 
-class RecordedRuns:
-    """Divides runs where a recording shows something else between two elements than eval mode's does.
+class RunDivider:
+    """Divides runs where a recording shows something between two elements that eval mode's recording does not.
 
     Args:
-        witness: What the model did; None: nothing is divided.
+        witness: Recordings of the model; None: runs are never divided.
     """
 
     def __init__(self, witness: Witness | None) -> None:
         self._witness = witness
-        self._between: dict[tuple[_Key, _Key], str] = {}  # pairs of neighbours, and why they are none; "" if they are
-        self._joins: dict[_Key, str] = {}
+        self._between: dict[tuple[_Key, _Key], str] = {}  # by neighbors, the reason to divide between them, or ""
+        self._joins: dict[_Key, str] = {}  # by sum, the reason why it cannot be merged, or ""
 
-    def look_at(self, runs: Sequence[Sequence[Node]]) -> None:
-        """Find out where runs are to be divided."""
+    def compare(self, runs: Sequence[Sequence[Node]]) -> None:
+        """Compare runs with the recordings; :meth:`divided` uses the result."""
         if self._witness is None:
             return
-        pieces = [piece for nodes in runs for piece in _pieces(nodes) if _tells(piece)]
-        whole = self._broken(pieces)
-        broken = [piece for piece, why in zip(pieces, whole, strict=True) if why]
+        pieces = [piece for nodes in runs for piece in _mergeable_pieces(nodes) if _is_comparable(piece)]
+        whys = self._reasons(pieces)
+        broken = [piece for piece, why in zip(pieces, whys, strict=True) if why]
         joins = [[node] for piece in broken for node in piece if isinstance(node.element, Join)]
-        for (node,), why in zip(joins, self._broken(joins), strict=True):
+        for (node,), why in zip(joins, self._reasons(joins), strict=True):
             self._joins[_key(node)] = why
-        for first in (0, 1):
+        for first in (0, 1):  # disjoint pairs, since groups must not overlap
             pairs = [list(piece[at : at + 2]) for piece in broken for at in range(first, len(piece) - 1, 2)]
-            for (one, other), why in zip(pairs, self._broken(pairs), strict=True):
+            for (one, other), why in zip(pairs, self._reasons(pairs), strict=True):
                 self._between[_key(one), _key(other)] = why
-        for piece, why in zip(pieces, whole, strict=True):
-            inside = [self._between.get((_key(one), _key(other)), "") for one, other in pairwise(piece)]
-            if why and not any(inside):  # no pair shows it: nothing of it is believed
-                self._between.update({(_key(one), _key(other)): why for one, other in pairwise(piece)})
+        for piece, why in zip(pieces, whys, strict=True):
+            keys = [(_key(one), _key(other)) for one, other in pairwise(piece)]
+            if why and not any(self._between.get(key) for key in keys):  # no pair explains it: divide everywhere
+                self._between.update(dict.fromkeys(keys, why))
 
     def divided(self, nodes: Sequence[Node]) -> tuple[Node, ...]:
-        """The nodes, with one that cannot be merged wherever the run is to be divided."""
-        found: list[Node] = []
+        """Return the nodes of a run, with one that cannot be merged wherever the run is divided."""
+        result: list[Node] = []
         last: Node | None = None
         for node in nodes:
             if isinstance(node.element, Join) and self._joins.get(_key(node)):
                 node.geometry = Refusal(self._joins[_key(node)])
-            if _is_loud(node):
+            if not _is_pass(node):
                 why = "" if last is None else self._between.get((_key(last), _key(node)), "")
                 if why:
                     assert last is not None
-                    found.append(Node(_quiet(last.element), Refusal(why), node.sizes, node.sizes, 0))
+                    result.append(Node(_identity_step(last.element), Refusal(why), node.sizes, node.sizes, 0))
                 last = node
-            found.append(node)
-        return tuple(found)
+            result.append(node)
+        return tuple(result)
 
-    def _broken(self, pieces: Sequence[Sequence[Node]]) -> list[str]:
-        """For each piece why it is not one chain in every recording, or ""."""
+    def _reasons(self, pieces: Sequence[Sequence[Node]]) -> list[str]:
+        """Return for each piece the reason why it is not one chain in every recording, or ""."""
         assert self._witness is not None
-        groups = [_group(f"{at}", piece) for at, piece in enumerate(pieces)]
+        groups = [_group(f"{index}", piece) for index, piece in enumerate(pieces)]
         broken = self._witness.broken(groups) if groups else {}
-        return [broken.get(f"{at}", "") for at in range(len(pieces))]
+        return [broken.get(f"{index}", "") for index in range(len(pieces))]
 
 
-def _pieces(nodes: Sequence[Node]) -> Iterator[list[Node]]:
-    """What can merge, without what hands on its input."""
+def _mergeable_pieces(nodes: Sequence[Node]) -> Iterator[list[Node]]:
+    """Yield consecutive nodes that can be merged, without identities."""
     piece: list[Node] = []
     for node in nodes:
         if isinstance(node.geometry, Refusal):
             yield piece
             piece = []
-        elif _is_loud(node):
+        elif not _is_pass(node):
             piece.append(node)
     yield piece
 
 
-def _tells(piece: Sequence[Node]) -> bool:
+def _is_comparable(piece: Sequence[Node]) -> bool:
     return len(piece) > 1 or any(isinstance(node.element, Join) for node in piece)
 
 
-def _is_loud(node: Node) -> bool:
-    return isinstance(node.element, Join) or node.element.kind != "pass"
+def _is_pass(node: Node) -> bool:
+    return isinstance(node.element, Step) and node.element.kind == "pass"
 
 
 def _key(node: Node) -> _Key:
@@ -112,21 +116,20 @@ def _key(node: Node) -> _Key:
     return (element.owner, element.label, str(element.number)) if isinstance(element, Join) else (element.name,)
 
 
-def _quiet(element: Element) -> Element:
-    """A step that does nothing, named after a module of the element's."""
-    step = next(iter(steps_of([element])))
-    return type(step)("pass", step.name)
+def _identity_step(element: Element) -> Step:
+    """Return a step that does nothing, named after a module of the element."""
+    return Step("pass", next(steps_of([element])).name)
 
 
 def _group(head: str, piece: Sequence[Node]) -> MergedGroup:
     elements = [node.element for node in piece]
     members = frozenset(step.name for step in steps_of(elements) if step.kind != "pass")
-    return MergedGroup(head, members, tuple((0, addition) for addition in _sums(elements)))
+    return MergedGroup(head, members, tuple((0, addition) for addition in _sums_of(elements)))
 
 
-def _sums(elements: Iterable[Element]) -> Iterator[Sum]:
+def _sums_of(elements: Iterable[Element]) -> Iterator[Sum]:
     for element in elements:
         if isinstance(element, Join):
             for branch in element.branches:
-                yield from _sums(branch)
+                yield from _sums_of(branch)
             yield Sum(element.owner, element.label, element.number, 0)

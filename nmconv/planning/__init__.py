@@ -1,14 +1,16 @@
-"""Ratios, chains, plans: what is decided, as plain data. Nothing here knows torch."""
+"""Ratios, chains and plans: all decisions as plain data, without torch."""
 
 from nmconv.planning.call_signature import Signature, TensorSpec, to_signature
 from nmconv.planning.changes import Change, Changes, changes_of
 from nmconv.planning.dataclass_json import from_plain
 from nmconv.planning.json_files import number, read_json, write_json
-from nmconv.planning.plan import Branch, Counts, Hoist, Kernel, Plan, Site, Sum
+from nmconv.planning.plan import Plan
+from nmconv.planning.plan_parts import Branch, Counts, Hoist, Kernel, Sum
 from nmconv.planning.planner import Options, draw_up
 from nmconv.planning.policies import BOUNDARY, Keep, Unit, current_name
 from nmconv.planning.ratio import Ratio
 from nmconv.planning.selection import listed
+from nmconv.planning.site import Site
 from nmconv.planning.structure import Activation, Chain, Item, Place, Structure, Untraced
 from nmconv.planning.text_table import table
 

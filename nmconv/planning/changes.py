@@ -1,4 +1,4 @@
-"""A plan carried over to a model: of each of its activation calls, what becomes of it and how."""
+"""Match a plan to a model: what happens to each of its activation calls, and how."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nmconv.errors import PlanError
-from nmconv.planning.plan import Plan, Site, Sum
-from nmconv.planning.structure import Activation, Place, Structure
+from nmconv.planning.plan import Plan
+from nmconv.planning.plan_parts import Sum
+from nmconv.planning.site import Site
+from nmconv.planning.structure import Activation, Item, Place, Structure
 
 __all__ = ["Change", "Changes", "changes_of"]
 
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of one call of an activation.
+    """What happens to one activation call.
 
     Attributes:
-        call: The call, as the analysis of the model found it.
-        action: As of :class:`nmconv.Site`.
-        place: Where a moved activation goes.
+        call: The call, as found in the model.
+        action: The action; see :class:`nmconv.Site`.
+        place: For ``move``, where the activation moves to; else None.
     """
 
     call: Activation
@@ -32,10 +34,10 @@ class Changes:
     """All that a plan does to a model.
 
     Attributes:
-        calls: Of every activation call, in order of execution.
-        sums: Additions that go, one operand taking the place of each.
-        copied: Those of them in whose place a copy of the operand must be left.
-        hoists: Convolutions of each linear run whose padding moves to its first one.
+        calls: What happens to each activation call, in order of execution.
+        sums: Additions that are replaced by one of their operands.
+        copied: Those of them that must be replaced by a copy of the operand.
+        hoists: The convolutions of each linear run whose padding moves to the first one.
     """
 
     calls: tuple[Change, ...] = ()
@@ -45,48 +47,43 @@ class Changes:
 
     @property
     def made(self) -> tuple[Change, ...]:
-        """Those that are dropped or moved."""
+        """The calls that are dropped or moved."""
         return tuple(change for change in self.calls if change.action in ("drop", "move"))
 
 
 def changes_of(plan: Plan, structure: Structure, copied: frozenset[Sum] = frozenset()) -> Changes:
-    """What a plan does to a model.
+    """Return what a plan does to a model.
 
     Args:
-        plan: Of this model or of one of the same structure.
-        structure: The model's.
-        copied: As of :class:`Changes`.
+        plan: A plan of this model or of one with the same structure.
+        structure: The model's structure.
+        copied: Sums that must be replaced by a copy of the operand.
 
     Raises:
-        PlanError: If the plan drops or moves what is no site of the model.
+        PlanError: If the plan drops, moves or removes a call that the model does not make or that is no site, or moves
+            one that cannot be moved.
     """
-    sites = {site.id: site for site in plan.sites}
     return Changes(
-        calls=tuple(_changes(plan, sites, structure)),
+        calls=tuple(_changes(plan, structure)),
         sums=tuple(branch.sum for branch in plan.branches),
         copied=copied,
         hoists=tuple(hoist.convs for hoist in plan.hoists if not hoist.why),
     )
 
 
-def _changes(plan: Plan, sites: dict[str, Site], structure: Structure) -> Iterator[Change]:
+def _changes(plan: Plan, structure: Structure) -> Iterator[Change]:
+    sites = {site.id: site for site in plan.sites}
     items = [item for chain in structure.chains for item in chain.items]
-    ends = {conv: item for item in items for conv in item.convs}
-    owned = {item.act for item in items} | {index for index, _ in structure.leading}
+    item_of = {conv: item for item in items for conv in item.convs}
+    changeable = {item.act for item in items} | {index for index, _ in structure.leading}
     for index, call in enumerate(structure.activations):
         site = sites.pop(call.id, None)
         action = "skip" if site is None else site.action
-        if action in ("drop", "move") and index not in owned:
+        if action in ("drop", "move") and index not in changeable:
             raise PlanError(f"{call.id} is no site of this {structure.model} ({call.skip or 'no convolution'})")
         place = None
         if site is not None and action == "move":
-            end = ends.get(site.behind)
-            place = None if end is None else end.end
-            if place is None or not call.movable:
-                why = "no convolution" if end is None else end.end_reason
-                raise PlanError(
-                    f"{call.id} cannot be moved behind {site.behind!r}: {why if call.movable else 'it has parameters'}"
-                )
+            place = _target(site, call, item_of.get(site.behind))
         yield Change(call, action, place)
     for site in sites.values():
         if site.action in ("drop", "move", "gone"):
@@ -94,3 +91,11 @@ def _changes(plan: Plan, sites: dict[str, Site], structure: Structure) -> Iterat
                 f"the plan changes {site.id}, a call that this {structure.model} does not make: was the model changed, "
                 f"or is the plan of another {plan.model}?"
             )
+
+
+def _target(site: Site, call: Activation, item: Item | None) -> Place:
+    """Return where an activation moves to: the end behind an item."""
+    if item is not None and item.end is not None and call.movable:
+        return item.end
+    why = "no convolution" if item is None else item.end_reason
+    raise PlanError(f"{call.id} cannot be moved behind {site.behind!r}: {why if call.movable else 'it has parameters'}")

@@ -1,6 +1,6 @@
-"""Dataclasses as what JSON has, and out of that again with every type checked.
+"""Convert dataclasses to plain JSON data and back, with the type of every value checked.
 
-A class with ``to_row`` and ``from_row`` says itself how its fields are written.
+A dataclass with methods ``to_row`` and ``from_row`` defines its own form.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ __all__ = ["checked", "from_plain", "lines_of", "to_plain"]
 
 
 def to_plain(value: Any, without: Container[str] | None = None) -> Any:
-    """Dataclasses as dicts, without fields that have their defaults; tuples as lists.
+    """Return a dataclass as a dict of the fields that differ from their defaults, and a tuple as a list.
 
     Args:
         value: A dataclass, a tuple or list, or a plain value.
-        without: Names of fields to leave out; given by a ``to_row`` that writes the rest as usual.
+        without: Names of fields to omit; a ``to_row`` passes it to convert the other fields as usual.
     """
     if isinstance(value, (tuple, list)):
         return [to_plain(part) for part in value]
@@ -27,20 +27,25 @@ def to_plain(value: Any, without: Container[str] | None = None) -> Any:
         return value
     if without is None and hasattr(value, "to_row"):
         return value.to_row()
-    found = {}
+    row = {}
     for field in fields(value):
         part = getattr(value, field.name)
         if field.name not in (without or ()) and (field.default is MISSING or part != field.default):
-            found[field.name] = to_plain(part)
-    return found
+            row[field.name] = to_plain(part)
+    return row
 
 
 def from_plain(kind: Any, value: Any, where: str = "plan") -> Any:
-    """A value of type ``kind``: a dataclass, a tuple, a union, or a plain type.
+    """Return the value of type ``kind`` that JSON data stands for.
+
+    Args:
+        kind: A dataclass, a tuple type, a union with None, or a plain type.
+        value: The JSON data.
+        where: What the data is, for error messages.
 
     Raises:
-        TypeError: If something is of another type, missing or unknown; the text says where.
-        ValueError: If a ``from_row`` does not take it.
+        TypeError: If a part is of another type, missing or unknown; the message says where.
+        ValueError: If a ``from_row`` rejects its row.
     """
     if is_dataclass(kind):
         return _dataclass(kind, value, where)
@@ -50,17 +55,21 @@ def from_plain(kind: Any, value: Any, where: str = "plan") -> Any:
             return None
         return from_plain(next(part for part in args if part is not type(None)), value, where)
     if origin is tuple:
-        if not isinstance(value, list):
-            raise TypeError(f"{where} is no list")
-        inner = [args[0]] * len(value) if args[-1] is ... else list(args)
-        if len(inner) != len(value):
-            raise TypeError(f"{where} has {len(value)} parts, not {len(inner)}")
-        return tuple(
-            from_plain(part, item, f"{where}[{at}]") for at, (part, item) in enumerate(zip(inner, value, strict=True))
-        )
+        return _tuple(args, value, where)
     if type(value) is not kind:
         raise TypeError(f"{where} is {value!r}, no {kind.__name__}")
     return value
+
+
+def _tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise TypeError(f"{where} is no list")
+    kinds = (kinds[0],) * len(value) if kinds[-1] is ... else kinds
+    if len(kinds) != len(value):
+        raise TypeError(f"{where} has {len(value)} parts, not {len(kinds)}")
+    return tuple(
+        from_plain(kind, part, f"{where}[{index}]") for index, (kind, part) in enumerate(zip(kinds, value, strict=True))
+    )
 
 
 def _dataclass(kind: Any, value: Any, where: str) -> Any:
@@ -71,21 +80,25 @@ def _dataclass(kind: Any, value: Any, where: str) -> Any:
     return kind(**checked(kind, value, where))
 
 
-def checked(kind: Any, value: dict[str, Any], where: str) -> dict[str, Any]:
-    """The fields of a dataclass, each of its type."""
+def checked(kind: Any, row: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the fields of a dataclass, each converted to its type.
+
+    Raises:
+        TypeError: If a field is missing, unknown or of another type.
+    """
     hints = get_type_hints(kind)
     names = {field.name for field in fields(kind)}
-    needed = {field.name for field in fields(kind) if field.default is MISSING}
-    if not needed <= value.keys() <= names:
+    required = {field.name for field in fields(kind) if field.default is MISSING}
+    if not required <= row.keys() <= names:
         raise TypeError(f"{where} has other fields than {', '.join(sorted(names))}")
-    return {name: from_plain(hints[name], part, f"{where}.{name}") for name, part in value.items()}
+    return {name: from_plain(hints[name], value, f"{where}.{name}") for name, value in row.items()}
 
 
 def lines_of(data: dict[str, Any]) -> str:
-    """An object as JSON: a line a field, and a line an element of lists of objects."""
-    parts = []
+    """Return an object as JSON with one line for each field, and one for each element of a list of objects."""
+    lines = []
     for key, value in data.items():
-        rows = isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
-        text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]" if rows else json.dumps(value)
-        parts.append(f" {json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n}"
+        is_table = isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+        text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]" if is_table else json.dumps(value)
+        lines.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}"

@@ -1,4 +1,4 @@
-"""Tables in one JSON file each: written as a whole or not at all, and read with every fault named."""
+"""Tables of measurements in JSON files: atomic writes, and reads that report every fault."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["number", "read_json", "write_json"]
 
 
 def write_json(path: str | os.PathLike[str], data: dict[str, Any]) -> None:
-    """Write nested plain data to a file, as a whole or not at all; numbers that are not finite are null there."""
+    """Write nested plain data to a file atomically; numbers that are not finite become null."""
     name = os.fspath(path)
     temporary = f"{name}.{secrets.token_hex(4)}.tmp"
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(_plain(data), file, indent=1, allow_nan=False)
+            json.dump(_finite(data), file, indent=1, allow_nan=False)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, name)
@@ -30,17 +30,17 @@ def write_json(path: str | os.PathLike[str], data: dict[str, Any]) -> None:
 
 
 def read_json(path: str | os.PathLike[str], mark: str, version: int, again: str) -> dict[str, Any]:
-    """Read what :func:`write_json` wrote, without the mark.
+    """Read a file that :func:`write_json` wrote, without its mark.
 
     Args:
         path: The file.
-        mark: The key under which the version stands.
-        version: The one that is read.
-        again: What makes such a file, for messages: ``nmconv.sensitivity``.
+        mark: The key of the version; it identifies the kind of table.
+        version: The expected version.
+        again: The function that makes such a file, for messages: ``nmconv.sensitivity``.
 
     Raises:
-        FileError: If it is something else, or of another version.
-        OSError: If it cannot be opened.
+        FileError: If the file is something else, or of another version.
+        OSError: If the file cannot be opened.
     """
     name = os.fspath(path)
     with open(name, encoding="utf-8") as file:
@@ -56,14 +56,14 @@ def read_json(path: str | os.PathLike[str], mark: str, version: int, again: str)
 
 
 def number(value: Any) -> Any:
-    """NaN for null; else the value."""
+    """Return NaN for null, else the value."""
     return math.nan if value is None else value
 
 
-def _plain(value: Any) -> Any:
-    """Nested lists and dicts without what JSON has no word for."""
+def _finite(value: Any) -> Any:
+    """Return nested data with None for numbers that are not finite, and lists for tuples."""
     if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
+        return {key: _finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
+        return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""From what a model is made of to what becomes of each activation: pure functions, no torch."""
+"""Make a plan from a model's structure and the user's options: pure functions, no torch."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from nmconv.planning.plan import Plan, Site
+from nmconv.planning.plan import Plan
 from nmconv.planning.policies import BOUNDARY, Keep, Unit, check_keep, choose
 from nmconv.planning.ratio import Ratio
 from nmconv.planning.selection import PatternTarget, Rules, listed
+from nmconv.planning.site import Site
 from nmconv.planning.structure import Activation, Chain, Item, Structure
 
 __all__ = ["Options", "draw_up"]
 
-_SKIP_NOTHING: Mapping[int, str] = {}
+_NONE_LOCKED: Mapping[int, str] = {}
 
 
 @dataclass(frozen=True)
@@ -30,51 +31,56 @@ class Options:
     hoist: bool = False
 
     def check(self) -> None:
-        """Refuse what no model could be planned with.
+        """Check the options that do not depend on a model.
 
         Raises:
-            OptionError, RatioError, PatternError: For an option that is none.
+            OptionError: If ``keep`` is invalid.
+            RatioError: If a ratio is invalid.
         """
         check_keep(self.keep)
         Rules.parse(self.ratio)
 
     def texts(self) -> tuple[tuple[str, str], ...]:
-        """The options apart from the ratio, as text for the plan."""
+        """Return the options except the ratio as (name, text) pairs, for the plan."""
         keep = self.keep if isinstance(self.keep, str) else getattr(self.keep, "__name__", "function")
         values = {
             "keep": keep,
             "relocate": self.relocate,
-            "include": _text(self.include),
-            "exclude": _text(self.exclude),
+            "include": ", ".join(listed(self.include)),
+            "exclude": ", ".join(listed(self.exclude)),
             "linear": self.linear,
             "hoist_padding": self.hoist,
         }
         return tuple((name, str(value)) for name, value in values.items())
 
 
-def draw_up(
-    structure: Structure, options: Options, fingerprint: str, locked: Mapping[int, str] = _SKIP_NOTHING
-) -> Plan:
-    """Decide for every activation.
+def draw_up(structure: Structure, options: Options, fingerprint: str, locked: Mapping[int, str] = _NONE_LOCKED) -> Plan:
+    """Make a plan: decide for every activation.
 
     Args:
-        structure: What the analysis found.
-        options: What was asked for.
-        fingerprint: The model's.
+        structure: The model's structure.
+        options: What the user asked for.
+        fingerprint: The model's fingerprint.
         locked: From an activation's index to why it cannot be dropped or moved.
 
     Returns:
-        The plan; a unit that has locked activations may keep more than its share.
+        The plan; a unit with locked activations may keep more than its share.
+
+    Raises:
+        OptionError: If ``keep`` is a function that returns invalid positions.
+        PatternError: If a pattern is malformed or matches nothing.
+        RatioError: If a ratio is invalid.
     """
-    sites = [_bare(activation) for activation in structure.activations]
+    sites = [_undecided(activation) for activation in structure.activations]
     for index, reason in structure.leading:
         sites[index] = replace(sites[index], role="leading", action="keep", reason=reason)
     for index, reason in locked.items():
         sites[index] = replace(sites[index], locked=reason)
-    rules = Rules(options.ratio, options.include, options.exclude, _spots(structure), structure.stages)
+    targets = [_target(item, structure.activations) for chain in structure.chains for item in chain.items]
+    rules = Rules(options.ratio, options.include, options.exclude, targets, structure.stages)
     for number, chain in enumerate(structure.chains):
-        for index, site in _decide(number, chain, sites, rules, options, structure):
-            sites[index] = site if sites[index].chain is None else _for_all(sites[index], site)
+        for index, site in _decide_chain(number, chain, sites, rules, options, structure):
+            sites[index] = site if sites[index].chain is None else _one_decision(sites[index], site)
     convs = len({item.convs for chain in structure.chains if chain.modes != "train" for item in chain.items})
     return Plan(
         model=structure.model,
@@ -87,11 +93,7 @@ def draw_up(
     )
 
 
-def _text(patterns: str | Iterable[str]) -> str:
-    return ", ".join(listed(patterns))
-
-
-def _bare(activation: Activation) -> Site:
+def _undecided(activation: Activation) -> Site:
     return Site(
         name=activation.name,
         function=activation.function,
@@ -105,45 +107,36 @@ def _bare(activation: Activation) -> Site:
     )
 
 
-def _spot(item: Item, activations: Sequence[Activation | Site]) -> PatternTarget:
+def _target(item: Item, activations: Sequence[Activation | Site]) -> PatternTarget:
     names = item.convs if item.act is None else (*item.convs, activations[item.act].name)
     return PatternTarget(tuple(name for name in names if name), item.order)
 
 
-def _spots(structure: Structure) -> list[PatternTarget]:
-    return [_spot(item, structure.activations) for chain in structure.chains for item in chain.items]
-
-
-def _for_all(one: Site, other: Site) -> Site:
-    """One decision for an activation that stands in a chain several times: what one call must keep, all keep."""
+def _one_decision(one: Site, other: Site) -> Site:
+    """Return one decision for an activation that is in chains several times: if one call must keep it, all do."""
     if one.action == other.action:
         return one
     kept = one if one.action == "keep" else other
     return replace(kept, action="keep", behind="", reason=f"{kept.reason}; one decision for all calls of it")
 
 
-def _decide(
+def _decide_chain(
     number: int, chain: Chain, sites: Sequence[Site], rules: Rules, options: Options, structure: Structure
 ) -> Iterator[tuple[int, Site]]:
+    """Yield the index and the decided site of each activation of a chain, segment by segment of the same rule."""
     unit = 0
-    for found, segment in groupby(chain.items, key=lambda item: rules.ratio(_spot(item, sites))):
+    for rule, segment in groupby(chain.items, key=lambda item: rules.ratio(_target(item, sites))):
         items = list(segment)
-        if found is None:
+        if rule is None:
             for item in items:
                 if item.act is not None:
                     yield item.act, _kept(sites[item.act], number, None, item, "left alone by the patterns given")
             continue
-        ratio = found[1]
+        ratio = rule[1]
         for start in range(0, len(items), ratio.n):
             members = items[start : start + ratio.n]
             yield from _decide_unit(number, unit, chain.pre, members, ratio, sites, options, structure)
             unit += 1
-
-
-def _kept(site: Site, chain: int, unit: int | None, item: Item, reason: str) -> Site:
-    return replace(
-        site, action="keep", reason=reason, chain=chain, unit=unit, role=item.role, convs=item.convs, behind=""
-    )
 
 
 def _decide_unit(
@@ -157,34 +150,42 @@ def _decide_unit(
     structure: Structure,
 ) -> Iterator[tuple[int, Site]]:
     owned = [(position, item, item.act) for position, item in enumerate(members) if item.act is not None]
-    allowed = ratio.kept(len(members))
-    few = len(owned) <= allowed
-    asked = Unit(
-        chain=chain,
-        unit=unit,
-        pre=pre,
-        convs=tuple(item.convs for item in members),
-        sites=tuple(sites[index].id for _, _, index in owned),
-        owners=tuple(position for position, _, _ in owned),
-        allowed=allowed,
-    )
-    stay = frozenset(range(len(owned))) if few else choose(options.keep, asked)
-    size = len(members)
-    share = f"unit of {size} has few enough" if few else f"unit of {size} keeps {allowed} of {len(owned)}"
-    moved = max(stay, default=None) if options.relocate else None
-    for place, (_, item, index) in enumerate(owned):
+    size, allowed = len(members), ratio.kept(len(members))
+    if len(owned) <= allowed:
+        kept = frozenset(range(len(owned)))
+        share = f"unit of {size} has few enough"
+    else:
+        choice = Unit(
+            chain=chain,
+            unit=unit,
+            pre=pre,
+            convs=tuple(item.convs for item in members),
+            sites=tuple(sites[index].id for _, _, index in owned),
+            owners=tuple(position for position, _, _ in owned),
+            allowed=allowed,
+        )
+        kept = choose(options.keep, choice)
+        share = f"unit of {size} keeps {allowed} of {len(owned)}"
+    moved = max(kept, default=None) if options.relocate else None
+    for position, (_, item, index) in enumerate(owned):
         site = _kept(sites[index], chain, unit, item, share)
-        if place not in stay and site.locked:
+        if position not in kept and site.locked:
             site = replace(site, reason=f"{share}, but this one cannot be dropped: {site.locked}")
-        elif place not in stay:
+        elif position not in kept:
             site = replace(site, action="drop")
-        elif place == moved:
+        elif position == moved:
             site = _relocated(site, members[-1], pre, share, structure.activations[index].movable)
         yield index, site
 
 
+def _kept(site: Site, chain: int, unit: int | None, item: Item, reason: str) -> Site:
+    return replace(
+        site, action="keep", reason=reason, chain=chain, unit=unit, role=item.role, convs=item.convs, behind=""
+    )
+
+
 def _relocated(site: Site, last: Item, pre: bool, share: str, movable: bool) -> Site:
-    """The unit's last kept activation, moved to the unit's end where its last convolution has none."""
+    """Move a unit's last kept activation to the unit's end if its last convolution owns no activation."""
     if pre or last.act is not None:
         return site
     if site.locked or last.end is None or not movable:

@@ -1,4 +1,4 @@
-"""Which activations a unit keeps."""
+"""Policies that choose which activations a unit keeps."""
 
 from __future__ import annotations
 
@@ -13,16 +13,25 @@ __all__ = ["BOUNDARY", "Keep", "Unit", "check_keep", "choose", "current_name"]
 
 @dataclass(frozen=True)
 class Unit:
-    """What a ``keep`` function is asked about: one unit with more activations than it may keep.
+    """The argument of a ``keep`` function: one unit with more activations than it may keep.
 
     Attributes:
         chain: Number of the chain.
         unit: Number of the unit within the chain.
-        pre: Whether activations stand before their convolutions.
-        convs: The names of each convolution's modules, in order.
+        pre: Whether activations precede their convolutions.
+        convs: Qualified names of each convolution, in order; several if parallel ones are summed.
         sites: Ids of the unit's activations, in order of execution.
         owners: For each site the index into ``convs`` of the convolution that owns it.
-        allowed: How many activations may stay: ceil(r * M / N).
+        allowed: How many activations may stay: ceil(r * M / N) for r convolutions and a ratio of N:M.
+
+    Example:
+        >>> from torch import nn
+        >>> import nmconv
+        >>> def keep_first(unit: nmconv.Unit) -> range:
+        ...     return range(unit.allowed)
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+        >>> [site.action for site in nmconv.make_plan(model, "2:1", keep=keep_first).sites]
+        ['keep', 'drop']
     """
 
     chain: int
@@ -41,11 +50,11 @@ _OLD_NAMES = {"last": BOUNDARY}
 
 
 def current_name(keep: Keep, stacklevel: int) -> Keep:
-    """The policy under its name of today; a DeprecationWarning says where an old one was given.
+    """Return a policy under its current name, and warn with a DeprecationWarning if the old name was given.
 
     Args:
         keep: Any value.
-        stacklevel: How many calls above this one the user's own is.
+        stacklevel: How many calls above this one the user's call is.
     """
     if isinstance(keep, str) and keep in _OLD_NAMES:
         warn_of_word("keep", keep, _OLD_NAMES[keep], stacklevel + 1)
@@ -60,10 +69,10 @@ def check_keep(keep: object) -> None:
 
 
 def choose(keep: Keep, unit: Unit) -> frozenset[int]:
-    """The positions in ``unit.sites`` that stay.
+    """Return the positions in ``unit.sites`` that stay.
 
-    ``boundary`` keeps the end of the unit: its last activations, or, where activations stand before their convolutions,
-    its first. ``first`` keeps the other end, ``spread`` spaces them evenly with one at the boundary.
+    ``boundary`` keeps the unit's end: its last activations, or, if activations precede their convolutions, its first.
+    ``first`` keeps the other end; ``spread`` spaces them evenly with one at the boundary.
 
     Raises:
         OptionError: If a function returns positions that are not in the unit, or too many.
@@ -75,7 +84,7 @@ def choose(keep: Keep, unit: Unit) -> frozenset[int]:
             positions = frozenset(answer)
         except TypeError as error:
             raise OptionError(f"keep returned {answer!r} for {unit}: return positions in unit.sites") from error
-        if not all(type(place) is int and 0 <= place < count for place in positions):
+        if not all(type(position) is int and 0 <= position < count for position in positions):
             raise OptionError(f"keep returned {sorted(map(str, positions))} for {unit}: return positions below {count}")
         if len(positions) > allowed:
             raise OptionError(f"keep returned {len(positions)} positions for {unit}: at most {allowed} may stay")
@@ -84,5 +93,5 @@ def choose(keep: Keep, unit: Unit) -> frozenset[int]:
         if unit.pre:
             return frozenset(-(-step * count // allowed) for step in range(allowed))
         return frozenset((step + 1) * count // allowed - 1 for step in range(allowed))
-    at_end = (keep == BOUNDARY) != unit.pre
-    return frozenset(range(count - allowed, count) if at_end else range(allowed))
+    keeps_last = (keep == BOUNDARY) != unit.pre
+    return frozenset(range(count - allowed, count) if keeps_last else range(allowed))

@@ -10,12 +10,12 @@ from nmconv.errors import RatioError
 
 __all__ = ["Ratio"]
 
-_WAY_OUT = 'give "N:M" or a pair (N, M) of whole numbers with N >= M >= 1, such as "2:1"'
+_HINT = 'give "N:M" or a pair (N, M) of whole numbers with N >= M >= 1, such as "2:1"'
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """``n`` convolutions to ``m`` activations.
+    """The ratio of a unit: ``n`` convolutions to ``m`` activations (arXiv 1709.06247).
 
     Args:
         n: Convolutions in a unit.
@@ -23,6 +23,14 @@ class Ratio:
 
     Raises:
         RatioError: If not n >= m >= 1.
+
+    Example:
+        >>> import nmconv
+        >>> ratio = nmconv.Ratio.parse("3:1")
+        >>> ratio == nmconv.Ratio(3, 1)
+        True
+        >>> [ratio.kept(convs) for convs in (1, 2, 3, 4)]
+        [1, 1, 1, 2]
     """
 
     n: int
@@ -30,7 +38,7 @@ class Ratio:
 
     def __post_init__(self) -> None:
         if not self.n >= self.m >= 1:
-            raise RatioError(f"ratio {self.n}:{self.m} is out of range: {_WAY_OUT}")
+            raise RatioError(f"ratio {self.n}:{self.m} is out of range: {_HINT}")
 
     @classmethod
     def parse(cls, value: object) -> Ratio:
@@ -44,7 +52,7 @@ class Ratio:
         if isinstance(value, str):
             match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", value, re.ASCII)
             if match is None:
-                raise RatioError(f"{value!r} is no ratio: {_WAY_OUT}")
+                raise RatioError(f"{value!r} is no ratio: {_HINT}")
             return cls(int(match[1]), int(match[2]))
         if (
             isinstance(value, Sequence)
@@ -53,10 +61,10 @@ class Ratio:
             and all(type(part) is int for part in value)
         ):
             return cls(value[0], value[1])
-        raise RatioError(f"{value!r} is no ratio: {_WAY_OUT}")
+        raise RatioError(f"{value!r} is no ratio: {_HINT}")
 
     def kept(self, convs: int) -> int:
-        """How many activations a unit of ``convs`` convolutions may keep: ceil(convs * m / n)."""
+        """Return how many activations a unit of ``convs`` convolutions may keep: ceil(convs * m / n)."""
         return -(-convs * self.m // self.n)
 
     def __str__(self) -> str:

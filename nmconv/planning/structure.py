@@ -1,4 +1,4 @@
-"""What the analysis of a model found, as plain data: activations, chains of convolutions, and who owns which."""
+"""A model's structure as plain data: activation calls, chains of convolutions, and which convolution owns which."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["Activation", "Chain", "Item", "Place", "Structure", "Untraced", "cal
 
 
 def call_id(name: str, function: str | None, call: int, owner: str, modes: str) -> str:
-    """What names an activation call: ``layer1.0.relu#2``, or ``Mixed_5b.branch1x1:relu#1``, one of a kind."""
+    """Return the unique name of an activation call: ``layer1.0.relu#2``, or ``Mixed_5b.branch1x1:relu#1``."""
     kind = f":{function}" if function else ""
     train = "(train)" if modes == "train" else ""
-    # a call through another module than the one that holds it says who calls
+    # A call that another module makes than the activation's parent names the caller.
     caller = "" if function or name.rpartition(".")[0] == owner else f"@{owner}"
     return f"{name}{kind}#{call}{caller}{train}"
 
@@ -23,8 +23,8 @@ class Untraced:
 
     Attributes:
         name: Its qualified name ("" is the model itself).
-        reason: In which mode, and what it raises.
-        hint: What to pass to reach it.
+        reason: The mode, and the exception that it raises.
+        hint: The inputs to pass so that it runs.
     """
 
     name: str
@@ -34,15 +34,15 @@ class Untraced:
 
 @dataclass(frozen=True)
 class Place:
-    """A value inside one module's forward: the result of the ``call``-th call of ``op`` in it.
+    """An insertion point: the result of the ``call``-th call of ``op`` in one method of a module.
 
     Attributes:
         owner: Qualified name of the module whose forward computes the value.
         method: Name of the method of ``owner`` that computes it.
-        op: A child's name relative to ``owner``, or the name of a function such as ``add``.
-        call: 1-based count of calls of ``op`` within one call of the method.
-        how: ``rewrite`` the method, ``insert`` behind a child of a Sequential, or fill the ``slot`` named ``op``.
-        takes: The structure of the arguments ``method`` is called with, as JSON, where it is rewritten.
+        op: A child's name relative to ``owner``, or a function's name such as ``add``.
+        call: Which call of ``op`` it is within one call of the method, from 1.
+        how: ``rewrite`` (the method), ``insert`` (behind a child of a Sequential) or ``slot`` (fill the slot ``op``).
+        takes: For ``rewrite``, the structure of the arguments that ``method`` is called with, as JSON.
     """
 
     owner: str
@@ -59,21 +59,22 @@ class Activation:
 
     Attributes:
         name: Qualified name of the activation module; for a functional call, of the module whose forward makes it.
-        function: None for a module; else the kind of function (``relu``, ``gelu``, ...), in-place or not alike.
+        function: None for a module; else the kind of function (``relu``, ``gelu``, ...), the same for its in-place
+            variant.
         owner: Qualified name of the module whose own forward makes the call ("" is the model itself).
-        method: The method of ``owner`` that makes the call, mostly ``forward``.
+        method: The method of ``owner`` that makes the call, usually ``forward``.
         call: Which call of this module (or of this kind of function) it is within one forward of ``owner``, from 1,
             in eval mode; in train mode for a call that is made in training only.
         train_call: The same in train mode; None if the call is made in eval mode only.
-        step: Like ``call``, but counted within ``method`` alone.
+        step: Like ``call``, but counted within ``method`` only.
         train_step: The same in train mode.
-        takes: Where ``how`` is ``rewrite``: the structure of the arguments ``method`` is called with, as JSON.
-        modes: ``both``, ``eval`` or ``train``: when the call is made.
+        takes: For ``rewrite``, the structure of the arguments that ``method`` is called with, as JSON.
+        modes: When the call is made: ``both``, ``eval`` or ``train``.
         kind: The activation's name, such as ``ReLU``.
         inplace: Whether the call overwrites its input.
-        copy: Whether the identity that replaces it must copy, lest two readers share memory.
-        how: ``swap`` if replacing a submodule is enough, ``rewrite`` if the owner's method must be.
-        movable: Whether it can be called elsewhere.
+        copy: Whether the identity that replaces it must copy its input, lest two readers share memory.
+        how: ``swap`` if replacing a submodule is enough, ``rewrite`` if the method must be rewritten.
+        movable: Whether it can move to the unit's end; with parameters, it cannot.
         skip: Why it is no site, or "".
     """
 
@@ -96,7 +97,7 @@ class Activation:
 
     @property
     def id(self) -> str:
-        """As of :class:`nmconv.Site`."""
+        """Its unique name; see :class:`nmconv.Site`."""
         return call_id(self.name, self.function, self.call, self.owner, self.modes)
 
 
@@ -106,10 +107,10 @@ class Item:
 
     Attributes:
         convs: Qualified names.
-        order: Position in the order of execution.
+        order: Its position in the order of execution.
         act: Index into ``Structure.activations``, or None.
-        role: How the activation is reached: post, residual, gated, parallel, pre.
-        end: Where an activation could be put behind this convolution, or None.
+        role: How the activation is reached: ``post``, ``residual``, ``gated``, ``parallel``, ``pre``, or "".
+        end: The insertion point of an activation behind this convolution, or None.
         end_reason: Why ``end`` is None.
     """
 
@@ -123,7 +124,13 @@ class Item:
 
 @dataclass(frozen=True)
 class Chain:
-    """Convolutions that follow one another. ``pre``: activations stand before their convolutions."""
+    """Consecutive convolutions.
+
+    Attributes:
+        items: The convolutions, in order of execution.
+        pre: Whether activations precede their convolutions.
+        modes: When it runs: ``both``, ``eval`` or ``train``.
+    """
 
     items: tuple[Item, ...]
     pre: bool
@@ -132,19 +139,19 @@ class Chain:
 
 @dataclass(frozen=True)
 class Structure:
-    """All that planning needs to know of a model.
+    """All that planning needs to know about a model.
 
     Attributes:
         model: Class name.
-        activations: Every activation call seen, in order of execution.
+        activations: Every activation call, in order of execution; then activation modules that are never called.
         chains: Every chain, in order of execution.
-        leading: Activations that always stay although convolutions are near: index and reason.
-        stages: For each part of timm's ``feature_info``, when the last of its module has run, in the order that items
-            count in (-1: it never does); empty where there is none.
+        leading: Activations next to convolutions that always stay: index and reason.
+        stages: For each entry of timm's ``feature_info``, the position at which the last of its module runs, in the
+            same count as ``Item.order`` (-1: it never does); empty if the model has none.
         untraced: Parts that do not run in one of the modes.
-        classifier: Names of modules that depend on the number of classes.
-        steps: What the forward does in eval mode, step by step: kinds of convolutions, norms, activations, sums and
-            products, and names of those that are modules.
+        classifier: Names of the modules that depend on the number of classes.
+        steps: The convolutions, norms, activations, sums and products of the forward in eval mode, in order of
+            execution: the kind of each, and the name of those that are modules.
     """
 
     model: str
@@ -157,7 +164,7 @@ class Structure:
     steps: tuple[tuple[str, str], ...] = ()
 
     def digest(self) -> str:
-        """A short text that differs where another data flow was found; the classifier does not count."""
+        """Return a hash of the data flow without the classifier: 16 hexadecimal digits."""
         facts: list[object] = [step for step in self.steps if not self._is_classifier(step[1])]
         for chain in self.chains:
             items = [item for item in chain.items if not any(map(self._is_classifier, item.convs))]

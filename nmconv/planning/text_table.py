@@ -1,4 +1,4 @@
-"""Plain text tables: columns aligned, nothing else."""
+"""Plain text tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["table"]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows under a head, left-aligned in columns two spaces apart."""
+    """Return rows under a head as text, in left-aligned columns two spaces apart."""
     lines = [head, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     return "\n".join(

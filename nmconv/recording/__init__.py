@@ -1,15 +1,16 @@
-"""A model's own run, recorded: on meta tensors, on a copy, with every function that it called."""
+"""Recordings of a model's runs: each call of a copy on meta tensors becomes a node of an fx graph."""
 
 from nmconv.recording.answers import Answers, ModelRaised, NeedsData
+from nmconv.recording.call_recording import record_again, record_call
 from nmconv.recording.context import context_kept, context_now, is_recording
-from nmconv.recording.functions import label_of
+from nmconv.recording.function_code import NoSource, conditions, enclosed, goes_one_way, parsed, unwrapped
 from nmconv.recording.inputs import Inputs, given_inputs, guessed_inputs
-from nmconv.recording.methods import enclosed, unwrapped
+from nmconv.recording.model_recordings import ENTRY_POINTS, Failure, Recordings, record
 from nmconv.recording.nodes import TENSOR, hook_sees, unknown
-from nmconv.recording.record_modes import ENTRY_POINTS, Failure, Recordings, record, record_again, record_call
-from nmconv.recording.recording import Call, Fact, Frame, Lines, Read, Recording, Spec
+from nmconv.recording.recording import Call, Fact, Frame, Lines, Read, Recording
 from nmconv.recording.rng_state import RngState, draws_randomness, rng_restored
-from nmconv.recording.syntax_trees import NoSource, conditions, goes_one_way, parsed
+from nmconv.recording.tensors import Spec
+from nmconv.recording.torch_functions import label_of
 
 __all__ = [
     "ENTRY_POINTS",

@@ -1,4 +1,4 @@
-"""What data decide: a meta tensor holds none, so a real run on a copy is asked once, and its answers are kept."""
+"""Results that depend on data: meta tensors hold none, so one real run on a copy provides them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["ASKS_DATA", "Answers", "ModelRaised", "NeedsData"]
+__all__ = ["Answers", "CallKey", "ModelRaised", "NeedsData", "may_need_data"]
 
-# Functions that only numbers can answer.
-ASKS_DATA = frozenset(
-    ("item", "__bool__", "__int__", "__float__", "__index__", "__complex__", "tolist", "numpy", "__array__",
-     "is_nonzero", "nonzero", "unique", "unique_consecutive", "equal", "allclose", "masked_select", "__contains__",
-     "bincount", "argwhere", "__format__", "nms")
-)  # fmt: skip
+# Name of the function or module, qualified name of the calling module, and the number of the call, from 1.
+CallKey = tuple[str, str, int]
 
 
 class ModelRaised(Exception):
@@ -26,27 +22,28 @@ class ModelRaised(Exception):
 
 
 class NeedsData(RuntimeError):
-    """A run on meta tensors asks for numbers."""
+    """A run on meta tensors needs a result that depends on data."""
 
 
 class Answers:
-    """What each call has returned in a real run, as meta tensors and plain values."""
+    """What each call returned in a real run, as meta tensors and plain values."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[str, str, int], Any] = {}
+        self._results: dict[CallKey, Any] = {}
 
-    def add(self, key: tuple[str, str, int], returned: Any) -> None:
-        """Keep what a call returned: ``key`` is the function's name, the module's path and the call's number."""
-        self._found[key] = _without_data(returned)
+    def add(self, key: CallKey, returned: Any) -> None:
+        """Keep what a call returned."""
+        self._results[key] = _without_data(returned)
 
-    def get(self, key: tuple[str, str, int]) -> tuple[Any] | None:
-        """What the call returned, in a tuple, anew each time; None where that is not known."""
-        return (_without_data(self._found[key]),) if key in self._found else None
+    def get(self, key: CallKey) -> tuple[Any] | None:
+        """Return a new copy of what the call returned, in a tuple; None if that is unknown."""
+        return (_without_data(self._results[key]),) if key in self._results else None
 
-    def may_know(self, error: Exception) -> bool:
-        """Whether an error may come of there being no numbers, rather than of what the model does."""
-        text = str(error).lower()
-        return isinstance(error, NotImplementedError) or "meta" in text or "data-dependent" in text
+
+def may_need_data(error: Exception) -> bool:
+    """Return whether missing data may have caused an error, rather than the model's code."""
+    text = str(error).lower()
+    return isinstance(error, NotImplementedError) or "meta" in text or "data-dependent" in text
 
 
 def _without_data(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The context that a thread is in (gradients, autocast, recording), and what a model's code asks about it."""
+"""The thread's context (gradient mode, autocast, recording), and whether a model's code queries it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any
@@ -14,10 +14,71 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["asks_for", "context_kept", "context_now", "is_recording", "noted"]
+__all__ = ["context_kept", "context_now", "context_queries", "is_recording", "recording_marked", "uncompiled"]
+
+# -- the context ------------------------------------------------------------------------------------------------------
+
+_DEVICE_TYPES = ("cpu", "cuda")
+_state = threading.local()
 
 
-_QUESTIONS = {
+def context_now() -> tuple[bool, ...]:
+    """Return whether gradients, inference mode, and autocast on the CPU and on CUDA are on in this thread."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *(torch.is_autocast_enabled(device_type) for device_type in _DEVICE_TYPES),
+    )
+
+
+@contextmanager
+def context_kept() -> Iterator[None]:
+    """Restore the gradient mode and autocast on exit, in case a model's code raised before it restored them itself.
+
+    Autocast counts its nesting depth and keeps the weights it has cast until the outermost level is left. With a wrong
+    count, the thread would go on training with outdated weights.
+    """
+    grad, cache_enabled = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
+    autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _DEVICE_TYPES]
+    depth = torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad)
+        for kind, enabled, dtype in autocast:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        torch.set_autocast_cache_enabled(cache_enabled)
+        while torch.autocast_decrement_nesting() >= depth:
+            torch.clear_autocast_cache()
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Run compiled functions eagerly, in all threads, where this torch can."""
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def is_recording() -> bool:
+    """Return whether this thread is recording a model's run."""
+    return bool(getattr(_state, "depth", 0))
+
+
+@contextmanager
+def recording_marked() -> Iterator[None]:
+    """Make :func:`is_recording` true, while a copy is prepared or runs."""
+    _state.depth = getattr(_state, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _state.depth -= 1
+
+
+# -- queries ----------------------------------------------------------------------------------------------------------
+
+_QUERIES = {
     "is_grad_enabled": "grad",
     "is_inference_mode_enabled": "grad",
     "requires_grad": "grad",
@@ -30,16 +91,16 @@ _QUESTIONS = {
 }
 
 
-def asks_for(codes: Iterable[CodeType], model: nn.Module) -> frozenset[str]:
-    """``grad`` and ``autocast``, where functions that ran, or functions that these name, ask for it.
+def context_queries(codes: Iterable[CodeType], model: nn.Module) -> frozenset[str]:
+    """Return ``grad`` and ``autocast`` if the functions that ran, or functions that these name, query them.
 
     Args:
-        codes: Of the functions that ran.
-        model: Whose classes' methods they may name.
+        codes: Code of the functions that ran.
+        model: The model, whose classes' methods and files' globals are searched for the names.
     """
     classes = list(dict.fromkeys(type(module) for module in model.modules()))
-    spaces = list({id(space): space for cls in classes for space in _spaces(cls)}.values())
-    found: set[str] = set()
+    namespaces = list({id(space): space for cls in classes for space in _file_globals(cls)}.values())
+    queries: set[str] = set()
     done: set[CodeType] = set()
     todo = list(codes)
     while todo:
@@ -49,81 +110,31 @@ def asks_for(codes: Iterable[CodeType], model: nn.Module) -> frozenset[str]:
         done.add(code)
         todo += (part for part in code.co_consts if isinstance(part, CodeType))
         for name in code.co_names:
-            if name in _QUESTIONS:
-                found.add(_QUESTIONS[name])
-            for space in spaces:
-                todo += _code_of(space.get(name))
+            if name in _QUERIES:
+                queries.add(_QUERIES[name])
+            for namespace in namespaces:
+                todo += _codes_of(namespace.get(name))
             for cls in classes:
-                todo += _code_of(inspect.getattr_static(cls, name, None))
-    return frozenset(found)
+                todo += _codes_of(inspect.getattr_static(cls, name, None))
+    return frozenset(queries)
 
 
-def _spaces(cls: type) -> Iterator[dict[str, Any]]:
-    """The globals of the files that a class and its bases are from, torch's aside."""
+def _file_globals(cls: type) -> Iterator[dict[str, Any]]:
+    """Yield the globals of the files that define a class and its bases, except torch's and nmconv's."""
     for base in cls.__mro__:
         module = sys.modules.get(base.__module__)
-        if module is not None and not _is_torchs(base.__module__):
+        if module is not None and not _is_trusted(base.__module__):
             yield vars(module)
 
 
 @lru_cache(maxsize=4096)
-def _is_torchs(name: str) -> bool:
-    return name.partition(".")[0] in ("torch", "builtins", "nmconv")
+def _is_trusted(module_name: str) -> bool:
+    """Return whether code of this Python module need not be searched."""
+    return module_name.partition(".")[0] in ("torch", "builtins", "nmconv")
 
 
-def _code_of(value: Any) -> Iterator[CodeType]:
+def _codes_of(value: Any) -> Iterator[CodeType]:
     for part in (value, getattr(value, "fget", None), getattr(value, "__func__", None)):
-        if isinstance(part, FunctionType) and not _is_torchs(part.__module__ or "torch"):
-            yield inspect.unwrap(part).__code__ if isinstance(inspect.unwrap(part), FunctionType) else part.__code__
-
-
-_KINDS = ("cpu", "cuda")
-
-
-def context_now() -> tuple[bool, ...]:
-    """Whether gradients, inference mode and autocast are on in this thread."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        *(torch.is_autocast_enabled(kind) for kind in _KINDS),
-    )
-
-
-@contextmanager
-def context_kept() -> Iterator[None]:
-    """Leave what a model's code has entered by hand, and not left since it raised in between.
-
-    Autocast counts how deep it is, and keeps the weights that it has cast until it is left: with a wrong count a thread
-    would go on training with old ones.
-    """
-    grad, cached = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
-    autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _KINDS]
-    depth = torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        torch.set_grad_enabled(grad)
-        for kind, on, dtype in autocast:
-            torch.set_autocast_enabled(kind, on)
-            torch.set_autocast_dtype(kind, dtype)
-        torch.set_autocast_cache_enabled(cached)
-        while torch.autocast_decrement_nesting() >= depth:
-            torch.clear_autocast_cache()
-
-
-_state = threading.local()
-
-
-def is_recording() -> bool:
-    """Whether this thread is recording a model's run."""
-    return bool(getattr(_state, "depth", 0))
-
-
-@contextmanager
-def noted() -> Iterator[None]:
-    """While a copy is made ready and runs."""
-    _state.depth = getattr(_state, "depth", 0) + 1
-    try:
-        yield
-    finally:
-        _state.depth -= 1
+        if isinstance(part, FunctionType) and not _is_trusted(part.__module__ or "torch"):
+            inner = inspect.unwrap(part)
+            yield inner.__code__ if isinstance(inner, FunctionType) else part.__code__

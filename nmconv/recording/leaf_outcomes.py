@@ -1,4 +1,4 @@
-"""What leaves of torch's give on meta tensors of one kind: computed once, since some take milliseconds there."""
+"""A cache of what torch's own modules and functions return on meta tensors, since some take milliseconds there."""
 
 from __future__ import annotations
 
@@ -9,104 +9,105 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nmconv.recording.recording import Fact, memory_of
+from nmconv.recording.recording import Fact
+from nmconv.recording.tensors import memory_of
 
-__all__ = ["Outcome", "Outcomes", "key_of_function", "key_of_module", "outcome_of_norm", "remembered"]
+__all__ = ["Outcome", "Outcomes", "batch_norm_outcome", "cached_outcomes", "function_key", "module_key"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call gives: one new tensor.
+    """The result of a call that returns one new tensor.
 
     Attributes:
-        shape: Of the tensor; strides and dtype, too.
-        wants_grad: Whether gradients flow through it.
-        written: Which of the call's tensors it writes to, by position.
+        shape: The tensor's shape.
+        strides: Its strides.
+        dtype: Its dtype.
+        requires_grad: Whether gradients flow through it.
+        written: Positions of the call's tensors that the call writes to.
     """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
-    wants_grad: bool
+    requires_grad: bool
     written: tuple[int, ...]
 
     @staticmethod
     def of(returned: Any, tensors: Sequence[Tensor], written: Sequence[Tensor]) -> Outcome | None:
-        """The outcome of one call, or None where it is more than a new tensor."""
+        """Return the outcome of one call; None if it returns anything but a new tensor."""
         if type(returned) is not Tensor or returned._is_view() or any(returned is value for value in tensors):
             return None
         if any(memory_of(value) == memory_of(returned) for value in tensors):
             return None
-        changed = {id(value) for value in written}
+        written_ids = {id(value) for value in written}
         return Outcome(
             tuple(returned.shape),
             returned.stride(),
             returned.dtype,
             returned.requires_grad,
-            tuple(at for at, value in enumerate(tensors) if id(value) in changed),
+            tuple(at for at, value in enumerate(tensors) if id(value) in written_ids),
         )
 
-    def returned(self) -> Tensor:
-        """Such a tensor."""
-        made = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
-        return made.requires_grad_().clone() if self.wants_grad else made
+    def new_tensor(self) -> Tensor:
+        """Return a meta tensor like the one that the call returned."""
+        new = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
+        return new.requires_grad_().clone() if self.requires_grad else new
 
 
 Outcomes = dict[Any, "Outcome | None"]
-_MOST = 20_000  # a key and an outcome take about a kilobyte
+_MAX_CACHED = 20_000  # of about a kilobyte each
+_cache: Outcomes = {}
 
 
-def remembered() -> Outcomes:
-    """The outcomes of this process: what decides them is all in their keys."""
-    if len(_outcomes) > _MOST:
-        _outcomes.clear()
-    return _outcomes
+def cached_outcomes() -> Outcomes:
+    """Return the outcomes of this process, by keys that hold everything they depend on."""
+    if len(_cache) > _MAX_CACHED:
+        _cache.clear()
+    return _cache
 
 
-_outcomes: Outcomes = {}
-
-
-def outcome_of_norm(value: Tensor, tensors: Sequence[Tensor], counter: Tensor | None = None) -> Outcome:
-    """What a batch norm gives: torch takes milliseconds to find out that it is alike to its input.
+def batch_norm_outcome(value: Tensor, tensors: Sequence[Tensor], counter: Tensor | None = None) -> Outcome:
+    """Return the outcome of a batch norm, which torch's meta kernel takes milliseconds to find.
 
     Args:
         value: The input.
-        tensors: Of the call, the input and the norm's own.
-        counter: What it adds one to, if anything.
+        tensors: All tensors of the call: the input and the norm's own.
+        counter: ``num_batches_tracked``, if the call increments it.
     """
-    wants_grad = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+    requires_grad = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
     written = tuple(at for at, each in enumerate(tensors) if each is counter)
-    return Outcome(tuple(value.shape), value.stride(), value.dtype, wants_grad, written)
+    return Outcome(tuple(value.shape), value.stride(), value.dtype, requires_grad, written)
 
 
-def key_of_module(module: nn.Module, fact: Fact, tensors: Sequence[Tensor]) -> Any:
-    """What decides the outcome of a call of one of torch's own leaves, or None for others."""
-    own_forward = not type(module).forward.__module__.startswith("torch.nn.modules.")
-    if own_forward or module._modules or fact.form[1] or _is_transformed():
+def module_key(module: nn.Module, fact: Fact, tensors: Sequence[Tensor]) -> Any:
+    """Return the cache key of a call of a module; None if it is not one of torch's own leaves."""
+    is_torchs = type(module).forward.__module__.startswith("torch.nn.modules.")
+    if not is_torchs or module._modules or fact.form[1] or _is_in_transform():
         return None
-    own = tuple((value.shape, value.dtype) for value in module._parameters.values() if value is not None)
+    parameters = tuple((value.shape, value.dtype) for value in module._parameters.values() if value is not None)
     return (
         type(module).forward,
         fact.settings,
         module.training,
         fact.form,
         fact.context,
-        tuple(map(_kind, tensors)),
-        own,
+        tuple(map(_tensor_key, tensors)),
+        parameters,
     )
 
 
-def key_of_function(function: Any, fact: Fact, tensors: Sequence[Tensor]) -> Any:
-    """What decides the outcome of a call of a function, or None where there is no tensor to go by."""
-    if not tensors or _is_transformed() or not all(type(value) in (Tensor, nn.Parameter) for value in tensors):
+def function_key(function: Any, fact: Fact, tensors: Sequence[Tensor]) -> Any:
+    """Return the cache key of a call of a function; None if there is no tensor, or one of a subclass."""
+    if not tensors or _is_in_transform() or not all(type(value) in (Tensor, nn.Parameter) for value in tensors):
         return None
-    return function, fact.form, fact.context, tuple(map(_kind, tensors))
+    return function, fact.form, fact.context, tuple(map(_tensor_key, tensors))
 
 
-def _is_transformed() -> bool:
-    """Whether a transform such as ``torch.vmap`` is running, in which tensors are more than they show."""
+def _is_in_transform() -> bool:
+    """Return whether a transform such as ``torch.vmap`` runs, in which tensors have hidden dimensions."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _kind(value: Tensor) -> tuple[Any, ...]:
+def _tensor_key(value: Tensor) -> tuple[Any, ...]:
     return value.shape, value.stride(), value.dtype, value.requires_grad

@@ -1,56 +1,24 @@
-"""What a recording is: a model's own run as an fx graph, with what is known of each node beside it."""
+"""A recording: one run of a model as an fx graph, with facts about each node."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import Graph, Node
 
 from nmconv.recording.answers import Answers
-from nmconv.recording.size_questions import Roots, Site
+from nmconv.recording.tracked_sizes import CodeLocation, Sources
 
-__all__ = ["Call", "Fact", "Frame", "Lines", "Read", "Recording", "Spec", "map_tensors", "memory_of"]
+__all__ = ["Call", "Fact", "Frame", "Lines", "Read", "Recording"]
 
-# Methods of one module that call one another, and the lines where they do; outermost first.
+# The running methods of one module, outermost first: the code of each, and the line that it is at.
 Lines = tuple[tuple[CodeType, int], ...]
-# A tensor that a call is given: the node that made it, and the last one that wrote to its memory, if another did.
+# A tensor argument: the node that made it, and the last node that wrote to its memory, if that is another one.
 Read = tuple[Node, "Node | None"]
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A tensor of which only this matters."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def map_tensors(value: Any, function: Callable[[Any], Any]) -> Any:
-    """A copy of nested tuples, lists and dicts with ``function`` of each tensor and :class:`Spec` in it."""
-    if isinstance(value, (torch.Tensor, Spec)):
-        return function(value)
-    if isinstance(value, tuple):
-        parts = [map_tensors(part, function) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    if isinstance(value, list):
-        return [map_tensors(part, function) for part in value]
-    if isinstance(value, dict):
-        return {key: map_tensors(part, function) for key, part in value.items()}
-    return value
-
-
-def memory_of(value: torch.Tensor) -> int:
-    """What tells the memory of one tensor from another's; of one inside of a transform, itself."""
-    try:
-        return value.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
-        return id(value)
 
 
 @dataclass(frozen=True)
@@ -58,18 +26,19 @@ class Call:
     """One way to call a model.
 
     Attributes:
-        name: What tells it apart: ``eval``, ``train, other size``.
-        training: The mode.
+        name: A name for error messages, such as ``eval`` or ``train, other size``.
+        training: Whether the model is in train mode.
         args: Positional arguments, with a :class:`Spec` for each tensor.
-        kwargs: Arguments by name.
-        method: Which method.
-        grad: Whether gradients are recorded.
-        autocast: The type of device for which autocast is on, or "".
-        optional: Whether a result may refuse it with an error of the library's own.
-        asks: Whether sizes note what is asked of them.
-        other_way: Where questions about sizes are answered the other way; such a run only shows where they are.
-        disguised: Names of modules of which nothing is to be seen: see :mod:`nmconv.recording.wrapping`.
-        closable: Whether what it reads inside of what is merged lets it be refused, and does not end the run.
+        kwargs: Keyword arguments, likewise.
+        method: Name of the method that is called.
+        grad: Whether gradients are enabled.
+        autocast: The device type for which autocast is on, or "".
+        optional: Whether a converted model may raise an NmconvError in this call instead.
+        closable: Whether ``merge`` may make the method raise where it would read an intermediate value of a merged
+            run, instead of ending the run there.
+        track_sizes: Whether sizes record what they are compared with.
+        other_way: Where comparisons of sizes give the opposite result. Such a run only shows further paths.
+        disguised: Names of modules that are hidden from the model's code, see ``forwards.disguise``.
     """
 
     name: str
@@ -81,8 +50,8 @@ class Call:
     autocast: str = ""
     optional: bool = False
     closable: bool = False
-    asks: bool = False
-    other_way: frozenset[Site] = frozenset()
+    track_sizes: bool = False
+    other_way: frozenset[CodeLocation] = frozenset()
     disguised: frozenset[str] = frozenset()
 
 
@@ -92,14 +61,14 @@ class Frame:
 
     Attributes:
         cls: The module's class.
-        path: Its first qualified name.
-        parent: The frame it was called from; None for the model's.
+        path: The module's first qualified name.
+        parent: The frame that made the call; None for the model's own.
         args: Positional arguments, with a :class:`Spec` for each tensor.
-        kwargs: Arguments by name.
-        start: How many nodes there were when it began.
-        lines: Of the parent's methods, where the call is made.
-        result: What made the tensor that it returned, where it returned just one.
-        calls: How often each child or function was called in it so far.
+        kwargs: Keyword arguments, likewise.
+        start: The number of nodes when the call began.
+        lines: The lines of the parent's methods that make the call.
+        result: The node that made the returned value, if that is a single tensor.
+        calls: The number of calls so far of each child and each function in this frame.
     """
 
     cls: type[nn.Module]
@@ -115,22 +84,23 @@ class Frame:
 
 @dataclass(eq=False)
 class Fact:
-    """What is known of one node.
+    """What is known about one node.
 
     Attributes:
         frame: The forward that made it.
-        method: The innermost of its module's methods that was running.
-        code: The innermost function that is not torch's, and ``offset`` in its bytecode.
-        lines: Of the methods of the frame's module that were running.
-        label: The qualified name of the module that was called, or the name of the function.
-        number: Which call of that label it is in the frame, from 1.
-        settings: Of a module: its class and what its ``repr`` says.
-        form: The arguments with a mark in the place of each tensor; hashable.
-        reads: The tensors in the arguments, in order.
-        context: Whether gradients, inference mode and autocast were on.
-        shapes: Of the tensors it returned; of an input or attribute, its own.
-        before: For each memory that it wrote to, the node that wrote to it last before.
-        passes: Whether it returned the very tensor that it was given, unchanged.
+        method: The innermost method of the frame's module that was running.
+        code: The innermost running function that is not torch's.
+        offset: The position in that function's bytecode.
+        lines: The running methods of the frame's module.
+        label: The qualified name of the called module, or the name of the function.
+        number: The number of this call among those of the same label in the frame, from 1.
+        settings: A module's Python module, class name and ``extra_repr`` (``repr`` if it has children).
+        form: The arguments with ``TENSOR`` in the place of each tensor; hashable.
+        reads: The tensors among the arguments, in order.
+        context: The result of :func:`nmconv.recording.context_now` at the call.
+        shapes: Shapes of the returned tensors; for an input or an attribute, its own.
+        before: The previous writer of each memory that the node wrote to.
+        passes: Whether the node returned an input tensor itself, unchanged.
     """
 
     frame: Frame
@@ -151,26 +121,26 @@ class Fact:
 
 @dataclass(eq=False)
 class Recording:
-    """One run.
+    """One run of a model or of a part of it.
 
     Attributes:
         call: How the model was called.
-        path: Which part of it was called: "" is the model itself.
+        path: The qualified name of the part that was called; "" is the model itself.
         graph: Leaf modules, functions, methods and attributes in the order of execution.
-        facts: Of each node of the graph.
-        output: The form of what was returned, with the tensors in it.
-        written: For each parameter, buffer, other tensor and input that was written to, the tensor as it is afterwards.
-        stored: The same for each tensor that an attribute holds afterwards and did not hold before.
-        seen: Nodes that stand for what hooks of the user's have seen.
+        facts: The facts about each node of the graph.
+        output: The form of the returned value, and the tensors in it.
+        written: The final value of each parameter, buffer, other tensor and input that was written to, by name.
+        stored: The tensor that each attribute holds at the end, where that is another one than at the beginning.
+        seen: Nodes of the values that the user's hooks were given.
         frames: All calls of forwards, in order; the first is the model's.
-        helped: For each frame, and each method besides forward in which something was recorded, what that was given.
-        questions: From each place to the sizes behind what was compared there, where sizes note it.
-        lost: How many nodes there were when a size became a plain number, and the sizes behind it.
-        sized: Nodes whose sizes the model's code has asked for.
-        codes: Functions that were running while something was recorded, torch's own aside.
-        asked: Where data decided: the function's name and the path of the module.
-        answers: What the data said there.
-        names: From other names of modules that are registered several times to the first one.
+        helped: The arguments of each method besides forward in which anything was recorded, by frame and method name.
+        comparisons: For each place in the code that compared sizes, their sources, if ``call.track_sizes``.
+        lost: For each size that became a plain number, the number of nodes at that time and the size's sources.
+        sized: Nodes whose sizes the model's code has read.
+        codes: The functions that were running when nodes were recorded, without torch's.
+        asked: The calls whose results depended on data: the label and the calling module's path.
+        answers: The results of those calls.
+        names: The first name of each module that is registered more than once, by its other names.
     """
 
     call: Call
@@ -183,8 +153,8 @@ class Recording:
     seen: list[Node] = field(default_factory=list)
     frames: list[Frame] = field(default_factory=list)
     helped: dict[tuple[Frame, str], tuple[Any, ...]] = field(default_factory=dict)
-    questions: dict[Site, list[Roots]] = field(default_factory=dict)
-    lost: list[tuple[int, Roots]] = field(default_factory=list)
+    comparisons: dict[CodeLocation, list[Sources]] = field(default_factory=dict)
+    lost: list[tuple[int, Sources]] = field(default_factory=list)
     sized: set[Node] = field(default_factory=set)
     codes: set[CodeType] = field(default_factory=set)
     asked: list[tuple[str, str]] = field(default_factory=list)

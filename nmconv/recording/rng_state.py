@@ -1,4 +1,4 @@
-"""Random states: seeded, looked at, and put back."""
+"""States of random number generators: seeded, compared and restored."""
 
 from __future__ import annotations
 
@@ -15,56 +15,61 @@ from torch import nn
 
 __all__ = ["RngState", "draws_randomness", "rng_restored", "rng_seeded"]
 
-_Source = tuple[Callable[[], Any], Callable[[Any], Any]]  # what reads a state, and what puts it back
-_INTERNAL = frozenset(nn.Module().__dict__)
+_Accessors = tuple[Callable[[], Any], Callable[[Any], Any]]  # the getter and the setter of a generator's state
+_MODULE_INTERNALS = frozenset(nn.Module().__dict__)
 _seeding = threading.RLock()
 
 
 def draws_randomness(value: Any) -> bool:
-    """Whether the object is a random generator of its own."""
-    return _is_chance(type(value))  # type: ignore[arg-type]
+    """Return whether an object is a random number generator."""
+    return _is_generator_type(type(value))  # type: ignore[arg-type]
 
 
 @cache
-def _is_chance(kind: Any) -> bool:
-    return issubclass(kind, (random.Random, torch.Generator)) or kind.__module__.startswith("numpy.random")
+def _is_generator_type(cls: Any) -> bool:
+    return issubclass(cls, (random.Random, torch.Generator)) or cls.__module__.startswith("numpy.random")
 
 
 class RngState:
-    """The random states that a forward could draw from: the global ones and those of generators among attributes."""
+    """The RNG states that a forward could draw from: the global ones and those of generators among attributes."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._sources = [*_interpreters(), (torch.get_rng_state, torch.set_rng_state), *_devices(), *_own(model)]
-        self._before = _states(self._sources)
+        self._accessors = [
+            *_python_and_numpy(),
+            (torch.get_rng_state, torch.set_rng_state),
+            *_devices(),
+            *_held_generators(model),
+        ]
+        self._initial = _get_states(self._accessors)
 
     def moved(self) -> bool:
-        """Whether anything was drawn."""
-        return not all(map(_alike, self._before, _states(self._sources)))
+        """Return whether anything has been drawn since."""
+        return not all(map(_are_equal, self._initial, _get_states(self._accessors)))
 
     def put_back(self) -> None:
-        """As it was at first."""
-        _put_back(self._sources, self._before)
+        """Restore the initial states."""
+        _set_states(self._accessors, self._initial)
 
 
 @contextmanager
 def rng_restored(model: nn.Module) -> Iterator[None]:
-    """Put random states back on the way out, so that what is called twice draws the same numbers."""
-    chance = RngState(model)
+    """Restore RNG states on exit, so that a second call draws the same numbers."""
+    state = RngState(model)
     try:
         yield
     finally:
-        chance.put_back()
+        state.put_back()
 
 
 @contextmanager
 def rng_seeded() -> Iterator[None]:
-    """Seed Python's and numpy's generators, and put them back; on the meta device nothing draws from torch's.
+    """Seed Python's and numpy's global generators, and restore them on exit; nothing on the meta device draws torch's.
 
-    They are all threads': one recording at a time has them.
+    The generators belong to all threads, so only one recording at a time has them.
     """
     with _seeding:
-        sources = list(_interpreters())
-        before = _states(sources)
+        accessors = list(_python_and_numpy())
+        before = _get_states(accessors)
         random.seed(0)
         numpy = sys.modules.get("numpy")
         if numpy is not None:
@@ -72,59 +77,58 @@ def rng_seeded() -> Iterator[None]:
         try:
             yield
         finally:
-            _put_back(sources, before)
+            _set_states(accessors, before)
 
 
-def _states(sources: list[_Source]) -> list[Any]:
-    return [read() for read, _ in sources]
+def _get_states(accessors: list[_Accessors]) -> list[Any]:
+    return [get_state() for get_state, _ in accessors]
 
 
-def _put_back(sources: list[_Source], states: list[Any]) -> None:
-    for (_, put_back), state in zip(sources, states, strict=True):
-        put_back(state)
+def _set_states(accessors: list[_Accessors], states: list[Any]) -> None:
+    for (_, set_state), state in zip(accessors, states, strict=True):
+        set_state(state)
 
 
-def _interpreters() -> Iterator[_Source]:
-    """Python's and numpy's global generators."""
+def _python_and_numpy() -> Iterator[_Accessors]:
+    """Yield the accessors of Python's and numpy's global generators."""
     yield random.getstate, random.setstate
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         yield numpy.random.get_state, numpy.random.set_state
 
 
-def _devices() -> Iterator[_Source]:
-    for kind in (torch.cuda, torch.xpu):
-        if kind.is_initialized():
-            yield kind.get_rng_state_all, kind.set_rng_state_all
+def _devices() -> Iterator[_Accessors]:
+    for device in (torch.cuda, torch.xpu):
+        if device.is_initialized():
+            yield device.get_rng_state_all, device.set_rng_state_all
 
 
-def _own(model: nn.Module) -> Iterator[_Source]:
-    """Generators that modules hold."""
+def _held_generators(model: nn.Module) -> Iterator[_Accessors]:
+    """Yield the accessors of generators that modules hold."""
     for module in model.modules():
         for key, value in module.__dict__.items():
-            if key in _INTERNAL or not draws_randomness(value):
+            if key in _MODULE_INTERNALS or not draws_randomness(value):
                 continue
             if isinstance(value, random.Random):
                 yield value.getstate, value.setstate
-            elif hasattr(value, "bit_generator"):  # numpy's new kind
-                yield _bits_of(value)
+            elif hasattr(value, "bit_generator"):  # a numpy.random.Generator
+                yield _bit_generator_accessors(value.bit_generator)
             elif hasattr(value, "get_state"):
                 yield value.get_state, value.set_state
 
 
-def _bits_of(generator: Any) -> _Source:
-    bits = generator.bit_generator
-    return lambda: bits.state, lambda state: setattr(bits, "state", state)
+def _bit_generator_accessors(bit_generator: Any) -> _Accessors:
+    return lambda: bit_generator.state, lambda state: setattr(bit_generator, "state", state)
 
 
-def _alike(one: Any, other: Any) -> bool:
-    """Equality of states, in which there may be arrays and tensors."""
+def _are_equal(one: Any, other: Any) -> bool:
+    """Return whether two states, which may contain arrays and tensors, are equal."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, list):
-        return all(map(_alike, one, other))
+        return all(map(_are_equal, one, other))
     if isinstance(one, tuple):
-        return one == other if type(one[-1]) is int else all(map(_alike, one, other))
+        return one == other if type(one[-1]) is int else all(map(_are_equal, one, other))
     if isinstance(one, dict):
-        return all(_alike(value, other[key]) for key, value in one.items())
+        return all(_are_equal(value, other[key]) for key, value in one.items())
     return bool((one == other).all()) if hasattr(one, "all") else bool(one == other)

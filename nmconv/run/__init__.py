@@ -1,1 +1,1 @@
-"""Other people's training scripts, unmodified: ``python -m nmconv.run --ratio 2:1 -- train.py --model resnet50``."""
+"""Run unmodified training scripts on converted models: ``python -m nmconv.run --ratio 2:1 -- train.py``."""

@@ -1,4 +1,4 @@
-"""``python -m nmconv.run`` and ``torchrun -m nmconv.run``."""
+"""Entry point of ``python -m nmconv.run`` and ``torchrun -m nmconv.run``."""
 
 from nmconv.run.command import main
 

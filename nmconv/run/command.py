@@ -20,28 +20,32 @@ from nmconv.surgery import apply_plan, convert, get_plan
 
 __all__ = ["main"]
 
-_CHOICES = ("ratio", "keep", "relocate", "include", "exclude", "linear", "hoist_padding")  # what a plan has decided
+# Options that a saved plan has already decided.
+_PLAN_OPTIONS = ("ratio", "keep", "relocate", "include", "exclude", "linear", "hoist_padding")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a script with its first model converted; exit with 1 if it ends well without one.
+    """Run a script and convert the model it creates; exit with 1 if it succeeds without one.
 
-    What the script raises passes through, its ``SystemExit`` included.
+    Exceptions of the script pass through, ``SystemExit`` included.
+
+    Args:
+        argv: Arguments; None means those of the process.
     """
     parser = _parser()
-    asked = parser.parse_args(argv)
-    command = asked.command[1:] if asked.command[:1] == ["--"] else asked.command
-    is_module = asked.module is not None or command[:1] == ["-m"]
-    command = asked.module or command[is_module:]
+    args = parser.parse_args(argv)
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    is_module = args.module is not None or command[:1] == ["-m"]
+    command = args.module or command[is_module:]
     if not command:
         parser.error("name the script to run: python -m nmconv.run --ratio 2:1 -- train.py --model resnet50")
     if not is_module and not Path(command[0]).is_file():
         parser.error(f"{command[0]}: no such file")
     try:
-        models = Models(_conversion(asked), tuple(asked.match))
+        models = Models(_converter(args), tuple(args.match))
     except (NmconvError, OSError) as error:
         parser.error(str(error))
-    watch_builders(models.built)
+    watch_builders(models.on_built)
     try:
         (run_module if is_module else run_script)(command[0], command[1:])
     except SystemExit as end:
@@ -80,33 +84,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _conversion(asked: argparse.Namespace) -> Callable[[nn.Module], Plan]:
-    """What to do with a model, checked as far as it can be before there is one.
+def _converter(args: argparse.Namespace) -> Callable[[nn.Module], Plan]:
+    """Return the function that converts a model in place and returns its plan; check the options beforehand.
 
     Raises:
-        OptionError, RatioError, PatternError, PlanError: For an option that is none.
+        OptionError, RatioError, PatternError, PlanError: If an option is invalid.
         OSError: If the plan's file cannot be read.
     """
-    given = {name: getattr(asked, name) for name in _CHOICES if getattr(asked, name) is not None}
-    witness = not asked.no_witness
-    if asked.plan is not None:
-        if given:
-            raise OptionError(f"--plan has decided what --{next(iter(given)).replace('_', '-')} asks for: give one")
-        plan = Plan.from_json(Path(asked.plan).read_text(encoding="utf-8"))
-        return partial(_converted, partial(apply_plan, plan=plan, witness=witness, inplace=True))
-    if "keep" in given:
+    options = {name: getattr(args, name) for name in _PLAN_OPTIONS if getattr(args, name) is not None}
+    witness = not args.no_witness
+    if args.plan is not None:
+        if options:
+            raise OptionError(f"--plan has decided what --{next(iter(options)).replace('_', '-')} asks for: give one")
+        plan = Plan.from_json(Path(args.plan).read_text(encoding="utf-8"))
+        return partial(_plan_after, partial(apply_plan, plan=plan, witness=witness, inplace=True))
+    if "keep" in options:
         with warnings.catch_warnings(record=True) as deprecated:
             warnings.simplefilter("always")
-            given["keep"] = current_name(given["keep"], stacklevel=1)
+            options["keep"] = current_name(options["keep"], stacklevel=1)
         for warning in deprecated:
             say(str(warning.message))
-    Options(ratio=given.get("ratio", "2:1"), keep=given.get("keep", BOUNDARY)).check()
-    return partial(_converted, partial(convert, **given, witness=witness, inplace=True))
+    Options(ratio=options.get("ratio", "2:1"), keep=options.get("keep", BOUNDARY)).check()
+    return partial(_plan_after, partial(convert, **options, witness=witness, inplace=True))
 
 
-def _converted(change: Callable[[nn.Module], nn.Module], model: nn.Module) -> Plan:
+def _plan_after(convert_model: Callable[[nn.Module], nn.Module], model: nn.Module) -> Plan:
+    """Convert a model and return its plan."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RemovedParametersWarning)  # nobody has seen the model yet
-        plan = get_plan(change(model))
+        warnings.simplefilter("ignore", RemovedParametersWarning)  # no optimizer can hold parameters of a new model
+        plan = get_plan(convert_model(model))
     assert plan is not None
     return plan

@@ -1,4 +1,4 @@
-"""Which of the models that a script creates is converted, and what is said of each."""
+"""Choosing which of a script's models to convert, and reporting on each."""
 
 from __future__ import annotations
 
@@ -17,70 +17,71 @@ __all__ = ["Models", "say"]
 
 
 def say(text: str) -> None:
-    """Print a line on stderr, since stdout is the script's; of all ranks, in the first one only."""
+    """Print a line on stderr (stdout belongs to the script), on the first rank only."""
     if os.environ.get("RANK", "0") == "0":
         print(f"nmconv.run: {text}", file=sys.stderr, flush=True)
 
 
 class Models:
-    """Converts the first model, or each whose name a pattern names, and keeps account of all.
+    """Convert a script's first model, or each whose name matches a pattern, and keep a record of all.
 
     Args:
-        convert: Converts a model in place; what plan it followed comes back.
-        patterns: Globs on names: the whole one, or without what stands before a ``/`` and behind a ``.`` (``resnet50``
-            names ``hf-hub:timm/resnet50.a1_in1k``). Case does not count. Empty: the first model, whatever its name.
+        convert: Converts a model in place and returns the plan.
+        patterns: Globs, case-insensitive. Each is matched against the whole name and against the name without the
+            part up to the last ``/`` and the part from the first ``.`` on: ``resnet50`` matches
+            ``hf-hub:timm/resnet50.a1_in1k``. Empty: convert the first model, whatever its name.
     """
 
     def __init__(self, convert: Callable[[nn.Module], Plan], patterns: tuple[str, ...]) -> None:
         self._convert = convert
         self._patterns = tuple(pattern.lower() for pattern in patterns)
-        self._left: list[str] = []
-        self._tried: list[str] = []
-        self._converted = 0
-        self._warned = False
-        self._first_step = register_optimizer_step_pre_hook(self._warn)
+        self._skipped: list[str] = []
+        self._attempted: list[str] = []
+        self._converted_count = 0
+        self._has_warned = False
+        self._first_step_hook = register_optimizer_step_pre_hook(self._warn_at_first_step)
 
-    def built(self, name: str, model: nn.Module) -> nn.Module:
-        """The model that the script gets.
+    def on_built(self, name: str, model: nn.Module) -> nn.Module:
+        """Return the model that the script gets, converted if it is selected.
 
-        Raises: as :func:`nmconv.convert` does, in the middle of the script.
+        Raises: as :func:`nmconv.convert` does, from the script's call of the builder.
         """
-        if not self._is_meant(name):
-            self._left.append(name)
-            say(f"{name} stays as it is: {self._why()}")
+        if not self._is_selected(name):
+            self._skipped.append(name)
+            say(f"{name} stays as it is: {self._skip_reason()}")
             return model
-        self._tried.append(name)
+        self._attempted.append(name)
         plan = self._convert(model)
-        self._converted += 1
-        self._first_step.remove()
+        self._converted_count += 1
+        self._first_step_hook.remove()
         say(f"{name} is converted: {str(plan).splitlines()[0]}")
         return model
 
     @property
     def problem(self) -> str | None:
-        """What is wrong if no model was converted."""
-        if self._converted:
+        """Why no model has been converted, or None if one has."""
+        if self._converted_count:
             return None
-        if self._tried:
-            return f"no model was converted: {', '.join(self._tried)} could not be, and the script went on without"
-        if self._left:
-            return f"no model was converted: --match names none of {', '.join(dict.fromkeys(self._left))}"
+        if self._attempted:
+            return f"no model was converted: {', '.join(self._attempted)} could not be, and the script went on without"
+        if self._skipped:
+            return f"no model was converted: --match names none of {', '.join(dict.fromkeys(self._skipped))}"
         return (
             "no model was converted: none was created by timm's or torchvision's builders in this process (a class "
             "called directly is not seen, nor are processes that the script starts: use torchrun -m nmconv.run)"
         )
 
-    def _is_meant(self, name: str) -> bool:
+    def _is_selected(self, name: str) -> bool:
         if not self._patterns:
-            return not self._converted
+            return not self._converted_count
         names = (name.lower(), name.lower().rpartition("/")[2].partition(".")[0])
         return any(fnmatchcase(text, pattern) for text in names for pattern in self._patterns)
 
-    def _why(self) -> str:
+    def _skip_reason(self) -> str:
         return "--match does not name it" if self._patterns else "the first model is converted, this one came later"
 
-    def _warn(self, *step: Any) -> None:
-        """Called before each step of any optimizer until a model is converted."""
-        if not self._warned:
-            self._warned = True  # removing the hook is not allowed while hooks are called
+    def _warn_at_first_step(self, *hook_args: Any) -> None:
+        """Warn once. The hook runs before each step of any optimizer until a model has been converted."""
+        if not self._has_warned:
+            self._has_warned = True  # a hook cannot be removed while hooks run
             say(f"warning: training has begun, and {self.problem}")

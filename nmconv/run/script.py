@@ -1,4 +1,4 @@
-"""Somebody's script, run as Python itself would run it."""
+"""Running a script or module in this process as Python itself would."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["run_module", "run_script"]
 
 
 def run_script(path: str, args: list[str]) -> None:
-    """Do what ``python path args`` does.
+    """Run a file as ``python path args`` would.
 
-    The script's module takes the place of ``__main__`` for good, with a file and without a spec: so worker processes
-    that are spawned, and whatever pickles, find it there.
+    The script's module stays in place as ``__main__`` afterwards, with a file and without a spec, so that spawned
+    worker processes and pickling find it there.
 
     Raises:
         OSError: If the file cannot be read.
@@ -34,7 +34,7 @@ def run_script(path: str, args: list[str]) -> None:
 
 
 def run_module(name: str, args: list[str]) -> None:
-    """Do what ``python -m name args`` does.
+    """Run a module as ``python -m name args`` would.
 
     Raises:
         ImportError: If there is no such module.

@@ -1,4 +1,4 @@
-"""The zoos' builders, each replaced wherever it is known, as soon as the script imports the zoo."""
+"""Intercepting the model builders of timm and torchvision, once the script has imported them."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from nmconv.flow import ZOOS, builders
 
 __all__ = ["watch_builders"]
 
-Build = Callable[..., nn.Module]
-Built = Callable[[str, nn.Module], nn.Module]  # from a name and a model to the model that the caller gets
+Builder = Callable[..., nn.Module]
+OnBuilt = Callable[[str, nn.Module], nn.Module]  # takes a name and a model, returns the model that the caller gets
 
-_building: ContextVar[bool] = ContextVar("_building", default=False)
+_is_building: ContextVar[bool] = ContextVar("_is_building", default=False)
 
 
-def watch_builders(built: Built) -> None:
-    """From now on, hand each model that a zoo builds to ``built`` first, with its name.
+def watch_builders(on_built: OnBuilt) -> None:
+    """From now on, pass each model that a zoo builds through ``on_built``, with its name.
 
-    A builder that another one calls is part of that one: only the outermost call counts. The zoos are not imported
-    here, since a script may first set where they are found and what they read from the environment.
+    Only the outermost builder call counts: builders call each other. The zoos are not imported here, because a script
+    may first set their import path and the environment variables that they read.
     """
     for zoo in ZOOS:
         if zoo in sys.modules:
-            _patch(zoo, built)
+            _patch(zoo, on_built)
         else:
-            sys.meta_path.insert(0, _AfterImport(zoo, functools.partial(_patch, zoo, built)))
+            sys.meta_path.insert(0, _AfterImport(zoo, functools.partial(_patch, zoo, on_built)))
 
 
 class _AfterImport(MetaPathFinder):
-    """Calls a function when a package has been imported, parts and all."""
+    """A finder that calls a function once a package has been imported completely."""
 
-    def __init__(self, package: str, then: Callable[[], None]) -> None:
+    def __init__(self, package: str, callback: Callable[[], None]) -> None:
         self._package = package
-        self._then = then
+        self._callback = callback
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -60,43 +60,55 @@ class _AfterImport(MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                self._then()
+                self._callback()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def _patch(zoo: str, built: Built) -> None:
+def _patch(zoo: str, on_built: OnBuilt) -> None:
+    """Replace a zoo's builders in its registry and in each of its modules that holds them."""
     by_name, registry = builders(zoo)
-    first = next(iter(signature(by_name).parameters))
-    watched = {id(build): _watched(build, functools.partial(_same, name), built) for name, build in registry.items()}
-    watched[id(by_name)] = _watched(by_name, functools.partial(_argument, first), built)
-    registry.update({name: watched[id(build)] for name, build in registry.items()})
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == zoo:
-            space = vars(module)
-            space.update({key: watched[id(value)] for key, value in space.items() if id(value) in watched})
+    name_parameter = next(iter(signature(by_name).parameters))
+    watched = {
+        id(builder): _watched(builder, functools.partial(_fixed_name, name), on_built)
+        for name, builder in registry.items()
+    }
+    watched[id(by_name)] = _watched(by_name, functools.partial(_name_argument, name_parameter), on_built)
+    registry.update({name: watched[id(builder)] for name, builder in registry.items()})
+    for module_name, module in list(sys.modules.items()):
+        if module_name.partition(".")[0] == zoo:
+            namespace = vars(module)
+            namespace.update({key: watched[id(value)] for key, value in namespace.items() if id(value) in watched})
 
 
-def _watched(build: Build, name_of: Callable[..., str], built: Built) -> Build:
-    @functools.wraps(build)
-    def outermost(*args: Any, **kwargs: Any) -> nn.Module:
-        if _building.get():
-            return build(*args, **kwargs)
-        token = _building.set(True)
+def _watched(builder: Builder, name_of_call: Callable[..., str], on_built: OnBuilt) -> Builder:
+    """Return a builder that passes its models through ``on_built``, except in calls made by other builders.
+
+    Args:
+        builder: The original builder.
+        name_of_call: Returns the model's name, given the arguments of the call.
+        on_built: As for :func:`watch_builders`.
+    """
+
+    @functools.wraps(builder)
+    def build(*args: Any, **kwargs: Any) -> nn.Module:
+        if _is_building.get():
+            return builder(*args, **kwargs)
+        token = _is_building.set(True)
         try:
-            model = build(*args, **kwargs)
+            model = builder(*args, **kwargs)
         finally:
-            _building.reset(token)
-        return built(name_of(*args, **kwargs), model)
+            _is_building.reset(token)
+        return on_built(name_of_call(*args, **kwargs), model)
 
-    return outermost
+    return build
 
 
-def _same(name: str, *args: Any, **kwargs: Any) -> str:
+def _fixed_name(name: str, *args: Any, **kwargs: Any) -> str:
     return name
 
 
-def _argument(first: str, *args: Any, **kwargs: Any) -> str:
-    """The first argument, given by position or by name."""
-    return str(args[0] if args else kwargs[first])
+def _name_argument(parameter: str, *args: Any, **kwargs: Any) -> str:
+    """Return the first argument, which is passed by position or by name."""
+    return str(args[0] if args else kwargs[parameter])

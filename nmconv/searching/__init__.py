@@ -1,4 +1,4 @@
-"""Choosing which units lose their activations, by measurement."""
+"""Choosing by measurement which activations to drop."""
 
 from nmconv.searching.api import search
 from nmconv.searching.measure_candidates import sensitivity

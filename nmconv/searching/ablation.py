@@ -1,4 +1,4 @@
-"""One segment made linear, everything else as it was: how far the network's output goes astray."""
+"""Ablation: one segment made linear, everything else as it was, and how far the model's output moves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nmconv.algebra import Refusal, columns_of, patches, shrunk, taps_kept
 from nmconv.finding import ValueLocation
@@ -20,7 +20,6 @@ from nmconv.fitting import (
     Loss,
     MergedForm,
     Moments,
-    RidgeSolution,
     check_finite,
     divergence,
     fit_units,
@@ -28,19 +27,20 @@ from nmconv.fitting import (
     solved,
 )
 from nmconv.planning import Kernel
-from nmconv.searching.candidates import CandidateSegment, SearchSpace
+from nmconv.searching.search_space import SearchSpace
+from nmconv.searching.segments import CandidateSegment
 
 __all__ = ["Ablation", "MeasuredSegment"]
 
 
 @dataclass(frozen=True)
 class MeasuredSegment:
-    """A segment in one form.
+    """A segment made linear in one way, measured.
 
     Attributes:
-        size: Of the one convolution; () where there is none.
-        error: Of its output on held-out images; NaN where nothing was fitted.
-        divergence: Of the network's output.
+        size: Kernel size of the one convolution; () where there is none.
+        error: Error of the segment's output on held-out images; NaN where nothing was fitted.
+        divergence: Divergence of the model's output.
     """
 
     size: tuple[int, ...]
@@ -49,96 +49,99 @@ class MeasuredSegment:
 
 
 class Ablation:
-    """Measures segments of a network one by one. The network is run as it is, with one value replaced.
+    """Measures segments of a model one by one, mostly by running the original with one value replaced.
 
     Args:
-        network: In eval mode.
-        images: Some of them held out.
-        loss: What tells how far outputs are apart, or None.
+        space: The search space of the model, in eval mode.
+        images: The images, some of them held out.
+        loss: Measures the divergence, or None for the default.
 
     Attributes:
-        floor: Of the loss, where nothing is changed.
+        unchanged_loss: The loss of the original against itself.
     """
 
-    def __init__(self, network: SearchSpace, images: Images, loss: Loss | None) -> None:
-        self._network = network
+    def __init__(self, space: SearchSpace, images: Images, loss: Loss | None) -> None:
+        self._space = space
         self._images = images
         self._loss = loss
         self._held = True if images.held else None
-        self._wanted = outputs_of(network.model, images, self._held)
-        self.floor = divergence(self._wanted, self._wanted, loss).loss
+        self._original_outputs = outputs_of(space.model, images, self._held)
+        self.unchanged_loss = divergence(self._original_outputs, self._original_outputs, loss).loss
 
-    def merged(self, segment: CandidateSegment, sizes: Sequence[tuple[int, ...]]) -> Iterator[MeasuredSegment]:
-        """One convolution in its place, of each size, fitted.
+    def measure_merged(self, segment: CandidateSegment, sizes: Sequence[tuple[int, ...]]) -> Iterator[MeasuredSegment]:
+        """Replace the segment by one fitted convolution of each size.
 
         Raises:
-            Refusal: If it cannot be one convolution, and why.
+            Refusal: If it cannot be one convolution, with the reason.
         """
-        unit = segment.unit
-        assert unit is not None
-        form = MergedForm(self._network.linear, unit, Kernel(segment.convs, "auto"))
-        base = shrunk(form.geometry, max(sizes))
-        sums = (Moments(), Moments())
-        with Capture(self._network.model, [unit.end], [unit.head]) as watch:
+        task = segment.task
+        assert task is not None
+        first_module = task.first_module
+        form = MergedForm(self._space.linear, task, Kernel(segment.convs, "auto"))
+        largest = shrunk(form.geometry, max(sizes))
+        moments = (Moments(), Moments())  # fitted, held out
+        with Capture(self._space.model, [task.output], [first_module]) as capture:
             for batch, held in self._images.batches():
-                seen = watch.run(batch)
-                check_finite(seen[unit.head], f"{segment.convs[0]}'s input")
-                check_finite(seen[unit.end], f"{segment.convs[-1]}'s output")
-                for rows, targets in patches(seen[unit.head], seen[unit.end], base):
-                    sums[held].add(rows, targets)
+                values = capture.run(batch)
+                input, output = values[first_module], values[task.output]
+                check_finite(input, f"{segment.convs[0]}'s input")
+                check_finite(output, f"{segment.convs[-1]}'s output")
+                for rows, targets in patches(input, output, largest):
+                    moments[held].add(rows, targets)
         for size in sizes:
-            columns = columns_of(base, taps_kept(base, size), sums[0].square.device)
-            inner, outer = (part.of_columns(columns) for part in sums)
-            answer: RidgeSolution = solved(inner, outer, form.start(size), size, RIDGES, intercept=True)
-            conv = form.conv(size, answer.line, False)
-            yield MeasuredSegment(size, answer.judged, self._replaced(unit.end, unit.head, conv))
+            columns = columns_of(largest, taps_kept(largest, size), moments[0].square.device)
+            fitted, held_out = (part.of_columns(columns) for part in moments)
+            solution = solved(fitted, held_out, form.initial(size), size, RIDGES, fit_intercept=True)
+            conv = form.conv(size, solution.coefficients, False)
 
-    def gone(self, segment: CandidateSegment) -> MeasuredSegment:
-        """The residual branch not added."""
+            def replaced(value: Tensor, values: Mapping[Any, Tensor], conv: Any = conv) -> Any:
+                return conv(values[first_module])
+
+            measured = self._divergence_with(task.output, replaced, inputs=[first_module])
+            yield MeasuredSegment(size, solution.selection_error, measured)
+
+    def measure_removed(self, segment: CandidateSegment) -> MeasuredSegment:
+        """Remove the residual branch: its sum becomes the value that it is added to."""
         residual = segment.residual
         assert residual is not None
+        location, kept = residual.spot, residual.branch.sum.keep
 
-        spot, keep = residual.spot, residual.branch.sum.keep
+        def shortcut(value: Tensor, values: Mapping[Any, Tensor]) -> Tensor:
+            return values[location, kept].to(value.dtype).expand_as(value).contiguous()
 
-        def without(value: Tensor, seen: Mapping[Any, Tensor]) -> Tensor:
-            return seen[spot, keep].to(value.dtype).expand_as(value).contiguous()
+        return MeasuredSegment((), math.nan, self._divergence_with(location, shortcut, operands={location: kept}))
 
-        found = self._divergence([spot], [], {spot: without}, {spot: keep})
-        return MeasuredSegment((), math.nan, found)
-
-    def refitted(self, segment: CandidateSegment) -> MeasuredSegment:
-        """Its activations dropped and its last convolution refitted, by surgery on a copy.
+    def measure_refitted(self, segment: CandidateSegment) -> MeasuredSegment:
+        """Drop the segment's activations and refit its last convolution, by surgery on a copy.
 
         Raises:
-            Refusal: If it cannot be refitted, and why.
+            Refusal: If it cannot be refitted, with the reason.
         """
-        model = self._network.converted(self._network.plan_of([(segment, "")]))
-        units = fit_units(model, self._network.model, self._images)
+        model = self._space.converted(self._space.plan_of([(segment, "")]))
+        units = fit_units(model, self._space.model, self._images)
         refused = [unit.why for unit in units if not unit.form]
         if refused:
             raise Refusal(refused[0])
         outputs = outputs_of(model, self._images, self._held)
         error = max((unit.held_after for unit in units), default=math.nan)
-        return MeasuredSegment((), error, divergence(outputs, self._wanted, self._loss))
+        return MeasuredSegment((), error, divergence(outputs, self._original_outputs, self._loss))
 
-    def _replaced(self, end: ValueLocation, head: str, conv: nn.Module) -> Divergence:
-        def instead(value: Tensor, seen: Mapping[Any, Tensor]) -> Tensor:
-            made: Tensor = conv(seen[head])
-            return made
-
-        return self._divergence([end], [head], {end: instead})
-
-    def _divergence(
+    def _divergence_with(
         self,
-        spots: list[ValueLocation],
-        inputs: list[str],
-        replace: Any,
+        location: ValueLocation,
+        replaced: Any,
+        *,
+        inputs: Sequence[str] = (),
         operands: Mapping[ValueLocation, int] | None = None,
     ) -> Divergence:
+        """Return the divergence of the original with the value at one location replaced."""
         outputs = []
-        watch = Capture(self._network.model, spots, inputs, whole=True, replace=replace, operands=operands)
-        with watch, torch.no_grad():
+        capture = Capture(
+            self._space.model, [location], inputs,
+            full_forward=True, replace={location: replaced}, operands=operands,
+        )  # fmt: skip
+        with capture, torch.no_grad():
             for batch, _ in self._images.batches(self._held):
-                watch.run(batch)
-                outputs.append((len(batch), watch.output))
-        return divergence(outputs, self._wanted, self._loss)
+                capture.run(batch)
+                outputs.append((len(batch), capture.output))
+        return divergence(outputs, self._original_outputs, self._loss)

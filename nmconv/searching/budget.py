@@ -1,4 +1,4 @@
-"""What a network may cost at most, as it is given: a part of the original's cost, a figure, or a time with its unit."""
+"""Budgets: a fraction of the original's cost, a number in the cost's unit, or a time with its unit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from nmconv.errors import OptionError
 
-__all__ = ["Budget", "budgets_of", "several"]
+__all__ = ["Budget", "budgets_of", "is_several"]
 
 _TIME = re.compile(r"\s*(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?)\s*(s|ms|us|µs|μs)\s*", re.ASCII | re.IGNORECASE)
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6}
@@ -19,65 +19,65 @@ _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6}
 
 @dataclass(frozen=True)
 class Budget:
-    """What is left at most.
+    """An upper bound of the cost.
 
     Attributes:
-        given: As the user wrote it.
-        amount: A part of the original's cost, or a figure in the cost's unit.
-        part: Whether it is a part.
+        value: As the user wrote it.
+        amount: A fraction of the original's cost, or a number in the cost's unit.
+        is_fraction: Whether it is a fraction.
     """
 
-    given: float | str
+    value: float | str
     amount: float
-    part: bool
+    is_fraction: bool
 
     def of(self, total: float) -> float:
-        """The figure, for an original of this cost."""
-        return self.amount * total if self.part else self.amount
+        """Return the bound in the cost's unit, for an original of this cost."""
+        return self.amount * total if self.is_fraction else self.amount
 
     def named(self) -> str:
-        """As a plan has it: ``"0.75"``, ``"300000000"`` or ``"8 ms"``."""
-        if isinstance(self.given, str):
-            return " ".join(self.given.split())
-        return f"{self.given:g}" if self.part else f"{self.given:.12g}"
+        """Return the text that stands for it in a plan: ``"0.75"``, ``"300000000"`` or ``"8 ms"``."""
+        if isinstance(self.value, str):
+            return " ".join(self.value.split())
+        return f"{self.value:g}" if self.is_fraction else f"{self.value:.12g}"
 
 
 def budgets_of(budget: Any, cost: str) -> tuple[Budget, ...]:
-    """Each of the budgets given.
+    """Parse one or several budgets.
 
     Raises:
-        OptionError: For what is none, and for a time where no time is what it costs.
+        OptionError: If one is invalid, or is a time although the cost is not latency.
     """
-    given = tuple(budget) if several(budget) else (budget,)
-    if not given:
-        raise OptionError(_refused(budget))
-    return tuple(_budget(one, cost) for one in given)
+    values = tuple(budget) if is_several(budget) else (budget,)
+    if not values:
+        raise OptionError(_message(budget))
+    return tuple(_budget(value, cost) for value in values)
 
 
-def several(budget: Any) -> bool:
-    """Whether it is more than one budget; a tensor or array without dimensions is one."""
+def is_several(budget: Any) -> bool:
+    """Return whether it is an iterable of budgets; a zero-dimensional tensor or array is a single one."""
     scalar = getattr(budget, "ndim", None) == 0
     return isinstance(budget, Iterable) and not scalar and not isinstance(budget, (str, bytes, Mapping))
 
 
-def _budget(one: Any, cost: str) -> Budget:
-    if getattr(one, "ndim", None) == 0 and hasattr(one, "item"):
-        one = one.item()
-    if isinstance(one, str):
-        time = _TIME.fullmatch(one)
+def _budget(value: Any, cost: str) -> Budget:
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, str):
+        time = _TIME.fullmatch(value)
         if time is None or not math.isfinite(float(time[1])):
-            raise OptionError(_refused(one))
+            raise OptionError(_message(value))
         if cost != "latency":
-            raise OptionError(f'budget={one!r}: a time, and cost={cost!r} has none; give a figure, or cost="latency"')
-        return Budget(one, float(time[1]) * _SECONDS[time[2].lower()], False)
-    if isinstance(one, bool) or not isinstance(one, Real) or not 0 <= float(one) < math.inf:
-        raise OptionError(_refused(one))
-    part = float(one) < 1 or (float(one) == 1 and not isinstance(one, Integral))
-    return Budget(float(one), float(one), part)
+            raise OptionError(f'budget={value!r}: a time, and cost={cost!r} has none; give a figure, or cost="latency"')
+        return Budget(value, float(time[1]) * _SECONDS[time[2].lower()], False)
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+        raise OptionError(_message(value))
+    is_fraction = float(value) < 1 or (float(value) == 1 and not isinstance(value, Integral))
+    return Budget(float(value), float(value), is_fraction)
 
 
-def _refused(given: Any) -> str:
+def _message(value: Any) -> str:
     return (
-        f"budget={given!r}: give a part of the original's cost such as 0.75, a figure from 1 on, or a time such as "
+        f"budget={value!r}: give a part of the original's cost such as 0.75, a figure from 1 on, or a time such as "
         '"8 ms" for the latency of one image'
     )

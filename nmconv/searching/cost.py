@@ -1,4 +1,4 @@
-"""What a network and its segments cost: counted, or timed on the device at hand."""
+"""The cost of a model and its segments: multiply-adds counted, latency timed on the device at hand."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from nmconv.algebra import Geometry, conv_module
 from nmconv.finding import Join
 from nmconv.merging import Node, fold_norms
-from nmconv.searching.candidates import CandidateSegment, SearchSpace
+from nmconv.searching.search_space import SearchSpace
+from nmconv.searching.segments import CandidateSegment
 from nmconv.timing import Summed, Timing, drawn, interleaved, noise, ratios, runner
 
 __all__ = ["Stopwatch", "multiply_adds_of"]
 
-_ROUNDS, _SECONDS = 7, 0.02
+_SEGMENT_ROUNDS, _SEGMENT_SECONDS = 7, 0.02
+_MODEL_ROUNDS, _MODEL_SECONDS = 15, 0.1
 
 
 def multiply_adds_of(model: nn.Module, image: Tensor) -> int:
-    """Of one forward of one image, in the mode it is in."""
+    """Return the multiply-adds of one forward of one image, in the model's present mode."""
     from torch.utils.flop_counter import FlopCounterMode  # here, since it imports triton
 
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
@@ -31,70 +33,72 @@ def multiply_adds_of(model: nn.Module, image: Tensor) -> int:
 
 
 class Stopwatch:
-    """Times segments beside what replaces them; the same shapes are timed once.
+    """Times segments side by side with their replacements; equal shapes are timed once.
 
     Args:
-        network: Whose segments.
-        image: One image, as a batch: gives dtype and device.
+        space: The search space whose segments are timed.
+        image: One image, as a batch: determines dtype and device.
         backend: ``eager``, ``compile``, ``frozen`` or ``onnxruntime``.
     """
 
-    def __init__(self, network: SearchSpace, image: Tensor, backend: str) -> None:
-        self._network = network
+    def __init__(self, space: SearchSpace, image: Tensor, backend: str) -> None:
+        self._space = space
         self._image = image
         self._backend = backend
-        self._known: dict[Any, list[float]] = {}
+        self._cache: dict[Any, list[float]] = {}
 
-    def whole(self, model: nn.Module) -> float:
-        """Seconds for one image of a whole network, norms folded where they can be."""
-        (found,) = self._timed(model)
-        return found.median
+    def model_seconds(self, model: nn.Module) -> float:
+        """Return the seconds of a model for one image, norms folded where possible."""
+        (timing,) = self._time_models(model)
+        return timing.median
 
-    def faster(self, model: nn.Module, after: nn.Module) -> float:
-        """The time of a whole network over that of another: the median over rounds in which both were timed."""
-        return ratios(*self._timed(model, after)).median
+    def speedup(self, model: nn.Module, faster: nn.Module) -> float:
+        """Return the time of one model over that of another: the median over rounds in which both were timed."""
+        return ratios(*self._time_models(model, faster)).median
 
-    def _timed(self, *models: nn.Module) -> list[Timing]:
-        runners = [runner(fold_norms(model), (self._image,), self._backend) for model in models]
-        return interleaved(runners, rounds=15, seconds=0.1)
-
-    def segment(self, segment: CandidateSegment, sizes: Sequence[tuple[int, ...]]) -> list[float]:
-        """Seconds for one image of the segment as it is, and of one convolution of each size."""
+    def segment_seconds(self, segment: CandidateSegment, sizes: Sequence[tuple[int, ...]]) -> list[float]:
+        """Return the seconds of the segment for one image, and of one convolution of each size."""
         nodes = [node for block in segment.blocks for node in block.nodes]
         assert isinstance(segment.geometry, Geometry)
-        made = [conv_module(segment.shape(size), self._image) for size in sizes]
-        was = self._modules(nodes)
-        key = (repr(was), nodes[0].sizes, tuple(sizes), segment.geometry)
-        if key not in self._known:
-            x = noise((1, segment.geometry.in_channels, *nodes[0].sizes), self._image)
-            runners = [runner(drawn(side), (x,), self._backend) for side in (was, *made)]
-            times = interleaved(runners, rounds=_ROUNDS, seconds=_SECONDS)
-            self._known[key] = [found.median for found in times]
-        return self._known[key]
+        original = self._modules(nodes)
+        replacements = [conv_module(segment.replacement(size), self._image) for size in sizes]
+        key = (repr(original), nodes[0].sizes, tuple(sizes), segment.geometry)
+        shape = (segment.geometry.in_channels, *nodes[0].sizes)
+        return self._time_modules(key, [original, *replacements], shape)
 
-    def branch(self, segment: CandidateSegment) -> float:
-        """Seconds for one image of a residual branch that goes; NaN if its shapes are not known."""
-        nodes = self._network.nodes_behind(segment.convs)
+    def branch_seconds(self, segment: CandidateSegment) -> float:
+        """Return the seconds of a residual branch for one image; NaN if its shapes are unknown."""
+        nodes = self._space.nodes_of(segment.convs)
         if not nodes or not isinstance(nodes[0].geometry, Geometry):
             return math.nan
-        was = self._modules(nodes)
-        key = (repr(was), nodes[0].sizes)
-        if key not in self._known:
-            x = noise((1, nodes[0].geometry.in_channels, *nodes[0].sizes), self._image)
-            (time,) = interleaved([runner(drawn(was), (x,), self._backend)], rounds=_ROUNDS, seconds=_SECONDS)
-            self._known[key] = [time.median]
-        return self._known[key][0]
+        branch = self._modules(nodes)
+        shape = (nodes[0].geometry.in_channels, *nodes[0].sizes)
+        (seconds,) = self._time_modules((repr(branch), nodes[0].sizes), [branch], shape)
+        return seconds
+
+    def _time_models(self, *models: nn.Module) -> list[Timing]:
+        runners = [runner(fold_norms(model), (self._image,), self._backend) for model in models]
+        return interleaved(runners, rounds=_MODEL_ROUNDS, seconds=_MODEL_SECONDS)
+
+    def _time_modules(self, key: Any, modules: Sequence[nn.Module], shape: tuple[int, ...]) -> list[float]:
+        if key not in self._cache:
+            input = noise((1, *shape), self._image)
+            runners = [runner(drawn(module), (input,), self._backend) for module in modules]
+            timings = interleaved(runners, rounds=_SEGMENT_ROUNDS, seconds=_SEGMENT_SECONDS)
+            self._cache[key] = [timing.median for timing in timings]
+        return self._cache[key]
 
     def _modules(self, nodes: Sequence[Node]) -> nn.Sequential:
-        """Modules that take as long as the nodes do with their norms folded in, activations between them."""
-        found: list[nn.Module] = []
+        """Return modules that take as long as the nodes do with norms folded, and the activations between them."""
+        modules: list[nn.Module] = []
         for number, node in enumerate(nodes):
             if isinstance(node.element, Join):
-                found.append(Summed(*(self._modules(branch) for branch in node.branches)))
+                modules.append(Summed(*(self._modules(branch) for branch in node.branches)))
             elif node.element.kind == "conv" and isinstance(node.geometry, Geometry):
-                found.append(conv_module(node.geometry, self._image))
-            quiet = node.element.quiet  # where an activation was, too
-            act = None if quiet or number + 1 == len(nodes) else self._network.activation_behind(node.element)
+                modules.append(conv_module(node.geometry, self._image))
+            # Dropped activations are quiet elements themselves: they are found behind the element before them.
+            is_last = number + 1 == len(nodes)
+            act = None if node.element.quiet or is_last else self._space.activation_behind(node.element)
             if act is not None:
-                found.append(copy.deepcopy(act))
-        return nn.Sequential(*found)
+                modules.append(copy.deepcopy(act))
+        return nn.Sequential(*modules)

@@ -1,14 +1,13 @@
-"""The least total loss under a budget: exact dynamic programming over segments that share no convolution."""
+"""The Pareto front of loss and savings: exact interval dynamic programming over segments that share no convolution."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 __all__ = ["Option", "choose", "frontier"]
 
-T = TypeVar("T")
+_ROUNDING = 1e-12  # relative
 
 
 @dataclass(frozen=True)
@@ -16,9 +15,9 @@ class Option:
     """One candidate to choose.
 
     Attributes:
-        first, last: The places it takes, both included.
-        loss: What it costs in accuracy; added up.
-        saves: What it saves; added up.
+        first, last: The positions that it occupies, both included.
+        loss: Its loss; losses add up.
+        saves: What it saves; savings add up.
     """
 
     first: int
@@ -29,57 +28,58 @@ class Option:
 
 @dataclass(frozen=True)
 class _Choice:
-    """A set of options as a list from the last to the first."""
+    """A set of options, as a linked list from the last to the first."""
 
     loss: float
     saves: float
     option: int = -1
-    before: _Choice | None = None
+    previous: _Choice | None = None
 
     def options(self) -> tuple[int, ...]:
-        found: list[int] = []
-        at: _Choice | None = self
-        while at is not None and at.before is not None:
-            found.append(at.option)
-            at = at.before
-        return tuple(reversed(found))
+        indices: list[int] = []
+        choice: _Choice | None = self
+        while choice is not None and choice.previous is not None:
+            indices.append(choice.option)
+            choice = choice.previous
+        return tuple(reversed(indices))
 
 
 def frontier(options: Sequence[Option]) -> list[tuple[float, float, tuple[int, ...]]]:
-    """Every choice that no other beats: (loss, saved, indices of the options), by growing loss.
+    """Return all choices that no other dominates: (loss, saved, indices of the options), by increasing loss.
 
-    The places are gone through in order; at each, what is kept is the choices up to there of which none saves as much
-    for as little. An option that ends there is put behind every choice that ends before it begins.
+    Dynamic programming over positions: the front up to a position is the front up to the previous one, extended by
+    every option that ends there, each appended to the front up to where the option begins.
     """
-    ends: dict[int, list[int]] = {}
+    ending_at: dict[int, list[int]] = {}
     for index, option in enumerate(options):
-        ends.setdefault(option.last, []).append(index)
-    places = sorted({option.last for option in options})
-    kept: list[list[_Choice]] = [[_Choice(0.0, 0.0)]]
-    for place in places:
-        found = list(kept[-1])
-        for index in ends[place]:
+        ending_at.setdefault(option.last, []).append(index)
+    ends = sorted(ending_at)
+    fronts: list[list[_Choice]] = [[_Choice(0.0, 0.0)]]
+    for end in ends:
+        choices = list(fronts[-1])
+        for index in ending_at[end]:
             option = options[index]
-            free = sum(other < option.first for other in places)  # places that end before it begins
-            found += [
-                _Choice(before.loss + option.loss, before.saves + option.saves, index, before) for before in kept[free]
+            front_before = fronts[sum(other < option.first for other in ends)]
+            choices += [
+                _Choice(previous.loss + option.loss, previous.saves + option.saves, index, previous)
+                for previous in front_before
             ]
-        kept.append(_unbeaten(found))
-    return [(choice.loss, choice.saves, choice.options()) for choice in kept[-1]]
+        fronts.append(_undominated(choices))
+    return [(choice.loss, choice.saves, choice.options()) for choice in fronts[-1]]
 
 
 def choose(front: Sequence[tuple[float, float, tuple[int, ...]]], needed: float) -> tuple[int, ...] | None:
-    """Of a :func:`frontier`, the options with the least total loss that save at least ``needed``; None if none do."""
+    """Return the options of a :func:`frontier` with the least loss that save at least ``needed``, or None."""
     for _, saves, chosen in front:
-        if saves >= needed * (1 - 1e-12):
+        if saves >= needed * (1 - _ROUNDING):
             return chosen
     return None
 
 
-def _unbeaten(choices: list[_Choice]) -> list[_Choice]:
-    """By growing loss, each saving more than all before it."""
-    found: list[_Choice] = []
-    for choice in sorted(choices, key=lambda one: (one.loss, -one.saves)):
-        if not found or choice.saves > found[-1].saves:
-            found.append(choice)
-    return found
+def _undominated(choices: list[_Choice]) -> list[_Choice]:
+    """Return the choices by increasing loss, each saving more than all before it."""
+    front: list[_Choice] = []
+    for choice in sorted(choices, key=lambda choice: (choice.loss, -choice.saves)):
+        if not front or choice.saves > front[-1].saves:
+            front.append(choice)
+    return front

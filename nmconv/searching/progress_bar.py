@@ -1,4 +1,4 @@
-"""A progress bar where rich is installed and somebody is watching."""
+"""A progress bar, where rich is installed and output is wanted."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ __all__ = ["progress"]
 
 
 @contextmanager
-def progress(total: int, what: str, quiet: bool) -> Iterator[Callable[[], None]]:
-    """Gives what to call after each of ``total`` steps."""
+def progress(total: int, description: str, quiet: bool) -> Iterator[Callable[[], None]]:
+    """Show a progress bar; yields a function to call after each of ``total`` steps."""
     try:
         from rich.progress import Progress
     except ImportError:
@@ -19,5 +19,5 @@ def progress(total: int, what: str, quiet: bool) -> Iterator[Callable[[], None]]
         yield lambda: None
         return
     with Progress(transient=True) as bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(description, total=total)
         yield lambda: bar.advance(task)

@@ -1,4 +1,4 @@
-"""What was measured of every candidate: a table, as plain data in one file."""
+"""The sensitivity table: the measurements of all candidates, as plain data in one file."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Candidate:
-    """One segment made linear in one way, measured alone: everything else is as in the original.
+    """One segment made linear in one way, measured alone: everything else is as in the original model.
 
     Attributes:
         convs: Qualified names of its convolutions, in order of execution.
-        sites: Ids of the activations that go.
-        size: Of the one convolution that replaces them, such as ``"3x3"``; ``""`` where they stay and the last one is
-            refitted; ``"none"`` where they are a residual branch that goes.
-        loss: Divergence of the network's output from the original's on held-out images.
-        agreement: Part of these images with the same top-1 class; NaN for networks that are no classifiers.
-        error: Squared error of the segment's output on held-out images, relative to the variance; NaN for a branch.
-        activations: Activation layers that go.
-        activation_elements: Their elements, for one image.
-        multiply_adds: (before, after) of its convolutions, for one image.
-        parameters: (before, after), norms folded.
-        latency: (before, after) in seconds, norms folded; NaN where it was not measured.
+        sites: Ids of the activations that are dropped.
+        size: Kernel size of the one convolution that replaces them, such as ``"3x3"``; ``""`` where they stay and the
+            last one is refitted; ``"none"`` where they are a residual branch that is removed.
+        loss: Divergence of the model's output from the original's on held-out images.
+        agreement: Fraction of these images with the same top-1 class; NaN where the model is not a classifier.
+        error: Squared error of the segment's output on held-out images, relative to its variance; NaN for a branch.
+        activations: Number of activation layers that are dropped.
+        activation_elements: Number of their elements, for one image.
+        multiply_adds: Multiply-adds of its convolutions for one image, (before, after).
+        parameters: Parameters, norms folded, (before, after).
+        latency: Seconds, norms folded, (before, after); NaN where not measured.
         first, last: Positions of its convolutions in the order of execution.
     """
 
@@ -50,7 +50,7 @@ class Candidate:
     last: int
 
     def saves(self, cost: str) -> float:
-        """How much it saves, in the cost's unit."""
+        """Return how much it saves, in the unit of ``cost`` (as for :func:`nmconv.search`)."""
         if cost in ("latency", "multiply_adds"):
             before, after = getattr(self, cost)
             return float(before - after)
@@ -59,16 +59,24 @@ class Candidate:
 
 @dataclass
 class Sensitivity:
-    """All candidates of a network, measured on one set of images.
+    """The table of all candidates of a model, measured on one set of images.
 
     Attributes:
-        model: Class name of the network.
+        model: Class name of the model.
         fingerprint: Identifies its structure.
         setting: What the measurements depend on: form, backend, max_convs, loss, weights, image (its shape) and images.
-        totals: Of the whole network, by cost; latency in seconds, NaN where it was not measured. Under ``"loss"``
-            what the loss gives where nothing is changed: 0 for the default.
-        candidates: In the order they were measured in.
-        complete: Whether all of them are there.
+        totals: The cost of the original model, by kind; latency in seconds, NaN where not measured. ``"loss"`` is the
+            loss of the original against itself: 0 by default.
+        candidates: The candidates, in the order of measurement.
+        complete: Whether all candidates have been measured.
+
+    Example:
+        >>> import torch, nmconv
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()).eval()
+        >>> table = nmconv.sensitivity(net, torch.randn(16, 3, 12, 12), quiet=True)
+        >>> table.totals["multiply_adds"], table.candidates[0].saves("multiply_adds")
+        (58464.0, 56928.0)
     """
 
     model: str
@@ -79,47 +87,52 @@ class Sensitivity:
     complete: bool = False
 
     def rows(self) -> list[dict[str, Any]]:
-        """A tidy table: one dict for each candidate, for ``pandas.DataFrame`` or a csv file."""
-        found = []
+        """Return one flat dict for each candidate, for ``pandas.DataFrame`` or a csv file."""
+        rows = []
         for one in self.candidates:
             row = {**asdict(one), "convs": ",".join(one.convs), "sites": ",".join(one.sites)}
             for name in ("multiply_adds", "parameters", "latency"):
                 row[f"{name}_before"], row[f"{name}_after"] = row.pop(name)
-            found.append(row)
-        return found
+            rows.append(row)
+        return rows
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all of it to one JSON file, as a whole or not at all; what is NaN is null there."""
+        """Write the table to a JSON file, atomically; NaN becomes null."""
         write_json(path, {"nmconv_sensitivity": _VERSION, **asdict(self)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Sensitivity:
-        """Read what :meth:`save` wrote.
+        """Read a table that :meth:`save` wrote.
 
         Raises:
-            FileError: If it is something else.
+            FileError: If the file is something else.
             OSError: If it cannot be opened.
         """
         data = read_json(path, "nmconv_sensitivity", _VERSION, "nmconv.sensitivity")
         try:
-            found = [_candidate(row) for row in data.pop("candidates")]
+            candidates = [_candidate(row) for row in data.pop("candidates")]
             totals = {name: number(value) for name, value in data.pop("totals").items()}
-            if "most" in data["setting"]:  # its name in tables of version 0.1
+            if "most" in data["setting"]:  # the name in tables of version 0.1
                 data["setting"]["max_convs"] = data["setting"].pop("most")
-            return cls(**data, totals=totals, candidates=found)
+            return cls(**data, totals=totals, candidates=candidates)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise FileError(f"{os.fspath(path)} is no table of nmconv.sensitivity ({error}): measure anew") from error
 
     def plot(self, cost: str = "multiply_adds", axes: Any = None) -> Any:
-        """Loss over what is saved, one point a candidate; needs matplotlib. Gives the axes."""
+        """Plot the loss over the savings, one point for each candidate, and return the axes; needs matplotlib.
+
+        Args:
+            cost: The kind of savings, as for :func:`nmconv.search`.
+            axes: Matplotlib axes; new ones by default.
+        """
         import matplotlib.pyplot as plt
 
         axes = plt.subplots()[1] if axes is None else axes
         total = self.totals[cost]
         for size in sorted({one.size for one in self.candidates}):
-            part = [one for one in self.candidates if one.size == size and one.loss > 0]
+            points = [one for one in self.candidates if one.size == size and one.loss > 0]
             label = {"": "last convolution refitted", "none": "branch goes"}.get(size, f"one {size}")
-            axes.scatter([one.saves(cost) / total for one in part], [one.loss for one in part], label=label, s=18)
+            axes.scatter([one.saves(cost) / total for one in points], [one.loss for one in points], label=label, s=18)
         axes.set(xlabel=f"part of the network's {cost.replace('_', ' ')} that is saved", ylabel="divergence alone")
         axes.set_yscale("log")
         axes.legend(fontsize="small")

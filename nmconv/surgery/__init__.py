@@ -1,13 +1,15 @@
-"""Changing models: doing what a plan says, and nothing else."""
+"""Surgery: carrying out plans on models, checking the results, and undoing conversions."""
 
-from nmconv.surgery.api import apply_plan, change, convert, finish, get_plan, make_plan, restore
-from nmconv.surgery.checks import FITTED, MERGED, check_examples, check_has_run, check_model, check_plain
+from nmconv.surgery.api import apply_plan, change, convert, make_plan
+from nmconv.surgery.checks import FITTED, MERGED, check_examples, check_has_run, check_model, check_plain, get_plan
 from nmconv.surgery.codegen import shown_parameters
-from nmconv.surgery.gradual import check_finished, check_gradual, check_slope, get_slopes, is_slope, set_slope
+from nmconv.surgery.finishing import finish
 from nmconv.surgery.method_edits import Edit, rewrite
-from nmconv.surgery.resolve import ResolvedPlan, resolve_plan
+from nmconv.surgery.plans import ResolvedPlan, resolve_plan
+from nmconv.surgery.restoring import restore
 from nmconv.surgery.rewritten_classes import RewrittenMethod, rewritten
-from nmconv.surgery.unconvert import Readers
+from nmconv.surgery.slopes import check_finished, check_gradual, check_slope, get_slopes, is_slope, set_slope
+from nmconv.surgery.unread_parameters import Readers
 from nmconv.surgery.witness import Witness
 from nmconv.surgery.working_copy import WorkingCopy, outline_of
 

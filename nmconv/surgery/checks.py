@@ -1,4 +1,4 @@
-"""Checks on what the user gives, before anything is touched."""
+"""Checks of the user's models and inputs before anything is changed, and the plan that a model carries."""
 
 from __future__ import annotations
 
@@ -15,19 +15,24 @@ from nmconv.planning import Plan
 __all__ = [
     "FITTED",
     "FROZEN",
-    "MARK",
     "MERGED",
+    "PLAN",
     "check_examples",
     "check_has_run",
+    "check_is_module",
     "check_model",
     "check_plain",
+    "get_plan",
     "plan_of",
 ]
 
-MARK = "_nmconv_plan"
-MERGED = "_nmconv_merges"  # what was merged, a tuple for each call of merge
-FITTED = "_nmconv_fit"  # what a fit did
-FROZEN = "_nmconv_frozen"  # names of parameters that require no gradients since nobody reads them
+# Attributes that record on a model what was done to it.
+PLAN = "_nmconv_plan"
+MERGED = "_nmconv_merges"  # the merges, one tuple per call of merge
+FITTED = "_nmconv_fit"  # the report of a fit
+FROZEN = "_nmconv_frozen"  # names of parameters that require no gradients because the converted model does not use them
+
+# Wrapper classes of torch, and the model to pass instead.
 _WRAPPERS = {
     "DistributedDataParallel": "model.module before wrapping",
     "DataParallel": "model.module before wrapping",
@@ -37,26 +42,54 @@ _WRAPPERS = {
 }
 
 
-def plan_of(model: nn.Module) -> Plan | None:
-    """The plan that a model was converted by, or None."""
-    plan = model.__dict__.get(MARK)
+def get_plan(model: nn.Module) -> Plan | None:
+    """Return the plan by which a model was converted, or None if it was not.
+
+    Args:
+        model: Any module.
+
+    Raises:
+        ModelTypeError: If ``model`` is not a module.
+
+    Example:
+        >>> from torch import nn
+        >>> import nmconv
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+        >>> nmconv.get_plan(model) is None
+        True
+        >>> [(site.id, site.action) for site in nmconv.get_plan(nmconv.convert(model, "2:1")).sites]
+        [('1#1', 'drop'), ('3#1', 'keep')]
+    """
+    check_is_module(model)
+    return plan_of(model)
+
+
+def plan_of(module: nn.Module) -> Plan | None:
+    """Return the plan by which a module was converted, or None."""
+    plan = module.__dict__.get(PLAN)
     return plan if isinstance(plan, Plan) else None
 
 
-def check_plain(model: Any, todo: str, *, compiled: bool = False) -> nn.Module:
-    """Return the model if it is a plain one.
-
-    Args:
-        model: What the user gave.
-        todo: What is to be done with it, for the message: ``convert``.
-        compiled: Whether one that was compiled in place will do.
-
-    Raises:
-        ModelTypeError: If it is no module, or wrapped, compiled or scripted.
-    """
+def check_is_module(model: Any) -> nn.Module:
+    """Return the model, or raise ModelTypeError if it is not a module."""
     if not isinstance(model, nn.Module):
         raise ModelTypeError(f"{type(model).__name__} is no nn.Module: give the model itself")
-    for name, module in model.named_modules():
+    return model
+
+
+def check_plain(model: Any, todo: str, *, compiled: bool = False) -> nn.Module:
+    """Return the model if it is a plain module.
+
+    Args:
+        model: What the user passed.
+        todo: What the caller does with it, for the message: ``convert``.
+        compiled: Whether a model that was compiled in place is allowed.
+
+    Raises:
+        ModelTypeError: If it is not a module, or is wrapped, compiled or scripted.
+    """
+    root = check_is_module(model)
+    for name, module in root.named_modules():
         where = f"{name!r} in the model" if name else "the model"
         for base in type(module).__mro__:
             hint = _WRAPPERS.get(base.__name__) if base.__module__.startswith("torch.") else None
@@ -66,11 +99,11 @@ def check_plain(model: Any, todo: str, *, compiled: bool = False) -> nn.Module:
             raise ModelTypeError(f"{where} is scripted: {todo} it before torch.jit.script or torch.jit.trace")
         if module.__dict__.get("_compiled_call_impl") is not None and not compiled:
             raise ModelTypeError(f"{where} is compiled: {todo} it before module.compile()")
-    return model
+    return root
 
 
 def check_has_run(model: nn.Module) -> None:
-    """Refuse lazy modules, which have no weights until they run, with ModelTypeError."""
+    """Raise ModelTypeError if the model has lazy modules without weights."""
     for name, module in model.named_modules():
         if any(is_lazy(value) for value in (*module._parameters.values(), *module._buffers.values())):
             raise ModelTypeError(
@@ -79,11 +112,7 @@ def check_has_run(model: nn.Module) -> None:
 
 
 def check_examples(example_inputs: Any) -> None:
-    """Refuse what no model that convolves is called with: text, a shape.
-
-    Raises:
-        OptionError: If there is nothing in ``example_inputs`` but text and numbers.
-    """
+    """Raise OptionError if ``example_inputs`` holds nothing but text and numbers, such as a shape."""
     leaves = tree_leaves(example_inputs)
     if leaves and all(isinstance(value, (str, bytes, bool, int, float, complex)) for value in leaves):
         raise OptionError(
@@ -96,23 +125,22 @@ def check_model(model: Any) -> nn.Module:
     """Return the model if it can be converted.
 
     Raises:
-        ModelTypeError: If it is no module, or wrapped, compiled or scripted, or has lazy modules that never ran.
-        AlreadyConvertedError: If it or a part of it was converted before.
+        ModelTypeError: If it is not a module, is wrapped, compiled or scripted, or has lazy modules without weights.
+        AlreadyConvertedError: If it or a part of it is already converted or merged.
     """
-    check_plain(model, "convert")
-    check_has_run(model)
-    for name, module in model.named_modules():
+    root = check_plain(model, "convert")
+    check_has_run(root)
+    for name, module in root.named_modules():
+        where = f"{name!r} in the model" if name else "the model"
         plan = plan_of(module)
         if plan is not None and plan.changes_any:
             raise AlreadyConvertedError(
-                f"{repr(name) + ' in the model' if name else 'the model'} was converted already (nmconv.get_plan gives "
-                f"its plan, at {plan.ratio}): a second conversion would count from what the first has left; go on with "
-                "nmconv.apply_plan(model, nmconv.make_plan(model, ...)), which count from the original, or call "
-                "nmconv.restore first"
+                f"{where} was converted already (nmconv.get_plan gives its plan, at {plan.ratio}): a second conversion "
+                "would count from what the first has left; go on with nmconv.apply_plan(model, nmconv.make_plan(model, "
+                "...)), which count from the original, or call nmconv.restore first"
             )
         if MERGED in module.__dict__:
             raise AlreadyConvertedError(
-                f"{repr(name) + ' in the model' if name else 'the model'} was merged already (nmconv.get_merges tells "
-                "how): convert the original, then merge"
+                f"{where} was merged already (nmconv.get_merges tells how): convert the original, then merge"
             )
-    return model
+    return root

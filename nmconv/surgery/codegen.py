@@ -1,4 +1,4 @@
-"""From a traced method, its graphs edited, to Python source."""
+"""Generating Python source from the edited graphs of a traced method."""
 
 from __future__ import annotations
 
@@ -21,48 +21,55 @@ from nmconv.tracing import MethodTrace, MethodTracer
 __all__ = ["method_source", "return_changed_lists", "shown_parameters"]
 
 
-def method_source(module: nn.Module, name: str, trace: MethodTrace, mutated: list[str]) -> RewrittenMethod:
-    """The method that does what the graphs of ``trace`` say, with the signature of the one it replaces.
+def method_source(module: nn.Module, name: str, trace: MethodTrace, changed_lists: list[str]) -> RewrittenMethod:
+    """Generate the method that runs the graphs of a trace, with the signature of the method that it replaces.
 
-    Arguments that are neither tensors nor numbers, attributes that are no numbers, and numbers that something was
-    decided by have the values they were traced with; a call with others raises RewriteError. ``mutated`` is what
-    :func:`return_changed_lists` gave.
+    Arguments other than tensors and numbers, attributes other than numbers, and numbers that control flow depends on
+    are constants with the values they were traced with; a call with other values raises RewriteError.
+
+    Args:
+        module: The method's owner.
+        name: The method's name.
+        trace: Its graphs in eval and in train mode.
+        changed_lists: The result of :func:`return_changed_lists`.
     """
     signature = inspect.signature(getattr(type(module), name))
-    bound: dict[str, Any] = {"_check": runtime.check, "_tensor": runtime.check_tensor}
-    parts = [_function("_eval", trace.eval, bound)]
-    two = trace.train is not trace.eval
-    if two:
-        parts.append(_function("_train", trace.train, bound))
-    head, passed = _arguments(signature, trace, name, bound)
-    call = f"(_train if self.training else _eval)(self{passed})" if two else f"_eval(self{passed})"
-    body = [f"    result = {call}"] if mutated else [f"    return {call}"]
-    if mutated:
+    namespace: dict[str, Any] = {"_check": runtime.check, "_tensor": runtime.check_tensor}
+    functions = [_function("_eval", trace.eval, namespace)]
+    has_train_graph = trace.train is not trace.eval
+    if has_train_graph:
+        functions.append(_function("_train", trace.train, namespace))
+    head, arguments = _head(signature, trace, name, namespace)
+    call = f"(_train if self.training else _eval)(self{arguments})" if has_train_graph else f"_eval(self{arguments})"
+    if changed_lists:
         body = [f"    result, lists = {call}"]
-        body += [f"    {target}[:] = lists[{at}]" for at, target in enumerate(mutated)]
+        body += [f"    {target}[:] = lists[{index}]" for index, target in enumerate(changed_lists)]
         body += ["    return result"]
-    source = "\n\n".join([*parts, "\n".join([*head, *body])]) + "\n"
-    used = set(re.findall(r"\w+", source))
-    return RewrittenMethod.with_globals(name, source, {key: value for key, value in bound.items() if key in used})
+    else:
+        body = [f"    return {call}"]
+    source = "\n\n".join([*functions, "\n".join([*head, *body])]) + "\n"
+    words = set(re.findall(r"\w+", source))
+    return RewrittenMethod.with_globals(name, source, {key: value for key, value in namespace.items() if key in words})
 
 
-def _function(name: str, tracer: MethodTracer, bound: dict[str, Any]) -> str:
+def _function(name: str, tracer: MethodTracer, namespace: dict[str, Any]) -> str:
+    """Generate a function from a graph; add its globals to ``namespace``."""
     graph = tracer.graph
-    _keep_numbers_apart(graph)
+    _replace_augmented_assignments(graph)
     code = graph.python_code("self")
     for key, value in code.globals.items():
-        if key in bound and bound[key] is not value:
+        if key in namespace and namespace[key] is not value:
             raise RewriteError(f"two meanings of the name {key}")
-        bound[key] = value
+        namespace[key] = value
     lines = [line for line in code.src.strip("\n").split("\n") if line.strip()]
     start = next(index for index, line in enumerate(lines) if line.startswith("def "))
-    arguments = lines[start].partition("(")[2].rpartition(")")[0]
-    first = "(".join(["def " + name, arguments])
-    return "\n".join([first.partition(")")[0] + "):", *lines[start + 1 :]])
+    parameters = lines[start].partition("(")[2].rpartition(")")[0]
+    def_line = f"def {name}({parameters}".partition(")")[0] + "):"
+    return "\n".join([def_line, *lines[start + 1 :]])
 
 
-def _keep_numbers_apart(graph: Graph) -> None:
-    """Fx writes ``a += b`` as a statement, which for a number would change every later reading of ``a``."""
+def _replace_augmented_assignments(graph: Graph) -> None:
+    """Replace ``operator.iadd`` and its kin by functions: fx writes ``a += b``, which rebinds ``a`` for a number."""
     for node in graph.nodes:
         if node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator":
             name = getattr(node.target, "__name__", "")
@@ -74,7 +81,7 @@ _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Paramet
 
 
 def shown_parameters(parameters: Iterable[inspect.Parameter], bound: dict[str, Any]) -> list[str]:
-    """Parameters as a def line has them; defaults are added to ``bound``, the globals of what is written."""
+    """Return parameters as they stand in a def line; add their defaults to ``bound``, the function's globals."""
     shown: list[str] = []
     for parameter in parameters:
         if parameter.kind is parameter.KEYWORD_ONLY and not any(text.startswith("*") for text in shown):
@@ -87,28 +94,27 @@ def shown_parameters(parameters: Iterable[inspect.Parameter], bound: dict[str, A
     return shown
 
 
-def _arguments(
-    signature: inspect.Signature, trace: MethodTrace, method: str, bound: dict[str, Any]
+def _head(
+    signature: inspect.Signature, trace: MethodTrace, method: str, namespace: dict[str, Any]
 ) -> tuple[list[str], str]:
-    """The def line and the checks of the method, and the arguments it passes on."""
-    names = list(signature.parameters.values())[1:]
-    shown = shown_parameters(names, bound)
-    head = [f"def {method}(self{''.join(', ' + text for text in shown)}):"]
-    given = signature.bind(None, *trace.arguments.args, **trace.arguments.kwargs)
-    given.apply_defaults()
-    passing = _Passing(method, head, bound)
+    """Return the def line with the checks that follow it, and the arguments to pass on."""
+    parameters = list(signature.parameters.values())[1:]
+    def_line = f"def {method}(self{''.join(', ' + text for text in shown_parameters(parameters, namespace))}):"
+    traced = signature.bind(None, *trace.arguments.args, **trace.arguments.kwargs)
+    traced.apply_defaults()
+    head = _Head(method, [def_line], namespace)
     for expression, value in trace.constants.items():
-        passing.check(value, expression)
-    for parameter in names:
-        passing.add(given.arguments[parameter.name], parameter.name)
-    texts = {f"input_{at}": text for at, text in enumerate(passing.passed)}
+        head.check(value, expression)
+    for parameter in parameters:
+        head.add_argument(traced.arguments[parameter.name], parameter.name)
+    inputs = {f"input_{index}": expression for index, expression in enumerate(head.arguments)}
     for name, value in {**trace.eval.guards, **trace.train.guards}.items():
-        passing.check(value, texts.get(name) or _attribute(name))
-    return head, "".join(f", {text}" for text in passing.passed)
+        head.check(value, inputs.get(name) or _attribute_expression(name))
+    return head.lines, "".join(f", {expression}" for expression in head.arguments)
 
 
-def _attribute(path: str) -> str:
-    """The expression for ``blocks.0.rate``."""
+def _attribute_expression(path: str) -> str:
+    """Return the expression for an attribute of the module, such as ``blocks.0.rate``."""
     text = "self"
     for part in path.split("."):
         text = f"{text}.{part}" if part.isidentifier() else f"getattr({text}, {part!r})"
@@ -116,58 +122,69 @@ def _attribute(path: str) -> str:
 
 
 @dataclass
-class _Passing:
-    """Passes on the tensors in the arguments, and writes the checks that the rest is as it was traced."""
+class _Head:
+    """The first lines of a generated method: check its arguments, and collect the tensors and numbers in them.
+
+    Attributes:
+        method: The method's name.
+        lines: The lines so far.
+        namespace: The method's globals.
+        arguments: Expressions for the arguments to pass on.
+    """
 
     method: str
-    head: list[str]
-    bound: dict[str, Any]
-    passed: list[str] = field(default_factory=list)
+    lines: list[str]
+    namespace: dict[str, Any]
+    arguments: list[str] = field(default_factory=list)
 
-    def add(self, value: Any, text: str) -> None:
-        """One argument, or a part of one."""
+    def add_argument(self, value: Any, expression: str) -> None:
+        """Add an argument that was traced with the given value, or a part of one."""
         if type(value) in (int, float) or isinstance(value, UnknownNumber):
-            self.passed.append(text)
+            self.arguments.append(expression)
         elif isinstance(value, torch.Tensor):
-            self.head.append(f"    _tensor({text}, {self.method!r}, {text!r})")
-            self.passed.append(text)
+            self.lines.append(f"    _tensor({expression}, {self.method!r}, {expression!r})")
+            self.arguments.append(expression)
         elif isinstance(value, (list, tuple, dict)):
-            self.head.append(f"    _check(len({text}), {len(value)}, {self.method!r}, 'len({text})')")
+            self.lines.append(f"    _check(len({expression}), {len(value)}, {self.method!r}, 'len({expression})')")
             for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-                self.add(part, f"{text}[{key!r}]")
+                self.add_argument(part, f"{expression}[{key!r}]")
         else:
-            self.check(value, text)
+            self.check(value, expression)
 
-    def check(self, value: Any, text: str) -> None:
-        """That an expression is still what it was. What that is, is bound to a name: not every ``repr`` is source."""
-        name = f"_expected_{len(self.bound)}"
-        self.bound[name] = value
-        self.head.append(f"    _check({text}, {name}, {self.method!r}, {text!r})")
+    def check(self, value: Any, expression: str) -> None:
+        """Add a check that an expression still has the value it was traced with."""
+        name = f"_expected_{len(self.namespace)}"
+        self.namespace[name] = value  # a global, because not every repr is an expression
+        self.lines.append(f"    _check({expression}, {name}, {self.method!r}, {expression!r})")
 
 
 def return_changed_lists(module: nn.Module, method: str, trace: MethodTrace) -> list[str]:
-    """Names of lists among the arguments whose content the method replaces; the graphs are made to return them too."""
+    """Return the names of list arguments that the method mutates, and let the graphs return the lists' new content.
+
+    Raises:
+        RewriteError: If it mutates a list in one mode only, or any other container in its arguments.
+    """
     signature = inspect.signature(getattr(type(module), method))
     tracers = list(dict.fromkeys((trace.eval, trace.train)))
-    changed = [dict(_changed(tracer, signature)) for tracer in tracers]
-    if any(set(found) != set(changed[0]) for found in changed):
+    changed = [dict(_changed_lists(tracer, signature)) for tracer in tracers]
+    if any(set(lists) != set(changed[0]) for lists in changed):
         raise RewriteError("it changes a list it was given in one mode only")
     if changed[0]:
-        for tracer, found in zip(tracers, changed, strict=True):
-            lists = [tracer.create_arg(list(found[name])) for name in changed[0]]
+        for tracer, lists in zip(tracers, changed, strict=True):
+            contents = [tracer.create_arg(list(lists[name])) for name in changed[0]]
             output = next(node for node in reversed(tracer.graph.nodes) if node.op == "output")
-            output.args = ((output.args[0], lists),)
+            output.args = ((output.args[0], contents),)
     return list(changed[0])
 
 
-def _changed(tracer: MethodTracer, signature: inspect.Signature) -> Iterator[tuple[str, Any]]:
-    given = signature.bind(None, *tracer.inputs[0], **tracer.inputs[1]).arguments
-    for now, before in tracer.containers:
+def _changed_lists(tracer: MethodTracer, signature: inspect.Signature) -> Iterator[tuple[str, Any]]:
+    arguments = signature.bind(None, *tracer.inputs[0], **tracer.inputs[1]).arguments
+    for current, before in tracer.containers:
         keys = before.keys() if isinstance(before, dict) else range(len(before))
-        if len(now) == len(before) and all(now[key] is before[key] for key in keys):
+        if len(current) == len(before) and all(current[key] is before[key] for key in keys):
             continue
-        name = next((name for name, value in given.items() if value is now and isinstance(value, list)), None)
+        name = next((name for name, value in arguments.items() if value is current and isinstance(value, list)), None)
         if name is not None:
-            yield name, now
-        elif now is not tracer.inputs[1]:
+            yield name, current
+        elif current is not tracer.inputs[1]:
             raise RewriteError("it changes a container inside its arguments")

@@ -1,4 +1,4 @@
-"""Padding moved to the first convolution of a linear run: found in a converted model, and done."""
+"""Hoisting padding: moving it to the first convolution of a linear run."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from nmconv.flow import LEAF, pads_same, recordings_of
 from nmconv.planning import Hoist, Signature
 from nmconv.surgery.rewritten_classes import RewrittenMethod, rewritten
 
-__all__ = ["SETTINGS", "UNPADDED", "find_hoists", "hoist_padding", "padded_forward"]
+__all__ = ["OWN_FORWARD", "SETTINGS", "UNPADDED", "find_hoists", "hoist_padding", "padded_forward"]
 
-
-UNPADDED = "_nmconv_unpadded"  # on a convolution whose padding was moved: the settings that it had
-SETTINGS = ("padding", "padding_mode", "_reversed_padding_repeated_twice", "same_pad")  # in which a convolution says it
+UNPADDED = "_nmconv_unpadded"  # on a convolution whose padding was moved: its settings before
+OWN_FORWARD = "_nmconv_own"  # on a convolution with a rewritten forward: whether that calls the forward of its class
+SETTINGS = ("padding", "padding_mode", "_reversed_padding_repeated_twice", "same_pad")  # attributes about padding
 
 
 def find_hoists(model: nn.Module, example_inputs: Any, call: Signature | None = None) -> tuple[Hoist, ...]:
-    """What can move in a model whose activations are dropped already, and what cannot."""
+    """Return the hoists that are possible, and those that are not, in a model whose activations are already dropped."""
     recordings = recordings_of(model, example_inputs, both_sizes=False, call=call)
     runs = linear_runs(model, recordings=recordings, sizes=False)
-    lines = [line for run in runs for line in _lines(run.elements)]
-    return tuple(hoist for line in lines for hoist in _hoists(model, line))
+    sequences = [sequence for run in runs for sequence in _sequences(run.elements)]
+    return tuple(hoist for sequence in sequences for hoist in _hoists_in(model, sequence))
 
 
-def _lines(elements: Iterable[Element]) -> Iterator[list[Step]]:
-    """Sequences without a join in them, those of branches too."""
-    line: list[Step] = []
+def _sequences(elements: Iterable[Element]) -> Iterator[list[Step]]:
+    """Yield the sequences of steps between joins, and those in the branches of joins."""
+    sequence: list[Step] = []
     for element in elements:
         if isinstance(element, Join):
-            yield line
-            line = []
+            yield sequence
+            sequence = []
             for branch in element.branches:
-                yield from _lines(branch)
+                yield from _sequences(branch)
         else:
-            line.append(element)
-    yield line
+            sequence.append(element)
+    yield sequence
 
 
-def _hoists(model: nn.Module, line: list[Step]) -> Iterator[Hoist]:
-    """The hoists of one sequence: what is no plain convolution or norm divides it."""
-    part: list[tuple[str, Geometry]] = []
-    for step in line:
+def _hoists_in(model: nn.Module, sequence: list[Step]) -> Iterator[Hoist]:
+    """Yield the hoists of one sequence; steps other than plain convolutions and norms divide it."""
+    convs: list[tuple[str, Geometry]] = []
+    for step in sequence:
         if step.quiet:
             continue
         try:
@@ -56,17 +56,18 @@ def _hoists(model: nn.Module, line: list[Step]) -> Iterator[Hoist]:
             geometry = geometry_of(module, step.kind, 0, 0)
             check_hooks(module, step.name)
         except Refusal:
-            yield from _hoist(part)
-            part = []
+            yield from _hoist_to_first(convs)
+            convs = []
             continue
         if step.kind == "conv":
-            part.append((step.name, geometry))
-    yield from _hoist(part)
+            convs.append((step.name, geometry))
+    yield from _hoist_to_first(convs)
 
 
-def _hoist(part: list[tuple[str, Geometry]]) -> Iterator[Hoist]:
-    names = tuple(name for name, _ in part)
-    geometries = [geometry for _, geometry in part]
+def _hoist_to_first(convs: list[tuple[str, Geometry]]) -> Iterator[Hoist]:
+    """Yield the hoist of these convolutions, if there is padding behind the first one."""
+    names = tuple(name for name, _ in convs)
+    geometries = [geometry for _, geometry in convs]
     if not any(geometry.is_padded(axis) for geometry in geometries[1:] for axis in range(geometry.rank)):
         return
     try:
@@ -78,7 +79,7 @@ def _hoist(part: list[tuple[str, Geometry]]) -> Iterator[Hoist]:
 
 
 def hoist_padding(model: nn.Module, convs: Sequence[str]) -> None:
-    """Move the padding of one run of convolutions to its first one.
+    """Move the padding of consecutive convolutions to the first one.
 
     Raises:
         PlanError: If the model has no such convolutions, or their padding cannot move.
@@ -86,43 +87,40 @@ def hoist_padding(model: nn.Module, convs: Sequence[str]) -> None:
     modules: list[Any] = []
     try:
         modules += [model.get_submodule(name) for name in convs]
-        now = [geometry_of(module, "conv", 0, 0) for module in modules]
-        after = hoisted(now)
+        current = [geometry_of(module, "conv", 0, 0) for module in modules]
+        new = hoisted(current)
     except (AttributeError, Refusal) as error:
         raise PlanError(f"the padding of {', '.join(convs)} cannot move to the first of them: {error}") from error
-    for module, before, geometry in zip(modules, now, after, strict=True):
+    for module, before, geometry in zip(modules, current, new, strict=True):
         module.__dict__[BEFORE] = Padding(before.padding, before.mode, before.stages)
         module.__dict__[UNPADDED] = {name: vars(module)[name] for name in SETTINGS if name in vars(module)}
-        _pad(module, geometry)
+        _set_padding(module, geometry)
 
 
-def _pad(module: Any, geometry: Geometry) -> None:
-    """Let the convolution pad as ``geometry`` says: by torch's attributes where they can say it."""
-    symmetric = all(left == right for left, right in geometry.padding) and not geometry.stages
-    if symmetric and type(module).forward.__module__.startswith("torch.nn."):
-        _set(module, tuple(left for left, _ in geometry.padding), geometry.mode)
+def _set_padding(module: Any, geometry: Geometry) -> None:
+    """Let a convolution pad as a geometry says: by torch's own settings if they can express it."""
+    is_symmetric = all(left == right for left, right in geometry.padding) and not geometry.stages
+    has_torch_forward = type(module).forward.__module__.startswith("torch.nn.")
+    if is_symmetric and has_torch_forward:
+        _set_attributes(module, tuple(left for left, _ in geometry.padding), geometry.mode)
         return
-    cls = rewritten(type(module), (_METHOD,))
-    _set(module, (0,) * geometry.rank, "zeros")
+    cls = rewritten(type(module), (_PADDED_FORWARD,))
+    _set_attributes(module, (0,) * geometry.rank, "zeros")
     if getattr(module, "same_pad", False):
         module.same_pad = False
     module.__dict__[PADS] = geometry
     module.__dict__[LEAF] = True
-    module.__dict__["_nmconv_own"] = not pads_same(module) and not _torchs(type(module))
+    module.__dict__[OWN_FORWARD] = not pads_same(module) and not has_torch_forward
     module.__class__ = cls
 
 
-def _torchs(cls: type) -> bool:
-    return bool(cls.forward.__module__.startswith("torch.nn."))  # type: ignore[attr-defined]
-
-
-def _set(module: Any, padding: tuple[int, ...], mode: str) -> None:
+def _set_attributes(module: Any, padding: tuple[int, ...], mode: str) -> None:
     module.padding = padding
     module.padding_mode = mode
     module._reversed_padding_repeated_twice = [extent for extent in reversed(padding) for _ in range(2)]
 
 
-_METHOD = RewrittenMethod(
+_PADDED_FORWARD = RewrittenMethod(
     "forward",
     "def forward(self, input):\n    return _padded(self, input)\n",
     names=(("_padded", f"{__name__}:padded_forward"),),
@@ -130,10 +128,10 @@ _METHOD = RewrittenMethod(
 
 
 def padded_forward(module: Any, input: Tensor) -> Tensor:
-    """A convolution's forward behind padding that torch's attributes cannot say; any shape the class takes."""
+    """Run a convolution after padding that torch's settings cannot express; ``input`` has any shape it accepts."""
     geometry: Geometry = module.__dict__[PADS]
     input = pad(input, geometry.pads(input.shape[-geometry.rank :]), geometry.mode)
-    if module.__dict__["_nmconv_own"]:
+    if module.__dict__[OWN_FORWARD]:
         result: Tensor = type(module)._nmconv_base.forward(module, input)
         return result
     result = module._conv_forward(input, module.weight, module.bias)

@@ -1,4 +1,4 @@
-"""What stands where an activation was."""
+"""Modules that take the place of activations, and the copies of activations that are put elsewhere."""
 
 from __future__ import annotations
 
@@ -12,64 +12,64 @@ from nmconv.surgery.rewritten_classes import RewrittenMethod, rewritten
 
 __all__ = [
     "ADDED",
-    "WAS",
+    "REPLACED",
     "CopyingIdentity",
-    "hooked_apart",
+    "has_state",
+    "identity_class",
     "identity_for",
-    "is_passing",
-    "keeps_something",
-    "passing",
+    "is_identity",
+    "shallow_copy",
 ]
 
-WAS = "_nmconv_was"  # on what stands in a slot: the module that stood there
-ADDED = "_nmconv_added"  # on a module for which there was no slot
+REPLACED = "_nmconv_was"  # on a module put into an existing slot: the module that was there before
+ADDED = "_nmconv_added"  # on a module for which a new slot was made
 
 
 class CopyingIdentity(nn.Identity):
-    """An identity that returns new memory: the activation it replaces did, and somebody overwrites what it returned."""
+    """An identity that returns new memory, for where the activation's output is overwritten later."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return a copy of ``input``, any shape."""
         return input.clone()
 
 
-_KEEPS = RewrittenMethod("forward", "def forward(self, input):\n    return input\n")
-_COPIES = RewrittenMethod("forward", "def forward(self, input):\n    return input.clone()\n")
+_RETURN_INPUT = RewrittenMethod("forward", "def forward(self, input):\n    return input\n")
+_RETURN_COPY = RewrittenMethod("forward", "def forward(self, input):\n    return input.clone()\n")
 
 
-def keeps_something(act: nn.Module) -> bool:
-    """Whether an activation has parameters, buffers, hooks or children, which are to stay (a PReLU's weight)."""
+def has_state(act: nn.Module) -> bool:
+    """Return whether an activation has parameters, buffers, hooks or children, which must stay (a PReLU's weight)."""
     return any(True for _ in act.state_dict()) or bool(hooks_of(act) or act._modules)
 
 
-def passing(cls: type[nn.Module], *, copies: bool) -> type[nn.Module]:
-    """The class with a forward that does nothing, or copies."""
-    return rewritten(cls, (_COPIES if copies else _KEEPS,))
+def identity_class(cls: type[nn.Module], *, copies: bool) -> type[nn.Module]:
+    """Return the class with a forward that returns its input, or a copy of it."""
+    return rewritten(cls, (_RETURN_COPY if copies else _RETURN_INPUT,))
 
 
-def is_passing(module: nn.Module) -> bool:
-    """Whether it is an activation with such a forward."""
+def is_identity(module: nn.Module) -> bool:
+    """Return whether a module has a class made by :func:`identity_class`."""
     methods = getattr(type(module), "_nmconv_methods", ())
-    return any(method in methods for method in (_COPIES, _KEEPS))
+    return any(method in methods for method in (_RETURN_COPY, _RETURN_INPUT))
 
 
-def hooked_apart(act: nn.Module) -> nn.Module:
-    """A shallow copy that shares all but the sets of hooks: a hook that is put on one of them is not on the other."""
-    made = copy.copy(act)
-    for name, value in list(vars(made).items()):
+def shallow_copy(act: nn.Module) -> nn.Module:
+    """Return a copy that shares everything but the dicts of hooks, so that hooks are registered on one of them only."""
+    twin = copy.copy(act)
+    for name, value in list(vars(twin).items()):
         if name.endswith("_hooks") or "_hooks_" in name:
-            vars(made)[name] = copy.copy(value)
-    return made
+            vars(twin)[name] = copy.copy(value)
+    return twin
 
 
 def identity_for(act: nn.Module, *, copies: bool) -> nn.Module:
-    """A module to put in an activation's place: ``nn.Identity``, or one of its class that shares all that it has."""
-    if keeps_something(act):
-        still = hooked_apart(act)
-        still.__class__ = passing(type(act), copies=copies)
-        vars(still)[WAS] = act
-        return still
+    """Return a module to replace an activation with: an ``nn.Identity``, or one of its class that shares its state."""
+    if has_state(act):
+        twin = shallow_copy(act)
+        twin.__class__ = identity_class(type(act), copies=copies)
+        vars(twin)[REPLACED] = act
+        return twin
     identity = CopyingIdentity() if copies else nn.Identity()
     identity.training = act.training
-    vars(identity)[WAS] = act
+    vars(identity)[REPLACED] = act
     return identity

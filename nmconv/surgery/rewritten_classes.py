@@ -1,4 +1,4 @@
-"""Classes with other methods that are still themselves: isinstance, name, pickling and copying stay."""
+"""Subclasses with rewritten methods that pass for their base: isinstance, name, pickling and copying still work."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ from nmconv.errors import RewriteError
 
 __all__ = ["RewrittenMethod", "is_rewritten", "rewritten"]
 
-
-_numbers = itertools.count()  # no two methods share a file: one's lines go while the other's are still needed
+_file_numbers = itertools.count()  # a file name per method: each removes its lines from linecache on its own
 
 
 @dataclass(frozen=True)
 class RewrittenMethod:
-    """A method as source: pickled and copied as such, compiled where it is needed.
+    """A method as source code: pickled and copied as such, compiled on demand.
 
     Attributes:
         name: The method's name.
         source: Python source that defines it, and the helpers it calls.
-        names: What its globals are bound to: pairs of a name and ``module:attribute.path``.
-        values: What its globals are bound to otherwise: pairs of a name and a picklable value.
+        names: Globals that can be imported: pairs of a name and ``module:attribute.path``.
+        values: All other globals: pairs of a name and a picklable value.
     """
 
     name: str
@@ -40,10 +39,10 @@ class RewrittenMethod:
     values: tuple[tuple[str, Any], ...] = ()
 
     @staticmethod
-    def with_globals(name: str, source: str, bound: dict[str, Any]) -> RewrittenMethod:
-        """A method whose globals are objects; those that can be imported are kept by name."""
+    def with_globals(name: str, source: str, namespace: dict[str, Any]) -> RewrittenMethod:
+        """Return a method with the given globals; those that can be imported are stored by name."""
         names, values = [], []
-        for key, value in bound.items():
+        for key, value in namespace.items():
             path = _import_path(value)
             if path is None:
                 values.append((key, value))
@@ -52,30 +51,27 @@ class RewrittenMethod:
         return RewrittenMethod(name, source, tuple(names), tuple(values))
 
     def compile(self) -> FunctionType:
-        """The method itself; its source shows in tracebacks for as long as it is there."""
-        space: dict[str, Any] = {"__builtins__": builtins}
-        space.update((key, _imported(path)) for key, path in self.names)
-        space.update(self.values)
-        file = f"<nmconv {self.name} {next(_numbers)}>"
-        exec(compile(self.source, file, "exec"), space)
-        function: FunctionType = space[self.name]
+        """Return the method as a function, whose source shows in tracebacks as long as the function exists."""
+        namespace: dict[str, Any] = {"__builtins__": builtins}
+        namespace.update((key, _imported(path)) for key, path in self.names)
+        namespace.update(self.values)
+        file = f"<nmconv {self.name} {next(_file_numbers)}>"
+        exec(compile(self.source, file, "exec"), namespace)
+        function: FunctionType = namespace[self.name]
         linecache.cache[file] = (len(self.source), None, self.source.splitlines(keepends=True), file)
         weakref.finalize(function, linecache.cache.pop, file, None).atexit = False
         return function
 
 
 def _import_path(value: Any) -> str | None:
-    """``module:name`` under which the very object can be imported, or None."""
-    name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
+    """Return the ``module:name`` under which an object can be imported, or None."""
+    short_name = getattr(value, "__name__", None)
     for module in (getattr(value, "__module__", None), "torch", "torch.nn.functional", "torch._C._nn", "builtins"):
-        candidates: tuple[Any, ...] = (name, getattr(value, "__name__", None))
-        for candidate in candidates:
-            if module and isinstance(candidate, str) and "<" not in candidate:
-                try:
-                    if _imported(f"{module}:{candidate}") is value:
-                        return f"{module}:{candidate}"
-                except (ImportError, AttributeError, ValueError):
-                    pass
+        for name in (getattr(value, "__qualname__", None) or short_name, short_name):
+            if module and isinstance(name, str) and "<" not in name:
+                with suppress(ImportError, AttributeError, ValueError):
+                    if _imported(f"{module}:{name}") is value:
+                        return f"{module}:{name}"
     return None
 
 
@@ -88,7 +84,7 @@ def _imported(path: str) -> Any:
 
 
 class _Rewritten:
-    """Marks rewritten classes, and makes their instances pickle as base class and source."""
+    """Base of all rewritten classes: instances pickle as their original class and the methods' source."""
 
     _nmconv_base: type[nn.Module]
     _nmconv_methods: tuple[RewrittenMethod, ...]
@@ -104,42 +100,43 @@ def _new(base: type[nn.Module], methods: tuple[RewrittenMethod, ...]) -> Any:
 
 
 def is_rewritten(module: nn.Module) -> bool:
-    """Whether the module's class is one of ours."""
+    """Return whether a module's class was made by :func:`rewritten`."""
     return isinstance(module, _Rewritten)
 
 
 def rewritten(base: type[nn.Module], methods: tuple[RewrittenMethod, ...]) -> type[nn.Module]:
-    """The subclass of ``base`` with these methods in place of its own; one class for all who ask for the same.
+    """Return the subclass of ``base`` with these methods in place of its own.
 
-    It goes when nobody has it any more.
+    Equal arguments give the same class, as long as it is in use. A ``base`` that is rewritten itself keeps its other
+    rewritten methods.
 
     Raises:
-        RewriteError: If instances of ``base`` copy or pickle in a way of their own, which would undo the rewriting.
+        RewriteError: If ``base`` customizes copying or pickling, which would lose the rewritten methods.
     """
     for name in ("__deepcopy__", "__reduce__", "__reduce_ex__", "__copy__"):
         if getattr(base, name, None) is not getattr(nn.Module, name, None) and not issubclass(base, _Rewritten):
             raise RewriteError(f"{base.__name__} defines {name}: its copies would not be rewritten")
     if issubclass(base, _Rewritten):
-        kept = tuple(method for method in base._nmconv_methods if method.name not in {new.name for new in methods})
-        base, methods = base._nmconv_base, (*kept, *methods)
-    key = (base, tuple((method, _kinds(method.values)) for method in methods))
+        other = tuple(method for method in base._nmconv_methods if method.name not in {new.name for new in methods})
+        base, methods = base._nmconv_base, (*other, *methods)
+    key = (base, tuple((method, _nested_types(method.values)) for method in methods))
     try:
-        known = _made.get(key)
-    except TypeError:  # a global that cannot be hashed
-        return _make(base, methods)
-    return _made.setdefault(key, _make(base, methods)) if known is None else known
+        cached = _classes.get(key)
+    except TypeError:  # a global is not hashable
+        return _subclass(base, methods)
+    return _classes.setdefault(key, _subclass(base, methods)) if cached is None else cached
 
 
-def _make(base: type[nn.Module], methods: tuple[RewrittenMethod, ...]) -> type[nn.Module]:
-    space: dict[str, Any] = {method.name: method.compile() for method in methods}
-    for name, function in space.items():
+def _subclass(base: type[nn.Module], methods: tuple[RewrittenMethod, ...]) -> type[nn.Module]:
+    attributes: dict[str, Any] = {method.name: method.compile() for method in methods}
+    for name, function in attributes.items():
         original: Any = getattr(base, name, None)
         with suppress(TypeError, ValueError):
             function.__signature__ = inspect.signature(original)
         function.__doc__ = getattr(original, "__doc__", None)
         function.__qualname__ = f"{base.__qualname__}.{name}"
-        function.__module__ = __name__  # not torch's, whatever the base is
-    space |= {
+        function.__module__ = __name__  # never torch's, even if that of the base is
+    attributes |= {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -148,14 +145,14 @@ def _make(base: type[nn.Module], methods: tuple[RewrittenMethod, ...]) -> type[n
     }
     metaclass: Any = type(base)
     try:
-        return metaclass(base.__name__, (_Rewritten, base), space)
+        return metaclass(base.__name__, (_Rewritten, base), attributes)
     except Exception as error:
         raise RewriteError(f"no subclass of {base.__name__} can be made: {error}") from error
 
 
-_made: weakref.WeakValueDictionary[Any, type[nn.Module]] = weakref.WeakValueDictionary()
+_classes: weakref.WeakValueDictionary[Any, type[nn.Module]] = weakref.WeakValueDictionary()
 
 
-def _kinds(value: Any) -> Any:
-    """The types in a value: 1, 1.0 and True are equal, and so are named tuples of two classes."""
-    return (type(value), *map(_kinds, value)) if isinstance(value, tuple) else type(value)
+def _nested_types(value: Any) -> Any:
+    """Return the types in a nested tuple: 1, 1.0 and True compare equal, and so do named tuples of two classes."""
+    return (type(value), *map(_nested_types, value)) if isinstance(value, tuple) else type(value)

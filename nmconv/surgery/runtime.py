@@ -1,4 +1,4 @@
-"""What rewritten methods call besides torch."""
+"""Functions that the source of rewritten methods calls, besides those of torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["check", "check_tensor", "iadd", "imul", "isub", "itruediv"]
 
 
 def check(value: Any, expected: Any, method: str, name: str) -> None:
-    """Raise RewriteError unless a non-tensor argument is what the method was rewritten for."""
+    """Raise RewriteError unless a value is the one that the method was traced with."""
     if not _is_same(value, expected):
         raise RewriteError(
             f"{method} was rewritten by nmconv for {name}={expected!r} and finds {value!r}: convert the original model "
@@ -32,7 +32,7 @@ def _is_same(value: Any, expected: Any) -> bool:
 
 
 def check_tensor(value: Any, method: str, name: str) -> None:
-    """Raise RewriteError unless the method is given a tensor where it was when it was rewritten."""
+    """Raise RewriteError if an argument that was a tensor when the method was traced is plain data now."""
     if value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)):
         raise RewriteError(
             f"{method} was rewritten by nmconv for a tensor as {name} and is given {value!r}: convert the original "
@@ -41,24 +41,24 @@ def check_tensor(value: Any, method: str, name: str) -> None:
 
 
 def iadd(value: Any, other: Any) -> Any:
-    """``value += other``."""
+    """Return ``value`` after ``value += other``."""
     value += other
     return value
 
 
 def isub(value: Any, other: Any) -> Any:
-    """``value -= other``."""
+    """Return ``value`` after ``value -= other``."""
     value -= other
     return value
 
 
 def imul(value: Any, other: Any) -> Any:
-    """``value *= other``."""
+    """Return ``value`` after ``value *= other``."""
     value *= other
     return value
 
 
 def itruediv(value: Any, other: Any) -> Any:
-    """``value /= other``."""
+    """Return ``value`` after ``value /= other``."""
     value /= other
     return value

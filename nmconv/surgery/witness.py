@@ -1,4 +1,4 @@
-"""The second witness: a model recorded before it is changed, and what becomes of it held against that."""
+"""The witness: a recording of a model before a change, with which the changed model is compared."""
 
 from __future__ import annotations
 
@@ -11,25 +11,28 @@ from nmconv.errors import NmconvError, WitnessError
 from nmconv.flow import is_leaf, recordings_of
 from nmconv.planning import Changes, Signature
 from nmconv.recording import ModelRaised, NeedsData, Recording, record_again
-from nmconv.surgery.gradual import get_slopes, is_dropping
+from nmconv.surgery.slopes import get_slopes, is_dropping
 from nmconv.witness import Difference, MergedGroup, allowed_by, broken_groups, compare
 
 __all__ = ["Witness"]
 
 
 class Witness:
-    """What a model did before it was changed.
+    """Recordings of a model before it is changed.
 
     Args:
         model: Recorded now, in both modes and at two sizes; read only.
-        example_inputs: What it is called with, or None for a guess.
-        linear: Whether it may be one of linear layers alone.
+        example_inputs: What it is called with; None: a guess.
+        linear: Whether it may consist of linear layers alone.
         choices: Whether to record it with other truth values among its arguments and at other entry points, too.
-        methods: Further methods to record, and example inputs of each.
-        call: What a plan says that it is called with: instead of a guess.
+        methods: Maps further methods to record to their example inputs.
+        call: The call signature that a plan states, to be used instead of a guess.
+
+    Attributes:
+        recordings: The recordings.
 
     Raises:
-        OptionError: If it cannot be called with them.
+        OptionError: If it cannot be called with these inputs.
         ModelTypeError: If it cannot be copied.
     """
 
@@ -55,19 +58,19 @@ class Witness:
         groups: Iterable[MergedGroup] = (),
         closed: Container[str] = (),
     ) -> None:
-        """Hold a changed model against the original, the plan and the merges.
+        """Compare a changed model with the original, apart from the given changes and merges.
 
         Args:
-            result: What became of the model.
-            changes: What a plan has done to it meanwhile, or None.
-            groups: What was merged meanwhile.
-            closed: Methods that raise now.
+            result: The changed model.
+            changes: What a plan has changed, or None.
+            groups: What has been merged.
+            closed: Methods that raise on purpose now.
 
         Raises:
-            WitnessError: If it does anything else; the text shows the first difference.
+            WitnessError: If it differs in any other way; the text states the first difference.
         """
         allowed = allowed_by(changes, groups)
-        slopes = self._slopes(result, changes)
+        slopes = self._slopes_to_compare(result, changes)
         gradual = frozenset(name for name, module in result.named_modules() if is_dropping(module))
         for before in self.recordings.runs:
             if before.call.method in closed or before.call.other_way:
@@ -77,63 +80,61 @@ class Witness:
             except ModelRaised as raised:
                 error = raised.error
                 if before.call.optional and isinstance(error, NmconvError):
-                    continue  # it says so itself
-                found = Difference(f"it raises {type(error).__name__}: {error}")
-                raise self._error(before, found) from error
+                    continue  # the changed model rejects this call on purpose
+                difference = Difference(f"it raises {type(error).__name__}: {error}")
+                raise self._error(before, difference) from error
             except NeedsData as asked:
                 raise self._error(before, Difference(f"it asks for other numbers: {asked}")) from asked
             for slope in slopes:
-                difference = compare(before, after, allowed, slope, gradual)
-                if difference is not None:
-                    raise self._error(before, difference)
+                found = compare(before, after, allowed, slope, gradual)
+                if found is not None:
+                    raise self._error(before, found)
 
-    def _slopes(self, result: nn.Module, changes: Changes | None) -> tuple[int | None, ...]:
-        """The slopes at which a result is compared: a gradual one at both ends."""
-        found = get_slopes(result)
-        if not found or changes is None:
+    def _slopes_to_compare(self, result: nn.Module, changes: Changes | None) -> tuple[int | None, ...]:
+        """Return the slopes at which a result is compared: both ends if it is gradual."""
+        slopes = get_slopes(result)
+        if not slopes or changes is None:
             return (None,)
         sites = {change.call.id for change in changes.made}
-        if found.keys() != sites:
-            one = min(found.keys() ^ sites)
-            raise self._error(self.recordings.runs[0], Difference(f"{one} is not mixed though the plan changes it"))
+        if slopes.keys() != sites:
+            site = min(slopes.keys() ^ sites)
+            raise self._error(self.recordings.runs[0], Difference(f"{site} is not mixed though the plan changes it"))
         return (0, 1)
 
     def broken(self, groups: Sequence[MergedGroup]) -> dict[str, str]:
-        """From the heads of groups that are not one convolution in every recording to why."""
-        found: dict[str, str] = {}
+        """Return why groups cannot be one convolution in every recording, by the heads of these groups."""
+        reasons: dict[str, str] = {}
         for run in self.recordings.runs:
             for head, why in ({} if run.call.closable else self.broken_in(run, groups)).items():
-                found.setdefault(head, f"{why} ({run.call.name})")
+                reasons.setdefault(head, f"{why} ({run.call.name})")
         called = {frame.path for run in self.recordings.runs for frame in run.frames}
         called |= {fact.label for run in self.recordings.runs for fact in run.facts.values()}
         for group in groups:
             if called.isdisjoint(group.members):
-                found[group.head] = "it was never seen called"
-        return found
+                reasons[group.head] = "it was never seen called"
+        return reasons
 
     @staticmethod
     def broken_in(run: Recording, groups: Sequence[MergedGroup]) -> Mapping[str, str]:
-        """The same for one recording."""
+        """Return the same as :meth:`broken`, for one recording."""
         return broken_groups(run, allowed_by(None, groups))
 
-    def _error(self, before: Recording, found: Difference) -> WitnessError:
-        if self._runs_otherwise(before):
+    def _error(self, before: Recording, difference: Difference) -> WitnessError:
+        if self._is_nondeterministic(before):
             text = "the model itself runs otherwise each time it is called, so that nothing can be checked"
         else:
-            text = f"the result would not be what was asked for ({before.call.name}): {found.text}"
-        where = f"exclude the activations that {found.module or 'the model'} asks for" if found.first else "report it"
+            text = f"the result would not be what was asked for ({before.call.name}): {difference.text}"
+        is_in_original = bool(difference.first)
+        advice = f"exclude the activations that {difference.module or 'the model'} asks for"
         return WitnessError(
-            f"{_named(self._model)}: {text}; it is as it was: {where}, or pass witness=False if you know better",
-            found.module,
-            found.first,
-            found.second,
+            f"this {type(self._model).__name__}: {text}; it is as it was: {advice if is_in_original else 'report it'}, "
+            "or pass witness=False if you know better",
+            difference.module,
+            difference.first,
+            difference.second,
         )
 
-    def _runs_otherwise(self, before: Recording) -> bool:
-        """Whether the original itself does something else each time."""
+    def _is_nondeterministic(self, before: Recording) -> bool:
+        """Return whether a second recording of the original differs from the first."""
         again = record_again(self._model, before, is_leaf)
         return compare(before, again, allowed_by(None)) is not None
-
-
-def _named(model: nn.Module) -> str:
-    return f"this {type(model).__name__}"

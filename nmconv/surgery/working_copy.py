@@ -1,4 +1,4 @@
-"""The copy of a model that is changed and checked, and what of it goes into the model itself at the end."""
+"""The copy of a model on which all changes are made and checked, before the model itself gets any of them."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from nmconv.surgery.hoist import SETTINGS
 
 __all__ = ["WorkingCopy", "outline_of"]
 
-_OURS = "_nmconv_"
-_SPACES = ("_modules", "_parameters", "_buffers")
-# What surgery sets besides: where a padding moves, where a live merge is, and where a slope is.
-_SETTINGS = (*SETTINGS, "geometry", "_non_persistent_buffers_set")
+_NMCONV_PREFIX = "_nmconv_"
+_REGISTRIES = ("_modules", "_parameters", "_buffers")
+# Attributes other than nmconv's own that surgery sets: by hoisted padding, live merges and slopes.
+_CHANGED_SETTINGS = (*SETTINGS, "geometry", "_non_persistent_buffers_set")
 
 
 def outline_of(model: nn.Module) -> nn.Module:
-    """A copy of the modules alone: parameters and buffers are the model's own, for looking and not for running."""
+    """Return a copy of the modules alone, for analysis and not for running: tensors are the model's own."""
     return structure_copy(model).model
 
 
 class WorkingCopy:
-    """A copy on which all changes are made and checked before the model gets any of them.
+    """A copy of a model to change and check.
 
     Args:
         model: Not touched before :meth:`finish`.
-        inplace: Whether the model itself is to be changed in the end; else the copy is what is returned.
-        numbers: Whether parameters and buffers will get other numbers, too. Else a copy for a change in place shares
-            them with the model.
-        spare: As of :func:`copy_of`.
+        inplace: Whether :meth:`finish` changes the model itself, instead of returning the copy.
+        numbers: Whether the values of parameters and buffers will change, too. Otherwise a copy for a change in place
+            shares its tensors with the model.
+        spare: As for :func:`copy_of`.
 
     Attributes:
         model: The copy.
@@ -56,25 +56,25 @@ class WorkingCopy:
         self._original = model
         self._inplace = inplace
         self._numbers = numbers
-        with torch.inference_mode(False), torch.no_grad():  # or its parameters could never be trained
+        with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode could never be trained
             if not inplace:
                 self.model = copy_of(model, spare)
                 return
-            made = real_copy(model) if numbers else structure_copy(model)
-        self.model = made.model
+            result = real_copy(model) if numbers else structure_copy(model)
+        self.model = result.model
         self._pairs = [
-            _Pair(own, twin, dict(vars(own)), dict(vars(twin)))
-            for own, twin in zip(model.modules(), made.model.modules(), strict=True)
+            _Pair(original, twin, dict(vars(original)), dict(vars(twin)))
+            for original, twin in zip(model.modules(), self.model.modules(), strict=True)
         ]
         self._tensors = [
-            (value, made.originals[id(value)]) for value in (*made.model.parameters(), *made.model.buffers())
+            (value, result.originals[id(value)]) for value in (*self.model.parameters(), *self.model.buffers())
         ]
 
     def finish(self) -> nn.Module:
-        """The result: the copy, or the model with what was changed on the copy.
+        """Return the copy, or the model itself with all changes that were made to the copy.
 
-        Modules and tensors of the model stay the same objects. It gets classes, children, new tensors and numbers, and
-        nmconv's own attributes; nothing that is bound to the copy.
+        Modules and tensors of the model stay the same objects. It gets the copy's classes, children, new tensors and
+        values, and nmconv's own attributes, but nothing that refers to the copy.
 
         Warns:
             RemovedParametersWarning: If parameters of the model are gone.
@@ -82,9 +82,9 @@ class WorkingCopy:
         if not self._inplace:
             return self.model
         before = dict(self._original.named_parameters())
-        self._adopt()
-        left = {id(value) for value in self._original.parameters()}
-        gone = [name for name, value in before.items() if id(value) not in left and not value.is_meta]
+        self._transfer()
+        remaining = {id(value) for value in self._original.parameters()}
+        gone = [name for name, value in before.items() if id(value) not in remaining and not value.is_meta]
         if gone:
             warnings.warn(
                 f"{len(gone)} parameters of this {type(self._original).__name__} are gone ({', '.join(gone[:3])}"
@@ -94,67 +94,73 @@ class WorkingCopy:
             )
         return self._original
 
-    def _adopt(self) -> None:
-        """Prepare all that the model is to get; then, in one step of which no part can fail, give it."""
-        own: dict[int, Any] = {}  # from the id of what is the copy's to what the model has in its place
+    def _transfer(self) -> None:
+        """Prepare all changes to the model, then make them in one step, no part of which can fail."""
+        counterparts: dict[int, Any] = {}  # maps the ids of the copy's objects to the model's
         for pair in self._pairs:
-            own |= {id(value): pair.before[key] for key, value in pair.copied.items() if key in pair.before}
-        own |= {id(pair.twin): pair.own for pair in self._pairs} | {id(twin): tensor for twin, tensor in self._tensors}
+            counterparts |= {
+                id(value): pair.original_attributes[key]
+                for key, value in pair.twin_attributes.items()
+                if key in pair.original_attributes
+            }
+        counterparts |= {id(pair.twin): pair.original for pair in self._pairs}
+        counterparts |= {id(twin): original for twin, original in self._tensors}
         for module in self.model.modules():
-            if id(module) not in own:
-                _hold_only(own, module)
-                own |= {id(value): value for value in (module, *module.parameters(), *module.buffers())}
-        steps = [(pair, _attributes(pair, own)) for pair in self._pairs]
+            if id(module) not in counterparts:
+                _replace_references(counterparts, module)
+                counterparts |= {id(value): value for value in (module, *module.parameters(), *module.buffers())}
+        attributes = [_changed_attributes(pair, counterparts) for pair in self._pairs]
         with torch.no_grad():
-            for pair, attributes in steps:
-                for space in _SPACES:
-                    mine, its = (vars(module)[space] for module in (pair.own, pair.twin))
-                    _take(mine, {name: own.get(id(value), value) for name, value in its.items()})
-                vars(pair.own).update(attributes)
-                for key in [key for key in pair.copied if key.startswith(_OURS) and key not in vars(pair.twin)]:
-                    vars(pair.own).pop(key, None)
-                if type(pair.twin) is not type(pair.own):
-                    object.__setattr__(pair.own, "__class__", type(pair.twin))
-            for twin, tensor in self._tensors if self._numbers else ():
-                if not tensor.is_meta and not torch.equal(twin, tensor):
-                    tensor.copy_(twin)
+            for pair, changed in zip(self._pairs, attributes, strict=True):
+                for registry in _REGISTRIES:
+                    original, twin = (vars(module)[registry] for module in (pair.original, pair.twin))
+                    _make_equal(original, {name: counterparts.get(id(value), value) for name, value in twin.items()})
+                vars(pair.original).update(changed)
+                for key in pair.twin_attributes:
+                    if key.startswith(_NMCONV_PREFIX) and key not in vars(pair.twin):
+                        vars(pair.original).pop(key, None)
+                if type(pair.twin) is not type(pair.original):
+                    object.__setattr__(pair.original, "__class__", type(pair.twin))
+            for twin_tensor, tensor in self._tensors if self._numbers else ():
+                if not tensor.is_meta and not torch.equal(twin_tensor, tensor):
+                    tensor.copy_(twin_tensor)
 
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """A module of the model and its twin in the copy, and the attributes that both had at first."""
+    """A module of the model, its twin in the copy, and the attributes of both before the changes."""
 
-    own: nn.Module
+    original: nn.Module
     twin: nn.Module
-    before: dict[str, Any]
-    copied: dict[str, Any]
+    original_attributes: dict[str, Any]
+    twin_attributes: dict[str, Any]
 
 
-def _hold_only(own: Mapping[int, Any], module: nn.Module) -> None:
-    """Let a new module hold what the model has where it holds what the copy has."""
+def _replace_references(counterparts: Mapping[int, Any], module: nn.Module) -> None:
+    """Let a new module refer to the model's objects instead of the copy's."""
     for key, value in vars(module).items():
-        vars(module)[key] = own.get(id(value), value)
-    for space in _SPACES:
-        parts = vars(module)[space]
-        _take(parts, {name: own.get(id(value), value) for name, value in parts.items()})
+        vars(module)[key] = counterparts.get(id(value), value)
+    for registry in _REGISTRIES:
+        entries = vars(module)[registry]
+        _make_equal(entries, {name: counterparts.get(id(value), value) for name, value in entries.items()})
 
 
-def _attributes(pair: _Pair, own: Mapping[int, Any]) -> dict[str, Any]:
-    """What the twin has got of nmconv's attributes, and of its settings, over what is the model's own."""
-    got = {
+def _changed_attributes(pair: _Pair, counterparts: Mapping[int, Any]) -> dict[str, Any]:
+    """Return the attributes that surgery has set on the twin, with references to the model's objects."""
+    changed = {
         key: value
         for key, value in vars(pair.twin).items()
-        if pair.copied.get(key) is not value
-        and (key.startswith(_OURS) or key in _SETTINGS or type(value).__module__.startswith("nmconv."))
+        if pair.twin_attributes.get(key) is not value
+        and (key.startswith(_NMCONV_PREFIX) or key in _CHANGED_SETTINGS or type(value).__module__.startswith("nmconv."))
     }
-    return copy.deepcopy(got, dict(own))
+    return copy.deepcopy(changed, dict(counterparts))
 
 
-def _take(mine: dict[str, Any], its: dict[str, Any]) -> None:
-    """Make a dict equal to another one, in order; a module that takes another's place takes its mode."""
-    for name, part in its.items():
-        if isinstance(part, nn.Module) and isinstance(mine.get(name, part), nn.Module):
-            vars(part)["training"] = mine.get(name, part).training
-    if list(mine) != list(its):
-        mine.clear()
-    mine.update(its)
+def _make_equal(target: dict[str, Any], source: dict[str, Any]) -> None:
+    """Make a dict equal to another one, in order; a module that replaces another one takes over its mode."""
+    for name, value in source.items():
+        if isinstance(value, nn.Module) and isinstance(target.get(name, value), nn.Module):
+            vars(value)["training"] = target.get(name, value).training
+    if list(target) != list(source):
+        target.clear()
+    target.update(source)

@@ -1,9 +1,8 @@
-"""Timing modules on a backend, side by side."""
+"""Time forwards of modules, interleaved, on several backends."""
 
 from nmconv.timing.backends import BACKENDS, require, runner
 from nmconv.timing.interleaved_timing import Spread, Timing, interleaved, ratios
-from nmconv.timing.random_inputs import drawn, noise
-from nmconv.timing.summed import Summed
+from nmconv.timing.stand_ins import Summed, drawn, noise
 from nmconv.timing.thread_count import threads
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""One forward of a module on one backend, as a callable."""
+"""Callables that run one forward of a module on a backend."""
 
 from __future__ import annotations
 
@@ -18,55 +18,51 @@ __all__ = ["BACKENDS", "require", "runner"]
 
 BACKENDS = ("eager", "compile", "frozen", "onnxruntime")
 
-_NEEDS = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript")}
-_numbers = count()
+_REQUIRED_PACKAGES = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript")}
+_unique_numbers = count()
 
 
 def require(backend: str) -> None:
-    """Refuse a backend that does not exist or is not installed.
-
-    Raises:
-        OptionError: Naming the backend, and what to choose or install.
-    """
+    """Raise OptionError if a backend does not exist or is not installed."""
     if backend not in BACKENDS:
         raise OptionError(f"backend={backend!r}: give one of {', '.join(BACKENDS)}")
-    missing = [name for name in _NEEDS.get(backend, ()) if not _installed(name)]
+    missing = [name for name in _REQUIRED_PACKAGES.get(backend, ()) if not _installed(name)]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise OptionError(f"backend={backend!r}: {', '.join(missing)} {verb} not installed: pip install 'nmconv[onnx]'")
 
 
 def runner(module: nn.Module, inputs: tuple[Tensor, ...], backend: str) -> Callable[[], object]:
-    """A callable that runs one forward of a module, without gradients, and has run it before.
+    """Return a warmed-up callable that runs one forward of a module without gradients.
 
     Args:
-        module: In the mode and on the device it is to be run on.
-        inputs: Its arguments, on the same device; what is timed is this shape.
-        backend: ``"eager"``; ``"compile"``: ``torch.compile(fullgraph=True)`` for this shape; ``"frozen"``: the same
-            with TorchInductor's freezing (``TORCHINDUCTOR_FREEZING=1``), which takes weights for constants and lays
-            them out once, where a CPU else does so in every call; or ``"onnxruntime"``: exported by
-            ``torch.onnx.export(dynamo=True)`` for this shape, on the inputs' device, with as many threads
-            as torch now has. Inputs and outputs are bound once: no copy is timed.
+        module: A module in the mode and on the device to run in.
+        inputs: Its positional arguments, on the same device. Compiled code is specific to their shapes.
+        backend: ``"eager"``; ``"compile"``: ``torch.compile(fullgraph=True)``; ``"frozen"``: the same with
+            TorchInductor's freezing (``TORCHINDUCTOR_FREEZING=1``), which treats weights as constants and changes their
+            layout once, where a CPU would otherwise do so in every call; or ``"onnxruntime"``: exported by
+            ``torch.onnx.export(dynamo=True)``, on the inputs' device, with torch's current number of threads. Inputs
+            and outputs are bound once, so that no copy is timed.
 
     Returns:
-        The callable. It returns what the module returns; on ONNX Runtime the flat list of its tensors, which the next
-        call overwrites.
+        The callable. It returns the module's output, or on ONNX Runtime a flat list of its tensors, which the next call
+        overwrites.
 
     Raises:
-        OptionError: For a backend that does not exist, is not installed, or cannot run this module.
+        OptionError: If the backend does not exist, is not installed, or cannot run this module.
     """
     require(backend)
     if backend == "eager":
-        return _warm(module, inputs)
+        return _warmed_up(module, inputs)
     try:
         if backend in ("compile", "frozen"):
             from torch._dynamo.eval_frame import reset_code  # type: ignore[attr-defined]
-            from torch._inductor import config  # Dynamo reads it too: options={"freezing": True} would not do
+            from torch._inductor import config  # read by Dynamo, too, which ignores options={"freezing": True}
 
-            function = _own_code(module)
+            function = _with_unique_code(module)
             with config.patch(freezing=backend == "frozen"):
-                run = _warm(torch.compile(function, fullgraph=True, dynamic=False), inputs)
-            # Dynamo keeps what it compiled, frozen weights and all, until it is told to let go.
+                run = _warmed_up(torch.compile(function, fullgraph=True, dynamic=False), inputs)
+            # Dynamo keeps compiled code and frozen weights until the code object is reset.
             weakref.finalize(run, reset_code, function.__code__).atexit = False
             return run
         from nmconv.timing.onnx import session_runner
@@ -83,29 +79,29 @@ def runner(module: nn.Module, inputs: tuple[Tensor, ...], backend: str) -> Calla
 def _installed(name: str) -> bool:
     try:
         return find_spec(name) is not None
-    except (ImportError, ValueError):  # ValueError: an entry of sys.modules that is None, or has no spec
+    except (ImportError, ValueError):  # ValueError: the entry of sys.modules is None or has no spec
         return False
 
 
-def _warm(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+def _warmed_up(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
     def run() -> object:
         with torch.no_grad():
             return function(*inputs)
 
-    for _ in range(2):  # the first call compiles, allocates or chooses algorithms
+    for _ in range(2):  # the first call compiles, allocates or selects algorithms
         run()
     return run
 
 
-def _own_code(module: nn.Module) -> FunctionType:
-    """The module's forward behind a code object of its own.
+def _with_unique_code(module: nn.Module) -> FunctionType:
+    """Return the module's forward as a function with its own, uniquely named code object.
 
-    Dynamo keeps what it compiled, how often, and which sizes it saw, by code object and by its name: without this the
-    ninth Sequential would hit the recompile limit, and the second would be compiled for any size.
+    Dynamo stores compiled code, recompile counts and observed sizes by code object and by its name. With a shared one,
+    the ninth Sequential would hit the recompile limit, and the second would be compiled for dynamic sizes.
     """
 
     def forward(*inputs: Tensor) -> Any:
         return module(*inputs)
 
-    code = forward.__code__.replace(co_name=f"forward_{next(_numbers)}")
+    code = forward.__code__.replace(co_name=f"forward_{next(_unique_numbers)}")
     return FunctionType(code, forward.__globals__, code.co_name, None, forward.__closure__)

@@ -1,4 +1,4 @@
-"""Times of several callables, taken in turn, so that what disturbs the machine disturbs all of them."""
+"""Time several callables in turn, so that disturbances of the machine affect all of them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["Spread", "Timing", "interleaved", "ratios"]
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles of some measurements, in their unit.
+    """Median and quartiles of measurements, in their unit.
 
     Attributes:
-        median: The middle.
+        median: The median.
         lower: The first quartile.
         upper: The third quartile.
     """
@@ -30,7 +30,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """The spread of one measurement or more."""
+        """Return the spread of one or more measurements."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
@@ -39,10 +39,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timing:
-    """How long one call takes.
+    """Durations of one call.
 
     Attributes:
-        seconds: Seconds a call, one for each round, in order.
+        seconds: Seconds per call, one value per round, in order.
     """
 
     seconds: tuple[float, ...]
@@ -54,56 +54,56 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Median, in seconds."""
         return self.spread.median
 
     @property
     def interquartile_range(self) -> float:
-        """Seconds between the first quartile and the third."""
+        """Difference between the third and the first quartile, in seconds."""
         return self.spread.upper - self.spread.lower
 
 
 def interleaved(runners: Sequence[Callable[[], object]], *, rounds: int, seconds: float) -> list[Timing]:
-    """Time callables in turn, one sample of each a round; each round begins with the next one.
+    """Time callables in turn, one sample of each per round; each round begins with the next callable.
 
-    Each sample follows two calls that are not timed (a hundredth of the sample's calls, if that is more), so that
-    nobody pays for the caches that the one before has filled. CUDA is waited for.
+    Each sample follows two untimed calls (or a hundredth of the sample's calls, if that is more), so that no callable
+    pays for caches filled by the previous one. CUDA is synchronized.
 
     Args:
-        runners: What to time.
-        rounds: Samples of each.
-        seconds: Least duration of a sample: as many calls as it takes, at least one.
+        runners: The callables.
+        rounds: Number of samples of each.
+        seconds: Minimum duration of a sample, which has as many calls as this takes, at least one.
 
     Returns:
-        One timing for each runner, in the order given.
+        One timing per callable, in the order given.
 
     Raises:
-        OptionError: For rounds or seconds that are not positive.
+        OptionError: If ``rounds`` or ``seconds`` is not positive.
     """
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise OptionError(f"rounds={rounds!r}: give a positive whole number, such as 11")
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
         raise OptionError(f"seconds={seconds!r}: give a positive number, such as 0.2")
-    from torch.utils.benchmark import Timer  # here, since it looks for compilers
+    from torch.utils.benchmark import Timer  # imported here, as it searches for compilers
 
     timers = [Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads()) for run in runners]
     calls = [max(1, math.ceil(seconds / max(timer.timeit(1).mean, 1e-9))) for timer in timers]
-    taken: list[list[float]] = [[] for _ in timers]
-    for turn in range(rounds):
-        for place in range(len(timers)):
-            index = (turn + place) % len(timers)
-            taken[index].append(timers[index].timeit(calls[index]).mean)
-    return [Timing(tuple(times)) for times in taken]
+    samples: list[list[float]] = [[] for _ in timers]
+    for round_index in range(rounds):
+        for offset in range(len(timers)):
+            index = (round_index + offset) % len(timers)
+            samples[index].append(timers[index].timeit(calls[index]).mean)
+    return [Timing(tuple(times)) for times in samples]
 
 
 def ratios(first: Timing, second: Timing) -> Spread:
-    """How many times longer the first takes than the second: the spread of the quotients round by round.
+    """Return the spread of the quotients ``first / second``, round by round.
 
     Args:
-        first: What takes longer, if the result is above 1.
+        first: The slower one, if the result is above 1.
         second: Timed in the same call of :func:`interleaved`.
 
     Raises:
-        ValueError: If their numbers of rounds differ.
+        ValueError: If the numbers of rounds differ.
     """
-    return Spread.of([one / two for one, two in zip(first.seconds, second.seconds, strict=True)])
+    return Spread.of([a / b for a, b in zip(first.seconds, second.seconds, strict=True)])

@@ -1,4 +1,4 @@
-"""One module as an ONNX Runtime session, its inputs and outputs bound to torch's memory."""
+"""Run a module as an ONNX Runtime session whose inputs and outputs are bound to torch's memory."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def session_runner(module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
-    """A callable that runs the module in ONNX Runtime; see :func:`nmconv.timing.runner`."""
+    """Return a callable that runs the module in ONNX Runtime, as :func:`nmconv.timing.runner` describes."""
     session = _session(module, inputs)
     with torch.no_grad():
         outputs = [torch.empty_like(value).contiguous() for value in tree_leaves(module(*inputs))]
     inputs = tuple(value.detach().contiguous() for value in inputs)
     binding = session.io_binding()
     for entry, value in zip(session.get_inputs(), inputs, strict=True):
-        binding.bind_input(**_bound(entry, value))
+        binding.bind_input(**_binding(entry, value))
     for entry, value in zip(session.get_outputs(), outputs, strict=True):
-        binding.bind_output(**_bound(entry, value))
+        binding.bind_output(**_binding(entry, value))
     if outputs[0].is_cuda:
-        torch.cuda.synchronize()  # the session has a stream of its own
+        torch.cuda.synchronize()  # the session uses its own stream
 
-    def run(held: tuple[Tensor, ...] = inputs) -> list[Tensor]:  # holds on to the memory that the session reads
+    def run(_inputs: tuple[Tensor, ...] = inputs) -> list[Tensor]:  # keeps the memory alive that the session reads
         session.run_with_iobinding(binding)
         return outputs
 
@@ -58,22 +58,22 @@ def _session(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors
-    chosen = [(provider, {"device_id": device.index or 0})] if device.type == "cuda" else [provider]
+    providers = [(provider, {"device_id": device.index or 0})] if device.type == "cuda" else [provider]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "module.onnx")
-        with _quiet():
+        with _export_silenced():
             program = torch.onnx.export(module, inputs, dynamo=True, verbose=False)
             assert program is not None
             program.save(path)
-        session = onnxruntime.InferenceSession(path, options, providers=chosen)
-    if session.get_providers()[0] != provider:  # it falls back to the CPU by itself
+        session = onnxruntime.InferenceSession(path, options, providers=providers)
+    if session.get_providers()[0] != provider:  # ONNX Runtime falls back to the CPU silently
         raise OptionError(f"backend='onnxruntime' cannot load its {provider}: see its log, or run on the cpu")
     return session
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's deprecation warnings and log, which are about its own insides."""
+def _export_silenced() -> Iterator[None]:
+    """Suppress the exporter's warnings and log messages, which concern its internals."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -86,8 +86,8 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _bound(entry: Any, value: Tensor) -> dict[str, Any]:
-    """What binds a tensor's memory to a session's input or output, whose type is named like ``tensor(float)``."""
+def _binding(entry: Any, value: Tensor) -> dict[str, Any]:
+    """Return the arguments that bind a tensor to a session's input or output, whose type reads ``tensor(float)``."""
     import onnx
 
     return {

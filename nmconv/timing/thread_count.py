@@ -1,4 +1,4 @@
-"""How many threads torch computes with, for a while."""
+"""Set torch's number of threads temporarily."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["threads"]
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Compute with ``count`` threads within an operation, and afterwards with as many as before.
+    """Let torch use ``count`` intra-op threads, and restore the previous number on exit.
 
-    Runners made inside keep that number: compiled code and ONNX Runtime's sessions hold on to it.
+    Runners created inside keep that number, as compiled code and ONNX Runtime sessions store it.
 
     Raises:
-        OptionError: If ``count`` is no positive whole number.
+        OptionError: If ``count`` is not a positive integer.
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise OptionError(f"threads={count!r}: give a positive whole number, such as 1")

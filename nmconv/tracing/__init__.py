@@ -1,4 +1,4 @@
-"""Methods traced with torch.fx, on a copy, as the start of rewriting them."""
+"""Methods traced with torch.fx, on a copy: the starting point of rewriting them."""
 
 from nmconv.tracing.methods import MethodSpec, MethodTrace, trace_methods
 from nmconv.tracing.tracer import MethodTracer

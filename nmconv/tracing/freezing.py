@@ -1,4 +1,4 @@
-"""What a trace freezes: attributes that a method reads off its module, tensors' values, classes of results."""
+"""What a trace freezes: attributes read from the module, tensors' values, classes of returned containers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from nmconv.recording import draws_randomness, enclosed
 
 __all__ = ["NoFrozenTensors", "check_returned", "frozen_attributes"]
 
-
 _SCALARS = (bool, int, float, str, type(None))
-# Ways to ask what an object is that no proxy can answer, and sources of chance that no state shows.
+_DRAWS = "it draws random numbers that tracing would freeze"
+# Names in the code that ask what no proxy can answer, and bytecode instructions that do.
 _REFUSED = {
     "__class__": "it asks for the class of what it was given",
     "is_grad_enabled": "it asks whether gradients are wanted",
@@ -29,7 +29,7 @@ _REFUSED = {
     "is_autocast_enabled": "it asks for autocast",
     "set_grad_enabled": "it enters a context",
 }
-_REFUSED_STEPS = {
+_REFUSED_INSTRUCTIONS = {
     "MATCH_CLASS": "it asks for the class of what it was given",
     "BEFORE_WITH": "it enters a context",
     "SETUP_WITH": "it enters a context",
@@ -37,68 +37,90 @@ _REFUSED_STEPS = {
     "CHECK_EXC_MATCH": "it catches exceptions",
     "JUMP_IF_NOT_EXC_MATCH": "it catches exceptions",
 }
+_VALUE_METHODS = (
+    *("item", "tolist", "numpy", "__array__", "__len__", "__contains__"),
+    *("__bool__", "__int__", "__float__", "__index__"),
+)
+_VALUE_READS = {getattr(torch.Tensor, name) for name in _VALUE_METHODS if hasattr(torch.Tensor, name)} | {
+    *(getattr(torch.Tensor, name).__get__ for name in ("dtype", "device")),
+    torch.is_nonzero,
+    torch.equal,
+    torch.allclose,
+}
+_RANDOM = {getattr(torch, name) for name in ("rand", "randn", "randint", "randperm", "normal", "bernoulli")}
+_MISSING = object()
 
 
 def frozen_attributes(module: nn.Module, method: str) -> dict[str, Any]:
-    """From ``self.name``, ``self.child.name`` or ``len(self.list)`` to the value that the method's code finds there.
+    """Return the attribute values that a trace of a method freezes.
 
-    Numbers are not among them: a trace reads them anew, or says that it did not.
+    They are found in the bytecode of the method, of the methods it calls and of the functions it names. The result may
+    list more than is read. Numbers are not in it: a trace reads them anew, or reports that it did not. Neither is
+    ``training``, since rewritten methods ask for it anew.
 
-    Methods that it names are looked into as well.
-
-    More may be listed than is read; ``training`` never is, since rewritten methods ask for it anew. Functions that the
-    code names are looked into for what cannot be traced.
+    Returns:
+        From ``self.name``, ``self.child.name`` or ``len(self.list)`` to the value.
 
     Raises:
         RewriteError: If the code asks for classes in a way that proxies cannot answer, or draws random numbers.
     """
-    found: dict[str, Any] = {}
+    frozen: dict[str, Any] = {}
     done: set[CodeType] = set()
+    function = getattr(type(module), method, None)
     todo = [_code(module, method)]
     while todo:
         code = todo.pop()
         if code is None or code in done:
             continue
         done.add(code)
-        for name in [*code.co_names, *(step.opname for step in dis.get_instructions(code))]:
-            reason = _REFUSED.get(name) or _REFUSED_STEPS.get(name)
-            if reason:
-                raise RewriteError(f"{reason}, which tracing would freeze")
+        _check_instructions(code)
         todo += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-        function = getattr(type(module), method, None)
-        space = getattr(function, "__globals__", {})
-        outside = [space[name] for name in code.co_names if name in space]
-        outside += list(enclosed(function))
-        if any(map(draws_randomness, outside)):
-            raise RewriteError("it draws random numbers that tracing would freeze")
-        todo += [getattr(value, "__code__", None) for value in outside]
-        for chain in _chains(code):
+        namespace = getattr(function, "__globals__", {})
+        named = [namespace[name] for name in code.co_names if name in namespace] + list(enclosed(function))
+        if any(map(draws_randomness, named)):
+            raise RewriteError(_DRAWS)
+        todo += [getattr(value, "__code__", None) for value in named]
+        for chain in _attribute_chains(code):
             todo.append(_code(module, chain[0]))
-            holder: Any = module
-            for depth, name in enumerate(chain):
-                read_anew = isinstance(holder, nn.Module)
-                holder = _held(holder, name)
-                read_anew &= type(holder) in (int, float)
-                if holder is _chains:
-                    break
-                if draws_randomness(holder):
-                    raise RewriteError("it draws random numbers that tracing would freeze")
-                if _is_scalar(holder) and name != "training" and not read_anew:
-                    found[f"self.{'.'.join(chain[: depth + 1])}"] = holder
-                if isinstance(holder, (nn.ModuleList, nn.ModuleDict)):
-                    found[f"len(self.{'.'.join(chain[: depth + 1])})"] = len(holder)
-    return found
+            frozen.update(_frozen_in_chain(module, chain))
+    return frozen
 
 
-def _held(holder: Any, name: str) -> Any:
-    """The child, attribute, field, or missing parameter or buffer of that name; ``_chains`` if there is none."""
-    for kept in ("_modules", "_parameters", "_buffers"):
-        among = getattr(holder, kept, {})
-        if name in among and (kept == "_modules" or among[name] is None):
-            return among[name]
-    if isinstance(holder, tuple):
-        return getattr(holder, name) if name in getattr(holder, "_fields", ()) else _chains
-    return getattr(holder, "__dict__", {}).get(name, _chains)
+def _check_instructions(code: CodeType) -> None:
+    for name in [*code.co_names, *(instruction.opname for instruction in dis.get_instructions(code))]:
+        reason = _REFUSED.get(name) or _REFUSED_INSTRUCTIONS.get(name)
+        if reason:
+            raise RewriteError(f"{reason}, which tracing would freeze")
+
+
+def _frozen_in_chain(module: nn.Module, chain: tuple[str, ...]) -> dict[str, Any]:
+    """Return the values that reading ``self.a.b.c`` freezes."""
+    frozen: dict[str, Any] = {}
+    value: Any = module
+    for depth, name in enumerate(chain, 1):
+        owner, value = value, _attribute(value, name)
+        if value is _MISSING:
+            break
+        if draws_randomness(value):
+            raise RewriteError(_DRAWS)
+        expression = f"self.{'.'.join(chain[:depth])}"
+        read_anew = isinstance(owner, nn.Module) and type(value) in (int, float)
+        if _is_scalar(value) and name != "training" and not read_anew:
+            frozen[expression] = value
+        if isinstance(value, (nn.ModuleList, nn.ModuleDict)):
+            frozen[f"len({expression})"] = len(value)
+    return frozen
+
+
+def _attribute(owner: Any, name: str) -> Any:
+    """Return the child, attribute, field, or absent (None) parameter or buffer of that name; else ``_MISSING``."""
+    for space in ("_modules", "_parameters", "_buffers"):
+        entries = getattr(owner, space, {})
+        if name in entries and (space == "_modules" or entries[name] is None):
+            return entries[name]
+    if isinstance(owner, tuple):
+        return getattr(owner, name) if name in getattr(owner, "_fields", ()) else _MISSING
+    return getattr(owner, "__dict__", {}).get(name, _MISSING)
 
 
 def _is_scalar(value: Any) -> bool:
@@ -111,44 +133,31 @@ def _code(module: nn.Module, name: str) -> CodeType | None:
     return getattr(getattr(type(module), name, None), "__code__", None)
 
 
-def _chains(code: CodeType) -> Iterator[tuple[str, ...]]:
-    """Every ``self.a.b.c`` in the code, as names; ``self`` is whatever the first parameter is called."""
+def _attribute_chains(code: CodeType) -> Iterator[tuple[str, ...]]:
+    """Yield the names of every ``self.a.b.c`` in the code; ``self`` is the first parameter or any closure variable."""
     names: list[str] = []
-    own = {*code.co_varnames[:1], *code.co_freevars}
-    at_self = False
-    for step in dis.get_instructions(code):
-        if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and at_self:
-            names.append(str(step.argval))
+    bases = {*code.co_varnames[:1], *code.co_freevars}
+    in_chain = False
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and in_chain:
+            names.append(str(instruction.argval))
             continue
         if names:
             yield tuple(names)
         names = []
-        at_self = step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and step.argval in own
+        in_chain = instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and instruction.argval in bases
     if names:
         yield tuple(names)
 
 
-_VALUES = (
-    *("item", "tolist", "numpy", "__array__", "__len__", "__contains__"),
-    *("__bool__", "__int__", "__float__", "__index__"),
-)
-_READS = {getattr(torch.Tensor, name) for name in _VALUES if hasattr(torch.Tensor, name)} | {
-    *(getattr(torch.Tensor, name).__get__ for name in ("dtype", "device")),
-    torch.is_nonzero,
-    torch.equal,
-    torch.allclose,
-}
-_CHANCE = {getattr(torch, name) for name in ("rand", "randn", "randint", "randperm", "normal", "bernoulli")}
-
-
 class NoFrozenTensors(TorchFunctionMode):
-    """While a method is traced, no number may come out of a real tensor: it would be a constant ever after."""
+    """Forbids reading numbers from real tensors while a method is traced, since the trace would freeze them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Let every call through but those that read a value, a dtype or a device off a real tensor."""
-        if func in _CHANCE:
-            raise RewriteError("it draws random numbers that tracing would freeze")
-        if func in _READS and not any(isinstance(value, Proxy) for value in args):
+        """Let every call through except those that read a value, dtype or device from a real tensor."""
+        if func in _RANDOM:
+            raise RewriteError(_DRAWS)
+        if func in _VALUE_READS and not any(isinstance(value, Proxy) for value in args):
             name = getattr(getattr(func, "__self__", func), "__name__", str(func))
             raise RewriteError(
                 f"it reads {name} off a tensor that is no input, which would be frozen (a random number or another)"
@@ -157,10 +166,10 @@ class NoFrozenTensors(TorchFunctionMode):
 
 
 def check_returned(value: Any) -> None:
-    """Refuse containers that fx would rebuild as plain ones.
+    """Check that fx rebuilds the returned containers with their own classes.
 
     Raises:
-        RewriteError: For a subclass of list, tuple or dict that is no named tuple.
+        RewriteError: For a subclass of list, tuple or dict that is not a named tuple.
     """
     if isinstance(value, Proxy) or value is None:
         return

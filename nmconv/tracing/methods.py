@@ -19,18 +19,18 @@ from nmconv.tracing.tracer import MethodTracer
 
 __all__ = ["MethodSpec", "MethodTrace", "trace_methods"]
 
-_TRIES = 5  # it may have been another thread that drew
+_ATTEMPTS = 5  # another thread may have drawn the random numbers
 
 
 @dataclass(eq=False)
 class MethodTrace:
-    """A method's traces.
+    """The traces of a method.
 
     Attributes:
-        eval: In eval mode.
-        train: In train mode; the same object where the method never asks for the mode.
-        arguments: What it was traced with.
-        constants: Attributes of the module whose values are frozen into the traces.
+        eval: The trace in eval mode.
+        train: The trace in train mode; the same object if the method never asks for the mode.
+        arguments: The arguments that the method was traced with.
+        constants: The attributes of the module whose values the traces freeze.
     """
 
     eval: MethodTracer
@@ -44,10 +44,10 @@ class MethodSpec:
     """A method to trace.
 
     Attributes:
-        module: Its owner; read only.
-        path: The owner's qualified name.
+        module: The module whose method it is; only read.
+        path: The module's qualified name.
         name: The method's name.
-        takes: The structure of its arguments, see :func:`nmconv.flow.argument_specs.takes_of`.
+        takes: The structure of the method's arguments, see :func:`nmconv.flow.takes_of`.
     """
 
     module: nn.Module
@@ -60,70 +60,72 @@ def trace_methods(model: nn.Module, methods: Sequence[MethodSpec]) -> list[Metho
     """Trace methods for rewriting, on a copy of the model.
 
     Args:
-        model: Whose modules' methods; read only.
-        methods: Which.
+        model: The model; only read.
+        methods: Methods of its modules.
 
     Returns:
-        For each its traces, or a RewriteError where a rewritten method could behave otherwise than the method does:
-        control flow on tensors or shapes, attributes that the forward stores, random decisions, contexts that it
-        enters, a mode that is not its own.
+        For each method its traces, or a RewriteError if a rewritten method could behave differently: control flow on
+        tensors or shapes, attributes that the forward writes, randomness, contexts that it enters, another module's
+        mode.
     """
-    made: list[MethodTrace | RewriteError] = []
+    traces: list[MethodTrace | RewriteError] = []
     stubs: Stubs | None = None
     for method in methods:
-        if stubs is None or isinstance(made[-1], RewriteError):  # one that failed may have left something behind
+        if stubs is None or isinstance(traces[-1], RewriteError):  # a failed trace may leave a changed copy
             stubs = Stubs(model)
-        made.append(_traced(method, stubs))
-    return made
+        traces.append(_trace(method, stubs))
+    return traces
 
 
-def _traced(method: MethodSpec, stubs: Stubs) -> MethodTrace | RewriteError:
-    module = method.module
+def _trace(method: MethodSpec, stubs: Stubs) -> MethodTrace | RewriteError:
     try:
-        if method.name in module.__dict__:
-            raise RewriteError("it is set on the object itself, not on its class")
-        arguments = arguments_from(method.takes)
-        constants = frozen_attributes(module, method.name)
-        stubs.asked.clear()
-        first = _trace(method, stubs, training=False)
-        if not stubs.asked:
-            return MethodTrace(first, first, arguments, constants)
-        if stubs.asked != {id(stubs.model.get_submodule(method.path))}:
-            raise RewriteError("it asks for the mode of another module")
-        return MethodTrace(first, _trace(method, stubs, training=True), arguments, constants)
+        return _trace_in_modes(method, stubs)
     except RewriteError as error:
-        text = str(error)
-        what = f"{method.path or 'the model'}.{method.name} ({type(module).__name__})"
-        made = RewriteError(f"{what} cannot be rewritten: {text}")
-        made.__cause__ = error
-        return made
+        name = f"{method.path or 'the model'}.{method.name} ({type(method.module).__name__})"
+        named = RewriteError(f"{name} cannot be rewritten: {error}")
+        named.__cause__ = error
+        return named
 
 
-def _trace(method: MethodSpec, stubs: Stubs, *, training: bool) -> MethodTracer:
-    """The method's trace in one mode, which must be the same without gradients and under autocast."""
+def _trace_in_modes(method: MethodSpec, stubs: Stubs) -> MethodTrace:
+    if method.name in method.module.__dict__:
+        raise RewriteError("it is set on the object itself, not on its class")
+    arguments = arguments_from(method.takes)
+    constants = frozen_attributes(method.module, method.name)
+    stubs.asked.clear()
+    in_eval = _trace_in_contexts(method, stubs, training=False)
+    if not stubs.asked:
+        return MethodTrace(in_eval, in_eval, arguments, constants)
+    if stubs.asked != {id(stubs.model.get_submodule(method.path))}:
+        raise RewriteError("it asks for the mode of another module")
+    return MethodTrace(in_eval, _trace_in_contexts(method, stubs, training=True), arguments, constants)
+
+
+def _trace_in_contexts(method: MethodSpec, stubs: Stubs, *, training: bool) -> MethodTracer:
+    """Return the method's trace in one mode, which must not depend on gradients or autocast."""
     stubs.model.train(training)
     grad, autocast = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
-    made = _trace_that_draws_nothing(method, stubs)
+    tracer = _trace_without_randomness(method, stubs)
     with torch.set_grad_enabled(not grad), torch.autocast("cpu", enabled=not autocast):
-        other = _trace_that_draws_nothing(method, stubs)
-    if str(made.graph) != str(other.graph):
+        other = _trace_without_randomness(method, stubs)
+    if str(tracer.graph) != str(other.graph):
         raise RewriteError("it asks for the context it is called in, which tracing would freeze")
-    return made
+    return tracer
 
 
-def _trace_that_draws_nothing(method: MethodSpec, stubs: Stubs) -> MethodTracer:
+def _trace_without_randomness(method: MethodSpec, stubs: Stubs) -> MethodTracer:
     root = stubs.model.get_submodule(method.path)
-    for _ in range(_TRIES):
-        chance = RngState(root)
-        made = _traced_once(method, stubs, root)
-        if not chance.moved():
-            return made
-        chance.put_back()
+    for _ in range(_ATTEMPTS):
+        rng_state = RngState(root)
+        tracer = _trace_once(method, stubs, root)
+        if not rng_state.moved():
+            return tracer
+        rng_state.put_back()
     raise RewriteError("it draws random numbers that tracing would freeze")
 
 
-def _traced_once(method: MethodSpec, stubs: Stubs, root: nn.Module) -> MethodTracer:
-    stored = AttributeSnapshot(root)
+def _trace_once(method: MethodSpec, stubs: Stubs, root: nn.Module) -> MethodTracer:
+    attributes = AttributeSnapshot(root)
     try:
         stubs.tracer = tracer = MethodTracer(root, method.name, arguments_from(method.takes), stubs.activations)
         with context_kept(), NoFrozenTensors():
@@ -133,7 +135,7 @@ def _traced_once(method: MethodSpec, stubs: Stubs, root: nn.Module) -> MethodTra
     finally:
         stubs.tracer = None
     check_returned(tracer.returned)
-    changed = stored.changed()
+    changed = attributes.changed()
     if changed:
         raise RewriteError(f"it stores attributes ({', '.join(changed[:3])})")
     tracer.note_expressions()

@@ -1,4 +1,4 @@
-"""Proxies for fx that record in-place operators as such, and let the tracer say what cannot be asked of them."""
+"""Proxies for fx that record in-place operators as such, and ask the tracer for known values."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.fx.proxy import Attribute, Proxy
 __all__ = ["AttributeProxy", "TensorProxy"]
 
 
-class _Answering:
-    """What both kinds of proxy add to fx's: values are asked of the tracer, which knows settings only."""
+class _KnownValues:
+    """Mixin: conversions to plain values go to the tracer, which knows the values of settings only."""
 
     node: Any
     tracer: Any
@@ -22,10 +22,10 @@ class _Answering:
     def __iter__(self) -> Iterator[Any]:
         """Unpacking works as in fx."""
         caller = sys._getframe(1)
-        at = caller.f_lasti
-        step = next((step for step in dis.get_instructions(caller.f_code) if step.offset == at), None)
-        if step is not None and step.opname == "UNPACK_SEQUENCE":
-            return iter([self[index] for index in range(step.argval)])  # type: ignore[index]
+        instructions = dis.get_instructions(caller.f_code)
+        current = next((each for each in instructions if each.offset == caller.f_lasti), None)
+        if current is not None and current.opname == "UNPACK_SEQUENCE":
+            return iter([self[index] for index in range(current.argval)])  # type: ignore[index]
         return iter(self.tracer.value_of(self.node))
 
     def __len__(self) -> int:
@@ -53,12 +53,12 @@ class _Answering:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
 
-class AttributeProxy(_Answering, Attribute):
-    """A proxy of an attribute, such as ``x.shape``; one that is called becomes a method call."""
+class AttributeProxy(_KnownValues, Attribute):
+    """A proxy of an attribute, such as ``x.shape``; when called, it becomes a method call."""
 
 
-class TensorProxy(_Answering, Proxy):
-    """A proxy of a value. fx's own records ``x += y`` as ``x = x + y``, which loses who shares memory with whom."""
+class TensorProxy(_KnownValues, Proxy):
+    """A proxy of a value; fx's own records ``x += y`` as ``x = x + y``, which loses the aliasing."""
 
     def __getattr__(self, k: str) -> Any:
         return AttributeProxy(self, k)

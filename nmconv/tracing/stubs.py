@@ -1,4 +1,4 @@
-"""A model's copy whose modules, when called, tell a tracer: so that no trace patches ``nn.Module`` for the process."""
+"""A model's copy whose modules report their calls to a tracer, so that tracing patches nothing in the process."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ from nmconv.tracing.tracer import MethodTracer
 
 __all__ = ["Stubs"]
 
+_MODE = "_nmconv_mode"
+
 
 class _Stub:
-    """Keeps the classes of stubs from those who want to know of subclasses."""
+    """Base of all stub classes; hides them from the ``__init_subclass__`` of the model's own classes."""
 
     def __init_subclass__(cls, **_: Any) -> None:
         pass
 
 
 class Stubs:
-    """A copy on the meta device, each of whose modules is of a subclass of its class.
+    """A copy of a model on the meta device, in which each module's class is replaced by a stub subclass.
 
     Args:
-        model: Read only.
+        model: The model; only read.
 
     Attributes:
-        tracer: Who is told of calls and reads of tensors; None: modules do what they do.
+        model: The copy.
+        tracer: What calls and reads of tensors are reported to; if None, modules behave as usual.
         asked: Ids of the modules that were asked for their mode.
-        activations: Ids of the modules that are some.
+        activations: Ids of the modules that are activations.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -42,58 +45,62 @@ class Stubs:
         self._shadows = ShadowedBuiltins()
         self.model = meta_copy(model).model
         self.activations = frozenset(id(module) for module in self.model.modules() if is_activation(module))
-        classes: dict[type[nn.Module], type[nn.Module]] = {}
+        stubs: dict[type[nn.Module], type[nn.Module]] = {}
         for module in self.model.modules():
             cls = type(module)
-            if cls not in classes:
-                classes[cls] = self._stub_of(cls)
-            module.__dict__["_nmconv_mode"] = module.__dict__.pop("training", False)
-            module.__class__ = classes[cls]
+            if cls not in stubs:
+                stubs[cls] = self._stub_of(cls)
+            module.__dict__[_MODE] = module.__dict__.pop("training", False)
+            module.__class__ = stubs[cls]
 
     def _stub_of(self, cls: type[nn.Module]) -> type[nn.Module]:
+        metaclass: Any = type(cls)
+        try:
+            stub: type[nn.Module] = metaclass(cls.__name__, (_Stub, cls), self._namespace(cls))
+        except TypeError as error:
+            raise RewriteError(f"no subclass of {cls.__name__} can be made: {error}") from error
+        return stub
+
+    def _namespace(self, cls: type[nn.Module]) -> dict[str, Any]:
+        """Return the stub's attributes: copies of all methods, and special methods that report to the tracer."""
+        original_call: Any = cls.__call__
+        original_getattr: Any = cls.__getattr__
+        original_getattribute: Any = cls.__getattribute__
+
         def call(module: Any, *args: Any, **kwargs: Any) -> Any:
             if self.tracer is None:
-                return plain_call(module, *args, **kwargs)
+                return original_call(module, *args, **kwargs)
             return self.tracer.call_part(module, args, kwargs)
 
-        def get(module: Any, name: str) -> Any:
-            value = plain_get(module, name)
+        def getattr_(module: Any, name: str) -> Any:
+            value = original_getattr(module, name)
             return self.tracer.tensor(value) if self.tracer is not None and isinstance(value, torch.Tensor) else value
 
-        def read(module: Any, name: str) -> Any:
-            value = plain_read(module, name)
+        def getattribute(module: Any, name: str) -> Any:
+            value = original_getattribute(module, name)
             if self.tracer is None or type(value) not in (int, float) or name.startswith("_"):
                 return value
             return self.tracer.setting(module, name, value)
 
-        def mode(module: Any) -> bool:
+        def get_mode(module: Any) -> bool:
             self.asked.add(id(module))
-            return bool(module.__dict__["_nmconv_mode"])
+            return bool(module.__dict__[_MODE])
 
         def set_mode(module: Any, value: bool) -> None:
-            module.__dict__["_nmconv_mode"] = value
+            module.__dict__[_MODE] = value
 
-        plain_call: Any = cls.__call__
-        plain_get: Any = cls.__getattr__
-        plain_read: Any = cls.__getattribute__
         methods = {
-            name: self._shadows.of(value)
+            name: self._shadows.copy_of(value)
             for base in reversed(cls.__mro__)
             for name, value in vars(base).items()
             if base is not nn.Module and type(value) is FunctionType and not name.startswith("__")
         }
-        space = {
+        return {
             **methods,
             "__call__": call,
-            "__getattr__": get,
-            "__getattribute__": read,
-            "training": property(mode, set_mode),
+            "__getattr__": getattr_,
+            "__getattribute__": getattribute,
+            "training": property(get_mode, set_mode),
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
         }
-        metaclass: Any = type(cls)
-        try:
-            made: type[nn.Module] = metaclass(cls.__name__, (_Stub, cls), space)
-        except TypeError as error:
-            raise RewriteError(f"no subclass of {cls.__name__} can be made: {error}") from error
-        return made

@@ -1,12 +1,11 @@
-"""One method of one module traced with torch.fx, on a copy, each child a single call: what rewriting starts from."""
+"""One method of one module traced with torch.fx, on a copy, with each child's call as a single node."""
 
 from __future__ import annotations
 
 import inspect
-import sys
 from collections import Counter
 from dataclasses import dataclass, replace
-from types import FrameType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -27,9 +26,18 @@ from nmconv.flow import (
     operation_of_module,
 )
 from nmconv.recording import context_now
+from nmconv.tracing.call_stack import in_checkpoint, running_method
+from nmconv.tracing.known_numbers import Numbers
 from nmconv.tracing.proxies import AttributeProxy, TensorProxy
 
 __all__ = ["MethodAct", "MethodTracer"]
+
+# The labels of operators in a recording.
+_LABELS = {
+    "truediv": "div",
+    **{f"i{name}": f"{name}_" for name in ("add", "sub", "mul")},
+    "itruediv": "div_",
+}
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,8 @@ class MethodAct:
     """One activation call in a method.
 
     Attributes:
-        method: The innermost method of the module that makes it.
-        name: The activation's name, relative to the module; "" for a function.
+        method: The innermost method of the module that makes the call.
+        name: The activation's name relative to the module; "" for a function.
         function: The function's kind, or None.
         step: Which call of it in that method it is, from 1.
     """
@@ -50,22 +58,23 @@ class MethodAct:
 
 
 class MethodTracer(Tracer):
-    """Traces one method; control flow on tensors and shapes is refused, as are contexts that it enters.
+    """Traces one method; raises on control flow that depends on tensors or shapes, and on contexts that it enters.
 
     Args:
-        root: Whose method, all of whose parts call :meth:`call_part` when they are called, and get their tensors from
-            :meth:`tensor`.
+        root: The module whose method is traced. Each of its parts must report its calls to :meth:`call_part`, reads of
+            its tensors to :meth:`tensor` and reads of its numbers to :meth:`setting`.
         method: The method's name.
-        arguments: What it is called with; tensors and numbers become placeholders.
-        activations: Ids of the parts that are some.
+        arguments: The method's arguments; tensors and numbers become placeholders.
+        activations: Ids of the parts that are activations.
 
     Attributes:
-        labels: Of each call on what the method is given, what it is called, and which one of that label it is.
-        acts: Of each activation call what identifies it.
-        known: The values of numbers among arguments and attributes, and of what is computed from them alone.
-        guards: From where numbers come from that something was decided by, to what they were.
+        labels: From each call on data to its label and which call of that label it is, from 1.
+        acts: The activation calls.
+        first_calls: The calls of each activation before any was edited; filled in by who edits the trace.
+        known: The values of known numbers, see :class:`Numbers`.
+        guards: The arguments and settings that the trace depends on, see :class:`Numbers`.
         inputs: The arguments, with proxies.
-        containers: Lists and dicts in them, each with a copy from before.
+        containers: The lists and dicts in them, each with a copy of what it held before the method ran.
         returned: What the method returned, with proxies.
     """
 
@@ -73,18 +82,34 @@ class MethodTracer(Tracer):
         super().__init__(param_shapes_constant=False)
         self.root = root
         self.graph = Graph(tracer_cls=Tracer)
-        self._activations = activations
         self.traced_func_name = method
         self.labels: dict[Node, tuple[str, int]] = {}
         self.acts: dict[Node, MethodAct] = {}
         self.first_calls: dict[Any, set[int]] = {}
+        self.returned: Any = None
+        self._activations = activations
         self._calls: Counter[Any] = Counter()
-        self._methods: dict[Node, str] = {}  # of calls that may be parts of expressions
-        self._inner: dict[Node, frozenset[Node]] = {}
+        self._methods: dict[Node, str] = {}  # of calls that may be part of an expression
+        self._inner: dict[Node, frozenset[Node]] = {}  # the calls inside each expression
+        self._data: set[Node] = set()  # placeholders, and what is computed from them
+        self._numbers = Numbers()
+        self.known = self._numbers.known
+        self.guards = self._numbers.guards
+        self._context = context_now()
+        self._proxies: dict[str, Proxy] = {}  # of tensors and settings
         self._names = {id(part): name for name, part in root.named_modules()}
         self._tensors: dict[int, str] = {}
         self.tensor_attrs = {}
-        for name, part in root.named_modules():
+        self._name_tensors()
+        function = getattr(type(root), method, None)
+        if not isinstance(function, FunctionType):
+            raise TraceError(f"{method} is a {type(function).__name__}, no function")
+        self._function = function
+        self.inputs = self._placeholders(arguments)
+        self.containers = list(containers(self.inputs))
+
+    def _name_tensors(self) -> None:
+        for name, part in self.root.named_modules():
             for space in (part._parameters, part._buffers, part.__dict__):
                 for key, value in space.items():
                     path = f"{name}.{key}" if name else key
@@ -92,97 +117,89 @@ class MethodTracer(Tracer):
                         self._tensors.setdefault(id(value), path)
                     elif isinstance(value, torch.ScriptObject):
                         self.tensor_attrs[value] = path
-        self._proxies: dict[str, Proxy] = {}
-        self._given: set[Node] = set()  # placeholders, and what is made of them
-        self._numbers: set[Node] = set()  # shapes, and numbers made of them
-        self._state = context_now()
-        self.known: dict[Node, Any] = {}
-        self.guards: dict[str, Any] = {}
-        self._origins: dict[Node, str] = {}
+
+    def _placeholders(self, arguments: Arguments) -> tuple[Any, Any]:
+        """Return the positional and keyword arguments, with placeholders for tensors and numbers."""
 
         def placeholder(value: Any) -> Any:
-            name = f"input_{len(self._origins)}"
+            name = f"input_{len(self.graph.nodes)}"
             proxy = self.create_proxy("placeholder", name, (), {})
-            self._origins[proxy.node] = name
             if not isinstance(value, torch.Tensor):
-                self._numbers.add(proxy.node)
-            if type(value) in (int, float):
-                self.known[proxy.node] = value
+                self._numbers.add(proxy.node, name, value)
             return proxy
 
-        function = getattr(type(root), method, None)
-        if not isinstance(function, FunctionType):
-            raise TraceError(f"{method} is a {type(function).__name__}, no function")
-        self._function = function
-        given = _bound(function, root, arguments)
-        given.apply_defaults()
-        named = list(given.arguments.items())
-        mapped = dict([named[0], *((name, map_given(value, placeholder)) for name, value in named[1:])])
-        given.arguments = mapped
-        self.inputs: tuple[Any, Any] = (given.args[1:], given.kwargs)
-        self.containers = list(containers(self.inputs))
-        self.returned: Any = None
+        try:
+            bound = inspect.signature(self._function).bind(self.root, *arguments.args, **arguments.kwargs)
+        except TypeError as error:
+            raise TraceError(f"it does not take what it is said to be called with ({error})") from error
+        bound.apply_defaults()
+        self_argument, *others = bound.arguments.items()
+        bound.arguments = dict([self_argument, *((name, map_given(value, placeholder)) for name, value in others)])
+        return bound.args[1:], bound.kwargs
 
     def run(self) -> MethodTracer:
         """Trace the method.
 
         Raises:
-            Exception: Whatever it raises when it meets proxies.
+            Exception: Whatever the method raises when it meets proxies.
         """
         args, kwargs = self.inputs
         self.returned = self._function(self.root, *args, **kwargs)
         self.create_node("output", "output", (self.create_arg(self.returned),), {})
-        for node in reversed(list(self.graph.nodes)):  # questions that have been answered
+        for node in reversed(list(self.graph.nodes)):  # known numbers that were only asked for their value
             if node in self.known and not node.users and node.op != "placeholder":
                 self.graph.erase_node(node)
         return self
 
+    # -- activations --------------------------------------------------------------------------------------------------
+
     def note_expressions(self) -> None:
-        """Let activations that the method works out by hand be calls like all others, and be counted with them."""
-        found = expressions_in({node: self._operation(node) for node in self.graph.nodes})
-        self._inner = {node: each.inner for node, each in found.items()}
-        self.acts |= {node: MethodAct(self._methods[node], "", each.kind, 0) for node, each in found.items()}
+        """Add activations that are written out as expressions to :attr:`acts`, and count calls anew."""
+        expressions = expressions_in({node: self._operation(node) for node in self.graph.nodes})
+        self._inner = {node: each.inner for node, each in expressions.items()}
+        self.acts |= {node: MethodAct(self._methods[node], "", each.kind, 0) for node, each in expressions.items()}
         steps: Counter[MethodAct] = Counter()
-        for node in self.graph.nodes if found else ():
+        for node in self.graph.nodes if expressions else ():
             if node in self.acts:
                 act = replace(self.acts.pop(node), step=0)
                 steps[act] += 1
                 self.acts[node] = replace(act, step=steps[act])
 
     def given_to(self, node: Node) -> Any:
-        """What an activation call is applied to."""
+        """Return the input of an activation call."""
         parts = {node, *self._inner.get(node, ())}
         if len(parts) == 1:
             return node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("x"))
-        (value,) = {source for part in parts for source in part.all_input_nodes} - parts - self._numbers
+        sources = {source for part in parts for source in part.all_input_nodes} - parts
+        (value,) = (source for source in sources if source not in self._numbers)
         return value
 
     def parts_of(self, node: Node) -> list[Node]:
-        """An activation call, and what it is worked out from, in order."""
+        """Return an activation call and the calls inside its expression, in order."""
         return sorted((node, *self._inner.get(node, ())))
 
     def erase_act(self, node: Node) -> None:
-        """Erase an activation call that nobody reads any more."""
+        """Erase an activation call that has no readers left."""
         for part in reversed(self.parts_of(node)):
             self.graph.erase_node(part)
             self.acts.pop(part, None)
 
-    # -- what the copy's parts ask ------------------------------------------------------------------------------------
+    # -- called by the copy's modules ---------------------------------------------------------------------------------
 
     def call_part(self, part: nn.Module, args: Any, kwargs: Any) -> Any:
-        """A part is called: one node."""
+        """Record the call of a part as one node."""
         name = self._names.get(id(part))
         if not name:
             raise TraceError(f"a {type(part).__name__} is called that is no submodule")
         proxy = self.create_proxy("call_module", name, args, kwargs)
         self._label(proxy.node, name)
-        self._methods[proxy.node] = self._running()
+        self._methods[proxy.node] = running_method(self.root)
         if id(part) in self._activations:
             self._note_act(proxy.node, name, None)
         return proxy
 
     def tensor(self, value: torch.Tensor) -> Any:
-        """A part's parameter or buffer is read."""
+        """Return a proxy of a part's parameter or buffer."""
         name = self._tensors.get(id(value))
         if name is None:
             return value
@@ -191,26 +208,24 @@ class MethodTracer(Tracer):
         return self._proxies[name]
 
     def setting(self, part: nn.Module, name: str, value: Any) -> Any:
-        """A number among a part's attributes is read."""
+        """Return a proxy of a number among a part's attributes."""
         path = self._names.get(id(part))
         if path is None:
             return value
         name = f"{path}.{name}" if path else name
         if name not in self._proxies:
             proxy = self._proxies[name] = self.create_proxy("get_attr", name, (), {})
-            self.known[proxy.node] = value
-            self._origins[proxy.node] = name
-            self._numbers.add(proxy.node)
+            self._numbers.add(proxy.node, name, value)
         return self._proxies[name]
 
-    # -- what fx and the proxies ask ----------------------------------------------------------------------------------
+    # -- called by fx and the proxies ---------------------------------------------------------------------------------
 
     def proxy(self, node: Node) -> Proxy:
-        """A proxy of the node."""
+        """Return a proxy of the node."""
         return TensorProxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        """The argument as fx stores it; raise if it is a tensor that the forward made."""
+        """Return the argument as fx stores it; raise if it is a tensor that the forward has made."""
         if type(a) is TensorProxy or type(a) is AttributeProxy:
             return a.node
         if isinstance(a, torch.Tensor):
@@ -220,134 +235,76 @@ class MethodTracer(Tracer):
         return super().create_arg(a)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Proxy:
-        """A proxy of a new node; raise if the forward has entered a context."""
+        """Return a proxy of a new node; raise if the forward has entered a context."""
         if kind.startswith("call_"):
-            if context_now() != self._state:
+            if context_now() != self._context:
                 raise TraceError("the forward enters a context (autocast, no_grad, ...) that rewriting would lose")
-            if _checkpoints():
+            if in_checkpoint():
                 raise TraceError("it checkpoints a part of itself, which tracing would lose")
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         node = proxy.node
-        sources = node.all_input_nodes
-        if kind == "placeholder" or not self._given.isdisjoint(sources):
-            self._given.add(node)
-        if _tells_sizes(node) or (sources and self._numbers.issuperset(sources)):
-            self._numbers.add(node)
-        if kind == "call_function" and sources and all(source in self.known for source in sources):
-            known = map_arg((node.args, node.kwargs), self.known.__getitem__)
-            self.known[node] = target(*known[0], **known[1])
+        if kind == "placeholder" or not self._data.isdisjoint(node.all_input_nodes):
+            self._data.add(node)
+        self._numbers.infer(node)
         if kind in ("call_function", "call_method"):
             label = self.label_of(node)
-            if node in self._given and node not in self._numbers:
+            if node in self._data and node not in self._numbers:
                 self._label(node, label)
             if is_elementwise(label, node.args, node.kwargs):
-                self._methods[node] = self._running()
+                self._methods[node] = running_method(self.root)
             if label.rstrip("_") in ACT_KINDS:
                 self._note_act(node, "", label.rstrip("_"))
         return proxy
 
-    def label_of(self, node: Node) -> str:
-        """What a call is called in a recording."""
-        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-        return _LABELS.get(name, name)
-
-    def _operation(self, node: Node) -> Operation | None:
-        """What a call does, if that may be a part of an expression: its numbers must be known."""
-        method = self._methods.get(node)
-        numbers = self._numbers.intersection(node.all_input_nodes)
-        if method is None or not numbers <= self.known.keys():
-            return None
-        reads = tuple((source, None) for source in node.all_input_nodes if source not in numbers)
-        if node.op == "call_module":
-            part = self.root.get_submodule(str(node.target))
-            return operation_of_module(
-                node, (type(part).__module__, type(part).__qualname__, part.extra_repr()), method, reads
-            )
-        function: Any = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
-        arguments = map_arg((node.args, node.kwargs), lambda source: self.known.get(source, source))
-        label = self.label_of(node)
-        return Operation(label, method, reads, function, arguments, is_inplace(node, None, label))
-
-    def is_number(self, node: Node) -> bool:
-        """Whether the node is a number computed from shapes."""
-        shape = node.op == "call_function" and node.target is getattr and node.args[1] == "shape"
-        return node in self._numbers and not shape
-
     def to_bool(self, obj: Proxy) -> bool:
-        """The truth of a value that a setting decides."""
+        """Return the truth value of a known number."""
         return bool(self.value_of(obj.node))
 
     def iter(self, obj: Proxy) -> Any:
-        """The items of a value that a setting decides."""
+        """Return an iterator over a known value."""
         return iter(self.value_of(obj.node))
 
     def value_of(self, node: Node) -> Any:
-        """The value of a number that is known: from now on it is frozen.
+        """Return the value of a known number, on which the trace depends from now on.
 
         Raises:
-            TraceError: If it depends on what the method is given.
+            TraceError: If it depends on the method's data.
         """
-        if node not in self.known:
-            raise TraceError("the forward branches on a shape or value")
-        todo = [node]
-        while todo:
-            at = todo.pop()
-            if at in self._origins:
-                self.guards[self._origins[at]] = self.known[at]
-            todo += at.all_input_nodes
-        return self.known[node]
+        return self._numbers.value_of(node)
 
-    # -- inside -------------------------------------------------------------------------------------------------------
+    def is_number(self, node: Node) -> bool:
+        """Return whether the node is a number computed from shapes."""
+        is_shape = node.op == "call_function" and node.target is getattr and node.args[1] == "shape"
+        return node in self._numbers and not is_shape
+
+    def label_of(self, node: Node) -> str:
+        """Return the label that a call has in a recording."""
+        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+        return _LABELS.get(name, name)
+
+    # -- notes --------------------------------------------------------------------------------------------------------
 
     def _label(self, node: Node, label: str) -> None:
         self._calls[label] += 1
         self.labels[node] = (label, self._calls[label])
 
     def _note_act(self, node: Node, name: str, function: str | None) -> None:
-        method = self._running()
+        method = running_method(self.root)
         self._calls[method, name, function] += 1
         self.acts[node] = MethodAct(method, name, function, self._calls[method, name, function])
 
-    def _running(self) -> str:
-        """The innermost method of the root that is running."""
-        at: FrameType | None = sys._getframe(3)
-        while at is not None:
-            code = at.f_code
-            if code.co_argcount and at.f_locals.get(code.co_varnames[0]) is self.root:
-                found = getattr(type(self.root), code.co_name, None)
-                wrapped = getattr(found, "__wrapped__", found)
-                if code.co_name == "forward" or getattr(wrapped, "__code__", None) is code:
-                    return code.co_name
-            at = at.f_back
-        return "forward"
-
-
-def _bound(function: FunctionType, root: nn.Module, arguments: Arguments) -> inspect.BoundArguments:
-    try:
-        return inspect.signature(function).bind(root, *arguments.args, **arguments.kwargs)
-    except TypeError as error:
-        raise TraceError(f"it does not take what it is said to be called with ({error})") from error
-
-
-# What operators are called in a recording.
-_LABELS = {
-    "truediv": "div",
-    **{f"i{name}": f"{name}_" for name in ("add", "sub", "mul")},
-    "itruediv": "div_",
-}
-
-
-def _tells_sizes(node: Node) -> bool:
-    if node.op == "call_method":
-        return node.target in ("size", "dim", "numel", "stride")
-    return node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim")
-
-
-def _checkpoints() -> bool:
-    """Whether torch's checkpointing is what calls."""
-    at: FrameType | None = sys._getframe(2)
-    while at is not None:
-        if at.f_globals.get("__name__") == "torch.utils.checkpoint":
-            return True
-        at = at.f_back
-    return False
+    def _operation(self, node: Node) -> Operation | None:
+        """Return a call's operation if it may be part of an expression, which needs all its numbers to be known."""
+        method = self._methods.get(node)
+        numbers = {source for source in node.all_input_nodes if source in self._numbers}
+        if method is None or not numbers <= self.known.keys():
+            return None
+        reads = tuple((source, None) for source in node.all_input_nodes if source not in numbers)
+        if node.op == "call_module":
+            part = self.root.get_submodule(str(node.target))
+            settings = (type(part).__module__, type(part).__qualname__, part.extra_repr())
+            return operation_of_module(node, settings, method, reads)
+        function: Any = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
+        arguments = map_arg((node.args, node.kwargs), lambda source: self.known.get(source, source))
+        label = self.label_of(node)
+        return Operation(label, method, reads, function, arguments, is_inplace(node, None, label))

@@ -1,4 +1,4 @@
-"""Training by degrees: schedules for the slopes of gradual models."""
+"""Gradual training: schedules for the slopes of gradual models."""
 
 from nmconv.training.gradual import Gradual
 

@@ -1,4 +1,4 @@
-"""The schedule by which a gradual model becomes the hard conversion while it trains."""
+"""The schedule that takes a gradual model to the hard conversion during training."""
 
 from __future__ import annotations
 
@@ -15,63 +15,66 @@ from nmconv.surgery import check_gradual, check_plain, finish, get_slopes, set_s
 
 __all__ = ["Gradual"]
 
-_LATE = 0.9
+_LATEST_SAFE_END = 0.9
 _SCHEDULES: dict[str, Callable[[float], float]] = {
-    "cosine": lambda part: (1 - math.cos(math.pi * part)) / 2,
-    "linear": lambda part: part,
+    "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
+    "linear": lambda progress: progress,
 }
 
 
 class Gradual:
-    """Takes a gradual model from the original to the hard conversion: all slopes rise from 0 to 1 while it trains.
+    """Take a gradual model from the original to the hard conversion: its slopes rise from 0 to 1 during training.
 
-    After n of N updates, with p = (n/N - start) / (end - start), held to [0, 1], all slopes are p, or
-    (1 - cos(π p)) / 2: VanillaNet's deep training (arXiv 2305.12972, section 3.1), whose slope is linear in the epoch.
-    A slope depends on n alone, so that it is the same on every rank and after a restart.
+    After n of N updates, let p = (n/N - start) / (end - start), clamped to [0, 1]. All slopes are p (``"linear"``) or
+    (1 - cos(π p)) / 2 (``"cosine"``). This is VanillaNet's deep training (arXiv 2305.12972, section 3.1), whose slope
+    is linear in the epoch. A slope depends on n alone, so it is the same on every rank and after a restart.
 
-    With ``sampling=True`` the model is not mixed: at each update it becomes one member of the ensemble as which
-    :func:`nmconv.ensemble.members` reads a mixed network. Each site is dropped (slope 1) with the scheduled probability
-    and else kept (slope 0), independently of the others. The draw depends on ``seed``, n and the site's id alone: it is
-    the same on every rank, after a restart, for all micro-batches of an update, and where a checkpointed block is
-    recomputed. It leaves global random states alone. From ``end`` on everything is dropped. In eval mode the model
-    stays the member that was drawn last: ``set_slope(model, gradual.slope_at(n))`` makes it the soft network, which
-    stands for the average, and ``gradual.step_update(n)`` the member again.
+    With ``sampling=True`` sites are not mixed: each update samples one member of the ensemble that
+    :func:`nmconv.ensemble.members` reads a mixed network as. Each site is dropped (slope 1) with the scheduled
+    probability and kept (slope 0) otherwise, independently of the others. The sample depends on ``seed``, n and the
+    site's id alone: it is the same on every rank, after a restart, for all micro-batches of an update, and where a
+    checkpointed block is recomputed. Global RNG states are not touched. From ``end`` on every site is dropped. In eval
+    mode the model stays the member sampled last: ``set_slope(model, gradual.slope_at(n))`` makes it the mixed network,
+    which approximates the average, and ``gradual.step_update(n)`` makes it the member again.
 
-    It has the verbs of a timm scheduler. Call :meth:`step_update` once an update of the optimizer, and not for each
-    micro-batch where gradients are accumulated.
+    The methods are those of a timm scheduler. Call :meth:`step_update` once per optimizer update, not per micro-batch
+    where gradients are accumulated.
 
     Args:
-        model: What ``nmconv.convert(..., gradual=True)`` or ``apply_plan`` returned, or a module that holds it. What
-            wraps it, or is compiled from it, need not be known: slopes are set in place, and nothing is compiled anew.
-        total_steps: How many updates there will be.
+        model: The result of ``nmconv.convert(..., gradual=True)`` or ``apply_plan``, or a module that contains it.
+            Wrapped and compiled versions of it need not be passed: slopes are set in place, without recompiling.
+        total_steps: Number of optimizer updates in the whole training.
         schedule: ``"cosine"`` or ``"linear"``.
-        start: At which part of them the slopes begin to rise.
-        end: At which part of them they are 1. What is left adapts weights and norm statistics to the hard conversion.
+        start: Fraction of the training at which the slopes begin to rise.
+        end: Fraction of the training at which they reach 1. The rest adapts weights and norm statistics to the hard
+            conversion.
         followers: Copies of the model that get the same slopes, such as ``ema.module`` of timm's ``ModelEmaV2`` or
-            ``V3``, which averages the state dict: slopes are not in it. With ``sampling`` they get the scheduled slope,
-            not the draw: weights averaged over many members are evaluated in the network that stands for their average.
-        sampling: Whether to draw a member at each update.
-        seed: Of the draws.
+            ``V3``, which averages the state dict: slopes are not in it. With ``sampling`` they get the scheduled slope
+            instead of the sample: weights averaged over many members are evaluated in the network that approximates
+            the average of these members.
+        sampling: Whether to sample a member at each update.
+        seed: Seed of the samples.
 
     Raises:
-        OptionError: If an option is none, or if a model is not gradual, or a follower has other sites.
-        ModelTypeError: If ``model`` is no module, or wrapped, compiled (``model.compile()`` will do) or scripted.
+        OptionError: If an option is invalid, a model is not gradual, or a follower has other gradual sites.
+        ModelTypeError: If ``model`` is not a module, or is wrapped, compiled or scripted (``model.compile()`` is fine).
 
     Warns:
-        SlopeWarning: If ``end`` is above 0.9: norms' running statistics lag behind a model that changes to the end.
+        SlopeWarning: If ``end`` is above 0.9: the running statistics of norms lag behind a model that changes until
+            the end.
 
     Example:
         >>> import torch
         >>> from torch import nn
         >>> import nmconv
-        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
-        >>> soft = nmconv.convert(net, "2:1", gradual=True)
-        >>> gradual = nmconv.Gradual(soft, total_steps=10, schedule="linear", end=0.8)
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+        >>> model = nmconv.convert(model, "2:1", gradual=True)
+        >>> gradual = nmconv.Gradual(model, total_steps=10, schedule="linear", end=0.8)
         >>> for n in range(1, 11):
-        ...     _ = soft(torch.rand(2, 3, 16, 16))  # a step of training
+        ...     _ = model(torch.rand(2, 3, 16, 16))  # a training step
         ...     gradual.step_update(n)
         >>> gradual.finish()
-        >>> soft[1]
+        >>> model[1]
         Identity()
     """
 
@@ -86,8 +89,8 @@ class Gradual:
         sampling: bool = False,
         seed: int = 0,
     ) -> None:
-        told = {"total_steps": total_steps, "schedule": schedule, "start": start, "end": end}
-        self._told = _checked({**told, "sampling": sampling, "seed": seed, "step": 0})
+        schedule_options = {"total_steps": total_steps, "schedule": schedule, "start": start, "end": end}
+        self._state = _checked({**schedule_options, "sampling": sampling, "seed": seed, "step": 0})
         if not isinstance(followers, (Iterable, nn.Module)):
             raise OptionError(f"followers={followers!r:.80}: give a list of models, such as [ema.module]")
         self._models = [model, *([followers] if isinstance(followers, nn.Module) else followers)]
@@ -97,10 +100,10 @@ class Gradual:
         for follower in self._models[1:]:
             if check_gradual(follower, "let follow").keys() != sites.keys():
                 raise OptionError(f"a follower, a {type(follower).__name__}, has other gradual sites than the model")
-        if end > _LATE:
+        if end > _LATEST_SAFE_END:
             warnings.warn(
                 f"the slopes reach 1 at {end:g} of the training, and norms' running statistics lag behind: give an "
-                f"end of at most {_LATE}, or call nmconv.recalibrate_norms after finish()",
+                f"end of at most {_LATEST_SAFE_END}, or call nmconv.recalibrate_norms after finish()",
                 SlopeWarning,
                 stacklevel=2,
             )
@@ -108,69 +111,69 @@ class Gradual:
         self.step_update(0)
 
     def slope_at(self, n: int) -> float:
-        """The slope after ``n`` updates; with ``sampling`` the probability that a site is dropped then."""
-        start, end = self._told["start"], self._told["end"]
-        now = n / self._told["total_steps"]
-        if now >= end:
+        """Return the slope after ``n`` updates; with ``sampling``, the probability that a site is dropped then."""
+        start, end = self._state["start"], self._state["end"]
+        fraction = n / self._state["total_steps"]
+        if fraction >= end:
             return 1.0
-        return _SCHEDULES[self._told["schedule"]]((now - start) / (end - start)) if now > start else 0.0
+        return _SCHEDULES[self._state["schedule"]]((fraction - start) / (end - start)) if fraction > start else 0.0
 
     def step_update(self, n: int, metric: Any = None) -> None:
-        """Set the slopes to what they are after ``n`` updates of the optimizer; after :meth:`finish` do nothing.
+        """Set the slopes to their values after ``n`` optimizer updates; do nothing after :meth:`finish`.
 
-        Nothing else changes them, so call it after the backward pass, in which checkpointed blocks run again.
+        Call it after the backward pass, in which checkpointed blocks run again and must see the same slopes.
 
         Args:
-            n: How many updates were made.
-            metric: Not used; what timm's schedulers take.
+            n: Number of updates made.
+            metric: Ignored; accepted because timm's schedulers take it.
 
         Raises:
-            OptionError: If ``n`` is no count.
+            OptionError: If ``n`` is not a whole number, 0 or more.
         """
-        self._told["step"] = _checked({**self._told, "step": n})["step"]
+        self._state["step"] = _checked({**self._state, "step": n})["step"]
         slope = self.slope_at(n)
         for model in () if self._finished else self._models:
-            drawn = self._told["sampling"] and model is self._models[0]
-            set_slope(model, self._member(get_slopes(model), n) if drawn else slope)
+            samples = self._state["sampling"] and model is self._models[0]
+            set_slope(model, self._sampled_slopes(get_slopes(model), n) if samples else slope)
 
-    def _member(self, sites: Iterable[str], n: int) -> dict[str, float]:
-        """The slopes of the member drawn after ``n`` updates; a site's draw has nothing to do with the other sites."""
-        seed, slope = self._told["seed"], self.slope_at(n)
-        return {site: float(random.Random(f"{seed} {n} {site}").random() < slope) for site in sites}
+    def _sampled_slopes(self, sites: Iterable[str], n: int) -> dict[str, float]:
+        """Return the slopes of the member sampled after ``n`` updates; each site has an RNG of its own."""
+        seed, drop_probability = self._state["seed"], self.slope_at(n)
+        return {site: float(random.Random(f"{seed} {n} {site}").random() < drop_probability) for site in sites}
 
     def state_dict(self) -> dict[str, Any]:
-        """The options, and how many updates were made: plain data."""
-        return dict(self._told)
+        """Return the options and the number of updates made, as plain data."""
+        return dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave, and set the slopes to that.
+        """Restore what :meth:`state_dict` returned, and set the slopes accordingly.
 
         Raises:
-            OptionError: If it is something else.
+            OptionError: If ``state`` is anything else.
         """
-        if not isinstance(state, Mapping) or state.keys() != self._told.keys():
+        if not isinstance(state, Mapping) or state.keys() != self._state.keys():
             raise OptionError("this is no state of a Gradual: give what its state_dict() returned")
-        self._told = _checked(dict(state))
-        self.step_update(self._told["step"])
+        self._state = _checked(dict(state))
+        self.step_update(self._state["step"])
 
     def finish(self) -> None:
-        """Leave exactly what a hard conversion leaves, of the model and its followers, in place: plain identities.
+        """Turn the model and its followers into exactly what a hard conversion leaves, in place.
 
-        Optimizers keep the parameters that they have. A second call does nothing.
+        Optimizers keep their parameters. A second call does nothing.
 
         Raises:
-            ModelTypeError: If a part of one of them was wrapped or compiled meanwhile.
+            ModelTypeError: If a part of one of the models has been wrapped or compiled meanwhile.
 
         Warns:
-            SlopeWarning: If the slopes were not 1 yet, so that the outputs change now.
+            SlopeWarning: If the slopes have not reached 1, so that the outputs change now.
         """
         if self._finished:
             return
         for model in self._models:
             check_plain(model, "finish", compiled=True)
         slope = min(check_gradual(self._models[0], "finish").values())
-        if self._told["sampling"]:  # a member that drops everything may be drawn before the end
-            slope = min(slope, self.slope_at(self._told["step"]))
+        if self._state["sampling"]:  # a member that drops every site may be sampled before the end
+            slope = min(slope, self.slope_at(self._state["step"]))
         if slope < 1:
             warnings.warn(
                 f"the model is finished at a slope of {slope:g}, and its outputs change: train on, or call "
@@ -183,24 +186,24 @@ class Gradual:
         self._finished = True
 
 
-def _checked(told: dict[str, Any]) -> dict[str, Any]:
-    """Return options that are some.
+def _checked(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state.
 
     Raises:
-        OptionError: At the first that is none.
+        OptionError: If a value is invalid.
     """
-    for name, least in (("total_steps", 1), ("step", 0), ("seed", 0)):
-        value = told[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise OptionError(f"{name}={value!r}: give a whole number, {least} or more")
-    if not isinstance(told["sampling"], bool):
-        raise OptionError(f"sampling={told['sampling']!r}: give True, to draw members, or False, to mix")
-    if told["schedule"] not in tuple(_SCHEDULES):
-        raise OptionError(f"schedule={told['schedule']!r}: give one of {', '.join(map(repr, _SCHEDULES))}")
+    for name, minimum in (("total_steps", 1), ("step", 0), ("seed", 0)):
+        value = state[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise OptionError(f"{name}={value!r}: give a whole number, {minimum} or more")
+    if not isinstance(state["sampling"], bool):
+        raise OptionError(f"sampling={state['sampling']!r}: give True, to draw members, or False, to mix")
+    if state["schedule"] not in tuple(_SCHEDULES):
+        raise OptionError(f"schedule={state['schedule']!r}: give one of {', '.join(map(repr, _SCHEDULES))}")
     for name in ("start", "end"):
-        value = told[name]
+        value = state[name]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise OptionError(f"{name}={value!r}: give a part of the training, from 0 to 1")
-    if told["start"] > told["end"]:
-        raise OptionError(f"start={told['start']} is behind end={told['end']}: give a start that is not")
-    return told
+    if state["start"] > state["end"]:
+        raise OptionError(f"start={state['start']} is behind end={state['end']}: give a start that is not")
+    return state

@@ -1,4 +1,4 @@
-"""The witness: holds a result's recording against the original's, less what was to be done."""
+"""The witness: compares a result's recording with the original's, to which the intended changes are applied."""
 
 from nmconv.witness.allowed import MergedGroup, allowed_by
 from nmconv.witness.comparison import Difference, broken_groups, compare

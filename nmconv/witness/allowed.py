@@ -1,10 +1,10 @@
-"""What a result may differ in: what a plan and merges say, as marks on a recording of the original."""
+"""What a result may differ in: a plan's changes and the merges, located in a recording of the original."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch.fx import Node
@@ -16,13 +16,18 @@ from nmconv.recording import Fact, Read, Recording
 __all__ = [
     "AllowedDifferences",
     "MergedGroup",
-    "activations",
     "allowed_by",
     "by_member",
-    "grouped_sums",
+    "changed_activations",
+    "changed_sums",
+    "is_moved",
     "settings_of",
-    "sums_of",
+    "sums_in_groups",
 ]
+
+# The labels that a recording gives to in-place and reflected additions.
+_RECORDED_LABELS = {"iadd": "add_", "radd": "add"}
+_PADDING = re.compile(r", padding(_mode)?=(\([^)]*\)|'?\w+'?)")
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,10 @@ class MergedGroup:
     """Modules and sums that have become one convolution.
 
     Attributes:
-        head: Qualified name of the convolution whose place it takes; what names the group.
-        members: Of all modules in it, the head and a norm that stays behind it included.
-        sums: The additions in it, each with the number of the round in which it goes: those that went in earlier rounds
-            are not counted in its own number.
+        head: Qualified name of the convolution whose place it takes; identifies the group.
+        members: Names of all modules in it, including the head and a norm that stays in place.
+        sums: The additions in it, each with the number of the round in which it is removed. Its own number does not
+            count the additions that earlier rounds have removed.
     """
 
     head: str
@@ -43,14 +48,14 @@ class MergedGroup:
 
 @dataclass(frozen=True)
 class AllowedDifferences:
-    """All in which a result may differ.
+    """Everything in which a result may differ.
 
     Attributes:
         changes: Activations that are dropped or moved.
-        sums: Additions of which one operand is left.
-        hoists: Convolutions of each run whose padding has moved.
+        sums: Additions of which one operand remains.
+        hoists: The convolutions of each run whose padding has moved.
         groups: What was merged.
-        rewritten: Qualified names of modules whose methods were written anew.
+        rewritten: Qualified names of the modules whose methods were rewritten.
     """
 
     changes: tuple[Change, ...] = ()
@@ -61,7 +66,7 @@ class AllowedDifferences:
 
 
 def allowed_by(changes: Changes | None, groups: Iterable[MergedGroup] = ()) -> AllowedDifferences:
-    """What a plan and merges say."""
+    """Return the differences that a plan's changes and the merges make."""
     groups = tuple(groups)
     rewritten = {addition.owner for group in groups for _, addition in group.sums}
     if changes is None:
@@ -75,8 +80,31 @@ def allowed_by(changes: Changes | None, groups: Iterable[MergedGroup] = ()) -> A
     return AllowedDifferences(changes.made, changes.sums, changes.hoists, groups, frozenset(rewritten))
 
 
-def activations(recording: Recording, changes: Sequence[Change]) -> Iterator[tuple[Node, Change, tuple[Read, ...]]]:
-    """The calls in a recording that are those of changes, each with its change and what it is given, value first."""
+def changed_activations(
+    recording: Recording, changes: Sequence[Change]
+) -> Iterator[tuple[Node, Change, tuple[Read, ...]]]:
+    """Yield the activation calls of a recording that are changed, each with its change and its reads, input first."""
+    wanted = _by_call(recording, changes)
+    modules = {(owner, name) for owner, name, function, _ in wanted if not function}
+    functions = {(owner, function) for owner, _, function, _ in wanted if function}
+    expressions = expressions_of(recording) if functions else {}
+    counts: Counter[tuple[int, str, str | None]] = Counter()
+    for node, fact in recording.facts.items():
+        path, expression = fact.frame.path, expressions.get(node)
+        name: str = path
+        function: str | None = expression.kind if expression is not None else fact.label.rstrip("_")
+        if node.op == "call_module" and (path, fact.label) in modules:
+            name, function = fact.label, None
+        elif node.op != "call_function" or (path, function) not in functions:
+            continue
+        counts[id(fact.frame), name, function] += 1
+        change = wanted.get((path, name, function, counts[id(fact.frame), name, function]))
+        if change is not None:
+            yield node, change, (expression.base,) if expression is not None else fact.reads
+
+
+def _by_call(recording: Recording, changes: Iterable[Change]) -> dict[tuple[str, str, str | None, int], Change]:
+    """Return the changes in the recording's mode, by the call's owner, name, function and number."""
     training = recording.call.training
     wanted: dict[tuple[str, str, str | None, int], Change] = {}
     for change in changes:
@@ -85,68 +113,54 @@ def activations(recording: Recording, changes: Sequence[Change]) -> Iterator[tup
             number = call.train_call if training and call.train_call is not None else call.call
             owner, name = (recording.names.get(path, path) for path in (call.owner, call.name))
             wanted[owner, name, call.function, number] = change
-    asked = {(owner, function) for owner, _, function, _ in wanted if function}
-    names = {(owner, name) for owner, name, function, _ in wanted if not function}
-    times: Counter[tuple[int, str, str | None]] = Counter()
-    by_hand = expressions_of(recording) if asked else {}
-    for node, fact in recording.facts.items():
-        path = fact.frame.path
-        function = by_hand[node].kind if node in by_hand else fact.label.rstrip("_")
-        if node.op == "call_module":
-            key, kind = (path, fact.label), None
-            if key not in names:
-                continue
-            name = fact.label
-        elif node.op == "call_function" and (path, function) in asked:
-            kind = function
-            name = path
-        else:
-            continue
-        made = (id(fact.frame), name, kind)
-        times[made] += 1
-        found = wanted.get((path, name, kind, times[made]))
-        if found is not None:
-            yield node, found, (by_hand[node].base,) if node in by_hand else fact.reads
+    return wanted
 
 
-# What operators are called in a forward, and in a recording of it.
-_RECORDED = {"iadd": "add_", "radd": "add"}
-
-
-def sums_of(recording: Recording, sums: Iterable[Sum], gone: Container[Node] = ()) -> dict[Node, Sum]:
-    """The additions in a recording that are these; those that are ``gone`` are not counted."""
-    wanted = {(each.owner, _RECORDED.get(each.label, each.label), each.number): each for each in sums}
-    found: dict[Node, Sum] = {}
-    times: Counter[tuple[int, str]] = Counter()
-    owners = {(owner, label) for owner, label, _ in wanted}
+def changed_sums(recording: Recording, sums: Iterable[Sum], gone: Container[Node] = ()) -> dict[Node, Sum]:
+    """Return the additions of a recording that are among ``sums``; those that are ``gone`` are not counted."""
+    wanted = {(each.owner, _RECORDED_LABELS.get(each.label, each.label), each.number): each for each in sums}
+    labels = {(owner, label) for owner, label, _ in wanted}
+    changed: dict[Node, Sum] = {}
+    counts: Counter[tuple[int, str]] = Counter()
     for node, fact in recording.facts.items() if wanted else ():
-        if node.op != "call_function" or (fact.frame.path, fact.label) not in owners or node in gone:
+        path, label = fact.frame.path, fact.label
+        if node.op != "call_function" or (path, label) not in labels or node in gone:
             continue
-        times[id(fact.frame), fact.label] += 1
-        each = wanted.get((fact.frame.path, fact.label, times[id(fact.frame), fact.label]))
-        if each is not None and len(fact.reads) == 2:
-            found[node] = each
-    return found
+        counts[id(fact.frame), label] += 1
+        match = wanted.get((path, label, counts[id(fact.frame), label]))
+        if match is not None and len(fact.reads) == 2:
+            changed[node] = match
+    return changed
 
 
-def grouped_sums(recording: Recording, groups: Iterable[MergedGroup], gone: Iterable[Node]) -> dict[Node, MergedGroup]:
-    """The additions in a recording that are in groups, round by round."""
-    inner = {id(each): (number, each, group) for group in groups for number, each in group.sums}
-    found: dict[Node, MergedGroup] = {}
-    before = set(gone)
-    for number in sorted({number for number, _, _ in inner.values()}):
-        sums = [each for at, each, _ in inner.values() if at == number]
-        met = sums_of(recording, sums, before)
-        found |= {node: inner[id(each)][2] for node, each in met.items()}
-        before |= met.keys()
-    return found
+def sums_in_groups(
+    recording: Recording, groups: Iterable[MergedGroup], gone: Iterable[Node]
+) -> dict[Node, MergedGroup]:
+    """Return the additions of a recording that are in groups, located round by round."""
+    by_sum = {id(each): (round_, each, group) for group in groups for round_, each in group.sums}
+    located: dict[Node, MergedGroup] = {}
+    removed = set(gone)
+    for current in sorted({round_ for round_, _, _ in by_sum.values()}):
+        sums = changed_sums(recording, [each for round_, each, _ in by_sum.values() if round_ == current], removed)
+        located |= {node: by_sum[id(each)][2] for node, each in sums.items()}
+        removed |= sums.keys()
+    return located
 
 
-_PADDING = re.compile(r", padding(_mode)?=(\([^)]*\)|'?\w+'?)")
+def is_moved(classes: Mapping[str, frozenset[str]], node: Node, fact: Fact) -> bool:
+    """Return whether a call in a result is one of a moved activation.
+
+    Args:
+        classes: From the names of the modules that may be moved activations to their possible classes.
+        node: The call.
+        fact: What is known of it.
+    """
+    expected = classes.get(fact.label) if node.op == "call_module" else None
+    return expected is not None and fact.settings[1] in expected
 
 
 def settings_of(fact: Fact, hoisted: frozenset[str]) -> tuple[str, ...]:
-    """A module's class and settings; of a convolution whose padding moves, without that."""
+    """Return a module's class and settings; without the padding, for a convolution whose padding moves."""
     if fact.label not in hoisted:
         return fact.settings
     *cls, shown = fact.settings
@@ -154,8 +168,8 @@ def settings_of(fact: Fact, hoisted: frozenset[str]) -> tuple[str, ...]:
 
 
 def by_member(groups: Iterable[MergedGroup]) -> dict[str, MergedGroup]:
-    """From each module's name to the group that it is in."""
-    found: dict[str, MergedGroup] = {}
+    """Return the group of each module in one, by the module's name."""
+    members: dict[str, MergedGroup] = {}
     for group in groups:
-        found.update(dict.fromkeys(group.members, group))
-    return found
+        members.update(dict.fromkeys(group.members, group))
+    return members

@@ -1,4 +1,4 @@
-"""The witness: the result does what the original does, less what the plan and the merges say."""
+"""Compares a recording of a result with the original's, to which the plan's changes and the merges are applied."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 from torch.fx import Node
 
 from nmconv.recording import Fact, Recording
-from nmconv.witness.allowed import AllowedDifferences, activations
-from nmconv.witness.value_numbering import NumberedValues, Table, expected_values, values_of
+from nmconv.witness.allowed import AllowedDifferences, changed_activations
+from nmconv.witness.group_values import Table
+from nmconv.witness.value_numbering import NumberedValues, expected_values, values_of
 
 __all__ = ["Difference", "broken_groups", "compare"]
+
+_MAX_MOVED = 100  # names that are tried for activations which rewritten methods call
 
 
 @dataclass(frozen=True)
@@ -19,10 +22,10 @@ class Difference:
     """The first difference between two recordings.
 
     Attributes:
-        text: What differs, in words.
-        module: Qualified name of the module whose forward made it.
-        first: The step of the original.
-        second: The step of the result.
+        text: A description of what differs.
+        module: Qualified name of the module in whose forward the difference is.
+        first: The call in the original.
+        second: The call in the result.
     """
 
     text: str
@@ -38,155 +41,161 @@ def compare(
     slope: int | None = None,
     gradual: Container[str] = (),
 ) -> Difference | None:
-    """Hold a result's recording against the original's and what was to be done.
+    """Compare a result's recording with the original's, to which the allowed changes are applied.
 
     Args:
-        original: Before.
-        result: After.
+        original: The recording before.
+        result: The recording after.
         allowed: What was to be done.
-        slope: Of a gradual result, 0 or 1: it must do what the original does, or what a hard conversion does.
-        gradual: Its modules that are activations which go, by name.
+        slope: For a gradual result, the slope at which it is compared: at 0 with the original, at 1 with the original
+            after a hard conversion.
+        gradual: Names of the result's modules that are gradual activations.
 
     Returns:
-        None where they agree, or the first difference.
+        The first difference, or None.
     """
     table: Table = {}
-    found = values_of(result, allowed, table, _added(original, allowed), original.names, slope, gradual)
+    actual = values_of(result, allowed, table, _moved_classes(original, allowed), original.names, slope, gradual)
     if slope == 0:
         allowed = replace(allowed, changes=())
-    wanted = expected_values(original, allowed, table, found.moved)
-    broken = {**found.broken, **wanted.broken}
+    expected = expected_values(original, allowed, table, actual.moved)
+    broken = {**actual.broken, **expected.broken}
     if broken:
-        head, why = next(iter(broken.items()))
-        return Difference(f"the convolution merged at {head} is none here: {why}")
-    missing = _missing_sites(original, allowed)
+        head, reason = next(iter(broken.items()))
+        return Difference(f"the convolution merged at {head} is none here: {reason}")
+    missing = _missing_call(original, allowed)
     if missing:
         return Difference(f"the model never makes the call {missing} that the plan changes")
-    if found.results != wanted.results:
-        return _first_difference(original, result, wanted, found)
-    return _other_shape(original, result, wanted, found, allowed)
+    if actual.results != expected.results:
+        return _first_difference(original, result, expected, actual)
+    return _shape_difference(original, result, expected, actual, allowed)
 
 
 def broken_groups(recording: Recording, allowed: AllowedDifferences) -> Mapping[str, str]:
-    """From the heads of groups that are not one convolution in a recording of the original to why."""
+    """Return the groups that are not one convolution in a recording of the original: from their heads to the reason."""
     return expected_values(recording, allowed, {}, {}).broken
 
 
-def _added(original: Recording, allowed: AllowedDifferences) -> dict[str, frozenset[str]]:
-    """Where moved activations are called, and of which classes they are."""
-    found: dict[str, set[str]] = {}
-    for node, change, _ in activations(original, [change for change in allowed.changes if change.place is not None]):
+def _moved_classes(original: Recording, allowed: AllowedDifferences) -> dict[str, frozenset[str]]:
+    """Return the names that moved activations may have in the result, with the names of their possible classes."""
+    moved = [change for change in allowed.changes if change.place is not None]
+    classes: dict[str, set[str]] = {}
+    for node, change, _ in changed_activations(original, moved):
         place, settings = change.place, original.facts[node].settings
         assert place is not None
-        name = settings[1] if settings else change.call.kind
+        cls = settings[1] if settings else change.call.kind
         if place.how == "slot":
-            found.setdefault(f"{place.owner}.{place.op}", set()).add(name)
+            classes.setdefault(f"{place.owner}.{place.op}", set()).add(cls)
         else:
             prefix = f"{place.owner}." if place.owner else ""
-            for number in ("", *range(1, 100)):
-                found.setdefault(f"{prefix}moved_act{number}", set()).add(name)
-    return {path: frozenset(names) for path, names in found.items()}
+            for number in ("", *range(1, _MAX_MOVED)):
+                classes.setdefault(f"{prefix}moved_act{number}", set()).add(cls)
+    return {path: frozenset(names) for path, names in classes.items()}
 
 
-def _missing_sites(original: Recording, allowed: AllowedDifferences) -> str:
-    """A site that a recording of the whole model does not have though its owner ran, or ""."""
+def _missing_call(original: Recording, allowed: AllowedDifferences) -> str:
+    """Return the id of a changed call that a recording does not contain although its owner ran, or ""."""
     mode = "train" if original.call.training else "eval"
     ran = {frame.path for frame in original.frames}
-    met = {change.call.id for _, change, _ in activations(original, allowed.changes)}
+    recorded = {change.call.id for _, change, _ in changed_activations(original, allowed.changes)}
     for change in allowed.changes:
         call = change.call
-        if call.modes in ("both", mode) and original.names.get(call.owner, call.owner) in ran and call.id not in met:
+        owner_ran = original.names.get(call.owner, call.owner) in ran
+        if call.modes in ("both", mode) and owner_ran and call.id not in recorded:
             return call.id
     return ""
 
 
 def _first_difference(
-    original: Recording, result: Recording, wanted: NumberedValues, found: NumberedValues
+    original: Recording, result: Recording, expected: NumberedValues, actual: NumberedValues
 ) -> Difference:
-    first, second = _odd_one(wanted, found), _odd_one(found, wanted)
-    facts = [None if first is None else original.facts[first], None if second is None else result.facts[second]]
-    texts = [_shown(fact) for fact in facts]
-    where = next((fact.frame.path for fact in reversed(facts) if fact is not None), "")
+    first, second = _unmatched(expected, actual), _unmatched(actual, expected)
     if first is None and second is None:
-        names = [
-            key for key in {**wanted.results, **found.results} if wanted.results.get(key) != found.results.get(key)
-        ]
-        kind, name = names[0]
+        results = {**expected.results, **actual.results}
+        kind, name = next(key for key in results if expected.results.get(key) != actual.results.get(key))
         return Difference(f"what is {kind}{f' ({name})' if name else ''} differs")
-    place = f"in the forward of {where or 'the model'}"
+    facts = [None if first is None else original.facts[first], None if second is None else result.facts[second]]
+    before, after = map(_describe, facts)
+    module = next(fact.frame.path for fact in reversed(facts) if fact is not None)
     return Difference(
-        f"{place} the result does {texts[1] or 'nothing'} where {texts[0] or 'nothing'} was to be done",
-        where,
-        texts[0],
-        texts[1],
+        f"in the forward of {module or 'the model'} the result does {after or 'nothing'} where "
+        f"{before or 'nothing'} was to be done",
+        module,
+        before,
+        after,
     )
 
 
-def _odd_one(one: NumberedValues, other: NumberedValues) -> Node | None:
-    """The first live node without a counterpart."""
+def _unmatched(values: NumberedValues, other: NumberedValues) -> Node | None:
+    """Return the first live node whose value the other recording does not have."""
     known = {other.numbers[node] for node in other.live}
-    return next((node for node in one.live if one.numbers[node] not in known), None)
+    return next((node for node in values.live if values.numbers[node] not in known), None)
 
 
-def _shown(fact: Fact | None) -> str:
+def _describe(fact: Fact | None) -> str:
     if fact is None:
         return ""
     if fact.settings:
         return f"{fact.label} = {fact.settings[1]}({fact.settings[2]})"
-    given = _plain(fact.form[1]) if len(fact.form) > 1 else ""
-    return f"{fact.label}({given})"
+    arguments = _describe_form(fact.form[1]) if len(fact.form) > 1 else ""
+    return f"{fact.label}({arguments})"
 
 
-def _plain(form: object) -> str:
-    """Constants among arguments, as text."""
+def _describe_form(form: object) -> str:
+    """Return a call's arguments as text, with tensors as "tensor"."""
     if isinstance(form, tuple) and form and form[0] in ("tuple", "list"):
-        return ", ".join(_plain(part) for part in form[1:])
+        return ", ".join(_describe_form(part) for part in form[1:])
     if isinstance(form, tuple) and len(form) == 2:
         return str(form[1])
     return "tensor" if isinstance(form, str) and form.startswith("\0") else str(form)
 
 
-def _other_shape(
-    original: Recording, result: Recording, wanted: NumberedValues, found: NumberedValues, allowed: AllowedDifferences
+def _shape_difference(
+    original: Recording,
+    result: Recording,
+    expected: NumberedValues,
+    actual: NumberedValues,
+    allowed: AllowedDifferences,
 ) -> Difference | None:
-    """A value of another shape than it had, outside of runs whose padding moved."""
+    """Return a value whose shape has changed outside the runs whose padding moved, or None."""
     if not allowed.hoists:
         return None
-    inside = _inside_hoists(original, allowed)
-    shapes = {number: result.facts[node].shapes for node, number in found.numbers.items()}
-    for node in wanted.live:
+    hoisted = _nodes_in_hoists(original, allowed)
+    shapes = {number: result.facts[node].shapes for node, number in actual.numbers.items()}
+    for node in expected.live:
         fact = original.facts[node]
-        now = shapes.get(wanted.numbers[node], fact.shapes)
-        if now != fact.shapes and node not in inside:
+        shape = shapes.get(expected.numbers[node], fact.shapes)
+        if shape != fact.shapes and node not in hoisted:
             text = (
-                f"{fact.label} gives {now} instead of {fact.shapes}, though it is no part of a run whose padding moved"
+                f"{fact.label} gives {shape} instead of {fact.shapes}, though it is no part of a run whose padding "
+                "moved"
             )
-            return Difference(text, fact.frame.path, _shown(fact), _shown(fact))
+            return Difference(text, fact.frame.path, _describe(fact), _describe(fact))
     return None
 
 
-def _inside_hoists(original: Recording, allowed: AllowedDifferences) -> set[Node]:
-    """What lies between the first and the last convolution of runs whose padding moved, the first included."""
-    by_name: dict[str, list[Node]] = {}
+def _nodes_in_hoists(original: Recording, allowed: AllowedDifferences) -> set[Node]:
+    """Return the nodes from the first convolution (inclusive) to the last (exclusive) of runs whose padding moved."""
+    by_label: dict[str, list[Node]] = {}
     for node, fact in original.facts.items():
-        by_name.setdefault(fact.label, []).append(node)
-    found: set[Node] = set()
+        by_label.setdefault(fact.label, []).append(node)
+    nodes: set[Node] = set()
     for hoist in allowed.hoists:
-        firsts = set(by_name.get(hoist[0], ()))
-        for last in by_name.get(hoist[-1], ()):
-            found |= _between(original, firsts, last)
-    return found
+        firsts = set(by_label.get(hoist[0], ()))
+        for last in by_label.get(hoist[-1], ()):
+            nodes |= _nodes_between(original, firsts, last)
+    return nodes
 
 
-def _between(original: Recording, firsts: set[Node], last: Node) -> set[Node]:
-    """All that the last one is made of, back to the first ones."""
-    found: set[Node] = set()
+def _nodes_between(original: Recording, firsts: set[Node], last: Node) -> set[Node]:
+    """Return the nodes that ``last`` is computed from, back to ``firsts`` (inclusive)."""
+    nodes: set[Node] = set()
     todo: list[Node] = [node for node, _ in original.facts[last].reads]
     while todo:
         node = todo.pop()
-        if node in found or node.op in ("placeholder", "get_attr"):
+        if node in nodes or node.op in ("placeholder", "get_attr"):
             continue
-        found.add(node)
+        nodes.add(node)
         if node not in firsts:
-            todo += [part for part, _ in original.facts[node].reads]
-    return found
+            todo += [source for source, _ in original.facts[node].reads]
+    return nodes

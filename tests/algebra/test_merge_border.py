@@ -21,7 +21,7 @@ def called_once(net):
     merged = merge(net)
     with torch.no_grad():
         assert_near(merged(picture(3, 7, 9)), net(picture(3, 7, 9)))
-    assert merged[0].border is not None and merged[0]._kept is not None
+    assert merged[0].border is not None and merged[0]._cached_response is not None
     return merged
 
 

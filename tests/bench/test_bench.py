@@ -20,7 +20,7 @@ from nmconv.bench import benchmark as running
 from nmconv.bench import measure as measuring
 from nmconv.bench.command import app
 from nmconv.bench.measure import difference
-from nmconv.bench.models import build, settle_norms
+from nmconv.bench.models import build, randomize_norms
 from nmconv.errors import FileError, MergeError, OptionError
 from nmconv.timing import ratios
 
@@ -39,7 +39,7 @@ def small():
     layers = [nn.Conv2d(3, 4, 3, padding=1, bias=False), *unit(4)]
     layers += [nn.Conv2d(4, 24, 1, bias=False), *unit(24), nn.Conv2d(24, 4, 1, bias=False), *unit(4)]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)).eval()
-    settle_norms(model, torch.randn(4, 3, 12, 12))
+    randomize_norms(model, torch.randn(4, 3, 12, 12))
     return model
 
 
@@ -79,9 +79,9 @@ def test_ratios_are_of_the_times_shown():
 
 def test_the_three_networks_have_their_norms_folded_and_compute_what_they_should(monkeypatch):
     seen = []
-    measured = running.measured
+    measured = running.measure_latencies
     monkeypatch.setattr(
-        running, "measured", lambda nets, *args, **rest: seen.append(nets) or measured(nets, *args, **rest)
+        running, "measure_latencies", lambda nets, *args, **rest: seen.append(nets) or measured(nets, *args, **rest)
     )
     model = small()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -177,9 +177,11 @@ def test_latency_gate_for_real():
 
 def test_threads_are_set_and_restored(monkeypatch):
     seen = []
-    measured = running.measured
+    measured = running.measure_latencies
     monkeypatch.setattr(
-        running, "measured", lambda *args, **rest: seen.append(torch.get_num_threads()) or measured(*args, **rest)
+        running,
+        "measure_latencies",
+        lambda *args, **rest: seen.append(torch.get_num_threads()) or measured(*args, **rest),
     )
     run(small(), ratio="3:1", threads=2, **QUICK)
     assert seen == [2]
@@ -225,7 +227,7 @@ def test_outputs_that_are_not_finite_are_not_measured():
     model, network = nn.Sequential(nn.Conv2d(3, 4, 1)), only(run(small(), **QUICK)).measured.network
     images = torch.full((1, 3, 4, 4), float("inf"))
     with pytest.raises(ArithmeticError, match="finite"):
-        measuring.measured((model, model, model), network, images, "eager", rounds=1, seconds=1e-4)
+        measuring.measure_latencies((model, model, model), network, images, "eager", rounds=1, seconds=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +286,7 @@ def test_built_networks_are_the_same_each_time_and_leave_the_random_state():
 def test_settled_norms_are_not_trivial_and_keep_everything_in_range():
     model = build("torchvision:googlenet")
     momentum = model.conv1.bn.momentum
-    settle_norms(model, torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    randomize_norms(model, torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     used = [norm for norm in norms if norm.num_batches_tracked]
     assert len(used) > 50
@@ -308,7 +310,7 @@ def test_weights_are_loaded_and_their_norms_left_alone(tmp_path, suffix):
     save_file(source.state_dict(), path) if suffix == ".safetensors" else torch.save(source.state_dict(), path)
     for key, value in build(SMALL, str(path)).state_dict().items():
         assert torch.equal(value, source.state_dict()[key])
-    settled = running._prepared(
+    settled = running._build_and_check(
         SMALL, run(SMALL, weights=str(path), **QUICK | {"size": 32}).settings, torch.device("cpu")
     )
     assert settled.bn1.running_mean.eq(0.25).all()
@@ -420,7 +422,7 @@ def test_a_table_without_a_number_is_a_failure(monkeypatch):
     def fail(*args, **rest):
         raise MemoryError
 
-    monkeypatch.setattr(running, "measured", fail)
+    monkeypatch.setattr(running, "measure_latencies", fail)
     done = called(SMALL, "--ratio", "none", *FLAGS)
     assert done.exit_code == 1
     assert "eager, batch 1: not measured: MemoryError" in done.output

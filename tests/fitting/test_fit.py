@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 import nmconv
-from nmconv.fitting import api, data
+from nmconv.fitting import data, fitter
 
 torch.set_num_threads(1)
 X = picture(3, 8, 7, batch=24)
@@ -139,7 +139,7 @@ def test_an_interruption_leaves_the_model_as_it_was(
     model.train()
     model[4].eval()
     before = as_it_is(model, net)
-    fit_one, refit = api._Fitting._fit, api.recalibrate
+    fit_one, refit = fitter.Fitter._fit_unit, fitter.recalibrate
     done = []
 
     def failing(self: Any, unit: Any) -> Any:
@@ -154,8 +154,8 @@ def test_an_interruption_leaves_the_model_as_it_was(
             raise error("here")
         return refit(*args)
 
-    monkeypatch.setattr(api._Fitting, "_fit", failing)
-    monkeypatch.setattr(api, "recalibrate", failing_later)
+    monkeypatch.setattr(fitter.Fitter, "_fit_unit", failing)
+    monkeypatch.setattr(fitter, "recalibrate", failing_later)
     with pytest.raises(error, match="here"):
         nmconv.fit(model, X, reference=net, kernel=kernel, inplace=True)
     assert as_it_is(model, net) == before
@@ -227,7 +227,7 @@ def test_more_images_than_memory_should_hold(subset: bool, monkeypatch: pytest.M
     model, net = converted()
     pairs = TensorDataset(X, torch.arange(len(X)))
     wanted = nmconv.fit(model, X[:16] if subset else X, reference=net)
-    monkeypatch.setattr(data, "_MOST", 2000)
+    monkeypatch.setattr(data, "_MAX_BYTES", 2000)
     options: dict[str, Any] = {"sampler": SubsetRandomSampler(range(16))} if subset else {"shuffle": True}
     fitted = nmconv.fit(model, DataLoader(pairs, 5, **options), reference=net)
     assert_near(fitted(X), wanted(X), 1e-9)

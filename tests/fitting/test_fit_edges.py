@@ -167,7 +167,7 @@ class Drawn(Dataset):
 def test_data_that_is_read_again_must_be_the_same(monkeypatch):
     net = plain()
     converted = nmconv.apply_plan(net, nmconv.make_plan(net, "1:1"))
-    monkeypatch.setattr(data, "_MOST", 0)
+    monkeypatch.setattr(data, "_MAX_BYTES", 0)
     fitted = nmconv.fit(converted, DataLoader(Drawn(0), 8), reference=net, recalibrate=False)
     assert nmconv.get_fit(fitted).converted.loss == 0
     with pytest.raises(nmconv.OptionError, match="gives other images each time"):

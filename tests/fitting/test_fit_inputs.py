@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSample
 from torch.utils.hooks import RemovableHandle
 
 import nmconv
-from nmconv.fitting import api, data
+from nmconv.fitting import api, data, fitter
 from nmconv.searching.budget import budgets_of
 
 
@@ -119,15 +119,15 @@ LOADERS = {
 @pytest.mark.parametrize("loader", LOADERS)
 def test_no_image_is_lost_where_data_is_large(loader, monkeypatch):
     net, x, found = small(), images(160), []
-    for most in (data._MOST, 1):
-        monkeypatch.setattr(data, "_MOST", most)
+    for most in (data._MAX_BYTES, 1):
+        monkeypatch.setattr(data, "_MAX_BYTES", most)
         report = nmconv.get_fit(nmconv.fit(converted(net), LOADERS[loader](x), reference=net))
         found.append((report.images, report.held, [unit.positions for unit in report.units]))
     assert found[0] == found[1] and found[0][:2] == (120, 40)
 
 
 def test_a_loader_that_repeats_images_cannot_be_read_again(monkeypatch):
-    monkeypatch.setattr(data, "_MOST", 1)
+    monkeypatch.setattr(data, "_MAX_BYTES", 1)
     loader = DataLoader(images(40), batch_size=8, collate_fn=lambda parts: torch.stack([*parts, *parts]))
     with pytest.raises(nmconv.OptionError, match="makes 16 images of 8"):
         nmconv.fit(converted(small()), loader, reference=small())
@@ -228,7 +228,7 @@ def test_a_table_whose_folder_is_not_there(tmp_path):
 )
 def test_all_of_it_is_a_part(given, amount, part):
     (budget,) = budgets_of(given, "activations")
-    assert (budget.amount, budget.part) == (amount, part)
+    assert (budget.amount, budget.is_fraction) == (amount, part)
 
 
 def test_several_budgets_are_a_front():
@@ -259,7 +259,7 @@ def test_several_budgets_are_a_front():
 def test_a_budget_out_of_reach_costs_no_fit(monkeypatch):
     net, x = small(), images(16)
     table = nmconv.sensitivity(net, x, quiet=True)
-    monkeypatch.setattr(api, "_Fitting", None)
+    monkeypatch.setattr(api, "Fitter", None)
     with pytest.raises(nmconv.OptionError, match=r"budget=0\.001: .*can be brought to"):
         nmconv.search(net, x, budget=[0.9, 0.001], cost="multiply_adds", sensitivity=table)
 
@@ -380,8 +380,8 @@ def test_interrupted_while_statistics_are_given_back(monkeypatch):
     def interrupted(statistics):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, "give_back", interrupted)
-    monkeypatch.setattr(api._Fitting, "_divergence", lambda self: nmconv.fitting.Divergence(1.0, 1.0))
+    monkeypatch.setattr(fitter, "restore_statistics", interrupted)
+    monkeypatch.setattr(fitter.Fitter, "_divergence", lambda self: nmconv.fitting.Divergence(1.0, 1.0))
     with pytest.raises(KeyboardInterrupt):
         nmconv.fit(model, images(16), reference=net, inplace=True)
     assert equal(before, state_of(model)) and nmconv.get_fit(model) is None

@@ -240,12 +240,12 @@ def test_statistics_that_are_another_norms_too_are_left_alone() -> None:
 
 
 def test_interrupted_the_norms_are_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nmconv.fitting import api
+    from nmconv.fitting import fitter
 
     net = resnet()
     model = nmconv.convert(net, "2:1").train()
     before = as_it_is(model, net)
-    fit_one, done = api._Fitting._fit, []
+    fit_one, done = fitter.Fitter._fit_unit, []
 
     def failing(self: Any, unit: Any) -> Any:
         if len(done) == 2:
@@ -254,7 +254,7 @@ def test_interrupted_the_norms_are_as_they_were(monkeypatch: pytest.MonkeyPatch)
         done.append(fit_one(self, unit))
         return done[-1]
 
-    monkeypatch.setattr(api._Fitting, "_fit", failing)
+    monkeypatch.setattr(fitter.Fitter, "_fit_unit", failing)
     with pytest.raises(KeyboardInterrupt):
         nmconv.fit(model, picture(3, 32, 32, batch=8), reference=net, kernel=3, inplace=True)
     assert [unit.norm for unit in done] == [unit.norm for unit in done if unit.norm]

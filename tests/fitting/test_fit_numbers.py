@@ -24,7 +24,8 @@ import nmconv
 from nmconv.algebra import Geometry
 from nmconv.fitting import samples as samples
 from nmconv.fitting.conjugate_gradients import ConjugateGradients
-from nmconv.fitting.normal_equations import Line, Moments
+from nmconv.fitting.normal_equations import Moments
+from nmconv.fitting.ridge_regression import Coefficients
 
 torch.set_num_threads(1)
 
@@ -517,20 +518,22 @@ def test_both_solvers_give_the_same(groups: int, intercept: bool) -> None:
     direct, passes = samples.UnitSamples(form), ConjugateGradients(batches, form)
     for x, y in batches:
         direct.add(x, y)
-    moments = direct.of((3, 3))
+    moments = direct.regression((3, 3))
     assert isinstance(moments, Moments) and moments.rows == passes.rows == 18 * 42
     weight = torch.randn(groups, 36 // groups, 6 // groups, generator=generator, dtype=torch.float64)
-    start = Line(weight, torch.randn(groups, 6 // groups, generator=generator, dtype=torch.float64))
+    start = Coefficients(weight, torch.randn(groups, 6 // groups, generator=generator, dtype=torch.float64))
     assert passes.error(start) == pytest.approx(moments.error(start), rel=1e-9)
-    for one, two in zip(moments.spread(weight), passes.spread(weight), strict=True):
+    for one, two in zip(moments.output_statistics(weight), passes.output_statistics(weight), strict=True):
         assert_near(one, two, 1e-9)
     ridges = [math.inf, 1.0, 1e-3, 1e-6]
     pairs = zip(
-        moments.lines(start, ridges, intercept=intercept), passes.lines(start, ridges, intercept=intercept), strict=True
+        moments.solutions(start, ridges, fit_intercept=intercept),
+        passes.solutions(start, ridges, fit_intercept=intercept),
+        strict=True,
     )
     for one, two in pairs:
         assert_near(two.weight, one.weight, 1e-6)
-        assert_near(two.constant, one.constant, 1e-6)
+        assert_near(two.intercept, one.intercept, 1e-6)
         assert passes.error(two) == pytest.approx(moments.error(one), rel=1e-6)
 
 
@@ -549,9 +552,9 @@ def test_a_fit_by_conjugate_gradients(kernel: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         ConjugateGradients, "_solver", lambda self, *args: used.append(self.columns) or solver(self, *args)
     )
-    monkeypatch.setattr(samples, "_MOST", 40)  # a 3x3 of four channels has 36 columns
+    monkeypatch.setattr(samples, "_MAX_COLUMNS", 40)  # a 3x3 of four channels has 36 columns
     if kernel != "auto":
-        monkeypatch.setattr(samples, "_MOST", 1)
+        monkeypatch.setattr(samples, "_MAX_COLUMNS", 1)
     passes = nmconv.fit(dropped(net, "5"), x, reference=net, kernel=kernel, recalibrate=False)
     assert set(used) == {None: {27}, "exact": {100}, "auto": {100}, 3: {36}}[kernel]
     assert_near(passes(x), direct(x), 1e-6)

@@ -14,8 +14,7 @@ from test_merge_usage import SHAPES, original
 from torch import nn
 
 import nmconv
-from nmconv.algebra import Geometry, Refusal
-from nmconv.algebra.affine import Affine, compose
+from nmconv.algebra import Affine, Geometry, Refusal, compose
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")

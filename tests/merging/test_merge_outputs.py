@@ -10,7 +10,7 @@ from merge_nets import assert_agree, assert_near, merge, picture, settle
 from torch import nn
 
 import nmconv
-from nmconv.merging.float64_check import check_model_outputs
+from nmconv.merging.numeric_checks import check_model_outputs
 
 
 @dataclasses.dataclass

@@ -14,7 +14,7 @@ from torch import nn
 
 import nmconv
 from nmconv.flow import recordings_of
-from nmconv.recording.nodes import Nodes
+from nmconv.recording.nodes import NodeBuilder
 
 X = torch.rand(2, 4, 16, 16)
 conv = partial(nn.Conv2d, 4, 4, 3, padding=1)
@@ -237,7 +237,7 @@ def test_a_fault_of_the_recorder_is_ours(monkeypatch):
         raise IndexError("a slip")
 
     model = Net(lambda s, x: s.b(s.a(x)))
-    monkeypatch.setattr(Nodes, "bind", fails)
+    monkeypatch.setattr(NodeBuilder, "set_result", fails)
     with pytest.raises(nmconv.InternalError, match=r"bug in nmconv, please report: .*IndexError: a slip"):
         recordings_of(model, X)
     model._forward = lambda s, x: quietly(s, x)

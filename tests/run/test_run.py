@@ -344,7 +344,7 @@ def net():
 )
 def test_names_and_patterns(alone, pattern, name, is_meant):
     models = Models(lambda model: nmconv.get_plan(nmconv.convert(model, inplace=True)), (pattern,))
-    assert (nmconv.get_plan(models.built(name, net())) is not None) == is_meant
+    assert (nmconv.get_plan(models.on_built(name, net())) is not None) == is_meant
 
 
 def test_training_that_begins_before_a_model_is_converted_is_said_once(alone, capsys):
@@ -354,7 +354,7 @@ def test_training_that_begins_before_a_model_is_converted_is_said_once(alone, ca
     steps.step()
     steps.step()
     assert capsys.readouterr().err.count("warning: training has begun, and no model was converted") == 1
-    models.built("net", model)
+    models.on_built("net", model)
     assert not optimizer._global_optimizer_pre_hooks
 
 

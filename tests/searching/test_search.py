@@ -15,11 +15,11 @@ from torchvision.models.resnet import BasicBlock
 
 import nmconv
 from nmconv.fitting import read_images
-from nmconv.searching import api, cost
+from nmconv.searching import cost, joint_search
 from nmconv.searching.ablation import Ablation
 from nmconv.searching.budget import budgets_of
-from nmconv.searching.candidates import SearchSpace
 from nmconv.searching.pareto import Option, choose, frontier
+from nmconv.searching.search_space import SearchSpace
 from nmconv.timing import Timing
 
 
@@ -144,7 +144,7 @@ def test_a_candidate_measured_alone_is_what_surgery_makes_of_it(net, images):
     assert len(merged) > 5
     for segment in merged[::2]:
         size = segment.sizes()[0]
-        (found,) = alone.merged(segment, [size])
+        (found,) = alone.measure_merged(segment, [size])
         plan = network.plan_of([(segment, "x".join(map(str, size)))])
         model = nmconv.fit(nmconv.apply_plan(net, plan), images, reference=net, recalibrate=False)
         report = nmconv.get_fit(model)
@@ -171,7 +171,7 @@ def test_a_branch_that_goes_is_what_surgery_makes_of_it(net, images):
             one, two = model(held).double().log_softmax(1), net(held).double().log_softmax(1)
         assert not called
         loss = float((two.exp() * (two - one)).sum() / len(held))
-        assert alone.gone(segment).divergence.loss == pytest.approx(loss, rel=1e-4, abs=1e-7)
+        assert alone.measure_removed(segment).divergence.loss == pytest.approx(loss, rel=1e-4, abs=1e-7)
         counts = plan.counts
         assert counts.activations_before - counts.activations_after == segment.activations > 0
         again = nmconv.Plan.from_json(plan.to_json())
@@ -221,7 +221,7 @@ def test_a_table_goes_to_a_file_and_back_and_is_resumed(net, images, table, tmp_
     path = tmp_path / "table.json"
     from nmconv.searching import measure_candidates
 
-    real, count = measure_candidates._rows, 0
+    real, count = measure_candidates._candidates_of, 0
 
     def failing(*args):
         nonlocal count
@@ -230,12 +230,12 @@ def test_a_table_goes_to_a_file_and_back_and_is_resumed(net, images, table, tmp_
             raise KeyboardInterrupt
         yield from real(*args)
 
-    monkeypatch.setattr(measure_candidates, "_rows", failing)
+    monkeypatch.setattr(measure_candidates, "_candidates_of", failing)
     with pytest.raises(KeyboardInterrupt):
         nmconv.sensitivity(net, images, quiet=True, path=path)
     part = nmconv.Sensitivity.load(path)
     assert part.candidates and not part.complete
-    monkeypatch.setattr(measure_candidates, "_rows", real)
+    monkeypatch.setattr(measure_candidates, "_candidates_of", real)
     whole = nmconv.sensitivity(net, images, quiet=True, path=path)
     assert whole.complete
     assert [(one.convs, one.size) for one in whole.candidates] == [(one.convs, one.size) for one in table.candidates]
@@ -337,7 +337,7 @@ def test_latency_is_measured(net, images):
 )
 def test_a_budget_with_its_unit(given, seconds):
     (budget,) = budgets_of(given, "latency")
-    assert budget.of(0.5) == pytest.approx(seconds, rel=1e-12) and not budget.part
+    assert budget.of(0.5) == pytest.approx(seconds, rel=1e-12) and not budget.is_fraction
     assert budgets_of(budget.named(), "latency")[0].amount == budget.amount  # as it is written in a plan
 
 
@@ -394,9 +394,9 @@ def test_savings_that_do_not_add_up(net, images, table, part, monkeypatch):
     def measure(self, chosen):
         saved = part * sum(self._candidates[at].saves("multiply_adds") for at in chosen)
         tried.append(1 - saved / self._total)
-        return api._Whole(chosen, self.plan_of(chosen), 1.0 * len(chosen), self._total - saved)
+        return joint_search.MeasuredChoice(chosen, self.plan_of(chosen), 1.0 * len(chosen), self._total - saved)
 
-    monkeypatch.setattr(api._Search, "_measure", measure)
+    monkeypatch.setattr(joint_search.JointSearch, "_measure", measure)
     options = {"cost": "multiply_adds", "sensitivity": table, "rounds": 2}
     if part == 0.02:
         with pytest.raises(nmconv.OptionError, match=r"came to 0\.9\d+ of its multiply_adds"):
@@ -419,9 +419,9 @@ def test_one_disturbed_measurement_does_not_ask_for_everything(net, images, tabl
         promised = sum(self._candidates[at].saves("multiply_adds") for at in chosen)
         saved.append(promised)
         found = promised if len(saved) > 1 else lie * promised
-        return api._Whole(chosen, self.plan_of(chosen), 1.0 * len(chosen), self._total - found)
+        return joint_search.MeasuredChoice(chosen, self.plan_of(chosen), 1.0 * len(chosen), self._total - found)
 
-    monkeypatch.setattr(api._Search, "_measure", measure)
+    monkeypatch.setattr(joint_search.JointSearch, "_measure", measure)
     plan = nmconv.search(net, images, budget=0.9, cost="multiply_adds", sensitivity=table)
     options = [Option(one.first, one.last, 0.0, one.saves("multiply_adds")) for one in table.candidates]
     assert saved[0] < saved[1] < 2 * saved[0] < frontier(options)[-1][1]
@@ -433,9 +433,9 @@ def test_the_whole_is_compared_round_by_round(net, images, monkeypatch):
     times = [Timing((1.0, 1.0, 9.0, 9.0, 9.0)), Timing((0.5, 0.5, 4.5, 4.5, 4.5))]
     monkeypatch.setattr(cost, "interleaved", lambda runners, **_: times[: len(runners)])
     watch = cost.Stopwatch(None, images[:1], "eager")
-    assert watch.faster(net, net) == pytest.approx(2.0)
+    assert watch.speedup(net, net) == pytest.approx(2.0)
     times[1] = Timing((0.5, 0.5, 0.5, 4.5, 4.5))  # 9 over 0.5 by the medians
-    assert watch.faster(net, net) == pytest.approx(2.0)
+    assert watch.speedup(net, net) == pytest.approx(2.0)
 
 
 def test_a_loss_of_ones_own(net, images):
@@ -461,7 +461,7 @@ def test_a_loss_of_ones_own(net, images):
         {"rounds": 0},
         {"form": "both"},
         {"form": "factors", "cost": "multiply_adds"},
-        {"most": 0},
+        {"max_convs": 0},
         {"holdout": 0},
     ],
 )

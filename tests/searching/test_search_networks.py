@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import nmconv
-from nmconv.searching import candidates
+from nmconv.searching.search_space import SearchSpace
 
 timm_resnet = pytest.importorskip("timm.models.resnet")
 
@@ -116,7 +116,7 @@ def images():
 def test_every_choice_can_be_done(make, images):
     net = built(make)
     table = nmconv.sensitivity(net, images, quiet=True)
-    network = candidates.SearchSpace(net, images[:1], 6)
+    network = SearchSpace(net, images[:1], 6)
     segments = {(part.convs, part.residual is not None): part for part in network.segments}
     assert len(table.candidates) > 5
     for one in table.candidates:
@@ -149,7 +149,7 @@ def test_a_branch_that_goes_leaves_no_shared_memory_to_overwrite(last, images):
     net = built(lambda: Forked(last))
     table = nmconv.sensitivity(net, images, quiet=True, max_convs=2)
     (one,) = [one for one in table.candidates if one.size == "none"]
-    network = candidates.SearchSpace(net, images[:1], 2)
+    network = SearchSpace(net, images[:1], 2)
     (part,) = [part for part in network.segments if part.residual]
     model = nmconv.apply_plan(net, network.plan_of([(part, "")]))
     x = net.stem(images)
@@ -171,7 +171,7 @@ def test_timms_branches_can_go_and_the_rest_trains(block, inplace, images):
     net = settled(net)
     table = nmconv.sensitivity(net, images, quiet=True, max_convs=2)
     assert any(one.size == "none" and one.convs[0] == "layer1.1.conv1" for one in table.candidates)
-    network = candidates.SearchSpace(net, images[:1], 2)
+    network = SearchSpace(net, images[:1], 2)
     (part,) = [part for part in network.segments if part.residual and part.convs[0] == "layer1.1.conv1"]
     model = nmconv.apply_plan(net, network.plan_of([(part, "")]))
     assert set(model.state_dict()) == set(net.state_dict())
@@ -216,9 +216,9 @@ def test_tables_of_something_else_are_refused(tmp_path, images):
     def loss(output, wanted):
         return (output - wanted).square().mean()
 
-    for changed, options in ((other, {}), (net, {"loss": loss}), (net, {"most": 2}), (net, {"form": "factors"})):
+    for changed, options in ((other, {}), (net, {"loss": loss}), (net, {"max_convs": 2}), (net, {"form": "factors"})):
         with pytest.raises(nmconv.FileError, match="was measured with"):
-            nmconv.sensitivity(changed, images, path=path, quiet=True, **{"most": 3, **options})
+            nmconv.sensitivity(changed, images, path=path, quiet=True, **{"max_convs": 3, **options})
     small = images[:, :, :8, :8]
     kept = {"budget": 0.7, "cost": "multiply_adds", "quiet": True, "sensitivity": table}
     for changed, x, options in (
@@ -309,7 +309,7 @@ def test_images_without_statistics_are_fitted_all_the_same():
 def test_kernels_that_are_too_large_to_fit_at_once_are_left_out(images, monkeypatch):
     net = built(act_before_norm)
     every = nmconv.sensitivity(net, images, quiet=True, backend="eager", max_convs=2)
-    monkeypatch.setattr("nmconv.fitting.samples._MOST", 100)
+    monkeypatch.setattr("nmconv.fitting.samples._MAX_COLUMNS", 100)
     some = nmconv.sensitivity(net, images, quiet=True, backend="eager", max_convs=2)
     sizes = [{one.size for one in table.candidates if one.convs == ("3", "6")} for table in (every, some)]
     assert sizes == [{"1x1", "3x3", "5x5"} & sizes[0], {"1x1", "3x3"}] and "5x5" in sizes[0]

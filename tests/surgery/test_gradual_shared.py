@@ -38,13 +38,13 @@ def test_the_witness_sees_a_wrong_site_being_mixed(monkeypatch):
     """The activation of another slot goes: what is mixed is not what the plan says."""
     from nmconv.surgery.apply import Surgery
 
-    genuine, shared = Surgery._begin, nn.ReLU()
+    genuine, shared = Surgery._prepare_gradual_swap, nn.ReLU()
     net = nn.Sequential(conv(3), shared, conv(), shared, conv(), nn.ReLU())
 
     def begin(self, act, holder, slot, call):
         genuine(self, act, holder, "1", call)
 
-    monkeypatch.setattr(Surgery, "_begin", begin)
+    monkeypatch.setattr(Surgery, "_prepare_gradual_swap", begin)
     with pytest.raises(nmconv.WitnessError):
         nmconv.convert(net, "2:1", keep="first", gradual=True, example_inputs=X)
 

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 import nmconv
-from nmconv.bench.count import network
-from nmconv.bench.models import settle_norms
-from nmconv.merging import api
+from nmconv.bench.count import network_size
+from nmconv.bench.models import randomize_norms
+from nmconv.merging import merger
 from nmconv.timing import interleaved, ratios, runner
 from zoo import models as zoo
 
@@ -44,7 +44,7 @@ def measure(original: nn.Module, folded: nn.Module, image: Tensor, ratio: str, b
     count = sum(len(merge.convs) > 1 or bool(merge.sums) for merge in merges)
     if not count:
         return {"merges": 0}
-    convs = [network(module, image, 0).convs for module in (folded, merged)]
+    convs = [network_size(module, image, 0).convs for module in (folded, merged)]
     runners = [runner(module, (image,), backend) for module in (folded, merged)]
     found = interleaved(runners, rounds=rounds, seconds=0.05)
     gain = ratios(*found)
@@ -57,7 +57,7 @@ def rows_of(name: str, asked: Sequence[str], backend: str, rounds: int) -> list[
     torch.manual_seed(0)
     original = zoo.build(f"timm/{name}").eval()
     size = original.pretrained_cfg["input_size"]
-    settle_norms(original, torch.randn(2, *size))
+    randomize_norms(original, torch.randn(2, *size))
     image = torch.randn(1, *size)
     folded = nmconv.fold_norms(original)
     rows = []
@@ -103,7 +103,7 @@ def main() -> None:
                 file.write(json.dumps(rows[-1]) + "\n")
             print(rows[-1], flush=True)
 
-    with unittest.mock.patch.object(api, "check_segment", lambda *_, **__: None):
+    with unittest.mock.patch.object(merger, "check_segment", lambda *_, **__: None):
         if options.again:
             below = sorted({(row["name"], row["ratio"]) for row in rows if row.get("median", 1) < 0.98})
             for name, ratio in below * options.again:

@@ -1,0 +1,114 @@
+"""Linear runs cut into the pieces that are fitted one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from nmconv.finding import DefUse, Element, Join, steps_of, without_end
+from nmconv.planning import Kernel
+
+__all__ = ["convs_of", "pieces_of", "without_last_sum"]
+
+Piece = tuple[tuple[Element, ...], Kernel | None]
+
+
+def pieces_of(
+    elements: tuple[Element, ...], kernels: Mapping[tuple[str, ...], Kernel], reference_uses: DefUse
+) -> Iterator[Piece]:
+    """Cut a run where named kernels begin and end, and where the reference has no activation either.
+
+    The more places there are at which the reference gives a target, the less error each fit has to compensate for.
+
+    Args:
+        elements: The run, its sums numbered as in the reference.
+        kernels: The plan's kernels, by their convolutions.
+        reference_uses: The reference's data flow.
+    """
+    blocks = list(_blocks(elements))
+    pending: list[Element] = []
+    at = 0
+    while at < len(blocks):
+        end = _end_of_kernel(blocks, at, kernels)
+        branches = [] if end else _branches_with_kernels(blocks[at], kernels)
+        if end:
+            yield from _trimmed(pending, None)
+            pending = []
+            covered = [element for block in blocks[at:end] for element in block]
+            yield from _trimmed(covered, kernels[convs_of(covered)])
+            at = end
+            continue
+        if branches:
+            yield from _trimmed(pending, None)
+            pending = []
+            for branch in branches:
+                yield from pieces_of(branch, kernels, reference_uses)
+        else:
+            pending += blocks[at]
+            if not _precedes_activation(pending, reference_uses):
+                yield from _trimmed(pending, None)
+                pending = []
+        at += 1
+    yield from _trimmed(pending, None)
+
+
+def without_last_sum(elements: tuple[Element, ...]) -> tuple[Element, ...]:
+    """Cut off a final sum of which only one branch has convolutions: the run ends with that branch then."""
+    while isinstance(elements[-1], Join):
+        branches = [branch for branch in elements[-1].branches if convs_of(branch)]
+        if len(branches) != 1:
+            return elements
+        elements = tuple(without_end((*elements[:-1], *branches[0])))
+    return elements
+
+
+def convs_of(elements: Iterable[Element]) -> tuple[str, ...]:
+    """Return the qualified names of the elements' convolutions, in order of execution."""
+    return tuple(step.name for step in steps_of(elements) if step.kind == "conv")
+
+
+def _blocks(elements: tuple[Element, ...]) -> Iterator[list[Element]]:
+    """Yield each convolution or sum with the norms and other steps behind it."""
+    block: list[Element] = []
+    for element in elements:
+        if convs_of([element]) and convs_of(block):
+            yield block
+            block = []
+        block.append(element)
+    yield block
+
+
+def _end_of_kernel(blocks: list[list[Element]], start: int, kernels: Mapping[tuple[str, ...], Kernel]) -> int | None:
+    """Return the end of the blocks, from ``start`` on, for which a kernel is named, or None."""
+    convs: tuple[str, ...] = ()
+    for end in range(start, len(blocks)):
+        convs += convs_of(blocks[end])
+        if convs in kernels:
+            return end + 1
+    return None
+
+
+def _branches_with_kernels(
+    block: list[Element], kernels: Mapping[tuple[str, ...], Kernel]
+) -> list[tuple[Element, ...]]:
+    """Return the branches of the block's sums if a kernel is named for a part of one."""
+    branches = [branch for element in block if isinstance(element, Join) for branch in element.branches]
+    named = any(set(convs) <= set(convs_of(branch)) for convs in kernels for branch in branches)
+    return branches if named else []
+
+
+def _precedes_activation(elements: list[Element], reference_uses: DefUse) -> bool:
+    """Return whether the reference has an activation in or behind the last block, possibly behind sums."""
+    *_, block = _blocks(tuple(elements))
+    try:
+        return any(use.kind == "act" for element in block if not element.quiet for use in reference_uses.after(element))
+    except KeyError:
+        return True
+
+
+def _trimmed(elements: list[Element], kernel: Kernel | None) -> Iterator[Piece]:
+    """Yield the piece from its first convolution on, without trailing identities and dropout, if anything is left."""
+    while elements and not convs_of(elements[:1]):
+        elements = elements[1:]
+    kept = tuple(without_end(elements))
+    if kept:
+        yield kept, kernel

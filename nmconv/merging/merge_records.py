@@ -1,0 +1,102 @@
+"""A chosen segment as a record: which module takes the merged convolution, and what happens to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from torch import nn
+
+from nmconv.finding import Element, Join, steps_of, text_of
+from nmconv.merging.nodes import Node
+from nmconv.merging.partitioning import Segment
+from nmconv.merging.report import Merge
+from nmconv.planning import Sum
+
+__all__ = ["norms_behind", "record", "trains"]
+
+
+def record(segment: Segment, trainable: bool, live: bool) -> Merge:
+    """Return the merge of a segment as plain data.
+
+    Args:
+        segment: What is merged.
+        trainable: Whether the parameters of the merged convolution require gradients.
+        live: Whether its kernel is computed from the factors in each call.
+    """
+    roles = _Roles(segment.nodes)
+    assert roles.head
+    return Merge(
+        head=roles.head,
+        convs=segment.convs,
+        geometry=segment.geometry,
+        removed=tuple(roles.removed),
+        sums=tuple(roles.sums),
+        trainable=trainable,
+        live=live,
+        factors=text_of(node.element for node in segment.nodes) if live else "",
+    )
+
+
+def trains(named: Callable[[str], nn.Module], names: Iterable[str]) -> bool:
+    """Return whether any parameter of these modules requires gradients, without those of their children."""
+    modules = map(named, names)
+    return any(value.requires_grad for module in modules for value in module.parameters(recurse=False))
+
+
+def norms_behind(segment: Segment) -> tuple[str, ...]:
+    """Return the norms that the merged convolution's output passes through, in order of execution."""
+    return tuple(_Roles(segment.nodes).norms_behind)
+
+
+class _Roles:
+    """The roles of a segment's modules and sums.
+
+    Args:
+        nodes: Of the segment.
+
+    Attributes:
+        head: The module whose place the merged convolution takes.
+        removed: All other modules that are not identities.
+        norms_behind: Those of them that are norms on the path from the head to the output.
+        sums: The additions that are removed, innermost first.
+    """
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self.head = ""
+        self.removed: list[str] = []
+        self.norms_behind: list[str] = []
+        self.sums: list[Sum] = []
+        self._add(nodes)
+
+    def _add(self, nodes: Sequence[Node]) -> None:
+        for node in nodes:
+            element = node.element
+            if isinstance(element, Join):
+                self._add_join(element, node)
+            elif element.kind == "conv" and not self.head:
+                self.head = element.name
+            elif element.kind != "pass":
+                self.removed.append(element.name)
+                if element.kind == "norm" and self.head:
+                    self.norms_behind.append(element.name)
+
+    def _add_join(self, join: Join, node: Node) -> None:
+        if self.head:  # the merged value comes in: it leaves by the shortest branch, the identity if there is one
+            keep = min((0, 1), key=lambda index: len(join.branches[index]))
+        else:  # the merged value is computed in the first branch with a convolution
+            keep = [any(step.kind == "conv" for step in steps_of(branch)) for branch in join.branches].index(True)
+        self._add(node.branches[keep])
+        dropped = join.branches[1 - keep]
+        self.removed += [step.name for step in steps_of(dropped) if step.kind != "pass"]
+        self.sums += [Sum(inner.owner, inner.label, inner.number, 0) for inner in _sums_in(dropped, join.owner)]
+        self.sums.append(Sum(join.owner, join.label, join.number, keep))
+
+
+def _sums_in(elements: Iterable[Element], owner: str) -> Iterator[Join]:
+    """Yield the sums in a branch that its owner's forward computes, innermost first."""
+    for element in elements:
+        if isinstance(element, Join):
+            for branch in element.branches:
+                yield from _sums_in(branch, owner)
+            if element.owner == owner:
+                yield element

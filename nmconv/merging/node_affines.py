@@ -1,0 +1,117 @@
+"""Nodes of a run as one convolution with its weights, exactly or away from the border only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+from nmconv.algebra import (
+    Affine,
+    Geometry,
+    Refusal,
+    affine_in_double,
+    compose,
+    composed,
+    identity,
+    join,
+    joined,
+    of_average,
+    of_identity,
+)
+from nmconv.finding import Join
+from nmconv.merging.nodes import Node
+
+__all__ = ["ToAffine", "affine_of_nodes", "interior_affine", "interior_geometry"]
+
+ToAffine: TypeAlias = Callable[[nn.Module, str, Geometry], Affine]  # from a module, its kind and its geometry
+
+
+def affine_of_nodes(
+    nodes: Sequence[Node],
+    module: Callable[[str], nn.Module],
+    to_affine: ToAffine,
+    like: Tensor,
+    channels: int,
+    rank: int,
+    *,
+    exact: bool = True,
+) -> Affine:
+    """Return consecutive nodes as one convolution.
+
+    Args:
+        nodes: Of a run or of a branch of one.
+        module: Returns the module of a qualified name.
+        to_affine: Reads one module as an affine map.
+        like: A tensor with the dtype and device of identities and pools.
+        channels: Number of input channels.
+        rank: Number of spatial axes.
+        exact: If False, equality holds away from the border only; padding and output sizes are right all the same.
+
+    Raises:
+        Refusal: If there is no such convolution, with the reason.
+    """
+    parts: list[Affine] = []
+    for node in nodes:
+        element = node.element
+        width = parts[-1].geometry.out_channels if parts else channels
+        if isinstance(element, Join):
+            _check_rewritable(element)
+            branches = [
+                affine_of_nodes(branch, module, to_affine, like, width, rank, exact=exact) for branch in node.branches
+            ]
+            parts.append(join(branches))
+        elif isinstance(node.geometry, Refusal):
+            raise node.geometry
+        elif element.kind == "pad":
+            parts.append(Affine(node.geometry, of_identity(like, width, rank).weight, diagonal=True))
+        elif element.kind == "pool":
+            parts.append(of_average(like, node.geometry))
+        elif not element.quiet:
+            parts.append(to_affine(module(element.name), element.kind, node.geometry))
+    return reduce(partial(compose, exact=exact), parts) if parts else of_identity(like, channels, rank)
+
+
+def interior_affine(
+    nodes: Sequence[Node], module: Callable[[str], nn.Module], channels: int, rank: int, like: Tensor
+) -> Affine:
+    """Return the nodes as one convolution in float64 that equals them away from the border, as if padding were hoisted.
+
+    Args:
+        nodes: Of a run or of a branch of one.
+        module: Returns the module of a qualified name.
+        channels: Number of input channels.
+        rank: Number of spatial axes.
+        like: A tensor with the device of the result.
+
+    Raises:
+        Refusal: If there is none, with the reason.
+    """
+    return affine_of_nodes(nodes, module, affine_in_double, like, channels, rank, exact=False)
+
+
+def interior_geometry(nodes: Sequence[Node], channels: int, rank: int) -> Geometry:
+    """Return the geometry of :func:`interior_affine`, without computing weights.
+
+    Raises:
+        Refusal: If there is none, with the reason.
+    """
+    total = identity(channels, rank)
+    for node in nodes:
+        if isinstance(node.element, Join):
+            _check_rewritable(node.element)
+            part = joined([interior_geometry(branch, total.out_channels, rank) for branch in node.branches])
+        elif isinstance(node.geometry, Refusal):
+            raise node.geometry
+        else:
+            part = node.geometry
+        total = composed(total, part, exact=False)
+    return total
+
+
+def _check_rewritable(join: Join) -> None:
+    """Raise Refusal if the forward that computes the sum cannot be rewritten."""
+    if join.why:
+        raise Refusal(f"{join.owner or 'the model'}: {join.why}")

@@ -1,0 +1,203 @@
+"""The elements of a linear run with their geometries, sizes and multiply-adds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from nmconv.algebra import Geometry, Refusal, check_hooks, composed, geometry_of, identity, joined
+from nmconv.finding import Element, Join, Step, steps_of
+
+__all__ = ["Node", "conv_names", "geometry_of_nodes", "nodes_of", "refuse_all"]
+
+
+@dataclass(eq=False)
+class Node:
+    """An element of a run with its numbers.
+
+    Attributes:
+        element: The module or the sum of branches.
+        geometry: Its geometry as one convolution, or the reason why it has none.
+        sizes: Spatial extents of its input.
+        result: Spatial extents of its output.
+        own_cost: Multiply-adds if it stays as it is; for a sum those of the addition only.
+        branches: The branches of a sum.
+    """
+
+    element: Element
+    geometry: Geometry | Refusal
+    sizes: tuple[int, ...]
+    result: tuple[int, ...]
+    own_cost: int
+    branches: tuple[tuple[Node, ...], ...] = ()
+
+    @property
+    def convs(self) -> tuple[str, ...]:
+        """Qualified names of its convolutions, in order of execution."""
+        return conv_names([self.element])
+
+    @property
+    def cost(self) -> int:
+        """Multiply-adds of everything in it."""
+        return self.own_cost + sum(node.cost for branch in self.branches for node in branch)
+
+
+def conv_names(elements: Iterable[Element]) -> tuple[str, ...]:
+    """Return the qualified names of all convolutions in the elements, in order of execution."""
+    return tuple(step.name for step in steps_of(elements) if step.kind == "conv")
+
+
+def refuse_all(nodes: Sequence[Node], reason: Refusal) -> None:
+    """Mark all nodes, those of branches too, as having no geometry."""
+    for node in nodes:
+        node.geometry = reason
+        for branch in node.branches:
+            refuse_all(branch, reason)
+
+
+def geometry_of_nodes(nodes: Sequence[Node], channels: int, rank: int) -> Geometry:
+    """Return the geometry of consecutive nodes as one convolution.
+
+    Args:
+        nodes: The nodes; no nodes are an identity.
+        channels: Number of input channels of an identity.
+        rank: Number of spatial axes of an identity.
+
+    Raises:
+        Refusal: If they cannot be one convolution.
+    """
+    parts = []
+    for node in nodes:
+        if isinstance(node.geometry, Refusal):
+            raise node.geometry
+        parts.append(node.geometry)
+    return reduce(composed, parts) if parts else identity(channels, rank)
+
+
+def nodes_of(
+    named: Callable[[str], nn.Module],
+    elements: Iterable[Element],
+    channels: int | None,
+    sizes: tuple[int, ...],
+    padding: Callable[[str, Geometry], Geometry],
+    refused: Mapping[str, str],
+) -> tuple[Node, ...]:
+    """Return the nodes of consecutive elements.
+
+    Args:
+        named: Returns the model's module of a qualified name.
+        elements: Of a run.
+        channels: Number of input channels, or None to read it off the first convolution or norm.
+        sizes: Spatial extents of the input.
+        padding: Returns a convolution's geometry before its padding was hoisted, from its name and geometry.
+        refused: By owner of a sum, the reason why its forward cannot be rewritten.
+    """
+    elements = tuple(elements)
+    if channels is None:
+        channels = _input_channels(named, elements)
+    nodes = []
+    for element in elements:
+        if isinstance(element, Step):
+            node = _node_of_step(named, element, channels or 0, sizes, padding)
+        else:
+            node = _node_of_join(named, element, channels or 0, sizes, padding, refused)
+        nodes.append(node)
+        sizes = node.result
+        if isinstance(node.geometry, Geometry):
+            channels = node.geometry.out_channels
+        elif node.convs:  # the last convolution's; all branches of a sum have the same number
+            channels = getattr(named(node.convs[-1].partition(":")[0]), "out_channels", channels)
+    return tuple(nodes)
+
+
+def _node_of_step(
+    named: Callable[[str], nn.Module],
+    step: Step,
+    channels: int,
+    sizes: tuple[int, ...],
+    padding: Callable[[str, Geometry], Geometry],
+) -> Node:
+    rank = len(sizes)
+    if step.quiet:
+        try:
+            check_hooks(named(step.name), step.name)
+        except Refusal as refusal:
+            return Node(step, refusal, sizes, sizes, 0)
+        return Node(step, identity(channels, rank), sizes, sizes, 0)
+    try:
+        if ":" in step.name:
+            raise Refusal(step.why)
+        module = named(step.name)
+        geometry: Geometry | Refusal = geometry_of(module, step.kind, channels, rank)
+    except Refusal as refusal:
+        return Node(step, Refusal(f"{step.name}: {refusal}"), sizes, sizes, 0)
+    assert isinstance(geometry, Geometry)
+    before = padding(step.name, geometry)
+    result = _output_sizes(before, sizes)
+    cost = geometry.weights * math.prod(result) if step.kind == "conv" else 0
+    if step.kind == "norm":
+        cost = channels * math.prod(result)
+    try:
+        if step.why:
+            raise Refusal(step.why)
+        if geometry.rank != rank or geometry.in_channels != channels:
+            raise Refusal(f"it takes {geometry.in_channels} channels where {channels} come")
+        check_hooks(module, step.name)
+    except Refusal as refusal:
+        geometry = Refusal(f"{step.name}: {refusal}")
+    return Node(step, geometry, sizes, result, cost)
+
+
+def _node_of_join(
+    named: Callable[[str], nn.Module],
+    join: Join,
+    channels: int,
+    sizes: tuple[int, ...],
+    padding: Callable[[str, Geometry], Geometry],
+    refused: Mapping[str, str],
+) -> Node:
+    branches = tuple(nodes_of(named, branch, channels, sizes, padding, refused) for branch in join.branches)
+    results = {branch[-1].result if branch else sizes for branch in branches}
+    result = next(iter(results))
+    width = channels
+    try:
+        why = join.why or refused.get(join.owner)
+        if why:
+            raise Refusal(f"{join.owner or 'the model'}: {why}")
+        parts = [geometry_of_nodes(branch, channels, len(sizes)) for branch in branches]
+        geometry: Geometry | Refusal = joined(parts)
+        width = parts[0].out_channels
+    except Refusal as refusal:
+        geometry = refusal
+    return Node(join, geometry, sizes, result, width * math.prod(result), branches)
+
+
+def _input_channels(named: Callable[[str], nn.Module], elements: Iterable[Element]) -> int | None:
+    """Return the number of input channels of the first convolution or norm."""
+    for element in elements:
+        if isinstance(element, Join):
+            for branch in element.branches:
+                channels = _input_channels(named, branch)
+                if channels is not None:
+                    return channels
+        elif ":" not in element.name and element.kind in ("conv", "norm"):
+            module = named(element.name)
+            if isinstance(module, _ConvNd):
+                return module.in_channels
+            mean = getattr(module, "running_mean", None)
+            return getattr(module, "num_features", None) if mean is None else len(mean)
+    return None
+
+
+def _output_sizes(geometry: Geometry, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the spatial extents of the output, each at least 1."""
+    pads = geometry.pads(sizes)
+    return tuple(
+        max((size + left + right - extent) // step + 1, 1)
+        for size, (left, right), extent, step in zip(sizes, pads, geometry.extent, geometry.stride, strict=True)
+    )

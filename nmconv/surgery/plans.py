@@ -1,0 +1,185 @@
+"""Drawing up a plan for a model, and resolving a plan to the changes that it makes to a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from nmconv.errors import NoSitesError, PlanError
+from nmconv.finding import copied_sums, fingerprint, flows_of, read
+from nmconv.flow import registered_names, signature_of, takes_by_forward
+from nmconv.planning import Changes, Hoist, Options, Plan, Signature, Structure, changes_of, draw_up
+from nmconv.recording import Recordings
+from nmconv.surgery.apply import MethodCache, Surgery
+from nmconv.surgery.hoist import find_hoists
+from nmconv.surgery.working_copy import outline_of
+
+__all__ = ["ResolvedPlan", "draft_plan", "hoists_after", "resolve_plan"]
+
+
+@dataclass(frozen=True)
+class ResolvedPlan:
+    """What a plan does to a model.
+
+    Attributes:
+        changes: The changes.
+        takes: The argument structure of each forward from which a sum is removed, by the module's qualified name.
+    """
+
+    changes: Changes
+    takes: Mapping[str, str] = field(default_factory=dict)
+
+
+def resolve_plan(model: nn.Module, plan: Plan, recordings: Recordings) -> ResolvedPlan:
+    """Return what a plan does to a model, found in the model's recordings.
+
+    Raises:
+        PlanError: If the plan is for another model, or changes something that this one does not have.
+    """
+    missing = [pair for pair in plan.registered if pair not in registered_names(model)]
+    for name, kind in missing[:1]:
+        raise PlanError(
+            f"the plan was made with {name} registered as {kind!r}, which it is not here, or the model has none: call "
+            f"nmconv.register({name.rpartition('.')[2]}, {kind!r}) first"
+        )
+    structure = read(model, recordings, linear=plan.linear)
+    model_fingerprint = fingerprint(model, structure)
+    if model_fingerprint != plan.fingerprint:
+        raise PlanError(
+            f"this plan is for a {plan.model} with fingerprint {plan.fingerprint}, the model is a "
+            f"{type(model).__name__} with {model_fingerprint}: other layers, or a forward that does something else "
+            "with them; make a plan for this model with nmconv.make_plan"
+        )
+    for kernel in plan.kernels:
+        for name in kernel.convs:
+            try:
+                model.get_submodule(name.partition(":")[0])
+            except AttributeError as error:
+                raise PlanError(f"the model has no module {name!r} of which the plan makes a kernel") from error
+    if not plan.branches:
+        return ResolvedPlan(changes_of(plan, structure))
+    sums = [branch.sum for branch in plan.branches]
+    flows = [flow for training in (False, True) for flow in flows_of(model, recordings, training=training)]
+    copied = copied_sums(flows, sums)
+    return ResolvedPlan(changes_of(plan, structure, copied), takes_by_forward(flows, [each.owner for each in sums]))
+
+
+def draft_plan(
+    model: nn.Module,
+    options: Options,
+    example_inputs: Any,
+    recordings: Recordings,
+    call: Signature | None = None,
+) -> tuple[Plan, ResolvedPlan, MethodCache]:
+    """Draw up a plan for a model.
+
+    Returns:
+        The plan, hoists included; what it does to the model; and the methods rewritten to find that out.
+
+    Raises:
+        NoSitesError: If no activation belongs to a convolution.
+    """
+    structure = read(model, recordings, linear=options.linear)
+    plan, cache = _feasible_plan(model, structure, options)
+    plan = replace(plan, call=signature_of(model, recordings), registered=registered_names(model))
+    if options.hoist:
+        resolved = ResolvedPlan(changes_of(plan, structure))
+        plan = replace(plan, hoists=hoists_after(model, resolved, cache, example_inputs, call))
+    return plan, ResolvedPlan(changes_of(plan, structure)), cache
+
+
+def hoists_after(
+    model: nn.Module, resolved: ResolvedPlan, cache: MethodCache, example_inputs: Any, call: Signature | None
+) -> tuple[Hoist, ...]:
+    """Return the hoists that are possible, and those that are not, once the other changes of a plan are made."""
+    outline = outline_of(model)
+    Surgery(outline, replace(resolved.changes, hoists=()), cache, resolved.takes).commit()
+    return find_hoists(outline, example_inputs, call)
+
+
+def _feasible_plan(model: nn.Module, structure: Structure, options: Options) -> tuple[Plan, MethodCache]:
+    """Return a plan that keeps each activation whose method cannot be rewritten, and the methods rewritten for it."""
+    if not any(item.act is not None for chain in structure.chains for item in chain.items):
+        raise NoSitesError(_no_sites_message(structure, options.linear))
+    model_fingerprint = fingerprint(model, structure)
+    locked: dict[int, str] = {}  # maps indices of activations that must stay to the reasons
+    cache: MethodCache = {}
+    while True:
+        plan = draw_up(structure, options, model_fingerprint, locked)
+        changes = changes_of(plan, structure)
+        failures = Surgery(model, changes, cache, {}).failures()
+        if not failures:
+            break
+        for index, change in enumerate(changes.calls):
+            call, place = change.call, change.place
+            methods = [(call.owner, call.method)] if call.how == "rewrite" and change.action != "keep" else []
+            methods += [(place.owner, place.method)] if place is not None else []
+            for method in methods:
+                if method in failures:
+                    locked[index] = str(failures[method])
+    all_dropped = _drop_in_untouched_methods(changes)
+    if all_dropped is None:
+        return plan, cache
+    # Lock what cannot be dropped even if the plan keeps it, so that users who edit the plan see that.
+    failures = Surgery(model, all_dropped, {}, {}).failures()
+    for index, change in enumerate(changes.calls):
+        call = change.call
+        if change.action == "keep" and (call.owner, call.method) in failures and call.how == "rewrite":
+            locked[index] = str(failures[call.owner, call.method])
+    return draw_up(structure, options, model_fingerprint, locked), cache
+
+
+def _drop_in_untouched_methods(changes: Changes) -> Changes | None:
+    """Return the changes with every site dropped whose method would stay as it is, or None if there is no such site."""
+    touched = {(change.call.owner, change.call.method) for change in changes.made}
+    calls = tuple(
+        replace(change, action="drop")
+        if change.action == "keep"
+        and change.call.how == "rewrite"
+        and (change.call.owner, change.call.method) not in touched
+        else change
+        for change in changes.calls
+    )
+    return None if calls == changes.calls else replace(changes, calls=calls)
+
+
+# How a reason begins, and what to say of one activation and of several that stay for it.
+_REASONS = (
+    ("gate", "is a gate", "are gates"),
+    ("it activates a linear layer", "follows a linear layer", "follow linear layers"),
+    ("the value before it", "follows a value with other readers", "follow values with other readers"),
+    ("it activates a parameter", "is of a parameter", "are of parameters"),
+    ("no convolution next to it", "has no convolution next to it", "have no convolution next to them"),
+    ("nothing that is returned", "reaches no output", "reach no output"),
+    ("stands before a chain", "stands before a chain", "stand before chains"),
+    ("the forward never calls it", "is never called", "are never called"),
+    ("inside an activation", "is a part of another activation", "are parts of other activations"),
+    ("a part of", "is a part of one indivisible layer", "are parts of indivisible layers"),
+)
+
+
+def _no_sites_message(structure: Structure, linear: bool) -> str:
+    text = f"no activation of this {structure.model} belongs to a convolution"
+    if structure.untraced:
+        parts = "; ".join(f"{part.name or 'the model itself'}: {part.reason}" for part in structure.untraced[:3])
+        hints = dict.fromkeys(part.hint for part in structure.untraced)
+        return f"{text} that runs ({parts}). {'. '.join(hints)}"
+    leading = dict(structure.leading)
+    reasons = [leading.get(index, act.skip) for index, act in enumerate(structure.activations)]
+    counts = Counter(next((known for known in _REASONS if reason.startswith(known[0])), reason) for reason in reasons)
+    summaries = [
+        f"{count} stay{'s' * (count == 1)}: {reason}"
+        if isinstance(reason, str)
+        else f"{count} {reason[1 + (count > 1)]}"
+        for reason, count in counts.items()
+    ]
+    summary = ", ".join(summaries) or (
+        "it calls none that nmconv knows; of those that a forward works out by hand, such as x * torch.sigmoid(x), it "
+        "knows expressions in one value, within one forward, of which nobody reads a part; nmconv.register tells it of "
+        "activation modules"
+    )
+    return f"{text}: {summary}" if linear else f"{text}: {summary}; linear=True counts linear layers as well"
