@@ -9,9 +9,9 @@ import warnings
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
-timm = pytest.importorskip("timm")
 import nmconv
 
 ROOT = Path(__file__).resolve().parents[2]
