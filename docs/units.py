@@ -12,6 +12,7 @@ TEXTS = {"conv": "conv", "wide": "one conv", "act": "act"}
 
 
 def rectangle(x: float, y: float, width: float, radius: int, style: str) -> str:
+    """Draw a rectangle of a box's height around `y`."""
     return f'<rect x="{x}" y="{y - 16}" width="{width}" height="32" rx="{radius}" {style}/>'
 
 
