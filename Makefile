@@ -39,7 +39,7 @@ slow: $(STAMP)
 	$(PYTEST) -m slow $(PYTEST_FLAGS)
 
 speed: $(STAMP)
-	$(PY) tests/speed.py
+	PYTHONPATH=tests $(PY) -m zoo.speed
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -26,7 +26,7 @@ def of_two(tmp_path_factory):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(ROOT / "tests" / "train_process.py"), str(out)],
+        [*command, str(ROOT / "tests" / "examples" / "train_process.py"), str(out)],
         env=env,
         capture_output=True,
         text=True,

@@ -14,6 +14,8 @@ import nmconv
 from .all_networks import NETS, Network, params
 from .judge import assert_converted, assert_same, assert_untouched, attempt, calls, refused, result_of, snapshot
 
+pytestmark = pytest.mark.slow
+
 
 def converted(net: Network, inplace: bool, **options):
     """The model that was handed in, how it was, and what became of it."""

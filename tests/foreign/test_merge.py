@@ -12,6 +12,8 @@ import nmconv
 from .all_networks import Network, params
 from .judge import assert_merged, assert_untouched, attempt, calls, convolutions, quiet, refused, snapshot
 
+pytestmark = pytest.mark.slow
+
 
 def prepared(net: Network) -> nn.Module:
     return net.build(net.finest)

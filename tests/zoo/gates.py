@@ -110,7 +110,7 @@ def main() -> None:
                 add(name, [ratio], again=options.rounds)
         else:
             done = {(row["name"], row["ratio"]) for row in rows}
-            quick = [name.removeprefix("timm/") for name in zoo.quick_names() if name.startswith("timm/")]
+            quick = [name.removeprefix("timm/") for name in zoo.one_of_each_file() if name.startswith("timm/")]
             names = options.names or quick
             for name in sorted(names, key=weights)[: options.limit or None]:
                 asked = [ratio for ratio in RATIOS if (name, ratio) not in done]

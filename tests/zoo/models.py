@@ -26,8 +26,16 @@ NOT_ON_META = frozenset(
     for kind, sizes in (("x", "16 1_6 32 3_2 400 800 8"), ("y", "128 16 1_6 32 3_2 400 800 8"))
     for size in sizes.split()
 ) | {f"torchvision/regnet_{kind}_{size}mf" for kind in "xy" for size in (400, 800)}
-# One model of every timm file that has sites, the smallest, and one of every family of torchvision's.
-QUICK = Path(__file__).with_name("zoo_quick.txt")
+HERE = Path(__file__).parent
+# A few of every kind, for the quick tests.
+FEW = (
+    "timm/hrnet_w18_small",
+    "timm/mobilenetv3_small_050",
+    "timm/resnet18",
+    "timm/resnetv2_18",
+    "torchvision/efficientnet_b0",
+    "torchvision/googlenet",
+)
 _SIZES = (64, 96, 128, None)  # tried in turn; None is the model's own
 
 
@@ -37,9 +45,14 @@ def all_names() -> list[str]:
     return [f"torchvision/{name}" for name in vision] + [f"timm/{name}" for name in timm.list_models()]
 
 
-def quick_names() -> list[str]:
-    """The models that the quick tests check."""
-    return QUICK.read_text().split()
+def one_of_each_file() -> list[str]:
+    """One model of every timm file that has sites, the smallest, and one of every family of torchvision's."""
+    return (HERE / "one_of_each_file.txt").read_text().split()
+
+
+def files_without_sites() -> list[str]:
+    """The timm files none of whose models has an activation that belongs to a convolution."""
+    return (HERE / "files_without_sites.txt").read_text().split()
 
 
 def file_of(name: str) -> str:

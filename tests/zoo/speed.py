@@ -115,7 +115,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     console = Console()
-    names = options.names or (zoo.all_names() if options.all else zoo.quick_names())
+    names = options.names or (zoo.all_names() if options.all else zoo.one_of_each_file())
     rows = {name: found for name in track(names, "models") if (found := costs(name, options.ratio)) is not None}
     table = Table("model", "convert, s", "without witness", "merge, s", "without witness")
     for name, found in sorted(rows.items(), key=lambda row: row[1][0]):

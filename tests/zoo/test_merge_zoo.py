@@ -116,21 +116,21 @@ def test_merged_equals_what_was_converted(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hoist", [False, True])
-@pytest.mark.parametrize("name", zoo.quick_names())
+@pytest.mark.parametrize("name", zoo.one_of_each_file())
 def test_one_of_every_file(name, hoist):
     before, after = check(name, hoist_padding=hoist)
     assert after <= before
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", zoo.quick_names())
+@pytest.mark.parametrize("name", zoo.one_of_each_file())
 def test_other_ratios(name):
     before, after = check(name, "3:1", relocate=True, hoist_padding=True)
     assert after <= before
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", zoo.quick_names())
+@pytest.mark.parametrize("name", zoo.one_of_each_file())
 def test_live(name):
     """Factors kept: the same keys, and the same outputs."""
     torch.manual_seed(0)

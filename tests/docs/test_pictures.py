@@ -1,4 +1,4 @@
-"""docs/gradual.svg is what docs/gradual.py draws."""
+"""The pictures in docs/ are what the files beside them draw."""
 
 import importlib.util
 import re
@@ -16,10 +16,19 @@ def lines_of(path):
     return {name: [float(number) for number in re.findall(r"-?[\d.]+", path)] for name, path in found}
 
 
+def loaded(name):
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_of_units_is_up_to_date():
+    assert (DOCS / "units.svg").read_text() == loaded("units").svg(), "python docs/units.py"
+
+
 def test_the_picture_of_gradual_sites_is_up_to_date(tmp_path):
-    spec = importlib.util.spec_from_file_location("docs_gradual", DOCS / "gradual.py")
-    gradual = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(gradual)
+    gradual = loaded("gradual")
     gradual.draw(tmp_path / "gradual.svg")
     drawn, kept = lines_of(tmp_path / "gradual.svg"), lines_of(DOCS / "gradual.svg")
     for panel in gradual.curves().values():
