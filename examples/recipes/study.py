@@ -63,6 +63,43 @@ def long() -> list[Trial]:
     return [changed(RATIOS["1:1"], epochs=30, lr=0.2, seed=seed) for seed in range(3)]
 
 
+SIZES = {
+    "ResNet-8": {"model": "cifar_resnet8"},
+    "ResNet-32": {"model": "cifar_resnet32"},
+    "ResNet-20, half as wide": {"options": {"width": 0.5}},
+}
+
+
+def sizes(seeds: int = 2) -> list[Trial]:
+    """Return ResNets of other depths and widths at 1:1 and 2:1."""
+    return [
+        changed(replace(RATIOS[ratio], **size), seed=seed)
+        for seed in range(seeds)
+        for size in SIZES.values()
+        for ratio in ("1:1", "2:1 first")
+    ]
+
+
+# One short run each, so that every family of the paper has a row. AlexNet has no norms, and diverges at a higher rate.
+SHORT = Recipe(epochs=3, lr=0.1, precision="bf16")
+FAMILIES = {
+    "AlexNet": {"model": "cifar_alexnet", "recipe": replace(SHORT, lr=0.02)},
+    "VGG-11-BN": {"model": "cifar_vgg11_bn", "recipe": SHORT},
+    "MobileNetV2": {"model": "cifar_mobilenetv2", "recipe": SHORT, "images": 20_000},
+    "DenseNet-BC-100": {"model": "cifar_densenet", "recipe": SHORT, "images": 20_000},
+    "Inception": {"model": "cifar_inception", "recipe": SHORT, "images": 20_000},
+}
+
+
+def families() -> list[Trial]:
+    """Return the other families at 1:1 and 2:1; Inception's branches hold one activation each, so a plan drops half."""
+    trials = []
+    for name, family in FAMILIES.items():
+        half = {"drop": ("*.one:relu#1",)} if name == "Inception" else {"ratio": "2:1", "keep": "first"}
+        trials += [Trial(**family), Trial(**family, **half)]
+    return trials
+
+
 def looked_into() -> list[Trial]:
     """Return the trials whose activations and members are measured."""
     return [trial for trial in ratios() if trial.ratio == "2:1" or not trial.drop]
@@ -72,6 +109,8 @@ STUDIES = {
     "learning-rates": learning_rates,
     "ratios": ratios,
     "long": long,
+    "sizes": sizes,
+    "families": families,
     "routes-boundary": partial(routes, "boundary"),
     "routes-first": partial(routes, "first"),
 }

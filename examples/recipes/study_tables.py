@@ -96,6 +96,36 @@ def routes(trials: Sequence[Row], insights: Sequence[Row]) -> str:
     return markdown(columns, lines) if lines else "Not measured yet."
 
 
+def sizes(trials: Sequence[Row], insights: Sequence[Row]) -> str:
+    lines = []
+    for name, size in study.SIZES.items():
+        found = groups(
+            row
+            for row in rows_of(study.sizes(), trials)
+            if all(row["trial"][key] == value for key, value in {"options": {}, **size}.items())
+        )
+        original = next((group for group in found if group.trial.ratio == "1:1"), None)
+        for group in found:
+            values = [spread(group.values(column)) for column in ("held_back", "test")]
+            against = "" if original in (None, group) else interval(difference(group, original, "test"))
+            first = group.rows_first
+            lines.append([name, name_of(group.trial), len(group.rows), first["activations"], *values, against])
+    columns = ["network", "ratio", "seeds", "activations", "held back, %", "test, %", "test against 1:1"]
+    return markdown(columns, lines) if lines else "Not measured yet."
+
+
+def families(trials: Sequence[Row], insights: Sequence[Row]) -> str:
+    lines = []
+    names = {family["model"]: name for name, family in study.FAMILIES.items()}
+    for row in sorted(rows_of(study.families(), trials), key=lambda row: (row["trial"]["model"], -row["activations"])):
+        trial = row["trial"]
+        images = trial["images"] or 45_000
+        line = [names[trial["model"]], row["convolutions"], row["activations"], f"{row['multiply_adds'] / 1e6:.0f}"]
+        lines.append([*line, f"{images:,}", f"{row['held_back']:.2f}", f"{row['test']:.2f}"])
+    columns = ["network", "convolutions", "activations", "multiply-adds, M", "pictures", "held back, %", "test, %"]
+    return markdown(columns, lines) if lines else "Not measured yet."
+
+
 def activations(trials: Sequence[Row], insights: Sequence[Row]) -> str:
     by_epoch: dict[tuple[str, int], list[Row]] = {}
     for row in insights:
@@ -136,6 +166,8 @@ TABLES: Tables = {
     "learning-rates": learning_rates,
     "ratios": ratios,
     "routes": routes,
+    "sizes": sizes,
+    "families": families,
     "activations": activations,
     "members": members,
 }

@@ -1,7 +1,7 @@
 """The study's own trials, routes and insights, on a few of scikit-learn's digits."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -76,13 +76,50 @@ def test_the_ends_and_ratios_are_what_they_are_called():
         dropped[name] = [site.id for site in plan.changes]
         assert plan.counts.convs == 21
     assert dropped["1:1"] == dropped["Leaky ReLU 0.1"] == []
-    assert all(".act1#" in each for each in dropped["2:1 last"]) and len(dropped["2:1 last"]) == 9
+    assert all(".act1#" in each for each in dropped["2:1 boundary"]) and len(dropped["2:1 boundary"]) == 9
     assert all(".act2#" in each for each in dropped["2:1 first"]) and len(dropped["2:1 first"]) == 9
     assert [each.partition("#")[0] for each in dropped["3:2 first"]] == [f"{b}.act2" for b in study.BLOCKS[::2]]
     assert len(dropped["4:1 first"]) == 14
     leaky = study.RATIOS["Leaky ReLU 0.1"].network(10)
     assert sum(isinstance(module, torch.nn.LeakyReLU) for module in leaky.modules()) == 19
     assert not any(isinstance(module, torch.nn.ReLU) for module in leaky.modules())
+
+
+def test_other_sizes_and_families_are_what_they_are_called():
+    """From 1:1 to 2:1; a 2:1 of ResNets keeps the stem's activation and one of each block."""
+    counts = {}
+    for one in [*study.sizes(seeds=1), *study.families()]:
+        plan = one.plan(one.network(10))
+        counts.setdefault((one.model, *one.options), []).append(plan.counts.activations_after)
+    assert counts == {
+        ("cifar_resnet8",): [7, 4],
+        ("cifar_resnet32",): [31, 16],
+        ("cifar_resnet20", "width"): [19, 10],
+        ("cifar_alexnet",): [5, 4],
+        ("cifar_vgg11_bn",): [8, 5],
+        ("cifar_mobilenetv2",): [35, 18],
+        ("cifar_densenet",): [98, 50],
+        ("cifar_inception",): [19, 11],
+    }
+    names = [one.name for study_of in study.STUDIES.values() for one in study_of()]
+    assert len(set(names)) == len(names) - 3  # "longer" is the same whichever end stays
+
+
+def row_of(one, test):
+    return {
+        "name": one.name,
+        "trial": json.loads(json.dumps(asdict(one))),
+        "test": test,
+        "held_back": test + 1,
+    } | dict.fromkeys(("convolutions", "activations", "activation_values", "multiply_adds"), 10)
+
+
+def test_tables_of_sizes_and_families():
+    rows = [row_of(one, 50 + number + number**2 / 100) for number, one in enumerate(study.sizes())]
+    text = study_tables.sizes(rows, [])
+    assert text.count("| +1.") == 3 and text.count("| 2 | 10 |") == 6 and "| ResNet-32 | 2:1 first | 2 |" in text
+    text = study_tables.families([row_of(one, 60.0) for one in study.families()[:3]], [])
+    assert text.count("AlexNet") == 2 and "| VGG-11-BN | 10 | 10 | 0 | 45,000 | 61.00 | 60.00 |" in text
 
 
 def test_insights_of_a_trained_trial(root, tmp_path, monkeypatch):

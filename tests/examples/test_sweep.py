@@ -87,7 +87,7 @@ def test_the_plot(tmp_path):
     rows = [row(80 + seed, small, seed) for seed in range(3)] + [row(79, half, activations=4)]
     report.plot(report.table(rows), tmp_path / "plots" / "sweep.svg")
     text = (tmp_path / "plots" / "sweep.svg").read_text()
-    assert "cifar_resnet8 2:1 last relocate" in text and "latency" not in text
+    assert "cifar_resnet8 2:1 boundary relocate" in text and "latency" not in text
     timed = report.table(rows, latency=True)
     assert timed[0]["latency"] == pytest.approx(1, abs=0.5) and timed[1]["latency"] > 0
     report.plot(timed, tmp_path / "timed.svg")
