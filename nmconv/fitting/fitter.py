@@ -97,16 +97,16 @@ class Fitter:
         plan = get_plan(self._model)
         assert plan is not None
         first = self._images.first()
-        found = FitTasks(self._model, self._reference, plan, default, first, downstream=self._downstream)
-        self._flags = found.flags
+        fit_tasks = FitTasks(self._model, self._reference, plan, default, first, downstream=self._downstream)
+        self._flags = fit_tasks.flags
         fits: list[UnitFit] = []
-        remaining = list(found.tasks)
+        remaining = list(fit_tasks.tasks)
         while remaining:
             earlier = len(get_merges(self._model))
             fits.append(self._fit_unit(remaining.pop(0)))
             merges = [merge for merges in get_merges(self._model)[earlier:] for merge in merges]
-            remaining = found.renumbered(remaining, [addition for merge in merges for addition in merge.sums])
-        for site in lost_sites(plan, found.tasks):
+            remaining = fit_tasks.renumbered(remaining, [addition for merge in merges for addition in merge.sums])
+        for site in lost_sites(plan, fit_tasks.tasks):
             fits.append(refused(site.convs, f"{site.id} was dropped, and {_NO_RUN}", self._images))
         return tuple(fits)
 

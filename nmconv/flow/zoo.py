@@ -108,7 +108,7 @@ def module_op(cls: type[nn.Module]) -> Op | None:
 
 
 def is_opaque(cls: type[nn.Module]) -> bool:
-    """Return whether a class outside timm was given to timm's ``register_notrace_module``.
+    """Return whether a class outside timm and torchvision was given to timm's ``register_notrace_module``.
 
     timm registers its own classes since fx cannot trace them; a recording can look into them.
     """
