@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["renamed_arguments", "warn_of_word"]
+from nmconv.errors import warn_user
+
+__all__ = ["renamed_arguments"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -33,22 +34,10 @@ def renamed_arguments(**names: str) -> Callable[[_Function], _Function]:
                 if new in kwargs:
                     raise TypeError(f"{function.__name__}() got {old!r} and {new!r}: {old!r} is the old name, drop it")
                 text = f"{function.__name__}(): the argument {old!r} is called {new!r} now"
-                warnings.warn(text, DeprecationWarning, stacklevel=2)
+                warn_user(text, DeprecationWarning)
                 kwargs[new] = value
             return function(*args, **kwargs)
 
         return call  # type: ignore[return-value]
 
     return decorate
-
-
-def warn_of_word(option: str, old: str, new: str, stacklevel: int) -> None:
-    """Warn that an option has a deprecated value.
-
-    Args:
-        option: The option's name.
-        old: The deprecated value.
-        new: The current value.
-        stacklevel: How many frames above this function the user's call is.
-    """
-    warnings.warn(f"{option}={old!r} is called {new!r} now", DeprecationWarning, stacklevel=stacklevel + 1)

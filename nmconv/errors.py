@@ -1,5 +1,8 @@
 """The errors and warnings that nmconv raises. Each message names the offending value and says what to do instead."""
 
+import sys
+import warnings
+
 __all__ = [
     "AlreadyConvertedError",
     "FileError",
@@ -113,3 +116,16 @@ class RestoredParametersWarning(UserWarning):
 
 class SlopeWarning(UserWarning):
     """Slopes of a gradual model reach 1 too late for the norm statistics to adapt, or it is finished before they do."""
+
+
+def warn_user(message: str, category: type[Warning]) -> None:
+    """Warn, and name the user's line: the innermost one outside of nmconv.
+
+    Args:
+        message: What to know, and the way out.
+        category: The warning's class.
+    """
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] == "nmconv":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from nmconv.errors import MergeError, NoEffectWarning, OptionError
+from nmconv.errors import MergeError, NoEffectWarning, OptionError, warn_user
 from nmconv.merging.example_outputs import batch_size
 from nmconv.merging.latency_gate import is_slower
 from nmconv.merging.merger import Merger
@@ -121,10 +120,9 @@ def merge(
         elif not inplace:
             return trial.finish()
     if not live_heads and not merger.merges_any():
-        warnings.warn(
+        warn_user(
             f"nothing to merge in this {type(model).__name__}: {why} (nmconv.find_runs tells what there is)",
             NoEffectWarning,
-            stacklevel=2,
         )
     return merger.carry_out(work or merger.working_copy(inplace=inplace)).finish()
 
@@ -205,7 +203,7 @@ def find_runs(
     price = _multiply_adds_price(min_gain)
     merger.choose(price, fold=True, fewest=False)
     if merger.why_no_convs:
-        warnings.warn(f"no run of this {type(model).__name__}: {merger.why_no_convs}", NoEffectWarning, stacklevel=2)
+        warn_user(f"no run of this {type(model).__name__}: {merger.why_no_convs}", NoEffectWarning)
     runs = [nodes for nodes in merger.runs if sum(len(node.convs) for node in nodes) > 1 or nodes[-1].element.pools]
     return tuple(describe_run(model.get_submodule, nodes, price) for nodes in runs)
 

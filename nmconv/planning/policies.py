@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from nmconv.deprecation import warn_of_word
-from nmconv.errors import OptionError
+from nmconv.errors import OptionError, warn_user
 
 __all__ = ["BOUNDARY", "Keep", "Unit", "check_keep", "choose", "current_name"]
 
@@ -49,15 +48,10 @@ _NAMES = (BOUNDARY, "first", "spread")
 _OLD_NAMES = {"last": BOUNDARY}
 
 
-def current_name(keep: Keep, stacklevel: int) -> Keep:
-    """Return a policy under its current name, and warn with a DeprecationWarning if the old name was given.
-
-    Args:
-        keep: Any value.
-        stacklevel: How many calls above this one the user's call is.
-    """
+def current_name(keep: Keep) -> Keep:
+    """Return a policy under its current name, and warn with a DeprecationWarning if the old name was given."""
     if isinstance(keep, str) and keep in _OLD_NAMES:
-        warn_of_word("keep", keep, _OLD_NAMES[keep], stacklevel + 1)
+        warn_user(f"keep={keep!r} is called {_OLD_NAMES[keep]!r} now", DeprecationWarning)
         return _OLD_NAMES[keep]
     return keep
 

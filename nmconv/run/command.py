@@ -101,7 +101,7 @@ def _converter(args: argparse.Namespace) -> Callable[[nn.Module], Plan]:
     if "keep" in options:
         with warnings.catch_warnings(record=True) as deprecated:
             warnings.simplefilter("always")
-            options["keep"] = current_name(options["keep"], stacklevel=1)
+            options["keep"] = current_name(options["keep"])
         for warning in deprecated:
             say(str(warning.message))
     Options(ratio=options.get("ratio", "2:1"), keep=options.get("keep", BOUNDARY)).check()

@@ -105,10 +105,10 @@ def _watched(builder: Builder, name_of_call: Callable[..., str], on_built: OnBui
     return build
 
 
-def _fixed_name(name: str, *args: Any, **kwargs: Any) -> str:
+def _fixed_name(name: str, /, *args: Any, **kwargs: Any) -> str:
     return name
 
 
-def _name_argument(parameter: str, *args: Any, **kwargs: Any) -> str:
+def _name_argument(parameter: str, /, *args: Any, **kwargs: Any) -> str:
     """Return the first argument, which is passed by position or by name."""
     return str(args[0] if args else kwargs[parameter])

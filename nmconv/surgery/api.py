@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from nmconv.errors import NoEffectWarning, PlanError
+from nmconv.errors import NoEffectWarning, PlanError, warn_user
 from nmconv.flow import recordings_of
 from nmconv.planning import BOUNDARY, Keep, Options, Plan, Signature, current_name, listed
 from nmconv.recording import Recordings
@@ -238,7 +237,7 @@ def _options(
     check_examples(example_inputs)
     return Options(
         ratio=ratio,
-        keep=current_name(keep, stacklevel=3),
+        keep=current_name(keep),
         relocate=bool(relocate),
         include=listed(include),
         exclude=listed(exclude),
@@ -280,10 +279,9 @@ def _converted(
     recordings: Recordings,
 ) -> nn.Module:
     if not plan.changes_any and original is model:
-        warnings.warn(
+        warn_user(
             f"nothing to change in this {type(model).__name__} at {plan.ratio}: every unit has few enough activations",
             NoEffectWarning,
-            stacklevel=3,
         )
     work, frozen = WorkingCopy(model, inplace=inplace), vars(model).get(FROZEN, ())
     readers = Readers(original, resolved.changes, recordings)

@@ -5,12 +5,11 @@ Otherwise distributed data-parallel training would wait for gradients that never
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 
 from torch import nn
 
-from nmconv.errors import RestoredParametersWarning
+from nmconv.errors import RestoredParametersWarning, warn_user
 from nmconv.flow import is_leaf
 from nmconv.planning import Activation, Changes
 from nmconv.recording import Recording, Recordings, record_again
@@ -57,12 +56,11 @@ def thaw(model: nn.Module, names: Iterable[str]) -> None:
     for name in thawed:
         parameters[name].requires_grad_(True)
     if thawed:
-        warnings.warn(
+        warn_user(
             f"{len(thawed)} parameters of this {type(model).__name__} are read again and require gradients "
             f"({', '.join(thawed[:3])}{', …' if len(thawed) > 3 else ''}): add them to an optimizer that was made "
             "without",
             RestoredParametersWarning,
-            stacklevel=4,
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nmconv.copying import copy_of, real_copy, structure_copy
-from nmconv.errors import RemovedParametersWarning
+from nmconv.errors import RemovedParametersWarning, warn_user
 from nmconv.surgery.hoist import SETTINGS
 
 __all__ = ["WorkingCopy", "outline_of"]
@@ -86,11 +85,10 @@ class WorkingCopy:
         remaining = {id(value) for value in self._original.parameters()}
         gone = [name for name, value in before.items() if id(value) not in remaining and not value.is_meta]
         if gone:
-            warnings.warn(
+            warn_user(
                 f"{len(gone)} parameters of this {type(self._original).__name__} are gone ({', '.join(gone[:3])}"
                 f"{', …' if len(gone) > 3 else ''}): an optimizer that was made before still holds them",
                 RemovedParametersWarning,
-                stacklevel=3,
             )
         return self._original
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
-from nmconv.errors import OptionError, SlopeWarning
+from nmconv.errors import OptionError, SlopeWarning, warn_user
 from nmconv.surgery import check_gradual, check_plain, finish, get_slopes, set_slope
 
 __all__ = ["Gradual"]
@@ -101,11 +100,10 @@ class Gradual:
             if check_gradual(follower, "let follow").keys() != sites.keys():
                 raise OptionError(f"a follower, a {type(follower).__name__}, has other gradual sites than the model")
         if end > _LATEST_SAFE_END:
-            warnings.warn(
+            warn_user(
                 f"the slopes reach 1 at {end:g} of the training, and norms' running statistics lag behind: give an "
                 f"end of at most {_LATEST_SAFE_END}, or call nmconv.recalibrate_norms after finish()",
                 SlopeWarning,
-                stacklevel=2,
             )
         self._finished = False
         self.step_update(0)
@@ -175,11 +173,10 @@ class Gradual:
         if self._state["sampling"]:  # a member that drops every site may be sampled before the end
             slope = min(slope, self.slope_at(self._state["step"]))
         if slope < 1:
-            warnings.warn(
+            warn_user(
                 f"the model is finished at a slope of {slope:g}, and its outputs change: train on, or call "
                 "nmconv.recalibrate_norms",
                 SlopeWarning,
-                stacklevel=2,
             )
         for model in self._models:
             finish(model)

@@ -112,3 +112,30 @@ def test_the_command_line_takes_the_old_word(tmp_path):
         done = subprocess.run([*command, word, "--", "script.py"], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert ("keep='last' is called 'boundary' now" in done.stderr) == (word == "last"), done.stderr
+
+
+def other(*parts):
+    """A model in which nothing changes at 2:1, or a PReLU goes."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3), *parts, nn.AdaptiveAvgPool2d(1)).eval()
+
+
+@pytest.mark.parametrize(
+    ("category", "call"),
+    [
+        (nmconv.NoEffectWarning, lambda: nmconv.convert(other(nn.ReLU()), "2:1")),
+        (nmconv.NoEffectWarning, lambda: nmconv.merge(other(nn.ReLU()))),
+        (nmconv.SlopeWarning, lambda: nmconv.Gradual(nmconv.convert(network(), "2:1", gradual=True), 10).finish()),
+        (
+            nmconv.RestoredParametersWarning,
+            lambda: nmconv.restore(nmconv.convert(other(nn.PReLU(), nn.Conv2d(4, 4, 1), nn.ReLU()), "2:1")),
+        ),
+        (
+            nmconv.RemovedParametersWarning,
+            lambda: nmconv.merge(other(nn.Conv2d(4, 4, 1)), gate="always", inplace=True),
+        ),
+    ],
+)
+def test_warnings_name_the_users_line(category, call):
+    with pytest.warns(category) as warned:
+        call()
+    assert {each.filename for each in warned if each.category is category} == {__file__}
