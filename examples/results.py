@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 
 import nmconv
-from nmconv.timing import interleaved, ratios, runner, threads
+from nmconv.timing import make_runner, thread_count, time_interleaved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,12 +319,12 @@ class Run:
     def times(self, model: nn.Module) -> dict[str, Any]:
         """Time original over fitted: medians with quartiles, norms folded in both, one thread."""
         quotients = {}
-        with threads(1):
+        with thread_count(1):
             for backend in ("onnxruntime", "compile", "frozen", "eager"):
                 for batch in (1, 8):
                     x = self.images[:batch]
-                    runners = [runner(nmconv.fold_norms(each), (x,), backend) for each in (self.net, model)]
-                    quotient = ratios(*interleaved(runners, rounds=25, seconds=0.1))
+                    runners = [make_runner(nmconv.fold_norms(each), (x,), backend) for each in (self.net, model)]
+                    quotient = quotients(*time_interleaved(runners, rounds=25, seconds=0.1))
                     numbers = (quotient.median, quotient.lower, quotient.upper)
                     quotients[f"{backend} {batch}"] = [round(number, 3) for number in numbers]
         return quotients

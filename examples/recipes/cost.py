@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nmconv.timing import interleaved, ratios, runner, threads
+from nmconv.timing import make_runner, quotients, thread_count, time_interleaved
 
 
 def multiply_adds(model: nn.Module, picture: Tensor) -> int:
@@ -23,6 +23,8 @@ def latencies(models: Sequence[nn.Module], picture: Tensor, rounds: int = 11) ->
 
     The weights do not matter. Run it on a quiet machine.
     """
-    with threads(1):
-        times = interleaved([runner(model, (picture,), "eager") for model in models], rounds=rounds, seconds=0.05)
-    return [ratios(time, times[0]).median for time in times]
+    with thread_count(1):
+        times = time_interleaved(
+            [make_runner(model, (picture,), "eager") for model in models], rounds=rounds, seconds=0.05
+        )
+    return [quotients(time, times[0]).median for time in times]

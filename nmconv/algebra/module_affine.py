@@ -15,7 +15,7 @@ from nmconv.algebra.affine import Affine, of_norm
 from nmconv.algebra.geometry import Geometry, Refusal
 from nmconv.algebra.merged_conv import MergedConv
 from nmconv.algebra.module_geometry import norm_of
-from nmconv.copying import copy_of
+from nmconv.copying import copy_model
 from nmconv.flow import has_plain_weight
 
 __all__ = ["affine_in_double", "affine_of", "doubled", "has_plain_parameter"]
@@ -61,7 +61,7 @@ def affine_in_double(module: nn.Module, kind: str, geometry: Geometry) -> Affine
 def doubled(module: nn.Module) -> nn.Module:
     """Return a copy in float64 on the CPU (on the meta device if the module is there)."""
     is_meta = any(value.is_meta for value in module.parameters())
-    return copy_of(module).to("meta" if is_meta else "cpu", torch.float64)
+    return copy_model(module).to("meta" if is_meta else "cpu", torch.float64)
 
 
 def has_plain_parameter(module: Any) -> bool:

@@ -14,8 +14,8 @@ from nmconv.analysis.observed_sites import observed_sites
 from nmconv.analysis.site_accumulators import SiteAccumulators
 from nmconv.analysis.statistics import ActivationStats
 from nmconv.errors import OptionError
-from nmconv.fitting import Hook, home_of
-from nmconv.flow import recordings_of
+from nmconv.fitting import Hook, device_and_dtype_of
+from nmconv.flow import record_model
 from nmconv.surgery import check_examples, check_has_run, check_plain
 
 __all__ = ["ActivationRecorder"]
@@ -70,7 +70,7 @@ class ActivationRecorder:
             raise OptionError(f"every={every!r}: give a number of steps, 1 or more")
         self._model = model
         self._every = every
-        recordings = recordings_of(model, example_inputs, linear=True, both_sizes=False)
+        recordings = record_model(model, example_inputs, linear=True, both_sizes=False)
         self._accumulators = SiteAccumulators(model, observed_sites(model, recordings))
         self._hooks = ExitStack()
         self._running_forward = ExitStack()
@@ -106,7 +106,7 @@ class ActivationRecorder:
             raise OptionError("step() is for within the with: with ActivationRecorder(model) as recorder: ...")
         if self._records_step():
             accumulators = self._accumulators
-            device, _ = home_of(self._model)
+            device, _ = device_and_dtype_of(self._model)
             accumulators.images = all_reduce_moments(list(accumulators.moments.values()), accumulators.images, device)
             if accumulators.images:
                 self.stats[self._step] = accumulators.stats()

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nmconv.planning import table
+from nmconv.planning import text_table
 
 __all__ = ["Ensemble"]
 
@@ -93,4 +93,4 @@ class Ensemble:
                 f"; accuracy of the mean of probabilities {self.probabilities_accuracy:.4g}, of logits "
                 f"{self.logits_accuracy:.4g}, of the soft network {self.soft_accuracy:.4g}"
             )
-        return f"{head}\n{table(('kept', 'ratio', 'members', 'weight', 'accuracy'), lines)}\n{summary}"
+        return f"{head}\n{text_table(('kept', 'ratio', 'members', 'weight', 'accuracy'), lines)}\n{summary}"

@@ -13,8 +13,8 @@ from nmconv.analysis.observed_model import to_home
 from nmconv.analysis.observed_sites import ObservedSite, channel_axes, observed_sites
 from nmconv.analysis.site_watch import SiteWatch
 from nmconv.errors import FitError, NoSitesError, OptionError
-from nmconv.fitting import home_of, taking
-from nmconv.flow import recordings_of
+from nmconv.fitting import device_and_dtype_of, input_errors_as_fit_errors
+from nmconv.flow import record_model
 
 __all__ = ["LayerFeatures"]
 
@@ -34,8 +34,8 @@ class LayerFeatures:
 
     def __init__(self, model: nn.Module, layers: Sequence[str] | None, images: Tensor) -> None:
         self._model = model
-        self._home = home_of(model)
-        recordings = recordings_of(model, to_home(images, self._home, copy=True), both_sizes=False)
+        self._home = device_and_dtype_of(model)
+        recordings = record_model(model, to_home(images, self._home, copy=True), both_sizes=False)
         sites = {site.id: site for site in observed_sites(model, recordings)[False]}
         if layers is None:
             layers = [site_id for site_id, site in sites.items() if site.is_site]
@@ -62,7 +62,7 @@ class LayerFeatures:
         images = to_home(images, self._home, copy=True)
         count = len(images)
         watch = SiteWatch(self._model, self._sites, on_output=self._keep_activation)
-        with ExitStack() as hooks, torch.no_grad(), taking(self._model, images):
+        with ExitStack() as hooks, torch.no_grad(), input_errors_as_fit_errors(self._model, images):
             hooks.enter_context(watch)
             for name in self._modules:
                 handle = self._model.get_submodule(name).register_forward_hook(self._module_hook(name))

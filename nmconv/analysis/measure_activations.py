@@ -16,8 +16,8 @@ from nmconv.analysis.observed_sites import observed_sites
 from nmconv.analysis.site_accumulators import SiteAccumulators
 from nmconv.analysis.statistics import ActivationStats
 from nmconv.errors import FitError, OptionError
-from nmconv.fitting import home_of, read_batches, taking
-from nmconv.flow import recordings_of
+from nmconv.fitting import device_and_dtype_of, input_errors_as_fit_errors, read_batches
+from nmconv.flow import record_model
 from nmconv.surgery import check_has_run, check_plain
 
 __all__ = ["activation_stats"]
@@ -65,20 +65,20 @@ def activation_stats(model: nn.Module, data: Any, *, loss: Any = None, key: str 
     check_has_run(model)
     if loss is not None and not callable(loss):
         raise OptionError(f"loss={loss!r:.80}: give a function of (output, y) or of the output, or None")
-    home = home_of(model)
+    home = device_and_dtype_of(model)
     device, _ = home
     with state_preserved(model):
         batches = read_batches(data, key)
         first_images, first_target = next(batches)
         with_target = loss is not None and _takes_target(loss, first_target)
         example = to_home(first_images[:2], home)
-        accumulators = SiteAccumulators(model, observed_sites(model, recordings_of(model, example, both_sizes=False)))
+        accumulators = SiteAccumulators(model, observed_sites(model, record_model(model, example, both_sizes=False)))
         with accumulators.watch:
             for batch, target in itertools.chain([(first_images, first_target)], batches):
                 images = to_home(batch, home, copy=True)
                 accumulators.images += len(images)
                 if loss is None:
-                    with torch.no_grad(), taking(model, images), accumulators.watch.running():
+                    with torch.no_grad(), input_errors_as_fit_errors(model, images), accumulators.watch.running():
                         model(images)
                 else:
                     moved = tree_map(lambda part: part.to(device) if isinstance(part, Tensor) else part, target)
@@ -107,7 +107,7 @@ def _run_with_gradients(
         if leaf.is_floating_point():
             leaf.requires_grad_()
         accumulators.gradient_scale = float(len(images))  # undoes the division by the batch size in the mean loss
-        with taking(model, images), accumulators.watch.running():
+        with input_errors_as_fit_errors(model, images), accumulators.watch.running():
             output = model(leaf.clone())  # some models overwrite their input
         value = loss(output, *loss_args)
         if not isinstance(value, Tensor) or not value.requires_grad:

@@ -11,7 +11,7 @@ from torch.nn.functional import one_hot
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nmconv.errors import FitError, OptionError
-from nmconv.fitting import read_images, recalibrate_norms, taking
+from nmconv.fitting import input_errors_as_fit_errors, read_images, recalibrate_norms
 from nmconv.planning import Plan
 from nmconv.surgery import apply_plan, is_slope, set_slope
 
@@ -53,7 +53,7 @@ class MemberModel:
         self._set_slopes(slopes)
         for buffer, value in zip(self._norm_buffers, self._recalibrated.get(slopes, ()), strict=False):
             buffer.copy_(value)
-        with taking(self._model, images):
+        with input_errors_as_fit_errors(self._model, images):
             output = self._model(images.clone())  # some models overwrite their input
         if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(images) or output.shape[1] < 2:
             what = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__

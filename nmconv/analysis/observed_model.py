@@ -38,7 +38,7 @@ def to_home(images: Tensor, home: tuple[torch.device, torch.dtype], *, copy: boo
 
     Args:
         images: ``[images, ...]``.
-        home: The model's device and dtype, from :func:`nmconv.fitting.home_of`.
+        home: The model's device and dtype, from :func:`nmconv.fitting.device_and_dtype_of`.
         copy: Whether to copy them in any case, as some models overwrite their input.
     """
     device, dtype = home

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.fx import Node
 
-from nmconv.finding import flows_of, read
+from nmconv.finding import flows_of, structure_of
 from nmconv.flow import Expression, Flow, Op, expressions_of
 from nmconv.planning import Activation
 from nmconv.recording import Fact, Recordings
@@ -68,7 +68,7 @@ def observed_sites(model: nn.Module, recordings: Recordings) -> dict[bool, tuple
         model: The recorded model; not changed.
         recordings: Its recordings.
     """
-    structure = read(model, recordings)
+    structure = structure_of(model, recordings)
     return {
         training: tuple(dict.fromkeys(_sites_in_mode(model, recordings, structure.activations, training)))
         for training in (False, True)

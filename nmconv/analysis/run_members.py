@@ -17,7 +17,7 @@ from nmconv.analysis.ensemble import Ensemble
 from nmconv.analysis.member_outputs import MemberAverages, MemberModel, Slopes
 from nmconv.analysis.observed_model import state_preserved, to_home
 from nmconv.errors import NoSitesError, OptionError
-from nmconv.fitting import home_of, read_batches
+from nmconv.fitting import device_and_dtype_of, read_batches
 from nmconv.planning import Plan, Site
 from nmconv.surgery import check_model, check_plain, check_slope, make_plan
 
@@ -120,7 +120,7 @@ def _labeled_batches(
     data: Any, model: nn.Module, key: str | None, label_key: str | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield images and their labels, if there are any, on the model's device."""
-    home = home_of(model)
+    home = device_and_dtype_of(model)
     for images, y in read_batches(data, key):
         if isinstance(y, Mapping):
             if label_key is not None and label_key not in y:

@@ -18,7 +18,7 @@ from nmconv.analysis.observed_model import state_preserved
 from nmconv.analysis.plot_axes import axes_for_plot
 from nmconv.errors import FileError, OptionError
 from nmconv.fitting import read_batches
-from nmconv.planning import number, read_json, write_json
+from nmconv.planning import nan_if_null, read_json, write_json
 from nmconv.surgery import check_has_run, check_plain
 
 __all__ = ["CKA", "cka"]
@@ -69,7 +69,7 @@ class CKA:
         data = read_json(path, _FILE_KEY, _FILE_VERSION, "nmconv.cka")
         try:
             layers_a, layers_b = tuple(data["layers_a"]), tuple(data["layers_b"])
-            values = [[number(value) for value in row] for row in data["matrix"]]
+            values = [[nan_if_null(value) for value in row] for row in data["matrix"]]
             matrix = torch.tensor(values, dtype=torch.float64).reshape(len(layers_a), len(layers_b))
             return cls(matrix, layers_a, layers_b, int(data["n"]))
         except (ValueError, TypeError, KeyError, RuntimeError) as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 from nmconv.analysis.plot_axes import axes_for_plot
 from nmconv.errors import FileError, OptionError
-from nmconv.planning import number, read_json, table, write_json
+from nmconv.planning import nan_if_null, read_json, text_table, write_json
 
 __all__ = ["ActivationStats", "SiteStats"]
 
@@ -81,7 +81,7 @@ class ActivationStats:
             for row in self.rows()
         ]
         head = f"{self.model}: {len(self.sites)} activations on {self.images} images"
-        return f"{head}\n{table(('site', 'kind', 'channels', *_COLUMNS), rows)}"
+        return f"{head}\n{text_table(('site', 'kind', 'channels', *_COLUMNS), rows)}"
 
     def rows(self, beside: ActivationStats | None = None) -> list[dict[str, Any]]:
         """Return a tidy table for ``pandas.DataFrame`` or a csv file: one dict per activation.
@@ -175,7 +175,9 @@ def _merge_orders(first: list[str], second: list[str]) -> list[str]:
 def _read_site(row: dict[str, Any]) -> SiteStats:
     if row.keys() != {field.name for field in fields(SiteStats)}:
         raise TypeError(f"a row has the fields {', '.join(row)}")
-    values: dict[str, Any] = {name: tuple(value) if name == "dead" else number(value) for name, value in row.items()}
+    values: dict[str, Any] = {
+        name: tuple(value) if name == "dead" else nan_if_null(value) for name, value in row.items()
+    }
     return SiteStats(**values)
 
 

@@ -14,12 +14,11 @@ from nmconv.bench.machine import environment
 from nmconv.bench.measure import measure_latencies
 from nmconv.bench.models import build, randomize_norms
 from nmconv.bench.results import Cell, Result, Settings
-from nmconv.copying import copy_of
+from nmconv.copying import copy_model
 from nmconv.errors import NoEffectWarning, OptionError
 from nmconv.merging import fold_norms, merge
 from nmconv.surgery import convert
-from nmconv.timing import BACKENDS, interleaved, require
-from nmconv.timing import threads as thread_count
+from nmconv.timing import BACKENDS, check_backend, thread_count, time_interleaved
 
 __all__ = ["run"]
 
@@ -56,7 +55,7 @@ def run(
         gate: As in :func:`nmconv.merge`. With ``"latency"``, the network is merged separately for each backend and
             batch size.
         min_gain: As in :func:`nmconv.merge`.
-        backends: Backends of :func:`nmconv.timing.runner`; None stands for all, and reports those not installed.
+        backends: Backends of :func:`nmconv.timing.make_runner`; None stands for all, and reports those not installed.
         batches: Batch sizes.
         size: Height and width of the images, in pixels.
         threads: Number of threads.
@@ -93,8 +92,8 @@ def run(
         channels_last=channels_last,
     )
     for backend in backends or ():
-        require(backend)
-    interleaved([], rounds=rounds, seconds=seconds)  # only checks rounds and seconds
+        check_backend(backend)
+    time_interleaved([], rounds=rounds, seconds=seconds)  # only checks rounds and seconds
     torch_device = _check_settings(settings)
     notes: list[str] = []
     with thread_count(threads), _no_effect_warnings_as(notes):
@@ -117,7 +116,7 @@ def run(
         def measure_cell(backend: str, batch: int) -> Cell:
             progress(f"{name}: {backend}, batch {batch}")
             try:
-                require(backend)
+                check_backend(backend)
                 images = _random_images(batch, settings, torch_device)
                 merged = merge_for(backend, images) if merged_once is None else merged_once
                 merged_size = network_size(merged, image, activations[1])
@@ -171,7 +170,7 @@ def _build_and_check(model: str | nn.Module, settings: Settings, device: torch.d
     elif settings.weights:
         raise OptionError("weights are for a network built by name: load them into the module instead")
     else:
-        module = copy_of(model) if settings.channels_last else model
+        module = copy_model(model) if settings.channels_last else model
     if settings.channels_last:
         module = module.to(memory_format=torch.channels_last)
     images = _random_images(_CALIBRATION_IMAGES, settings, device)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nmconv.bench.results import Latencies, NetworkSize
-from nmconv.timing import interleaved, ratios, runner
+from nmconv.timing import make_runner, quotients, time_interleaved
 
 __all__ = ["difference", "measure_latencies"]
 
@@ -26,7 +26,7 @@ def measure_latencies(
         networks: Original, converted and merged network, in eval mode with norms folded.
         merged_size: The size of the merged network.
         images: The batch.
-        backend: A backend of :func:`nmconv.timing.runner`.
+        backend: A backend of :func:`nmconv.timing.make_runner`.
         rounds: Number of samples of each network.
         seconds: Minimum duration of a sample.
 
@@ -34,16 +34,16 @@ def measure_latencies(
         OptionError: If the backend cannot run one of the networks.
         ArithmeticError: If outputs are not finite.
     """
-    runners = [runner(network, (images,), backend) for network in networks]
+    runners = [make_runner(network, (images,), backend) for network in networks]
     output_difference = difference(runners[2](), runners[1]())
-    original, converted, merged = interleaved(runners, rounds=rounds, seconds=seconds)
+    original, converted, merged = time_interleaved(runners, rounds=rounds, seconds=seconds)
     return Latencies(
         network=merged_size,
         original=original,
         converted=converted,
         merged=merged,
-        original_over_converted=ratios(original, converted),
-        original_over_merged=ratios(original, merged),
+        original_over_converted=quotients(original, converted),
+        original_over_merged=quotients(original, merged),
         difference=output_difference,
     )
 

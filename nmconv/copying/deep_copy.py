@@ -12,10 +12,10 @@ from nmconv.copying.copy_checks import check_copy
 from nmconv.copying.held_objects import uncopyable_objects
 from nmconv.errors import ModelTypeError
 
-__all__ = ["copy_of"]
+__all__ = ["copy_model"]
 
 
-def copy_of(model: nn.Module, spare: Iterable[Tensor | nn.Module] = ()) -> nn.Module:
+def copy_model(model: nn.Module, spare: Iterable[Tensor | nn.Module] = ()) -> nn.Module:
     """Return a deep copy, even if modules hold non-leaf tensors of autograd (old-style weight norm).
 
     Objects that cannot be copied (locks, open files) are shared.

@@ -23,7 +23,7 @@ from nmconv.copying.held_objects import (
 )
 from nmconv.copying.tensor_copies import ClonedTensors, MetaTensors, SameTensors
 
-__all__ = ["Copy", "meta_copy", "real_copy", "structure_copy"]
+__all__ = ["Copy", "copy_sharing_tensors", "copy_with_tensors", "meta_copy"]
 
 
 @dataclass(eq=False)
@@ -52,12 +52,12 @@ def meta_copy(model: nn.Module) -> Copy:
     return _copy_model(model, MetaTensors)
 
 
-def real_copy(model: nn.Module) -> Copy:
+def copy_with_tensors(model: nn.Module) -> Copy:
     """Return a copy like that of :func:`meta_copy`, with clones of the tensors."""
     return _copy_model(model, ClonedTensors)
 
 
-def structure_copy(model: nn.Module) -> Copy:
+def copy_sharing_tensors(model: nn.Module) -> Copy:
     """Return a copy like that of :func:`meta_copy`, with the tensors themselves."""
     return _copy_model(model, SameTensors)
 

@@ -1,24 +1,24 @@
 """What is in a model: activation sites, chains of convolutions, linear runs and residual branches."""
 
-from nmconv.finding.argument_choices import chosen_by
+from nmconv.finding.argument_choices import deciding_arguments
 from nmconv.finding.def_use import NORM, SUM, DefUse, ValueLocation
 from nmconv.finding.fingerprints import fingerprint
 from nmconv.finding.flow_analysis import flows_of
-from nmconv.finding.map_sizes import shapes_of
+from nmconv.finding.map_sizes import map_shapes
 from nmconv.finding.residual_branches import Residual, copied_sums, residuals
 from nmconv.finding.run_elements import (
     Element,
     Join,
     LinearRun,
     Step,
-    elements_from,
+    elements_from_json,
+    elements_to_json,
     steps_of,
     takes_in,
-    text_of,
     without_end,
 )
 from nmconv.finding.runs import linear_runs
-from nmconv.finding.structure_assembly import read
+from nmconv.finding.structure_assembly import structure_of
 
 __all__ = [
     "NORM",
@@ -30,17 +30,17 @@ __all__ = [
     "Residual",
     "Step",
     "ValueLocation",
-    "chosen_by",
     "copied_sums",
-    "elements_from",
+    "deciding_arguments",
+    "elements_from_json",
+    "elements_to_json",
     "fingerprint",
     "flows_of",
     "linear_runs",
-    "read",
+    "map_shapes",
     "residuals",
-    "shapes_of",
     "steps_of",
+    "structure_of",
     "takes_in",
-    "text_of",
     "without_end",
 ]

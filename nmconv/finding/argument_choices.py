@@ -11,12 +11,12 @@ from types import CodeType
 from torch import nn
 
 from nmconv.finding.control_flow import is_attribute_of, optional_arguments
-from nmconv.recording import NoSource, conditions, goes_one_way, parsed, unwrapped
+from nmconv.recording import NoSource, conditions, is_branchless, syntax_tree, unwrapped
 
-__all__ = ["chosen_by"]
+__all__ = ["deciding_arguments"]
 
 
-def chosen_by(module: nn.Module, *, conditions: bool) -> frozenset[str] | None:
+def deciding_arguments(module: nn.Module, *, conditions: bool) -> frozenset[str] | None:
     """Return the names of the arguments that decide what a module's forward does, or None if its code is unavailable.
 
     Args:
@@ -40,10 +40,10 @@ def chosen_by(module: nn.Module, *, conditions: bool) -> frozenset[str] | None:
 @lru_cache(maxsize=1024)
 def _deciding_arguments(code: CodeType, with_conditions: bool) -> frozenset[str] | None:
     try:
-        function = parsed(code)
+        function = syntax_tree(code)
     except NoSource:
         indexes = any(step.opname == "BINARY_SUBSCR" for step in dis.get_instructions(code))
-        return frozenset() if goes_one_way(code) and not indexes else None
+        return frozenset() if is_branchless(code) and not indexes else None
     args = function.args
     names = [arg.arg for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg) if arg]
     self_name = next(iter(names), "")

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 from torch import nn
 
 from nmconv.flow import FlowNode, ModuleCall, ancestors
-from nmconv.recording import Lines, NoSource, conditions, goes_one_way, parsed
+from nmconv.recording import Lines, NoSource, conditions, is_branchless, syntax_tree
 
 __all__ = ["flags_between", "is_attribute_of", "may_diverge_between", "optional_arguments"]
 
@@ -148,9 +148,9 @@ class _BranchPoint:
 @lru_cache(maxsize=1024)
 def _branch_points(code: CodeType) -> tuple[_BranchPoint, ...]:
     try:
-        function = parsed(code)
+        function = syntax_tree(code)
     except NoSource:
-        return () if goes_one_way(code) else (_BranchPoint(0, 1 << 30, by_argument=True),)
+        return () if is_branchless(code) else (_BranchPoint(0, 1 << 30, by_argument=True),)
     scope = _Scope(function, code)
     points = [_condition(node, test, scope) for node, test in conditions(function)]
     for node in ast.walk(function):

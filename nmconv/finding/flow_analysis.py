@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from nmconv.finding.chains import Ownership, find_chains
-from nmconv.flow import Flow, fold_parallel, lower, must_copy, recordings_of, resolve_gates
+from nmconv.flow import Flow, fold_parallel, lower, must_copy, record_model, resolve_gates
 from nmconv.recording import Recordings
 
 __all__ = ["AnalyzedFlow", "analyze", "eval_flows", "flows_of"]
@@ -48,7 +48,7 @@ def eval_flows(model: nn.Module, example_inputs: Any) -> list[Flow]:
         model: Not modified.
         example_inputs: What the model is called with, or None; only structure and shapes are used.
     """
-    return flows_of(model, recordings_of(model, example_inputs, both_sizes=False))
+    return flows_of(model, record_model(model, example_inputs, both_sizes=False))
 
 
 def analyze(flow: Flow) -> AnalyzedFlow:

@@ -11,7 +11,7 @@ from nmconv.finding.control_flow import flags_between, may_diverge_between
 from nmconv.finding.def_use import is_plain_sum
 from nmconv.finding.module_users import ModuleUsers
 from nmconv.finding.run_elements import Element, Join, Step, steps_of
-from nmconv.flow import SUMS, Flow, FlowNode, ModuleCall, Op, takes_of
+from nmconv.flow import SUMS, Flow, FlowNode, ModuleCall, Op, argument_structure
 
 __all__ = ["LinearValue", "linear_values"]
 
@@ -145,7 +145,7 @@ class _LinearValues:
 
     def _takes(self, frame: ModuleCall) -> str:
         calls = (other for other in self._flow.frames if other.path == frame.path)
-        return "" if frame.path in self._flow.odd else takes_of(calls)
+        return "" if frame.path in self._flow.odd else argument_structure(calls)
 
     def _why_fixed(self, node: FlowNode) -> str:
         """Return why the forward that computes a sum cannot be rewritten, or ""."""

@@ -11,7 +11,7 @@ from nmconv.finding.def_use import CallKey, call_key
 from nmconv.finding.flow_analysis import eval_flows
 from nmconv.flow import Op
 
-__all__ = ["Shapes", "shapes_of"]
+__all__ = ["Shapes", "map_shapes"]
 
 Shape = tuple[int, ...]
 
@@ -29,7 +29,7 @@ class Shapes:
     acts: dict[CallKey, Shape]
 
 
-def shapes_of(model: nn.Module, example_inputs: Any) -> Shapes:
+def map_shapes(model: nn.Module, example_inputs: Any) -> Shapes:
     """Return the shapes of a model's feature maps without running the model.
 
     Args:

@@ -7,7 +7,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-__all__ = ["Element", "Join", "LinearRun", "Step", "elements_from", "steps_of", "takes_in", "text_of", "without_end"]
+__all__ = [
+    "Element",
+    "Join",
+    "LinearRun",
+    "Step",
+    "elements_from_json",
+    "elements_to_json",
+    "steps_of",
+    "takes_in",
+    "without_end",
+]
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,7 @@ def without_end(elements: Sequence[Element]) -> Sequence[Element]:
     return elements[:end]
 
 
-def text_of(elements: Iterable[Element]) -> str:
+def elements_to_json(elements: Iterable[Element]) -> str:
     """Return the elements of a run as JSON."""
     return json.dumps(_to_plain(elements))
 
@@ -133,8 +143,8 @@ def _to_plain(elements: Iterable[Element]) -> list[Any]:
     return rows
 
 
-def elements_from(text: str) -> tuple[Element, ...]:
-    """Read the text that :func:`text_of` returned.
+def elements_from_json(text: str) -> tuple[Element, ...]:
+    """Read the text that :func:`elements_to_json` returned.
 
     Raises:
         ValueError: If the text is something else.

@@ -12,7 +12,7 @@ from nmconv.finding.linear_values import LinearValue, linear_values
 from nmconv.finding.mode_matching import same_flows
 from nmconv.finding.module_users import CallsSeen, ModuleUsers, inspected_modules
 from nmconv.finding.run_elements import Element, Join, LinearRun, Step, steps_of
-from nmconv.flow import Flow, Op, ancestors, leaf_op, recordings_of
+from nmconv.flow import Flow, Op, ancestors, leaf_op, record_model
 from nmconv.recording import Recordings
 
 __all__ = ["linear_runs"]
@@ -40,7 +40,7 @@ def linear_runs(
         sizes: Whether to find the shapes of the runs' inputs.
         pools: Whether an average pool behind a run is its last element.
     """
-    recordings = recordings or recordings_of(model, example_inputs, both_sizes=False)
+    recordings = recordings or record_model(model, example_inputs, both_sizes=False)
     eval_flows, train_flows = (flows_of(model, recordings, training=training) for training in (False, True))
     main = [run for training in (False, True) for run in recordings.of_mode(training=training)]
     leaves = [name for name, module in model.named_modules() if leaf_op(module) in _REPLACEABLE]

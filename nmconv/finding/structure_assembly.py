@@ -13,17 +13,27 @@ from nmconv.finding.flow_analysis import analyze, flows_of
 from nmconv.finding.mode_matching import differing_modules, same_flows
 from nmconv.finding.module_users import Holders
 from nmconv.finding.site_collection import CollectedCall, SiteCollector, SiteKey
-from nmconv.flow import Arguments, Flow, ModuleCall, act_kind, is_activation, is_sequential, leaf_op, takes_of, zoo
+from nmconv.flow import (
+    Arguments,
+    Flow,
+    ModuleCall,
+    act_kind,
+    argument_structure,
+    is_activation,
+    is_sequential,
+    leaf_op,
+    zoo,
+)
 from nmconv.planning import Activation, Chain, Place, Structure, Untraced
 from nmconv.recording import Failure, Recordings
 
-__all__ = ["read"]
+__all__ = ["structure_of"]
 
 _Method = str | tuple[str, str]  # a module's qualified name, for its forward; or that and a method's name
 _ONE_DECISION = "its module is called in surroundings that differ, and one decision must serve all"
 
 
-def read(model: nn.Module, recordings: Recordings, *, linear: bool = False) -> Structure:
+def structure_of(model: nn.Module, recordings: Recordings, *, linear: bool = False) -> Structure:
     """Return the structure of a model that was recorded.
 
     Args:
@@ -108,7 +118,7 @@ class _Assembler:
     def _takes(self, owner: str, method: str) -> str:
         """Return the structure of a method's arguments, or "" if its calls differ."""
         key: _Method = owner if method == "forward" else (owner, method)
-        return "" if owner in self._odd else takes_of(self._arguments.get(key, ()))
+        return "" if owner in self._odd else argument_structure(self._arguments.get(key, ()))
 
     def _how(self, call: CollectedCall) -> str:
         """Return ``swap`` if replacing one submodule changes this call and no other, else ``rewrite``."""

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from nmconv.errors import FitError, OptionError, PlanError
-from nmconv.fitting.data import Images, home_of, read_images
+from nmconv.fitting.data import Images, device_and_dtype_of, read_images
 from nmconv.fitting.fitter import Fitter
 from nmconv.fitting.norm_recalibration import eval_mode
 from nmconv.fitting.output_divergence import Loss, check_loss
 from nmconv.fitting.report import Fit, UnitFit
 from nmconv.fitting.ridge_regression import RIDGES
-from nmconv.flow import recordings_of
+from nmconv.flow import record_model
 from nmconv.merging import get_merges, groups_of
 from nmconv.planning import Kernel, Plan
 from nmconv.surgery import FITTED, Witness, WorkingCopy, check_finished, check_plain, get_plan, resolve_plan
@@ -175,11 +175,11 @@ def _check_reference(reference: nn.Module, model: nn.Module, plan: Plan) -> None
     if get_plan(reference) is not None or model is reference:
         raise FitError("the reference was converted itself: give the model as it was before nmconv.convert")
     try:
-        resolve_plan(reference, plan, recordings_of(reference, both_sizes=False, linear=plan.linear, call=plan.call))
+        resolve_plan(reference, plan, record_model(reference, both_sizes=False, linear=plan.linear, call=plan.call))
     except (PlanError, OptionError) as error:
         raise FitError(f"the reference is another model than the one that was converted: {error}") from error
-    if home_of(reference) != home_of(model):
-        reference_home, model_home = (" in ".join(map(str, home_of(each))) for each in (reference, model))
+    if device_and_dtype_of(reference) != device_and_dtype_of(model):
+        reference_home, model_home = (" in ".join(map(str, device_and_dtype_of(each))) for each in (reference, model))
         raise FitError(
             f"the reference is on {reference_home}, and the model on {model_home}: move one to the other with .to()"
         )

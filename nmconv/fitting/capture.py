@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nmconv.errors import FitError
 from nmconv.finding import NORM, SUM, ValueLocation
-from nmconv.fitting.data import taking
+from nmconv.fitting.data import input_errors_as_fit_errors
 from nmconv.fitting.forward_tracker import ForwardTracker
 
 __all__ = ["Capture"]
@@ -75,7 +75,7 @@ class Capture(ForwardTracker):
         """
         self._values = {}
         try:
-            with torch.no_grad(), taking(self._model, images), self.running():
+            with torch.no_grad(), input_errors_as_fit_errors(self._model, images), self.running():
                 self.output = self._model(images.clone())
         except _StopForward:
             pass

@@ -15,7 +15,15 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from nmconv.algebra import is_finite
 from nmconv.errors import FitError, NmconvError, OptionError
 
-__all__ = ["Images", "check_finite", "check_takes", "home_of", "read_batches", "read_images", "taking"]
+__all__ = [
+    "Images",
+    "check_finite",
+    "check_takes",
+    "device_and_dtype_of",
+    "input_errors_as_fit_errors",
+    "read_batches",
+    "read_images",
+]
 
 _BATCH = 64  # images
 _MAX_BYTES = 4 * 2**30  # of images in memory; beyond that they are read again by index, where the data allows that
@@ -57,7 +65,7 @@ class Images:
         return batch[:1]
 
 
-def home_of(model: nn.Module) -> Home:
+def device_and_dtype_of(model: nn.Module) -> Home:
     """Return device and dtype of a model's first floating-point parameter or buffer."""
     for value in (*model.parameters(), *model.buffers()):
         if value.is_floating_point():
@@ -83,7 +91,7 @@ def read_images(data: Any, model: nn.Module, *, holdout: float = 0.0, key: str |
     """
     if isinstance(data, Images):
         return data
-    home = home_of(model)
+    home = device_and_dtype_of(model)
     split = _HoldoutSplit(holdout)
     memory = _ImagesInMemory()
     data = _in_batches(data)
@@ -257,7 +265,7 @@ def _check_repeatable(read: Callable[[], Iterator[tuple[Tensor, bool]]], count: 
 
 
 @contextmanager
-def taking(model: nn.Module, images: Tensor) -> Iterator[None]:
+def input_errors_as_fit_errors(model: nn.Module, images: Tensor) -> Iterator[None]:
     """Turn the errors of a model that does not accept these images into a FitError."""
     try:
         yield
@@ -273,7 +281,7 @@ def taking(model: nn.Module, images: Tensor) -> Iterator[None]:
 def check_takes(model: nn.Module, images: Images) -> None:
     """Raise FitError if the model fails on the first image."""
     image = images.first()
-    with torch.no_grad(), taking(model, image):
+    with torch.no_grad(), input_errors_as_fit_errors(model, image):
         model(image)
 
 

@@ -30,7 +30,7 @@ from nmconv.merging import (
 )
 from nmconv.planning import Kernel
 
-__all__ = ["MergedForm", "sizes_asked"]
+__all__ = ["MergedForm", "kernel_sizes"]
 
 
 class MergedForm:
@@ -69,7 +69,7 @@ class MergedForm:
         geometry = replace(affine.geometry, bias=True, bounded=())
         self.input_module = task.first_module
         self.geometry: Geometry = geometry
-        self.sizes = sizes_asked(kernel, geometry)
+        self.sizes = kernel_sizes(kernel, geometry)
         bias = affine.bias if affine.bias is not None else affine.weight.new_zeros(geometry.out_channels)
         norms = norms_behind(Segment(self._nodes, geometry))
         kept = [name for name in norms if can_be_identity(model.get_submodule(name), geometry.out_channels)]
@@ -147,7 +147,7 @@ class MergedForm:
         return record(Segment(self._nodes, geometry), trainable, False)
 
 
-def sizes_asked(kernel: Kernel, geometry: Geometry) -> list[tuple[int, ...]]:
+def kernel_sizes(kernel: Kernel, geometry: Geometry) -> list[tuple[int, ...]]:
     """Return the kernel sizes to try, smallest first, none larger than the exact merge's.
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nmconv.errors import FitError
-from nmconv.fitting.data import Images, read_images, taking
+from nmconv.fitting.data import Images, input_errors_as_fit_errors, read_images
 from nmconv.fitting.norm_statistics import has_running_statistics
 from nmconv.surgery import check_plain
 
@@ -149,7 +149,7 @@ def _estimate(model: nn.Module, norms: list[Any], images: Images) -> None:
             hooks.callback(norm.register_forward_pre_hook(set_momentum, with_kwargs=True).remove)
             hooks.callback(norm.register_forward_hook(add_between).remove)
         for batch in _large_batches(images):
-            with taking(model, batch):
+            with input_errors_as_fit_errors(model, batch):
                 try:
                     model(batch)
                 except ValueError as error:  # torch's, for one value per channel

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from nmconv.algebra import is_finite
 from nmconv.errors import FitError, OptionError
-from nmconv.fitting.data import Images, taking
+from nmconv.fitting.data import Images, input_errors_as_fit_errors
 from nmconv.fitting.report import Divergence
 
 __all__ = ["Loss", "NotFiniteError", "Outputs", "check_loss", "divergence", "outputs_of"]
@@ -46,7 +46,7 @@ def outputs_of(model: nn.Module, images: Images, held: bool | None) -> Outputs:
     outputs = []
     with torch.no_grad():
         for batch, _ in images.batches(held):
-            with taking(model, batch):
+            with input_errors_as_fit_errors(model, batch):
                 output = model(batch)
             for leaf in tree_leaves(output):
                 if isinstance(leaf, Tensor) and leaf.is_floating_point() and not is_finite(leaf):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["RIDGES", "Coefficients", "Regression", "RidgeSolution", "solved"]
+__all__ = ["RIDGES", "Coefficients", "Regression", "RidgeSolution", "select_ridge"]
 
 RIDGES = tuple(10.0**power for power in range(-7, 2))
 _PATIENCE = 2  # stop after this many ridges in a row without improvement
@@ -125,7 +125,7 @@ class RidgeSolution:
         return self.after if math.isnan(self.held_after) else self.held_after
 
 
-def solved(
+def select_ridge(
     fitted: Regression,
     held: Regression,
     initial: Coefficients,

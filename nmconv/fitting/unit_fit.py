@@ -14,7 +14,7 @@ from nmconv.fitting.data import Images, check_finite
 from nmconv.fitting.factors_form import FactorsForm
 from nmconv.fitting.merged_form import MergedForm
 from nmconv.fitting.report import UnitFit
-from nmconv.fitting.ridge_regression import Regression, RidgeSolution, solved
+from nmconv.fitting.ridge_regression import Regression, RidgeSolution, select_ridge
 from nmconv.fitting.samples import UnitSamples
 from nmconv.fitting.tasks import FitTask
 
@@ -57,7 +57,9 @@ def fit_unit(
     if isinstance(form, FactorsForm):
         size = form.geometry.kernel
         regression = fitted.regression(size)
-        best = solved(regression, held.regression(size), form.initial, size, ridges, fit_intercept=form.has_intercept)
+        best = select_ridge(
+            regression, held.regression(size), form.initial, size, ridges, fit_intercept=form.has_intercept
+        )
         tried = [best]
         try:
             if best.ridge != math.inf:
@@ -66,7 +68,9 @@ def fit_unit(
             return refused(task.convs, str(refusal), images)
     else:
         tried = [
-            solved(fitted.regression(size), held.regression(size), form.initial(size), size, ridges, fit_intercept=True)
+            select_ridge(
+                fitted.regression(size), held.regression(size), form.initial(size), size, ridges, fit_intercept=True
+            )
             for size in form.sizes
         ]
         best = _smallest_good(tried)

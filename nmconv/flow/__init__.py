@@ -5,11 +5,11 @@ from nmconv.flow.arguments import (
     ATOMS,
     Arguments,
     UnknownNumber,
-    arguments_from,
+    argument_structure,
     containers,
-    map_given,
-    takes_by_forward,
-    takes_of,
+    forward_argument_structures,
+    map_leaves,
+    parse_arguments,
 )
 from nmconv.flow.dominators import Dominators
 from nmconv.flow.expressions import (
@@ -27,7 +27,7 @@ from nmconv.flow.leaves import LEAF, THROUGH, act_kind, hooks_of, is_activation,
 from nmconv.flow.lowering import lower
 from nmconv.flow.ops import ACT_KINDS, PLAIN_ACTS, SUMS, Op, is_inplace
 from nmconv.flow.probed_modules import crop_of_module
-from nmconv.flow.recordings import is_leaf, recordings_of, signature_of
+from nmconv.flow.recordings import is_leaf, record_model, signature_of
 from nmconv.flow.registry import register, registered_kind, registered_names
 from nmconv.flow.sums import fold_parallel, summands
 from nmconv.flow.zoo import ZOOS, builders, has_plain_weight, is_frozen_norm, is_norm_act, pads_same
@@ -53,13 +53,14 @@ __all__ = [
     "UnknownNumber",
     "act_kind",
     "ancestors",
-    "arguments_from",
+    "argument_structure",
     "builders",
     "containers",
     "crop_of_module",
     "expressions_in",
     "expressions_of",
     "fold_parallel",
+    "forward_argument_structures",
     "has_plain_weight",
     "held",
     "hooks_of",
@@ -73,13 +74,14 @@ __all__ = [
     "is_sequential",
     "leaf_op",
     "lower",
-    "map_given",
+    "map_leaves",
     "mixed",
     "mixed_into",
     "must_copy",
     "operation_of_module",
     "pads_same",
-    "recordings_of",
+    "parse_arguments",
+    "record_model",
     "register",
     "registered_kind",
     "registered_names",
@@ -87,6 +89,4 @@ __all__ = [
     "signature_of",
     "summands",
     "sums_must_copy",
-    "takes_by_forward",
-    "takes_of",
 ]

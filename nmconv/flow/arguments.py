@@ -18,11 +18,11 @@ __all__ = [
     "ATOMS",
     "Arguments",
     "UnknownNumber",
-    "arguments_from",
+    "argument_structure",
     "containers",
-    "map_given",
-    "takes_by_forward",
-    "takes_of",
+    "forward_argument_structures",
+    "map_leaves",
+    "parse_arguments",
 ]
 
 # Types whose values hold no references that could matter.
@@ -49,17 +49,17 @@ class Arguments:
     kwargs: dict[str, Any]
 
 
-def map_given(value: Any, function: Callable[[Any], Any]) -> Any:
+def map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
     """Return a copy of nested tuples, lists and dicts with ``function`` applied to every tensor and number."""
     if isinstance(value, (torch.Tensor, UnknownNumber)) or type(value) in (int, float):
         return function(value)
     if isinstance(value, tuple):
-        parts = [map_given(part, function) for part in value]
+        parts = [map_leaves(part, function) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     if isinstance(value, list):
-        return [map_given(part, function) for part in value]
+        return [map_leaves(part, function) for part in value]
     if isinstance(value, dict):
-        return type(value)((key, map_given(part, function)) for key, part in value.items())
+        return type(value)((key, map_leaves(part, function)) for key, part in value.items())
     return value
 
 
@@ -72,7 +72,7 @@ def containers(value: Any) -> Iterator[tuple[Any, Any]]:
             yield from containers(part)
 
 
-def takes_of(calls: Iterable[ModuleCall | Arguments]) -> str:
+def argument_structure(calls: Iterable[ModuleCall | Arguments]) -> str:
     """Return, as JSON, the argument structure that all ``calls`` of a method share; "" if they share none.
 
     Numbers may differ between calls; those that do are stored without a value.
@@ -87,18 +87,18 @@ def takes_of(calls: Iterable[ModuleCall | Arguments]) -> str:
     return json.dumps(common)
 
 
-def takes_by_forward(flows: Sequence[Flow], owners: Iterable[str]) -> dict[str, str]:
-    """Return :func:`takes_of` all calls of each module's forward, by the modules' qualified names."""
+def forward_argument_structures(flows: Sequence[Flow], owners: Iterable[str]) -> dict[str, str]:
+    """Return :func:`argument_structure` all calls of each module's forward, by the modules' qualified names."""
     odd = frozenset[str]().union(*(flow.odd for flow in flows))
     frames = [frame for flow in flows for frame in flow.frames]
     return {
-        owner: "" if owner in odd else takes_of(frame for frame in frames if frame.path == owner)
+        owner: "" if owner in odd else argument_structure(frame for frame in frames if frame.path == owner)
         for owner in dict.fromkeys(owners)
     }
 
 
-def arguments_from(text: str) -> Arguments:
-    """Return the arguments that :func:`takes_of` has written, with unknown tensors.
+def parse_arguments(text: str) -> Arguments:
+    """Return the arguments that :func:`argument_structure` has written, with unknown tensors.
 
     Raises:
         RewriteError: If the text is empty or cannot be read.

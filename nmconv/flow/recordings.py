@@ -16,7 +16,7 @@ from nmconv.flow.zoo import default_input_size, takes_list_of_images
 from nmconv.planning import Signature, TensorSpec, to_signature
 from nmconv.recording import Inputs, Recordings, Spec, given_inputs, guessed_inputs, record
 
-__all__ = ["is_leaf", "recordings_of", "signature_of"]
+__all__ = ["is_leaf", "record_model", "signature_of"]
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -24,7 +24,7 @@ def is_leaf(module: nn.Module) -> bool:
     return leaf_op(module) is not None
 
 
-def recordings_of(
+def record_model(
     model: nn.Module,
     example_inputs: Any = None,
     *,

@@ -10,7 +10,7 @@ from torch import nn
 
 from nmconv.errors import FileError, PlanError, WitnessError
 from nmconv.finding import flows_of
-from nmconv.flow import recordings_of, takes_by_forward
+from nmconv.flow import forward_argument_structures, record_model
 from nmconv.io.content import from_text
 from nmconv.io.content_checks import check_content
 from nmconv.io.problems import DamagedFile, ForeignFile, UnreadFormat
@@ -115,14 +115,14 @@ def _load(
             recorded = Witness(model, example_inputs, linear=linear, call=call)
             recordings = recorded.recordings
         elif plan is not None or owners:
-            recordings = recordings_of(model, example_inputs, both_sizes=False, linear=linear, call=call)
+            recordings = record_model(model, example_inputs, both_sizes=False, linear=linear, call=call)
         if plan is not None and recordings is not None:
             resolved = resolve_plan(model, plan, recordings)
     except PlanError as error:
         raise ForeignFile(f"{error}") from error
     if recordings is not None and owners:
         flows = [flow for training in (False, True) for flow in flows_of(model, recordings, training=training)]
-        takes = takes_by_forward(flows, owners)
+        takes = forward_argument_structures(flows, owners)
     work, readers = WorkingCopy(model, inplace=inplace, numbers=True), None
     if resolved is not None and recordings is not None and not content.merges:
         readers = Readers(model, resolved.changes, recordings)

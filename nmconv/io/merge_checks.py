@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from nmconv.algebra import Geometry, averages
-from nmconv.finding import elements_from, steps_of
+from nmconv.finding import elements_from_json, steps_of
 from nmconv.flow import Op, is_norm_act, leaf_op
 from nmconv.io.problems import DamagedFile, ForeignFile
 from nmconv.merging import Merge
@@ -68,7 +68,7 @@ def _check_channels(modules: Modules, merge: Merge) -> None:
 def _check_factors(merge: Merge) -> None:
     """Check that a live kernel is computed from modules that it replaces only."""
     try:
-        steps = list(steps_of(elements_from(merge.factors)))
+        steps = list(steps_of(elements_from_json(merge.factors)))
     except (ValueError, RecursionError) as error:
         raise DamagedFile(f"the factors of {merge.head!r} cannot be read: {error}") from error
     for step in steps:

@@ -52,7 +52,7 @@ def merge(
             remain.
         min_gain: Least ratio of before over after; at 1.05 merging breaks even in measurements.
         backend: What the latency gate times: ``"eager"``, ``"compile"``, ``"frozen"`` or ``"onnxruntime"`` (see
-            :func:`nmconv.timing.runner`).
+            :func:`nmconv.timing.make_runner`).
         live: Whether the factors stay parameters under their old keys, with merged kernels computed from them in each
             call, for fine-tuning with frozen norms. The multiply-adds gate counts the composition of the kernels,
             shared by the batch, if ``example_inputs`` determine the batch size; the latency gate does not.

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from nmconv.errors import MergeError
-from nmconv.finding import chosen_by
+from nmconv.finding import deciding_arguments
 from nmconv.merging.recorded_runs import groups_of
 from nmconv.merging.report import Guard, Merge
 from nmconv.recording import ENTRY_POINTS, Frame, Recording
@@ -124,7 +124,7 @@ def _guards_of(model: nn.Module, frame: Frame, runs: Sequence[Recording], *, cro
     module = model.get_submodule(frame.path)
     arguments = _bound_arguments(module, frame)
     plain = {name: value for name, value in arguments.items() if type(value) in _PLAIN and not isinstance(value, Enum)}
-    chosen = chosen_by(module, conditions=crossed) if plain else frozenset()
+    chosen = deciding_arguments(module, conditions=crossed) if plain else frozenset()
     for name, value in plain.items():
         if (chosen is None or name in chosen) and not _was_recorded_both_ways(module, frame.path, name, value, runs):
             yield Guard(frame.path, name, json.dumps(value))

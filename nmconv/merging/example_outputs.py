@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nmconv.copying import copy_of
+from nmconv.copying import copy_model
 from nmconv.errors import OptionError
 from nmconv.recording import rng_restored
 
@@ -43,7 +43,7 @@ def outputs_of_copy(model: nn.Module, example_inputs: Any) -> Any:
         OptionError: If the model cannot be called with the example inputs.
     """
     try:
-        return outputs_of(copy_of(model), example_inputs)
+        return outputs_of(copy_model(model), example_inputs)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         shapes = [tuple(value.shape) if isinstance(value, Tensor) else value for value in tree_leaves(example_inputs)]
         raise OptionError(
@@ -57,4 +57,4 @@ def outputs_in_float64(model: nn.Module, example_inputs: Any) -> Any:
     def double(value: Any) -> Any:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    return outputs_of(copy_of(model).double(), tree_map(double, example_inputs))
+    return outputs_of(copy_model(model).double(), tree_map(double, example_inputs))

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nmconv.algebra import Geometry, Refusal, channels_last, composed, conv_module, laid_out
-from nmconv.copying import copy_of
+from nmconv.copying import copy_model
 from nmconv.finding import Join, Step
 from nmconv.merging.example_outputs import call_model
 from nmconv.merging.nodes import Node
 from nmconv.merging.partitioning import Segment
 from nmconv.recording import rng_restored
-from nmconv.timing import Summed, drawn, interleaved, noise, ratios, runner
+from nmconv.timing import Summed, fixed_normal, make_runner, quotients, randomize_weights, time_interleaved
 
 __all__ = ["LatencyGate", "is_slower"]
 
@@ -62,17 +62,17 @@ class LatencyGate:
         sizes = segment.nodes[0].sizes
         key = (_geometries(segment.nodes, self._unhoisted), segment.geometry, sizes)
         if key not in self._cache:
-            x = noise((self._batch, segment.geometry.in_channels, *sizes), self._like)
+            x = fixed_normal((self._batch, segment.geometry.in_channels, *sizes), self._like)
             before = _unmerged_modules(segment.nodes, self._like, self._unhoisted)
             after = _random_conv(segment.geometry, self._like)
             if self._last:
                 x = channels_last(x)
                 for conv in (each for side in (before, after) for each in side.modules() if isinstance(each, _ConvNd)):
                     laid_out(conv, True)
-            runners = [runner(side.eval(), (x,), self._backend) for side in (before, after)]
+            runners = [make_runner(side.eval(), (x,), self._backend) for side in (before, after)]
             for rounds in _ROUNDS:
-                times = interleaved(runners, rounds=rounds, seconds=0.02)
-                gain = ratios(times[0], times[1]).median
+                times = time_interleaved(runners, rounds=rounds, seconds=0.02)
+                gain = quotients(times[0], times[1]).median
                 if gain < self._min_gain:
                     break
             self._cache[key] = (times[0].median - times[1].median, gain)
@@ -91,7 +91,7 @@ def is_slower(before: nn.Module, after: nn.Module, example_inputs: Any, backend:
         backend: As of ``merge``. If it cannot run ``before`` as a whole, nothing is known, and the result is False.
     """
     with rng_restored(before):
-        return _is_slower(before, copy_of(after), example_inputs, backend)
+        return _is_slower(before, copy_model(after), example_inputs, backend)
 
 
 def _is_slower(before: nn.Module, after: nn.Module, example_inputs: Any, backend: str) -> bool:
@@ -101,13 +101,13 @@ def _is_slower(before: nn.Module, after: nn.Module, example_inputs: Any, backend
             module._forward_hooks.clear()
         try:
             call = _Call(model, example_inputs)
-            runners.append(runner(call, call.values, backend))
+            runners.append(make_runner(call, call.values, backend))
         except Exception:  # whatever a backend, or a forward that is called more than once, may raise
             return bool(runners)
     try:
         # A threshold just below 1 would refuse a network at random of which little was merged and that is as fast.
         for rounds in _ROUNDS:
-            gain = ratios(*interleaved(runners, rounds=rounds, seconds=0.02))
+            gain = quotients(*time_interleaved(runners, rounds=rounds, seconds=0.02))
             if gain.upper < 1:
                 return True
         return gain.median < _BREAK_EVEN
@@ -185,4 +185,4 @@ def _unmerged_modules(nodes: Sequence[Node], like: Tensor, unhoisted: Unhoisted)
 
 
 def _random_conv(geometry: Geometry, like: Tensor) -> nn.Module:
-    return drawn(conv_module(geometry, like))
+    return randomize_weights(conv_module(geometry, like))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import nn
 
-from nmconv.finding import Element, Join, steps_of, text_of
+from nmconv.finding import Element, Join, elements_to_json, steps_of
 from nmconv.merging.nodes import Node
 from nmconv.merging.partitioning import Segment
 from nmconv.merging.report import Merge
@@ -33,7 +33,7 @@ def record(segment: Segment, trainable: bool, live: bool) -> Merge:
         sums=tuple(roles.sums),
         trainable=trainable,
         live=live,
-        factors=text_of(node.element for node in segment.nodes) if live else "",
+        factors=elements_to_json(node.element for node in segment.nodes) if live else "",
     )
 
 

@@ -21,7 +21,7 @@ from nmconv.algebra import (
     laid_out,
     like_of,
 )
-from nmconv.copying import copy_of
+from nmconv.copying import copy_model
 from nmconv.errors import MergeError
 from nmconv.finding import Join, LinearRun, linear_runs, steps_of, takes_in
 from nmconv.flow import Op, hooks_of, leaf_op
@@ -213,7 +213,7 @@ class Merger:
                 self._check_recordings(work.model)
                 if before is not None:
                     exact = partial(outputs_in_float64, self._original, self._examples)
-                    after = outputs_of(copy_of(work.model), self._examples)
+                    after = outputs_of(copy_model(work.model), self._examples)
                     check_model_outputs(before, after, exact, [merge.head for merge in self._merges])
         return work
 

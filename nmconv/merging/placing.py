@@ -10,7 +10,7 @@ from torch import nn
 
 from nmconv.algebra import Refusal, affine_in_double, filled, is_channels_last, laid_out, like_of
 from nmconv.errors import RewriteError
-from nmconv.finding import elements_from
+from nmconv.finding import elements_from_json
 from nmconv.flow import THROUGH, is_norm_act
 from nmconv.merging.call_guards import guard_calls
 from nmconv.merging.folded_norms import AfterNorm, FoldedDropout, FoldedNorm, WarnedKinds, folded_kind, warned_kinds
@@ -118,7 +118,7 @@ def _live_nodes(model: nn.Module, merge: Merge) -> tuple[Node, ...]:
     Raises:
         ValueError: If the model's modules do not compose to the convolution that the merge describes.
     """
-    elements = elements_from(merge.factors)
+    elements = elements_from_json(merge.factors)
     sizes = tuple(max(extent, 1) for extent in merge.geometry.extent)
     nodes = nodes_of(
         model.get_submodule, elements, merge.geometry.in_channels, sizes, lambda name, geometry: geometry, {}

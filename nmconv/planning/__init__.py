@@ -3,16 +3,16 @@
 from nmconv.planning.call_signature import Signature, TensorSpec, to_signature
 from nmconv.planning.changes import Change, Changes, changes_of
 from nmconv.planning.dataclass_json import from_plain
-from nmconv.planning.json_files import number, read_json, write_json
+from nmconv.planning.json_files import nan_if_null, read_json, write_json
 from nmconv.planning.plan import Plan
 from nmconv.planning.plan_parts import Branch, Counts, Hoist, Kernel, Sum
-from nmconv.planning.planner import Options, draw_up
+from nmconv.planning.planner import Options, decide
 from nmconv.planning.policies import BOUNDARY, Keep, Unit, current_name
 from nmconv.planning.ratio import Ratio
-from nmconv.planning.selection import listed
+from nmconv.planning.selection import as_patterns
 from nmconv.planning.site import Site
 from nmconv.planning.structure import Activation, Chain, Item, Place, Structure, Untraced
-from nmconv.planning.text_table import table
+from nmconv.planning.text_table import text_table
 
 __all__ = [
     "BOUNDARY",
@@ -37,14 +37,14 @@ __all__ = [
     "TensorSpec",
     "Unit",
     "Untraced",
+    "as_patterns",
     "changes_of",
     "current_name",
-    "draw_up",
+    "decide",
     "from_plain",
-    "listed",
-    "number",
+    "nan_if_null",
     "read_json",
-    "table",
+    "text_table",
     "to_signature",
     "write_json",
 ]

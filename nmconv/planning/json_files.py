@@ -11,7 +11,7 @@ from typing import Any
 
 from nmconv.errors import FileError
 
-__all__ = ["number", "read_json", "write_json"]
+__all__ = ["nan_if_null", "read_json", "write_json"]
 
 
 def write_json(path: str | os.PathLike[str], data: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ def read_json(path: str | os.PathLike[str], mark: str, version: int, again: str)
     return data
 
 
-def number(value: Any) -> Any:
+def nan_if_null(value: Any) -> Any:
     """Return NaN for null, else the value."""
     return math.nan if value is None else value
 

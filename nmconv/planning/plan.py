@@ -12,7 +12,7 @@ from nmconv.planning.dataclass_json import from_plain, lines_of, to_plain
 from nmconv.planning.plan_parts import Branch, Counts, Hoist, Kernel, check_branches, check_kernels
 from nmconv.planning.site import Site, check_sites
 from nmconv.planning.structure import Untraced
-from nmconv.planning.text_table import table
+from nmconv.planning.text_table import text_table
 
 __all__ = ["Plan"]
 
@@ -245,7 +245,7 @@ def _lines(plan: Plan) -> Iterator[str]:
         )
         for site in plan.sites
     ]
-    yield table(("site", "kind", "chain", "unit", "role", "action", "reason"), rows)
+    yield text_table(("site", "kind", "chain", "unit", "role", "action", "reason"), rows)
     for hoist in plan.hoists:
         if hoist.why:
             yield f"padding stays {hoist.convs[0]}: {hoist.why}"

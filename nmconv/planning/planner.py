@@ -9,11 +9,11 @@ from itertools import groupby
 from nmconv.planning.plan import Plan
 from nmconv.planning.policies import BOUNDARY, Keep, Unit, check_keep, choose
 from nmconv.planning.ratio import Ratio
-from nmconv.planning.selection import PatternTarget, Rules, listed
+from nmconv.planning.selection import PatternTarget, Rules, as_patterns
 from nmconv.planning.site import Site
 from nmconv.planning.structure import Activation, Chain, Item, Structure
 
-__all__ = ["Options", "draw_up"]
+__all__ = ["Options", "decide"]
 
 _NONE_LOCKED: Mapping[int, str] = {}
 
@@ -46,15 +46,15 @@ class Options:
         values = {
             "keep": keep,
             "relocate": self.relocate,
-            "include": ", ".join(listed(self.include)),
-            "exclude": ", ".join(listed(self.exclude)),
+            "include": ", ".join(as_patterns(self.include)),
+            "exclude": ", ".join(as_patterns(self.exclude)),
             "linear": self.linear,
             "hoist_padding": self.hoist,
         }
         return tuple((name, str(value)) for name, value in values.items())
 
 
-def draw_up(structure: Structure, options: Options, fingerprint: str, locked: Mapping[int, str] = _NONE_LOCKED) -> Plan:
+def decide(structure: Structure, options: Options, fingerprint: str, locked: Mapping[int, str] = _NONE_LOCKED) -> Plan:
     """Make a plan: decide for every activation.
 
     Args:

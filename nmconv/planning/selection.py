@@ -10,7 +10,7 @@ from fnmatch import translate
 from nmconv.errors import PatternError, RatioError
 from nmconv.planning.ratio import Ratio
 
-__all__ = ["PatternTarget", "Rules", "listed"]
+__all__ = ["PatternTarget", "Rules", "as_patterns"]
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Rules:
         else:
             self.text = str(parsed["*"])
         self._rules = [(value, self._match(pattern, "ratio")) for pattern, value in parsed.items()]
-        self._include = [self._match(pattern, "include") for pattern in listed(include)]
-        self._exclude = [self._match(pattern, "exclude") for pattern in listed(exclude)]
+        self._include = [self._match(pattern, "include") for pattern in as_patterns(include)]
+        self._exclude = [self._match(pattern, "exclude") for pattern in as_patterns(exclude)]
 
     @staticmethod
     def parse(ratio: object) -> dict[object, Ratio | None]:
@@ -117,7 +117,7 @@ class Rules:
         return frozenset(target for target in self._targets if start < target.order <= self._stages[index])
 
 
-def listed(patterns: object) -> tuple[str, ...]:
+def as_patterns(patterns: object) -> tuple[str, ...]:
     """Return one pattern or several as a tuple; an iterator is consumed.
 
     Raises:

@@ -2,8 +2,8 @@
 
 from nmconv.recording.answers import Answers, ModelRaised, NeedsData
 from nmconv.recording.call_recording import record_again, record_call
-from nmconv.recording.context import context_kept, context_now, is_recording
-from nmconv.recording.function_code import NoSource, conditions, enclosed, goes_one_way, parsed, unwrapped
+from nmconv.recording.context import context_restored, current_context, is_recording
+from nmconv.recording.function_code import NoSource, closure_contents, conditions, is_branchless, syntax_tree, unwrapped
 from nmconv.recording.inputs import Inputs, given_inputs, guessed_inputs
 from nmconv.recording.model_recordings import ENTRY_POINTS, Failure, Recordings, record
 from nmconv.recording.nodes import TENSOR, hook_sees, unknown
@@ -30,22 +30,22 @@ __all__ = [
     "Recordings",
     "RngState",
     "Spec",
+    "closure_contents",
     "conditions",
-    "context_kept",
-    "context_now",
+    "context_restored",
+    "current_context",
     "draws_randomness",
-    "enclosed",
     "given_inputs",
-    "goes_one_way",
     "guessed_inputs",
     "hook_sees",
+    "is_branchless",
     "is_recording",
     "label_of",
-    "parsed",
     "record",
     "record_again",
     "record_call",
     "rng_restored",
+    "syntax_tree",
     "unknown",
     "unwrapped",
 ]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nmconv.copying import meta_copy, real_copy
+from nmconv.copying import copy_with_tensors, meta_copy
 from nmconv.recording.answers import Answers, ModelRaised, NeedsData
-from nmconv.recording.context import context_kept, recording_marked, uncompiled
+from nmconv.recording.context import context_restored, recording_marked, uncompiled
 from nmconv.recording.forwards import intercept_calls
 from nmconv.recording.leaf_outcomes import Outcomes, cached_outcomes
 from nmconv.recording.recorder import Recorder
@@ -85,7 +85,7 @@ def _record(
         copy.model.train(call.training)
     recorder = Recorder(copy, call, path, is_leaf, apparent_device, answers, outcomes)
     autocast = torch.autocast(call.autocast) if call.autocast else nullcontext()
-    with rng_seeded(), uncompiled(), context_kept(), torch.inference_mode(False), autocast:
+    with rng_seeded(), uncompiled(), context_restored(), torch.inference_mode(False), autocast:
         return recorder.run()
 
 
@@ -129,7 +129,7 @@ def _run_for_answers(model: nn.Module, call: Call, path: str, is_leaf: IsLeaf, r
         return torch.zeros(value.shape, dtype=value.dtype, device=device)
 
     args, kwargs = map_tensors((call.args, call.kwargs) if real is None else real, new_tensor)
-    model_copy = real_copy(model).model
+    model_copy = copy_with_tensors(model).model
     model_copy.train(call.training)
     recorder = _AnswerRecorder()
     intercept_calls(model_copy, is_leaf, recorder.on_call)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["context_kept", "context_now", "context_queries", "is_recording", "recording_marked", "uncompiled"]
+__all__ = ["context_queries", "context_restored", "current_context", "is_recording", "recording_marked", "uncompiled"]
 
 # -- the context ------------------------------------------------------------------------------------------------------
 
@@ -22,7 +22,7 @@ _DEVICE_TYPES = ("cpu", "cuda")
 _state = threading.local()
 
 
-def context_now() -> tuple[bool, ...]:
+def current_context() -> tuple[bool, ...]:
     """Return whether gradients, inference mode, and autocast on the CPU and on CUDA are on in this thread."""
     return (
         torch.is_grad_enabled(),
@@ -32,7 +32,7 @@ def context_now() -> tuple[bool, ...]:
 
 
 @contextmanager
-def context_kept() -> Iterator[None]:
+def context_restored() -> Iterator[None]:
     """Restore the gradient mode and autocast on exit, in case a model's code raised before it restored them itself.
 
     Autocast counts its nesting depth and keeps the weights it has cast until the outermost level is left. With a wrong

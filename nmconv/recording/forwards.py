@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nmconv.recording.context import context_now
+from nmconv.recording.context import current_context
 from nmconv.recording.function_code import method_codes
 from nmconv.recording.recording import Fact, Frame, Lines, Read, Recording
 from nmconv.recording.tensors import map_tensors, spec_of
@@ -131,7 +131,7 @@ class FrameStack:
             number=frame.calls[label, is_module],
             form=form,
             reads=tuple(reads),
-            context=context_now(),
+            context=current_context(),
         )
 
     def _position(self, is_module: bool) -> tuple[str, CodeType | None, int, Lines]:

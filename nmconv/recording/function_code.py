@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["NoSource", "conditions", "enclosed", "goes_one_way", "method_codes", "parsed", "unwrapped"]
+__all__ = ["NoSource", "closure_contents", "conditions", "is_branchless", "method_codes", "syntax_tree", "unwrapped"]
 
 
 # -- decorators and closures ------------------------------------------------------------------------------------------
@@ -48,10 +48,14 @@ def unwrapped(method: Any) -> Iterator[Any]:
         seen.add(id(method))
         yield method
         inner = getattr(method, "__wrapped__", None)
-        todo += [inner] if inner is not None else [part for part in enclosed(method) if isinstance(part, FunctionType)]
+        todo += (
+            [inner]
+            if inner is not None
+            else [part for part in closure_contents(method) if isinstance(part, FunctionType)]
+        )
 
 
-def enclosed(function: Any) -> Iterator[Any]:
+def closure_contents(function: Any) -> Iterator[Any]:
     """Yield the contents of a function's closure, without cells that are still empty."""
     for cell in getattr(function, "__closure__", None) or ():
         with suppress(ValueError):  # an empty cell
@@ -65,7 +69,7 @@ class NoSource(Exception):
     """The source of the loaded code is missing, has changed since it was imported, or cannot be followed."""
 
 
-def parsed(code: CodeType) -> ast.FunctionDef:
+def syntax_tree(code: CodeType) -> ast.FunctionDef:
     """Return a function's syntax tree with the line numbers of its file.
 
     The file may have changed since it was imported, or the code may come from elsewhere. So the source is used only
@@ -110,12 +114,12 @@ def _compiled_functions(text: str, file: str) -> dict[tuple[str, int], tuple[ast
     return functions
 
 
-def goes_one_way(code: CodeType) -> bool:
+def is_branchless(code: CodeType) -> bool:
     """Return whether the bytecode has no branches, loops or exception handlers: for functions without source."""
     names = [step.opname for step in dis.get_instructions(code)]
     branches = any(("JUMP" in name and "IF" in name) or name in ("FOR_ITER", "SETUP_FINALLY") for name in names)
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return not branches and not getattr(code, "co_exceptiontable", b"") and all(map(goes_one_way, inner))
+    return not branches and not getattr(code, "co_exceptiontable", b"") and all(map(is_branchless, inner))
 
 
 def conditions(function: ast.FunctionDef) -> Iterator[tuple[Any, ast.expr]]:

@@ -24,7 +24,7 @@ from nmconv.fitting import (
     divergence,
     fit_units,
     outputs_of,
-    solved,
+    select_ridge,
 )
 from nmconv.planning import Kernel
 from nmconv.searching.search_space import SearchSpace
@@ -91,7 +91,7 @@ class Ablation:
         for size in sizes:
             columns = columns_of(largest, taps_kept(largest, size), moments[0].square.device)
             fitted, held_out = (part.of_columns(columns) for part in moments)
-            solution = solved(fitted, held_out, form.initial(size), size, RIDGES, fit_intercept=True)
+            solution = select_ridge(fitted, held_out, form.initial(size), size, RIDGES, fit_intercept=True)
             conv = form.conv(size, solution.coefficients, False)
 
             def replaced(value: Tensor, values: Mapping[Any, Tensor], conv: Any = conv) -> Any:

@@ -15,7 +15,7 @@ from nmconv.finding import Join
 from nmconv.merging import Node, fold_norms
 from nmconv.searching.search_space import SearchSpace
 from nmconv.searching.segments import CandidateSegment
-from nmconv.timing import Summed, Timing, drawn, interleaved, noise, ratios, runner
+from nmconv.timing import Summed, Timing, fixed_normal, make_runner, quotients, randomize_weights, time_interleaved
 
 __all__ = ["Stopwatch", "multiply_adds_of"]
 
@@ -54,7 +54,7 @@ class Stopwatch:
 
     def speedup(self, model: nn.Module, faster: nn.Module) -> float:
         """Return the time of one model over that of another: the median over rounds in which both were timed."""
-        return ratios(*self._time_models(model, faster)).median
+        return quotients(*self._time_models(model, faster)).median
 
     def segment_seconds(self, segment: CandidateSegment, sizes: Sequence[tuple[int, ...]]) -> list[float]:
         """Return the seconds of the segment for one image, and of one convolution of each size."""
@@ -77,14 +77,14 @@ class Stopwatch:
         return seconds
 
     def _time_models(self, *models: nn.Module) -> list[Timing]:
-        runners = [runner(fold_norms(model), (self._image,), self._backend) for model in models]
-        return interleaved(runners, rounds=_MODEL_ROUNDS, seconds=_MODEL_SECONDS)
+        runners = [make_runner(fold_norms(model), (self._image,), self._backend) for model in models]
+        return time_interleaved(runners, rounds=_MODEL_ROUNDS, seconds=_MODEL_SECONDS)
 
     def _time_modules(self, key: Any, modules: Sequence[nn.Module], shape: tuple[int, ...]) -> list[float]:
         if key not in self._cache:
-            input = noise((1, *shape), self._image)
-            runners = [runner(drawn(module), (input,), self._backend) for module in modules]
-            timings = interleaved(runners, rounds=_SEGMENT_ROUNDS, seconds=_SEGMENT_SECONDS)
+            input = fixed_normal((1, *shape), self._image)
+            runners = [make_runner(randomize_weights(module), (input,), self._backend) for module in modules]
+            timings = time_interleaved(runners, rounds=_SEGMENT_ROUNDS, seconds=_SEGMENT_SECONDS)
             self._cache[key] = [timing.median for timing in timings]
         return self._cache[key]
 

@@ -21,7 +21,7 @@ from nmconv.searching.segments import CandidateSegment
 from nmconv.searching.table import Candidate, Sensitivity
 from nmconv.searching.table_settings import load_or_create, settings_with_images
 from nmconv.surgery import check_model
-from nmconv.timing import BACKENDS, require
+from nmconv.timing import BACKENDS, check_backend
 
 __all__ = ["check_options", "measure_table", "sensitivity"]
 
@@ -102,7 +102,7 @@ def check_options(form: str, backend: str | None, max_convs: int, holdout: float
     if backend is not None:
         if backend not in BACKENDS:
             raise OptionError(f"backend={backend!r}: give one of {', '.join(BACKENDS)}, or None")
-        require(backend)
+        check_backend(backend)
     if isinstance(max_convs, bool) or not isinstance(max_convs, int) or max_convs < 1:
         raise OptionError(f"max_convs={max_convs!r}: give a number of convolutions, such as 6")
     if isinstance(holdout, bool) or not isinstance(holdout, (int, float)) or not 0 < holdout < 1:

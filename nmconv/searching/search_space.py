@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 
 from nmconv.algebra import Geometry, Refusal
-from nmconv.copying import copy_of
+from nmconv.copying import copy_model
 from nmconv.errors import NoSitesError, RewriteError
-from nmconv.finding import DefUse, Element, LinearRun, Residual, linear_runs, residuals, shapes_of, steps_of
+from nmconv.finding import DefUse, Element, LinearRun, Residual, linear_runs, map_shapes, residuals, steps_of
 from nmconv.fitting import FitTask
-from nmconv.flow import PLAIN_ACTS, recordings_of
+from nmconv.flow import PLAIN_ACTS, record_model
 from nmconv.merging import Node, interior_geometry
 from nmconv.planning import Branch, Kernel, Plan, Site
 from nmconv.searching.blocks import Block, BlockFinder
@@ -51,7 +51,7 @@ class SearchSpace:
         }
         if not droppable:
             raise NoSitesError(f"no activation of this {type(model).__name__} can be dropped")
-        self._recordings = recordings_of(model, example_inputs, both_sizes=False)
+        self._recordings = record_model(model, example_inputs, both_sizes=False)
         self.linear = outline_of(model)
         self._apply(self.linear, self.plan.edit(droppable))
         self._sites: dict[Any, Site] = {
@@ -59,7 +59,7 @@ class SearchSpace:
             for site in self.plan.sites
             if site.modes != "train"
         }
-        shapes = shapes_of(model, example_inputs)
+        shapes = map_shapes(model, example_inputs)
         self._position = {conv: at for at, conv in enumerate(shapes.convs)}  # in the order of execution
         self._multiply_adds = {conv: _multiply_adds(model, conv, shape) for conv, shape in shapes.convs.items()}
         self._elements: dict[str, int] = {
@@ -95,7 +95,7 @@ class SearchSpace:
 
     def converted(self, plan: Plan) -> nn.Module:
         """Return a copy of the model converted by one of its plans, without a check."""
-        copy = copy_of(self.model)
+        copy = copy_model(self.model)
         self._apply(copy, plan)
         return copy
 

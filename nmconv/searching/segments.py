@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nmconv.algebra import Geometry, shrunk
 from nmconv.finding import Residual
-from nmconv.fitting import FitTask, sizes_asked
+from nmconv.fitting import FitTask, kernel_sizes
 from nmconv.planning import Kernel
 from nmconv.searching.blocks import Block
 
@@ -53,7 +53,7 @@ class CandidateSegment:
 
     def sizes(self) -> list[tuple[int, ...]]:
         """Return the kernel sizes that it could have, smallest first."""
-        return [] if isinstance(self.geometry, str) else sizes_asked(Kernel(self.convs, "auto"), self.geometry)
+        return [] if isinstance(self.geometry, str) else kernel_sizes(Kernel(self.convs, "auto"), self.geometry)
 
     def replacement(self, size: tuple[int, ...]) -> Geometry:
         """Return the geometry of the one convolution that replaces it."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nmconv.errors import FileError
-from nmconv.planning import number, read_json, write_json
+from nmconv.planning import nan_if_null, read_json, write_json
 
 __all__ = ["COSTS", "Candidate", "Sensitivity"]
 
@@ -111,7 +111,7 @@ class Sensitivity:
         data = read_json(path, "nmconv_sensitivity", _VERSION, "nmconv.sensitivity")
         try:
             candidates = [_candidate(row) for row in data.pop("candidates")]
-            totals = {name: number(value) for name, value in data.pop("totals").items()}
+            totals = {name: nan_if_null(value) for name, value in data.pop("totals").items()}
             if "most" in data["setting"]:  # the name in tables of version 0.1
                 data["setting"]["max_convs"] = data["setting"].pop("most")
             return cls(**data, totals=totals, candidates=candidates)
@@ -141,6 +141,7 @@ class Sensitivity:
 
 def _candidate(row: dict[str, Any]) -> Candidate:
     values: dict[str, Any] = {
-        key: tuple(map(number, value)) if isinstance(value, list) else number(value) for key, value in row.items()
+        key: tuple(map(nan_if_null, value)) if isinstance(value, list) else nan_if_null(value)
+        for key, value in row.items()
     }
     return Candidate(**values)

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from nmconv.errors import NoEffectWarning, PlanError, warn_user
-from nmconv.flow import recordings_of
-from nmconv.planning import BOUNDARY, Keep, Options, Plan, Signature, current_name, listed
+from nmconv.flow import record_model
+from nmconv.planning import BOUNDARY, Keep, Options, Plan, Signature, as_patterns, current_name
 from nmconv.recording import Recordings
 from nmconv.surgery.apply import MethodCache, Surgery
 from nmconv.surgery.checks import FROZEN, PLAN, check_examples, check_has_run, check_model, check_plain, plan_of
@@ -68,7 +68,7 @@ def make_plan(
     options.check()
     original, current_plan = original_of(model), plan_of(model)
     call = None if current_plan is None else current_plan.call
-    recordings = recordings_of(original, example_inputs, both_sizes=False, linear=options.linear, call=call)
+    recordings = record_model(original, example_inputs, both_sizes=False, linear=options.linear, call=call)
     return draft_plan(original, options, example_inputs, recordings, call)[0]
 
 
@@ -239,8 +239,8 @@ def _options(
         ratio=ratio,
         keep=current_name(keep),
         relocate=bool(relocate),
-        include=listed(include),
-        exclude=listed(exclude),
+        include=as_patterns(include),
+        exclude=as_patterns(exclude),
         linear=bool(linear),
         hoist=bool(hoist_padding),
     )
@@ -253,7 +253,7 @@ def _record(
     if witness:
         seen = Witness(model, example_inputs, linear=linear, call=call)
         return seen, seen.recordings
-    return None, recordings_of(model, example_inputs, both_sizes=False, linear=linear, call=call)
+    return None, record_model(model, example_inputs, both_sizes=False, linear=linear, call=call)
 
 
 def _check_hoists(original: nn.Module, plan: Plan, resolved: ResolvedPlan, example_inputs: Any) -> None:

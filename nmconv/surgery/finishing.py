@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from nmconv.flow import GRADUAL, recordings_of
+from nmconv.flow import GRADUAL, record_model
 from nmconv.planning import Site
 from nmconv.surgery.checks import check_plain, plan_of
 from nmconv.surgery.placeholders import REPLACED, has_state, identity_class, identity_for
@@ -33,7 +33,7 @@ def finish(model: nn.Module) -> None:
         plan = plan_of(converted)
         if plan is not None and any(_may_have_parameters(converted, site) for site in plan.changes):
             original = original_of(converted)
-            recordings = recordings_of(original, both_sizes=False, linear=plan.linear, call=plan.call)
+            recordings = record_model(original, both_sizes=False, linear=plan.linear, call=plan.call)
             Readers(original, resolve_plan(original, plan, recordings).changes, recordings).freeze_unread(converted)
 
 

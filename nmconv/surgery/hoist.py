@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nmconv.algebra import BEFORE, PADS, Geometry, Padding, Refusal, check_hooks, geometry_of, hoisted, pad
 from nmconv.errors import PlanError
 from nmconv.finding import Element, Join, Step, linear_runs
-from nmconv.flow import LEAF, pads_same, recordings_of
+from nmconv.flow import LEAF, pads_same, record_model
 from nmconv.planning import Hoist, Signature
 from nmconv.surgery.rewritten_classes import RewrittenMethod, rewritten
 
@@ -23,7 +23,7 @@ SETTINGS = ("padding", "padding_mode", "_reversed_padding_repeated_twice", "same
 
 def find_hoists(model: nn.Module, example_inputs: Any, call: Signature | None = None) -> tuple[Hoist, ...]:
     """Return the hoists that are possible, and those that are not, in a model whose activations are already dropped."""
-    recordings = recordings_of(model, example_inputs, both_sizes=False, call=call)
+    recordings = record_model(model, example_inputs, both_sizes=False, call=call)
     runs = linear_runs(model, recordings=recordings, sizes=False)
     sequences = [sequence for run in runs for sequence in _sequences(run.elements)]
     return tuple(hoist for sequence in sequences for hoist in _hoists_in(model, sequence))

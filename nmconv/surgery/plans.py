@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from nmconv.errors import NoSitesError, PlanError
-from nmconv.finding import copied_sums, fingerprint, flows_of, read
-from nmconv.flow import registered_names, signature_of, takes_by_forward
-from nmconv.planning import Changes, Hoist, Options, Plan, Signature, Structure, changes_of, draw_up
+from nmconv.finding import copied_sums, fingerprint, flows_of, structure_of
+from nmconv.flow import forward_argument_structures, registered_names, signature_of
+from nmconv.planning import Changes, Hoist, Options, Plan, Signature, Structure, changes_of, decide
 from nmconv.recording import Recordings
 from nmconv.surgery.apply import MethodCache, Surgery
 from nmconv.surgery.hoist import find_hoists
@@ -46,7 +46,7 @@ def resolve_plan(model: nn.Module, plan: Plan, recordings: Recordings) -> Resolv
             f"the plan was made with {name} registered as {kind!r}, which it is not here, or the model has none: call "
             f"nmconv.register({name.rpartition('.')[2]}, {kind!r}) first"
         )
-    structure = read(model, recordings, linear=plan.linear)
+    structure = structure_of(model, recordings, linear=plan.linear)
     model_fingerprint = fingerprint(model, structure)
     if model_fingerprint != plan.fingerprint:
         raise PlanError(
@@ -65,7 +65,9 @@ def resolve_plan(model: nn.Module, plan: Plan, recordings: Recordings) -> Resolv
     sums = [branch.sum for branch in plan.branches]
     flows = [flow for training in (False, True) for flow in flows_of(model, recordings, training=training)]
     copied = copied_sums(flows, sums)
-    return ResolvedPlan(changes_of(plan, structure, copied), takes_by_forward(flows, [each.owner for each in sums]))
+    return ResolvedPlan(
+        changes_of(plan, structure, copied), forward_argument_structures(flows, [each.owner for each in sums])
+    )
 
 
 def draft_plan(
@@ -83,7 +85,7 @@ def draft_plan(
     Raises:
         NoSitesError: If no activation belongs to a convolution.
     """
-    structure = read(model, recordings, linear=options.linear)
+    structure = structure_of(model, recordings, linear=options.linear)
     plan, cache = _feasible_plan(model, structure, options)
     plan = replace(plan, call=signature_of(model, recordings), registered=registered_names(model))
     if options.hoist:
@@ -109,7 +111,7 @@ def _feasible_plan(model: nn.Module, structure: Structure, options: Options) -> 
     locked: dict[int, str] = {}  # maps indices of activations that must stay to the reasons
     cache: MethodCache = {}
     while True:
-        plan = draw_up(structure, options, model_fingerprint, locked)
+        plan = decide(structure, options, model_fingerprint, locked)
         changes = changes_of(plan, structure)
         failures = Surgery(model, changes, cache, {}).failures()
         if not failures:
@@ -130,7 +132,7 @@ def _feasible_plan(model: nn.Module, structure: Structure, options: Options) -> 
         call = change.call
         if change.action == "keep" and (call.owner, call.method) in failures and call.how == "rewrite":
             locked[index] = str(failures[call.owner, call.method])
-    return draw_up(structure, options, model_fingerprint, locked), cache
+    return decide(structure, options, model_fingerprint, locked), cache
 
 
 def _drop_in_untouched_methods(changes: Changes) -> Changes | None:

@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from nmconv.errors import NmconvError, WitnessError
-from nmconv.flow import is_leaf, recordings_of
+from nmconv.flow import is_leaf, record_model
 from nmconv.planning import Changes, Signature
 from nmconv.recording import ModelRaised, NeedsData, Recording, record_again
 from nmconv.surgery.slopes import get_slopes, is_dropping
-from nmconv.witness import Difference, MergedGroup, allowed_by, broken_groups, compare
+from nmconv.witness import Difference, MergedGroup, allowed_differences, broken_groups, compare
 
 __all__ = ["Witness"]
 
@@ -46,7 +46,7 @@ class Witness:
         methods: Mapping[str, Any] | None = None,
         call: Signature | None = None,
     ) -> None:
-        self.recordings = recordings_of(
+        self.recordings = record_model(
             model, example_inputs, linear=linear, choices=choices, methods=methods, call=call
         )
         self._model = model
@@ -69,7 +69,7 @@ class Witness:
         Raises:
             WitnessError: If it differs in any other way; the text states the first difference.
         """
-        allowed = allowed_by(changes, groups)
+        allowed = allowed_differences(changes, groups)
         slopes = self._slopes_to_compare(result, changes)
         gradual = frozenset(name for name, module in result.named_modules() if is_dropping(module))
         for before in self.recordings.runs:
@@ -117,7 +117,7 @@ class Witness:
     @staticmethod
     def broken_in(run: Recording, groups: Sequence[MergedGroup]) -> Mapping[str, str]:
         """Return the same as :meth:`broken`, for one recording."""
-        return broken_groups(run, allowed_by(None, groups))
+        return broken_groups(run, allowed_differences(None, groups))
 
     def _error(self, before: Recording, difference: Difference) -> WitnessError:
         if self._is_nondeterministic(before):
@@ -137,4 +137,4 @@ class Witness:
     def _is_nondeterministic(self, before: Recording) -> bool:
         """Return whether a second recording of the original differs from the first."""
         again = record_again(self._model, before, is_leaf)
-        return compare(before, again, allowed_by(None)) is not None
+        return compare(before, again, allowed_differences(None)) is not None

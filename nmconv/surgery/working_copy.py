@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nmconv.copying import copy_of, real_copy, structure_copy
+from nmconv.copying import copy_model, copy_sharing_tensors, copy_with_tensors
 from nmconv.errors import RemovedParametersWarning, warn_user
 from nmconv.surgery.hoist import SETTINGS
 
@@ -24,7 +24,7 @@ _CHANGED_SETTINGS = (*SETTINGS, "geometry", "_non_persistent_buffers_set")
 
 def outline_of(model: nn.Module) -> nn.Module:
     """Return a copy of the modules alone, for analysis and not for running: tensors are the model's own."""
-    return structure_copy(model).model
+    return copy_sharing_tensors(model).model
 
 
 class WorkingCopy:
@@ -35,7 +35,7 @@ class WorkingCopy:
         inplace: Whether :meth:`finish` changes the model itself, instead of returning the copy.
         numbers: Whether the values of parameters and buffers will change, too. Otherwise a copy for a change in place
             shares its tensors with the model.
-        spare: As for :func:`copy_of`.
+        spare: As for :func:`copy_model`.
 
     Attributes:
         model: The copy.
@@ -57,9 +57,9 @@ class WorkingCopy:
         self._numbers = numbers
         with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode could never be trained
             if not inplace:
-                self.model = copy_of(model, spare)
+                self.model = copy_model(model, spare)
                 return
-            result = real_copy(model) if numbers else structure_copy(model)
+            result = copy_with_tensors(model) if numbers else copy_sharing_tensors(model)
         self.model = result.model
         self._pairs = [
             _Pair(original, twin, dict(vars(original)), dict(vars(twin)))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nmconv.errors import OptionError
 
-__all__ = ["BACKENDS", "require", "runner"]
+__all__ = ["BACKENDS", "check_backend", "make_runner"]
 
 BACKENDS = ("eager", "compile", "frozen", "onnxruntime")
 
@@ -22,7 +22,7 @@ _REQUIRED_PACKAGES = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript")}
 _unique_numbers = count()
 
 
-def require(backend: str) -> None:
+def check_backend(backend: str) -> None:
     """Raise OptionError if a backend does not exist or is not installed."""
     if backend not in BACKENDS:
         raise OptionError(f"backend={backend!r}: give one of {', '.join(BACKENDS)}")
@@ -32,7 +32,7 @@ def require(backend: str) -> None:
         raise OptionError(f"backend={backend!r}: {', '.join(missing)} {verb} not installed: pip install 'nmconv[onnx]'")
 
 
-def runner(module: nn.Module, inputs: tuple[Tensor, ...], backend: str) -> Callable[[], object]:
+def make_runner(module: nn.Module, inputs: tuple[Tensor, ...], backend: str) -> Callable[[], object]:
     """Return a warmed-up callable that runs one forward of a module without gradients.
 
     Args:
@@ -51,7 +51,7 @@ def runner(module: nn.Module, inputs: tuple[Tensor, ...], backend: str) -> Calla
     Raises:
         OptionError: If the backend does not exist, is not installed, or cannot run this module.
     """
-    require(backend)
+    check_backend(backend)
     if backend == "eager":
         return _warmed_up(module, inputs)
     try:

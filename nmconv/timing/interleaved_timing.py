@@ -11,7 +11,7 @@ import torch
 
 from nmconv.errors import OptionError
 
-__all__ = ["Spread", "Timing", "interleaved", "ratios"]
+__all__ = ["Spread", "Timing", "quotients", "time_interleaved"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Timing:
         return self.spread.upper - self.spread.lower
 
 
-def interleaved(runners: Sequence[Callable[[], object]], *, rounds: int, seconds: float) -> list[Timing]:
+def time_interleaved(runners: Sequence[Callable[[], object]], *, rounds: int, seconds: float) -> list[Timing]:
     """Time callables in turn, one sample of each per round; each round begins with the next callable.
 
     Each sample follows two untimed calls (or a hundredth of the sample's calls, if that is more), so that no callable
@@ -96,12 +96,12 @@ def interleaved(runners: Sequence[Callable[[], object]], *, rounds: int, seconds
     return [Timing(tuple(times)) for times in samples]
 
 
-def ratios(first: Timing, second: Timing) -> Spread:
+def quotients(first: Timing, second: Timing) -> Spread:
     """Return the spread of the quotients ``first / second``, round by round.
 
     Args:
         first: The slower one, if the result is above 1.
-        second: Timed in the same call of :func:`interleaved`.
+        second: Timed in the same call of :func:`time_interleaved`.
 
     Raises:
         ValueError: If the numbers of rounds differ.

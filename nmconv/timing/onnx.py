@@ -22,7 +22,7 @@ _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def session_runner(module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], object]:
-    """Return a callable that runs the module in ONNX Runtime, as :func:`nmconv.timing.runner` describes."""
+    """Return a callable that runs the module in ONNX Runtime, as :func:`nmconv.timing.make_runner` describes."""
     session = _session(module, inputs)
     with torch.no_grad():
         outputs = [torch.empty_like(value).contiguous() for value in tree_leaves(module(*inputs))]

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Summed", "drawn", "noise"]
+__all__ = ["Summed", "fixed_normal", "randomize_weights"]
 
 
-def noise(shape: Sequence[int], like: Tensor, deviation: float = 1.0) -> Tensor:
+def fixed_normal(shape: Sequence[int], like: Tensor, deviation: float = 1.0) -> Tensor:
     """Return normal random numbers, the same in every call, without using torch's global RNG state.
 
     Args:
@@ -24,14 +24,14 @@ def noise(shape: Sequence[int], like: Tensor, deviation: float = 1.0) -> Tensor:
     return values.mul_(deviation).to(like)
 
 
-def drawn(module: nn.Module) -> nn.Module:
+def randomize_weights(module: nn.Module) -> nn.Module:
     """Randomize a module's parameters in place, put it in eval mode and return it.
 
     The weights roughly preserve the magnitude of the inputs, and no longer require gradients.
     """
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-        parameter.copy_(noise(parameter.shape, parameter, 1 / math.sqrt(max(parameter[0].numel(), 1))))
+        parameter.copy_(fixed_normal(parameter.shape, parameter, 1 / math.sqrt(max(parameter[0].numel(), 1))))
     return module.eval()
 
 

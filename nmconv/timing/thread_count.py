@@ -9,11 +9,11 @@ import torch
 
 from nmconv.errors import OptionError
 
-__all__ = ["threads"]
+__all__ = ["thread_count"]
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
+def thread_count(count: int) -> Iterator[None]:
     """Let torch use ``count`` intra-op threads, and restore the previous number on exit.
 
     Runners created inside keep that number, as compiled code and ONNX Runtime sessions store it.

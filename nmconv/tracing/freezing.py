@@ -15,7 +15,7 @@ from torch.fx import Proxy
 from torch.overrides import TorchFunctionMode
 
 from nmconv.errors import RewriteError
-from nmconv.recording import draws_randomness, enclosed
+from nmconv.recording import closure_contents, draws_randomness
 
 __all__ = ["NoFrozenTensors", "check_returned", "frozen_attributes"]
 
@@ -76,7 +76,7 @@ def frozen_attributes(module: nn.Module, method: str) -> dict[str, Any]:
         _check_instructions(code)
         todo += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
         namespace = getattr(function, "__globals__", {})
-        named = [namespace[name] for name in code.co_names if name in namespace] + list(enclosed(function))
+        named = [namespace[name] for name in code.co_names if name in namespace] + list(closure_contents(function))
         if any(map(draws_randomness, named)):
             raise RewriteError(_DRAWS)
         todo += [getattr(value, "__code__", None) for value in named]

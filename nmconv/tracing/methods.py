@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from nmconv.errors import RewriteError
-from nmconv.flow import Arguments, arguments_from
-from nmconv.recording import RngState, context_kept
+from nmconv.flow import Arguments, parse_arguments
+from nmconv.recording import RngState, context_restored
 from nmconv.tracing.attribute_writes import AttributeSnapshot
 from nmconv.tracing.freezing import NoFrozenTensors, check_returned, frozen_attributes
 from nmconv.tracing.stubs import Stubs
@@ -47,7 +47,7 @@ class MethodSpec:
         module: The module whose method it is; only read.
         path: The module's qualified name.
         name: The method's name.
-        takes: The structure of the method's arguments, see :func:`nmconv.flow.takes_of`.
+        takes: The structure of the method's arguments, see :func:`nmconv.flow.argument_structure`.
     """
 
     module: nn.Module
@@ -90,7 +90,7 @@ def _trace(method: MethodSpec, stubs: Stubs) -> MethodTrace | RewriteError:
 def _trace_in_modes(method: MethodSpec, stubs: Stubs) -> MethodTrace:
     if method.name in method.module.__dict__:
         raise RewriteError("it is set on the object itself, not on its class")
-    arguments = arguments_from(method.takes)
+    arguments = parse_arguments(method.takes)
     constants = frozen_attributes(method.module, method.name)
     stubs.asked.clear()
     in_eval = _trace_in_contexts(method, stubs, training=False)
@@ -127,8 +127,8 @@ def _trace_without_randomness(method: MethodSpec, stubs: Stubs) -> MethodTracer:
 def _trace_once(method: MethodSpec, stubs: Stubs, root: nn.Module) -> MethodTracer:
     attributes = AttributeSnapshot(root)
     try:
-        stubs.tracer = tracer = MethodTracer(root, method.name, arguments_from(method.takes), stubs.activations)
-        with context_kept(), NoFrozenTensors():
+        stubs.tracer = tracer = MethodTracer(root, method.name, parse_arguments(method.takes), stubs.activations)
+        with context_restored(), NoFrozenTensors():
             tracer.run()
     except Exception as error:  # whatever the method raises when it meets proxies
         raise RewriteError(str(error).strip().split("\n")[0]) from error

@@ -22,10 +22,10 @@ from nmconv.flow import (
     expressions_in,
     is_elementwise,
     is_inplace,
-    map_given,
+    map_leaves,
     operation_of_module,
 )
-from nmconv.recording import context_now
+from nmconv.recording import current_context
 from nmconv.tracing.call_stack import in_checkpoint, running_method
 from nmconv.tracing.known_numbers import Numbers
 from nmconv.tracing.proxies import AttributeProxy, TensorProxy
@@ -95,7 +95,7 @@ class MethodTracer(Tracer):
         self._numbers = Numbers()
         self.known = self._numbers.known
         self.guards = self._numbers.guards
-        self._context = context_now()
+        self._context = current_context()
         self._proxies: dict[str, Proxy] = {}  # of tensors and settings
         self._names = {id(part): name for name, part in root.named_modules()}
         self._tensors: dict[int, str] = {}
@@ -134,7 +134,7 @@ class MethodTracer(Tracer):
             raise TraceError(f"it does not take what it is said to be called with ({error})") from error
         bound.apply_defaults()
         self_argument, *others = bound.arguments.items()
-        bound.arguments = dict([self_argument, *((name, map_given(value, placeholder)) for name, value in others)])
+        bound.arguments = dict([self_argument, *((name, map_leaves(value, placeholder)) for name, value in others)])
         return bound.args[1:], bound.kwargs
 
     def run(self) -> MethodTracer:
@@ -237,7 +237,7 @@ class MethodTracer(Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Proxy:
         """Return a proxy of a new node; raise if the forward has entered a context."""
         if kind.startswith("call_"):
-            if context_now() != self._context:
+            if current_context() != self._context:
                 raise TraceError("the forward enters a context (autocast, no_grad, ...) that rewriting would lose")
             if in_checkpoint():
                 raise TraceError("it checkpoints a part of itself, which tracing would lose")

@@ -16,7 +16,7 @@ from nmconv.recording import Fact, Read, Recording
 __all__ = [
     "AllowedDifferences",
     "MergedGroup",
-    "allowed_by",
+    "allowed_differences",
     "by_member",
     "changed_activations",
     "changed_sums",
@@ -65,7 +65,7 @@ class AllowedDifferences:
     rewritten: frozenset[str] = field(default_factory=frozenset)
 
 
-def allowed_by(changes: Changes | None, groups: Iterable[MergedGroup] = ()) -> AllowedDifferences:
+def allowed_differences(changes: Changes | None, groups: Iterable[MergedGroup] = ()) -> AllowedDifferences:
     """Return the differences that a plan's changes and the merges make."""
     groups = tuple(groups)
     rewritten = {addition.owner for group in groups for _, addition in group.sums}

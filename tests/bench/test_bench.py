@@ -22,7 +22,7 @@ from nmconv.bench.command import app
 from nmconv.bench.measure import difference
 from nmconv.bench.models import build, randomize_norms
 from nmconv.errors import FileError, MergeError, OptionError
-from nmconv.timing import ratios
+from nmconv.timing import quotients
 
 QUICK = {"size": 12, "rounds": 2, "seconds": 1e-4, "batches": (1,), "backends": ("eager",)}
 FLAGS = ["--size", "32", "--rounds", "2", "--seconds", "1e-4", "--batch", "1", "--backend", "eager"]
@@ -74,7 +74,7 @@ def test_ratios_are_of_the_times_shown():
         (found.merged, found.original_over_merged),
     ):
         assert len(other.seconds) == 5
-        assert ratio == ratios(found.original, other)
+        assert ratio == quotients(found.original, other)
 
 
 def test_the_three_networks_have_their_norms_folded_and_compute_what_they_should(monkeypatch):
@@ -141,7 +141,7 @@ def test_channels_last_is_for_all_three_and_the_images_and_leaves_the_model_alon
         seen.append({value.is_contiguous(memory_format=torch.channels_last) for value in values})
         return torch.no_grad()(lambda: module(*inputs))
 
-    monkeypatch.setattr(measuring, "runner", runner)
+    monkeypatch.setattr(measuring, "make_runner", runner)
     model = small()
     model.last = model(torch.randn(1, 3, 12, 12))  # is no leaf: copy.deepcopy would refuse it
     result = run(model, ratio="3:1", channels_last=True, **QUICK)
@@ -160,7 +160,7 @@ def test_a_gate_by_latency_merges_anew_for_each_cell(monkeypatch):
         return nmconv.merge(model, gate="flops", example_inputs=example_inputs)
 
     monkeypatch.setattr(running, "merge", spy)
-    monkeypatch.setattr(measuring, "runner", lambda module, inputs, backend: lambda: module(*inputs))
+    monkeypatch.setattr(measuring, "make_runner", lambda module, inputs, backend: lambda: module(*inputs))
     options = QUICK | {"batches": (1, 3), "backends": ("eager", "compile")}
     result = run(small(), ratio="3:1", gate="latency", **options)
     assert [(cell.backend, cell.batch) for cell in result.cells] == [call[:2] for call in calls]
@@ -192,14 +192,14 @@ def test_threads_are_set_and_restored(monkeypatch):
 
 
 def test_a_cell_that_fails_says_why_and_holds_no_number(monkeypatch):
-    real = measuring.runner
+    real = measuring.make_runner
 
     def runner(module, inputs, backend):
         if backend == "compile":
             raise RuntimeError("no compiler\nat all")
         return real(module, inputs, backend)
 
-    monkeypatch.setattr(measuring, "runner", runner)
+    monkeypatch.setattr(measuring, "make_runner", runner)
     result = run(small(), ratio="3:1", **QUICK | {"backends": ("compile", "eager")})
     failed, good = result.cells
     assert failed == Cell("compile", 1, None, "not measured: no compiler at all")

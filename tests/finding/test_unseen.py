@@ -11,7 +11,7 @@ from oracle import assert_same, dropped
 from torch import nn
 
 import nmconv
-from nmconv.flow import recordings_of
+from nmconv.flow import record_model
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit.script:FutureWarning",
@@ -171,7 +171,7 @@ def test_a_call_besides_forward():
 
 
 def test_what_torch_computes_inside_is_no_node():
-    recording = recordings_of(straight(scripted), X).runs[0]
+    recording = record_model(straight(scripted), X).runs[0]
     functions = [fact.label for node, fact in recording.facts.items() if node.op == "call_function"]
     assert functions == ["unknown", "relu", "mean"]
 

@@ -19,8 +19,8 @@ from torch import nn
 from zoo import models as zoo
 
 import nmconv
-from nmconv.finding import read
-from nmconv.flow import recordings_of
+from nmconv.finding import structure_of
+from nmconv.flow import record_model
 from nmconv.planning import changes_of
 
 SIGMOIDS = {
@@ -1497,7 +1497,7 @@ def test_relocate_makes_a_true_unit_of_an_inverted_residual():
     plan = expect(model, text, "3:1", relocate=True, convs=7)
     assert plan.counts.activations_after == 3
     assert [plan.sites[at].behind for at in (1, 3)] == ["0.c3", "1.c3"]
-    structure = read(model, recordings_of(model, both_sizes=False))
+    structure = structure_of(model, record_model(model, both_sizes=False))
     one, two = (change.place for change in changes_of(plan, structure).made if change.place is not None)
     # behind the add of the first block, behind the norm of the second
     assert (one.owner, one.op, one.call) in {("0", "add", 1), ("", "0", 1)}

@@ -19,7 +19,7 @@ from torchvision.models.resnet import BasicBlock
 
 import nmconv
 from nmconv.finding import copied_sums, flows_of, residuals
-from nmconv.flow import recordings_of
+from nmconv.flow import record_model
 from nmconv.planning import Branch, Sum
 
 torch.set_num_threads(1)
@@ -350,7 +350,7 @@ def without_branch(net: nn.Module, label: str, kept: tuple[str, ...]) -> nmconv.
     branch = Branch(Sum("block", label, 1, keep), convs)
     assert found.branch == branch
     # torchvision's block overwrites the sum, here the stem's own output
-    copied = copied_sums(flows_of(net, recordings_of(net, picture(4, 6, 6))), [branch.sum])
+    copied = copied_sums(flows_of(net, record_model(net, picture(4, 6, 6))), [branch.sum])
     assert copied == ({branch.sum} if label == "add_" else set())
     plan = nmconv.make_plan(net, "2:1")
     sites = tuple(

@@ -268,9 +268,9 @@ def test_the_latency_gate_times_what_will_run(last, monkeypatch):
     def runner(module, inputs, backend):
         if type(module) is not latency_gate._Call:  # the parts, and not the whole model
             seen.append((convs_are_last(module), inputs[0].is_contiguous(memory_format=torch.channels_last)))
-        return timing.runner(module, inputs, backend)
+        return timing.make_runner(module, inputs, backend)
 
-    monkeypatch.setattr(latency_gate, "runner", runner)
+    monkeypatch.setattr(latency_gate, "make_runner", runner)
     model = settle(nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 3, 3), nn.ReLU()))
     x = picture(3, 16, 16)
     if last:

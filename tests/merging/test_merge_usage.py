@@ -262,7 +262,7 @@ def taking(monkeypatch, *seconds):
         after = left.pop(0)
         return [Timing((1.0,) * 3), Timing(after if isinstance(after, tuple) else (after,) * 3)]
 
-    monkeypatch.setattr(latency_gate, "interleaved", timed)
+    monkeypatch.setattr(latency_gate, "time_interleaved", timed)
     return passes
 
 
@@ -374,7 +374,7 @@ def test_a_model_that_draws_is_compared_on_the_same_draws(gate, inplace):
 def test_a_whole_that_a_backend_refuses(failing, convs, monkeypatch):
     """Nothing is known where the original cannot be run; what merging made impossible is not faster."""
     net = settle(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 3), nn.Flatten()))
-    ours, wholes = latency_gate.runner, []
+    ours, wholes = latency_gate.make_runner, []
 
     def runner(module, inputs, backend):
         if isinstance(module, nn.Sequential) or not hasattr(module, "model"):
@@ -384,7 +384,7 @@ def test_a_whole_that_a_backend_refuses(failing, convs, monkeypatch):
             raise nmconv.OptionError("no")
         return ours(module, inputs, backend) if failing != "later" else lambda: 1 / 0
 
-    monkeypatch.setattr(latency_gate, "runner", runner)
+    monkeypatch.setattr(latency_gate, "make_runner", runner)
     monkeypatch.setattr(latency_gate.LatencyGate, "_measured", lambda self, segment: (1.0, 2.0))
     merged = merge(net, gate="latency", example_inputs=picture(3, 16, 16))
     assert wholes and convs_of(merged, 3, 16, 16) == convs

@@ -33,8 +33,8 @@ from nmconv import (
     PlanError,
     RatioError,
 )
-from nmconv.finding import read
-from nmconv.flow import recordings_of
+from nmconv.finding import structure_of
+from nmconv.flow import record_model
 
 
 def label(value: Any) -> str | None:
@@ -1256,6 +1256,6 @@ def test_a_plan_says_the_same_in_every_process():
             return x
 
     model = Shared()
-    leading = [index for index, _ in read(model, recordings_of(model, torch.rand(2, 4, 5, 5))).leading]
+    leading = [index for index, _ in structure_of(model, record_model(model, torch.rand(2, 4, 5, 5))).leading]
     assert len(leading) == 8
     assert leading == sorted(leading)

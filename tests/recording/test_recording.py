@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import nmconv
-from nmconv.flow import recordings_of
+from nmconv.flow import record_model
 from nmconv.recording.nodes import NodeBuilder
 
 X = torch.rand(2, 4, 16, 16)
@@ -39,7 +39,7 @@ def asks(x):
 
 
 def runs(model, x=X):
-    return {run.call.name: run for run in recordings_of(model, x).runs}
+    return {run.call.name: run for run in record_model(model, x).runs}
 
 
 def labels(run):
@@ -133,17 +133,17 @@ def test_a_part_that_runs_in_one_mode_only_is_recorded_alone_in_the_other():
         return s.block(s.a(x))
 
     model = Net(forward, block=nn.Sequential(conv(), nn.ReLU(), nn.Dropout(0.5)))
-    found = recordings_of(model, X)
+    found = record_model(model, X)
     alone = next(run for run in found.runs if run.call.training)
     assert alone.path == "block"
     assert labels(alone) == ["block.0", "block.1", "block.2"]
     with pytest.raises(nmconv.OptionError, match=r"cannot be called with example_inputs.*it takes targets"):
-        recordings_of(Net(lambda s, x: forward(s.train(), x)), X)
+        record_model(Net(lambda s, x: forward(s.train(), x)), X)
 
 
 def test_a_guess_that_does_not_fit_names_example_inputs_and_is_quiet(capfd):
     with pytest.raises(nmconv.OptionError, match=r"guessed input of .*224.*pass example_inputs"):
-        recordings_of(Net(lambda s, x: s.a(x.view(1, 4, 10, 10))))
+        record_model(Net(lambda s, x: s.a(x.view(1, 4, 10, 10))))
     assert capfd.readouterr() == ("", "")
 
 
@@ -163,7 +163,7 @@ def test_the_model_is_as_it_was_and_chance_too():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
     states = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy(), model.chance.get_state()
-    recordings_of(model, X)
+    record_model(model, X)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for name, module in model.named_modules():
         assert all(vars(module)[key] is value for key, value in attributes[name].items())
@@ -227,7 +227,7 @@ def test_a_forward_that_reaches_the_model_itself_is_refused_by_name():
     model._forward = lambda s, x: F.conv2d(s.a(x), s.reach().b.weight)
     try:
         with pytest.raises(nmconv.ModelTypeError, match=r"reaches 'b.weight' of the model itself"):
-            recordings_of(model, X)
+            record_model(model, X)
     finally:
         del type(model).reach
 
@@ -239,7 +239,7 @@ def test_a_fault_of_the_recorder_is_ours(monkeypatch):
     model = Net(lambda s, x: s.b(s.a(x)))
     monkeypatch.setattr(NodeBuilder, "set_result", fails)
     with pytest.raises(nmconv.InternalError, match=r"bug in nmconv, please report: .*IndexError: a slip"):
-        recordings_of(model, X)
+        record_model(model, X)
     model._forward = lambda s, x: quietly(s, x)
 
     def quietly(s, x):
@@ -249,13 +249,13 @@ def test_a_fault_of_the_recorder_is_ours(monkeypatch):
             return x
 
     with pytest.raises(nmconv.InternalError, match="a slip"):
-        recordings_of(model, X)
+        record_model(model, X)
 
 
 def test_no_tensor_outlives_a_recording():
     gc.collect()
     before = {id(value) for value in gc.get_objects() if type(value) is torch.Tensor}
-    found = recordings_of(Net(lambda s, x: s.b(s.r(s.n(s.a(x))))), X)
+    found = record_model(Net(lambda s, x: s.b(s.r(s.n(s.a(x))))), X)
     gc.collect()
     left = [value for value in gc.get_objects() if type(value) is torch.Tensor and id(value) not in before]
     assert not [value for value in left if value.is_meta]
@@ -268,7 +268,7 @@ def test_the_copy_is_freed():
     model._forward = lambda s, x: (reached.append(weakref.ref(s)), s.b(s.a(x)))[1]
     held = reached
     model._forward.__kwdefaults__ = None
-    found = recordings_of(model, X)
+    found = record_model(model, X)
     gc.collect()
     assert all(reference() is None or reference() is model for reference in held)
     assert found.runs
@@ -316,7 +316,7 @@ def test_other_threads_see_nothing_of_a_recording():
     model = Net(lambda s, x: s.b(F.dropout(s.r(s.n(s.a(x))), 0.5, s.training)))
     try:
         for _ in range(10):
-            recordings_of(model, X)
+            record_model(model, X)
     finally:
         stop.set()
         for thread in threads:

@@ -431,7 +431,7 @@ def test_one_disturbed_measurement_does_not_ask_for_everything(net, images, tabl
 def test_the_whole_is_compared_round_by_round(net, images, monkeypatch):
     """A machine that slows down while it times slows both sides."""
     times = [Timing((1.0, 1.0, 9.0, 9.0, 9.0)), Timing((0.5, 0.5, 4.5, 4.5, 4.5))]
-    monkeypatch.setattr(cost, "interleaved", lambda runners, **_: times[: len(runners)])
+    monkeypatch.setattr(cost, "time_interleaved", lambda runners, **_: times[: len(runners)])
     watch = cost.Stopwatch(None, images[:1], "eager")
     assert watch.speedup(net, net) == pytest.approx(2.0)
     times[1] = Timing((0.5, 0.5, 0.5, 4.5, 4.5))  # 9 over 0.5 by the medians

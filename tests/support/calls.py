@@ -5,12 +5,12 @@ from typing import Any
 from torch import nn
 
 import nmconv
-from nmconv.finding import read
-from nmconv.flow import recordings_of
+from nmconv.finding import structure_of
+from nmconv.flow import record_model
 from nmconv.planning import Activation
 
 
 def calls_of(model: nn.Module, plan: nmconv.Plan, example_inputs: Any = None) -> dict[str, Activation]:
     """From the id of every site to the call, as the analysis of the model finds it anew."""
-    recordings = recordings_of(model, example_inputs, both_sizes=False, linear=plan.linear, call=plan.call)
-    return {call.id: call for call in read(model, recordings, linear=plan.linear).activations}
+    recordings = record_model(model, example_inputs, both_sizes=False, linear=plan.linear, call=plan.call)
+    return {call.id: call for call in structure_of(model, recordings, linear=plan.linear).activations}

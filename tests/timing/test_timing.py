@@ -12,7 +12,17 @@ import torch
 from torch import nn
 
 from nmconv.errors import OptionError
-from nmconv.timing import BACKENDS, Spread, Timing, interleaved, noise, ratios, require, runner, threads
+from nmconv.timing import (
+    BACKENDS,
+    Spread,
+    Timing,
+    check_backend,
+    fixed_normal,
+    make_runner,
+    quotients,
+    thread_count,
+    time_interleaved,
+)
 
 
 class TwoInTwoOut(nn.Module):
@@ -40,7 +50,7 @@ def test_a_runner_computes_what_the_module_computes(backend):
     torch.manual_seed(0)
     module = TwoInTwoOut().eval()
     x, y = torch.randn(2, 3, 9, 7), torch.randn(2, 3, 7, 9).transpose(2, 3)
-    found = leaves(runner(module, (x, y), backend)())
+    found = leaves(make_runner(module, (x, y), backend)())
     wanted = leaves(module(x, y))
     assert len(found) == len(wanted)
     for one, two in zip(found, wanted, strict=True):
@@ -51,7 +61,7 @@ def test_a_runner_computes_what_the_module_computes(backend):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_bound_memory_has_the_modules_dtype(dtype):
     module, x = nn.Sequential(nn.Linear(5, 3), nn.ReLU()).to(dtype), torch.randn(2, 5).to(dtype)
-    (found,) = runner(module, (x,), "onnxruntime")()
+    (found,) = make_runner(module, (x,), "onnxruntime")()
     assert found.dtype == dtype
     torch.testing.assert_close(found, module(x).detach(), rtol=1e-2, atol=1e-2)
 
@@ -59,7 +69,7 @@ def test_bound_memory_has_the_modules_dtype(dtype):
 def test_inputs_are_bound_not_copied():
     x = torch.randn(1, 3, 8, 8)
     module = small()
-    run = runner(module, (x,), "onnxruntime")
+    run = make_runner(module, (x,), "onnxruntime")
     before = run()[0].clone()
     x.add_(1)
     torch.testing.assert_close(run()[0], module(x).detach(), rtol=1e-5, atol=1e-5)
@@ -68,7 +78,7 @@ def test_inputs_are_bound_not_copied():
 
 def test_runners_outlive_their_inputs():
     module = small()
-    run = runner(module, (torch.ones(1, 3, 64, 64),), "onnxruntime")
+    run = make_runner(module, (torch.ones(1, 3, 64, 64),), "onnxruntime")
     junk = [torch.full((1, 3, 64, 64), float("nan")) for _ in range(8)]
     torch.testing.assert_close(run()[0], module(torch.ones(1, 3, 64, 64)).detach(), rtol=1e-5, atol=1e-5)
     assert junk
@@ -85,7 +95,7 @@ def test_many_modules_compile_each_for_its_own_shape():
     with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(recompile_limit=1):
         patch.setattr(torch, "compile", lambda f, **options: compiling(f, backend=backend, **options))
         for size in range(5, 10):
-            runner(small(size), (torch.randn(1, 3, size, size),), "compile")
+            make_runner(small(size), (torch.randn(1, 3, size, size),), "compile")
     assert len(graphs) == 5
     assert all((1, 3, size, size) in shapes for size, shapes in zip(range(5, 10), graphs, strict=True))
 
@@ -93,7 +103,7 @@ def test_many_modules_compile_each_for_its_own_shape():
 def test_no_warning_and_no_output_of_the_exporter(capfd):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        runner(small(), (torch.randn(1, 3, 8, 8),), "onnxruntime")
+        make_runner(small(), (torch.randn(1, 3, 8, 8),), "onnxruntime")
     assert capfd.readouterr() == ("", "")
 
 
@@ -108,30 +118,30 @@ def test_sessions_take_torchs_number_of_threads(monkeypatch):
         return session(path, options, **kwargs)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
-    with threads(2):
-        runner(small(), (torch.randn(1, 3, 8, 8),), "onnxruntime")
-    runner(small(), (torch.randn(1, 3, 8, 8),), "onnxruntime")
+    with thread_count(2):
+        make_runner(small(), (torch.randn(1, 3, 8, 8),), "onnxruntime")
+    make_runner(small(), (torch.randn(1, 3, 8, 8),), "onnxruntime")
     assert seen == [(2, 1, ["CPUExecutionProvider"]), (1, 1, ["CPUExecutionProvider"])]
 
 
 def test_unknown_backend():
     with pytest.raises(OptionError, match=r"'tensorrt'.*eager, compile, frozen, onnxruntime"):
-        runner(small(), (torch.randn(1, 3, 8, 8),), "tensorrt")
+        make_runner(small(), (torch.randn(1, 3, 8, 8),), "tensorrt")
 
 
 @pytest.mark.parametrize("package", ["onnxruntime", "onnx", "onnxscript"])
 def test_missing_package(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(OptionError, match=rf"'onnxruntime': {package} is not installed: pip install 'nmconv\[onnx\]'"):
-        runner(small(), (torch.randn(1, 3, 8, 8),), "onnxruntime")
-    require("eager")
-    require("compile")
+        make_runner(small(), (torch.randn(1, 3, 8, 8),), "onnxruntime")
+    check_backend("eager")
+    check_backend("compile")
 
 
 @pytest.mark.parametrize("backend, kept", [("eager", False), ("compile", False), ("frozen", True)])
 def test_only_freezing_keeps_weights(backend, kept):
     module, x = small(), torch.randn(1, 3, 8, 8)
-    run = runner(module, (x,), backend)
+    run = make_runner(module, (x,), backend)
     before = run().clone()
     with torch.no_grad():
         module[0].weight.zero_()
@@ -144,7 +154,7 @@ def test_only_freezing_keeps_weights(backend, kept):
 def test_a_runner_that_goes_lets_go_of_the_weights(backend):
     module = small()
     weight = weakref.ref(module[0].weight)
-    run = runner(module, (torch.randn(1, 3, 8, 8),), backend)
+    run = make_runner(module, (torch.randn(1, 3, 8, 8),), backend)
     run()
     del module, run
     gc.collect()
@@ -154,7 +164,7 @@ def test_a_runner_that_goes_lets_go_of_the_weights(backend):
 def test_noise_is_the_same_each_time_and_draws_nothing():
     state, like = torch.get_rng_state(), torch.empty(0, dtype=torch.float16)
     with torch.device("meta"):  # as somebody's default
-        one, two = noise((50, 40), like, 0.5), noise((50, 40), like, 0.5)
+        one, two = fixed_normal((50, 40), like, 0.5), fixed_normal((50, 40), like, 0.5)
     assert one.dtype == torch.float16 and one.device.type == "cpu" and torch.equal(one, two)
     assert 0.45 < float(one.float().std()) < 0.55
     assert torch.equal(torch.get_rng_state(), state)
@@ -167,21 +177,21 @@ def test_a_module_that_a_backend_cannot_run(backend):
             return x if x.sum() > 0 else -x
 
     with pytest.raises(OptionError, match=f"'{backend}' cannot run this Branches, choose another"):
-        runner(Branches(), (torch.randn(3),), backend)
+        make_runner(Branches(), (torch.randn(3),), backend)
 
 
 def test_a_failing_forward_is_not_dressed_up_in_eager():
     with pytest.raises(RuntimeError, match="channels"):
-        runner(small(), (torch.randn(1, 2, 8, 8),), "eager")
+        make_runner(small(), (torch.randn(1, 2, 8, 8),), "eager")
 
 
 def test_times_are_seconds_a_call():
-    fast, slow = interleaved([lambda: time.sleep(0.001), lambda: time.sleep(0.004)], rounds=5, seconds=0.005)
+    fast, slow = time_interleaved([lambda: time.sleep(0.001), lambda: time.sleep(0.004)], rounds=5, seconds=0.005)
     # The least of each: a busy machine makes any one sleep longer, and none shorter.
     assert 0.001 <= min(fast.seconds) < 0.003
     assert 0.004 <= min(slow.seconds) < 0.008
     assert len(fast.seconds) == len(slow.seconds) == 5
-    found = ratios(slow, fast)
+    found = quotients(slow, fast)
     each = sorted(one / other for one, other in zip(slow.seconds, fast.seconds, strict=True))
     assert each[0] <= found.lower <= found.median == each[2] <= found.upper <= each[-1]
 
@@ -194,14 +204,14 @@ def test_samples_last_as_long_as_asked():
         calls += 1
         time.sleep(0.001)
 
-    interleaved([run], rounds=2, seconds=0.05)
+    time_interleaved([run], rounds=2, seconds=0.05)
     assert calls > 2 * 30  # 0.05 s at 1 ms and some overhead each
 
 
 def test_rounds_interleave_and_rotate():
     order = []
     runs = [lambda name=name: (order.append(name), time.sleep(0.002)) for name in "abc"]
-    interleaved(runs, rounds=4, seconds=0.001)
+    time_interleaved(runs, rounds=4, seconds=0.001)
     turns = [name for before, name in zip(["", *order], order, strict=False) if name != before]
     # after the calibration, abc; where a round begins with the name the last one ended with, the two run together
     assert "".join(turns) == "abc" + "abc" + "bca" + "cab" + "abc"
@@ -209,8 +219,8 @@ def test_rounds_interleave_and_rotate():
 
 def test_timers_leave_threads_alone():
     seen = []
-    with threads(2):
-        interleaved([lambda: seen.append(torch.get_num_threads())], rounds=1, seconds=1e-9)
+    with thread_count(2):
+        time_interleaved([lambda: seen.append(torch.get_num_threads())], rounds=1, seconds=1e-9)
         assert torch.get_num_threads() == 2
     assert set(seen) == {2}
 
@@ -221,28 +231,28 @@ def test_spread():
     timing = Timing((3.0, 1.0, 2.0, 5.0, 4.0))
     assert timing.median == statistics.median(timing.seconds)
     assert timing.interquartile_range == 2.0
-    assert ratios(Timing((2.0, 9.0, 4.0)), Timing((1.0, 3.0, 4.0))).median == 2.0  # round by round, not 4/3
+    assert quotients(Timing((2.0, 9.0, 4.0)), Timing((1.0, 3.0, 4.0))).median == 2.0  # round by round, not 4/3
     with pytest.raises(ValueError):
-        ratios(Timing((1.0,)), Timing((1.0, 2.0)))
+        quotients(Timing((1.0,)), Timing((1.0, 2.0)))
 
 
 @pytest.mark.parametrize("options", [{"rounds": 0}, {"rounds": 1.5}, {"rounds": True}, {"seconds": 0}])
 def test_bad_numbers(options):
     with pytest.raises(OptionError, match=next(iter(options))):
-        interleaved([lambda: None], **{"rounds": 1, "seconds": 0.01} | options)
+        time_interleaved([lambda: None], **{"rounds": 1, "seconds": 0.01} | options)
     with pytest.raises(OptionError, match="seconds"):
-        interleaved([lambda: None], rounds=1, seconds=float("inf"))
+        time_interleaved([lambda: None], rounds=1, seconds=float("inf"))
 
 
 @pytest.mark.parametrize("count", [0, -1, 1.0, True])
 def test_bad_threads(count):
-    with pytest.raises(OptionError, match="threads"), threads(count):
+    with pytest.raises(OptionError, match="threads"), thread_count(count):
         pass
 
 
 def test_threads_come_back_after_an_error():
     before = torch.get_num_threads()
-    with pytest.raises(KeyError), threads(before + 1):
+    with pytest.raises(KeyError), thread_count(before + 1):
         assert torch.get_num_threads() == before + 1
         raise KeyError
     assert torch.get_num_threads() == before

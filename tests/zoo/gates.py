@@ -30,7 +30,7 @@ import nmconv
 from nmconv.bench.count import network_size
 from nmconv.bench.models import randomize_norms
 from nmconv.merging import merger
-from nmconv.timing import interleaved, ratios, runner
+from nmconv.timing import make_runner, quotients, time_interleaved
 from zoo import models as zoo
 
 RATIOS = ("2:1", "3:1")
@@ -45,9 +45,9 @@ def measure(original: nn.Module, folded: nn.Module, image: Tensor, ratio: str, b
     if not count:
         return {"merges": 0}
     convs = [network_size(module, image, 0).convs for module in (folded, merged)]
-    runners = [runner(module, (image,), backend) for module in (folded, merged)]
-    found = interleaved(runners, rounds=rounds, seconds=0.05)
-    gain = ratios(*found)
+    runners = [make_runner(module, (image,), backend) for module in (folded, merged)]
+    found = time_interleaved(runners, rounds=rounds, seconds=0.05)
+    gain = quotients(*found)
     ms = round(found[0].median * 1e3, 2)
     return {"merges": count, "convs": convs, "ms": ms, "median": gain.median, "lower": gain.lower, "upper": gain.upper}
 
@@ -90,7 +90,7 @@ def main() -> None:
     torch.set_num_threads(1)
     # Random weights may make denormal numbers (efficientvit_m0, converted), which take longer than any merge saves.
     with torch.no_grad():
-        runner(nn.Conv2d(1, 1, 1), (torch.zeros(1, 1, 1, 1),), options.backend)  # ONNX Runtime's first resets that
+        make_runner(nn.Conv2d(1, 1, 1), (torch.zeros(1, 1, 1, 1),), options.backend)  # ONNX Runtime's first resets that
     torch.set_flush_denormal(True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     lines = options.out.read_text().splitlines() if options.out.exists() else []
