@@ -97,7 +97,7 @@ class Fact:
         settings: A module's Python module, class name and ``extra_repr`` (``repr`` if it has children).
         form: The arguments with ``TENSOR`` in the place of each tensor; hashable.
         reads: The tensors among the arguments, in order.
-        context: The result of :func:`nmconv.recording.context_now` at the call.
+        context: The result of :func:`nmconv.recording.current_context` at the call.
         shapes: Shapes of the returned tensors; for an input or an attribute, its own.
         before: The previous writer of each memory that the node wrote to.
         passes: Whether the node returned an input tensor itself, unchanged.
