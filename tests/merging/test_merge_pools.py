@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from merge_nets import convs_of, picture, settle
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import nmconv
 
@@ -29,7 +30,7 @@ def transition(kernel=1, pool=None, **options):
 
 def work(net, x):
     """Multiply-adds."""
-    with torch.no_grad(), torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(x)
     return counter.get_total_flops() // 2
 

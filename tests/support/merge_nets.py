@@ -209,6 +209,7 @@ class Step:
     padded: tuple[bool, ...]
     modes: frozenset[str]
     sources: int = 1
+    between: bool = False  # whether a norm stands between its paddings: its shift ends at the later ones
 
     @property
     def point(self) -> bool:
@@ -219,13 +220,16 @@ def steps(net: nn.Module) -> list[Step]:
     """The convolutions of a sequential net."""
     found: list[Step] = []
     waiting: list[tuple[str, tuple[bool, ...]]] = []
+    shifted = between = False
     for module in net:
+        shifted |= bool(waiting) and isinstance(module, NORM)
         kind = next((kind for kind, classes in PADS.items() if isinstance(module, classes)), None)
         if kind == "constant" and isinstance(module, PADS["zeros"]):
             kind = "zeros"
         if kind is not None:
             pairs = list(zip(module.padding[::2], module.padding[1::2], strict=True))[::-1]
             waiting.append((kind, tuple(any(pair) for pair in pairs)))
+            between |= shifted and any(waiting[-1][1])
         elif isinstance(module, CONV):
             rank = len(module.kernel_size)
             if module.padding == "same":
@@ -237,8 +241,9 @@ def steps(net: nn.Module) -> list[Step]:
             every = [(kind, axes) for kind, axes in [*waiting, (module.padding_mode, own)] if any(axes)]
             padded = tuple(any(axes[axis] for _, axes in every) for axis in range(rank))
             modes = frozenset(kind for kind, _ in every)
-            found.append(Step(module.kernel_size, module.stride, padded, modes, len(every)))
-            waiting = []
+            between |= shifted and any(own)
+            found.append(Step(module.kernel_size, module.stride, padded, modes, len(every), between))
+            waiting, shifted, between = [], False, False
     return found
 
 
@@ -246,6 +251,8 @@ def verdict(before: list[Step], step: Step) -> str:
     """What the issue says of merging a conv into those before it: ``merge``, ``refuse``, or it leaves it ``open``."""
     if not before or not any(step.padded):
         return "merge"
+    if step.between:
+        return "open"
     rest = step.modes - {"zeros"}
     if all(each.point and not any(each.padded) for each in before):
         mirrored = step.sources == 1 and rest <= {"reflect", "replicate", "circular"}
