@@ -14,8 +14,8 @@ from nmconv.analysis.observed_sites import observed_sites
 from nmconv.analysis.site_accumulators import SiteAccumulators
 from nmconv.analysis.statistics import ActivationStats
 from nmconv.errors import OptionError
-from nmconv.fitting import Hook, device_and_dtype_of
 from nmconv.flow import record_model
+from nmconv.observing import Hook, device_and_dtype_of
 from nmconv.surgery import check_examples, check_has_run, check_plain
 
 __all__ = ["ActivationRecorder"]

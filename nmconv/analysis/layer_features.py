@@ -13,8 +13,8 @@ from nmconv.analysis.observed_model import to_home
 from nmconv.analysis.observed_sites import ObservedSite, channel_axes, observed_sites
 from nmconv.analysis.site_watch import SiteWatch
 from nmconv.errors import FitError, NoSitesError, OptionError
-from nmconv.fitting import device_and_dtype_of, input_errors_as_fit_errors
 from nmconv.flow import record_model
+from nmconv.observing import device_and_dtype_of, input_errors_as_fit_errors
 
 __all__ = ["LayerFeatures"]
 

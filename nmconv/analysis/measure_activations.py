@@ -16,8 +16,8 @@ from nmconv.analysis.observed_sites import observed_sites
 from nmconv.analysis.site_accumulators import SiteAccumulators
 from nmconv.analysis.statistics import ActivationStats
 from nmconv.errors import FitError, OptionError
-from nmconv.fitting import device_and_dtype_of, input_errors_as_fit_errors, read_batches
 from nmconv.flow import record_model
+from nmconv.observing import device_and_dtype_of, input_errors_as_fit_errors, read_batches
 from nmconv.surgery import check_has_run, check_plain
 
 __all__ = ["activation_stats"]

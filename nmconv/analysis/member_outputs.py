@@ -11,7 +11,8 @@ from torch.nn.functional import one_hot
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nmconv.errors import FitError, OptionError
-from nmconv.fitting import input_errors_as_fit_errors, read_images, recalibrate_norms
+from nmconv.fitting import recalibrate_norms
+from nmconv.observing import input_errors_as_fit_errors, read_images
 from nmconv.planning import Plan
 from nmconv.surgery import apply_plan, is_slope, set_slope
 

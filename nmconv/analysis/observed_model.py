@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from nmconv.fitting import eval_mode
+from nmconv.observing import eval_mode
 from nmconv.recording import rng_restored
 
 __all__ = ["state_preserved", "to_home"]
@@ -38,7 +38,7 @@ def to_home(images: Tensor, home: tuple[torch.device, torch.dtype], *, copy: boo
 
     Args:
         images: ``[images, ...]``.
-        home: The model's device and dtype, from :func:`nmconv.fitting.device_and_dtype_of`.
+        home: The model's device and dtype, from :func:`nmconv.observing.device_and_dtype_of`.
         copy: Whether to copy them in any case, as some models overwrite their input.
     """
     device, dtype = home

@@ -17,7 +17,7 @@ from nmconv.analysis.ensemble import Ensemble
 from nmconv.analysis.member_outputs import MemberAverages, MemberModel, Slopes
 from nmconv.analysis.observed_model import state_preserved, to_home
 from nmconv.errors import NoSitesError, OptionError
-from nmconv.fitting import device_and_dtype_of, read_batches
+from nmconv.observing import device_and_dtype_of, read_batches
 from nmconv.planning import Plan, Site
 from nmconv.surgery import check_model, check_plain, check_slope, make_plan
 

@@ -17,7 +17,7 @@ from nmconv.analysis.layer_features import LayerFeatures
 from nmconv.analysis.observed_model import state_preserved
 from nmconv.analysis.plot_axes import axes_for_plot
 from nmconv.errors import FileError, OptionError
-from nmconv.fitting import read_batches
+from nmconv.observing import read_batches
 from nmconv.planning import nan_if_null, read_json, write_json
 from nmconv.surgery import check_has_run, check_plain
 

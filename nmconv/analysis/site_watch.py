@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from nmconv.analysis.observed_sites import CallId, ObservedSite
-from nmconv.fitting import ForwardTracker, Hook
+from nmconv.observing import ForwardTracker, Hook
 
 __all__ = ["SiteWatch"]
 

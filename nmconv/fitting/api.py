@@ -8,14 +8,13 @@ import torch
 from torch import nn
 
 from nmconv.errors import FitError, OptionError, PlanError
-from nmconv.fitting.data import Images, device_and_dtype_of, read_images
 from nmconv.fitting.fitter import Fitter
-from nmconv.fitting.norm_recalibration import eval_mode
 from nmconv.fitting.output_divergence import Loss, check_loss
 from nmconv.fitting.report import Fit, UnitFit
 from nmconv.fitting.ridge_regression import RIDGES
 from nmconv.flow import record_model
 from nmconv.merging import get_merges, groups_of
+from nmconv.observing import Images, device_and_dtype_of, eval_mode, read_images
 from nmconv.planning import Kernel, Plan
 from nmconv.surgery import FITTED, Witness, WorkingCopy, check_finished, check_plain, get_plan, resolve_plan
 

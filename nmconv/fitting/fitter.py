@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from torch import nn
 
 from nmconv.errors import FitError
-from nmconv.fitting.data import Images
 from nmconv.fitting.norm_recalibration import recalibrate, restore_statistics
 from nmconv.fitting.output_divergence import Loss, NotFiniteError, Outputs, divergence, outputs_of
 from nmconv.fitting.report import Divergence, Fit, UnitFit
 from nmconv.fitting.tasks import FitTask, FitTasks, lost_sites
 from nmconv.fitting.unit_fit import fit_unit, refused
 from nmconv.merging import get_merges
+from nmconv.observing import Images
 from nmconv.planning import Kernel
 from nmconv.surgery import get_plan
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nmconv.errors import FitError
-from nmconv.fitting.data import Images, input_errors_as_fit_errors, read_images
 from nmconv.fitting.norm_statistics import has_running_statistics
+from nmconv.observing import Images, eval_mode, input_errors_as_fit_errors, read_images
 from nmconv.surgery import check_plain
 
-__all__ = ["eval_mode", "recalibrate", "recalibrate_norms", "restore_statistics"]
+__all__ = ["recalibrate", "recalibrate_norms", "restore_statistics"]
 
 _MIN_BATCH = 64  # images; smaller batches are concatenated
 Statistics = list[tuple[Any, list[Tensor]]]  # norms with copies of their statistics
@@ -56,26 +56,6 @@ def recalibrate_norms(model: nn.Module, data: Any, *, key: str | None = None) ->
     images = read_images(data, model, key=key)
     recalibrate(model, images)
     return model
-
-
-@contextmanager
-def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Put models into eval mode; afterwards restore the mode of every module.
-
-    A module that has replaced another by then gets the other's mode.
-    """
-    before = [(model, name, module, module.training) for model in models for name, module in model.named_modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for model in models:
-            modes = {name: training for owner, name, _, training in before if owner is model}
-            for name, module in model.named_modules():
-                module.training = modes.get(name, module.training)
-        for _, _, module, training in before:
-            module.training = training
 
 
 def recalibrate(model: nn.Module, images: Images) -> Statistics:

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from nmconv.algebra import is_finite
 from nmconv.errors import FitError, OptionError
-from nmconv.fitting.data import Images, input_errors_as_fit_errors
 from nmconv.fitting.report import Divergence
+from nmconv.observing import Images, input_errors_as_fit_errors
 
 __all__ = ["Loss", "NotFiniteError", "Outputs", "check_loss", "divergence", "outputs_of"]
 

@@ -9,14 +9,13 @@ from torch import nn
 
 from nmconv.algebra import Refusal, shrunk
 from nmconv.errors import FitError
-from nmconv.fitting.capture import Capture
-from nmconv.fitting.data import Images, check_finite
 from nmconv.fitting.factors_form import FactorsForm
 from nmconv.fitting.merged_form import MergedForm
 from nmconv.fitting.report import UnitFit
 from nmconv.fitting.ridge_regression import Regression, RidgeSolution, select_ridge
 from nmconv.fitting.samples import UnitSamples
 from nmconv.fitting.tasks import FitTask
+from nmconv.observing import Capture, Images, check_finite
 
 __all__ = ["fit_unit", "refused"]
 

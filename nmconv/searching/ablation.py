@@ -14,18 +14,16 @@ from nmconv.algebra import Refusal, columns_of, patches, shrunk, taps_kept
 from nmconv.finding import ValueLocation
 from nmconv.fitting import (
     RIDGES,
-    Capture,
     Divergence,
-    Images,
     Loss,
     MergedForm,
     Moments,
-    check_finite,
     divergence,
     fit_units,
     outputs_of,
     select_ridge,
 )
+from nmconv.observing import Capture, Images, check_finite
 from nmconv.planning import Kernel
 from nmconv.searching.search_space import SearchSpace
 from nmconv.searching.segments import CandidateSegment

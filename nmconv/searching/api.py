@@ -10,7 +10,8 @@ from torch import nn
 
 from nmconv.deprecation import renamed_arguments
 from nmconv.errors import FileError, OptionError
-from nmconv.fitting import Loss, check_takes, eval_mode, read_images
+from nmconv.fitting import Loss
+from nmconv.observing import check_takes, eval_mode, read_images
 from nmconv.planning import Plan
 from nmconv.searching.budget import budgets_of, is_several
 from nmconv.searching.joint_search import JointSearch

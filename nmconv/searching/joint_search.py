@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from nmconv.errors import OptionError
-from nmconv.fitting import Images, Loss, fit, get_fit
+from nmconv.fitting import Loss, fit, get_fit
 from nmconv.merging import get_merges, groups_of
+from nmconv.observing import Images
 from nmconv.planning import Plan
 from nmconv.searching.budget import Budget
 from nmconv.searching.cost import Stopwatch, multiply_adds_of

@@ -12,7 +12,8 @@ from torch import nn
 from nmconv.algebra import Refusal
 from nmconv.deprecation import renamed_arguments
 from nmconv.errors import OptionError
-from nmconv.fitting import Images, Loss, NotFiniteError, check_loss, check_takes, eval_mode, is_direct, read_images
+from nmconv.fitting import Loss, NotFiniteError, check_loss, is_direct
+from nmconv.observing import Images, check_takes, eval_mode, read_images
 from nmconv.searching.ablation import Ablation, MeasuredSegment
 from nmconv.searching.cost import Stopwatch, multiply_adds_of
 from nmconv.searching.progress_bar import progress

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from nmconv.errors import FileError
-from nmconv.fitting import Images, Loss
+from nmconv.fitting import Loss
+from nmconv.observing import Images
 from nmconv.searching.search_space import SearchSpace
 from nmconv.searching.table import Sensitivity
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 import nmconv
-from nmconv.fitting import data, fitter
+from nmconv.fitting import fitter
+from nmconv.observing import data
 
 torch.set_num_threads(1)
 X = picture(3, 8, 7, batch=24)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import nmconv
-from nmconv.fitting import data
+from nmconv.observing import data
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore::nmconv.errors.NoEffectWarning")

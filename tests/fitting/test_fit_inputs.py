@@ -10,7 +10,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSample
 from torch.utils.hooks import RemovableHandle
 
 import nmconv
-from nmconv.fitting import api, data, fitter
+from nmconv.fitting import api, fitter
+from nmconv.observing import data
 from nmconv.searching.budget import budgets_of
 
 

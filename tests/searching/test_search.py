@@ -14,7 +14,7 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import BasicBlock
 
 import nmconv
-from nmconv.fitting import read_images
+from nmconv.observing import read_images
 from nmconv.searching import cost, joint_search
 from nmconv.searching.ablation import Ablation
 from nmconv.searching.budget import budgets_of

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from nmconv.errors import FitError
 from nmconv.finding import NORM, SUM, ValueLocation
-from nmconv.fitting.data import input_errors_as_fit_errors
-from nmconv.fitting.forward_tracker import ForwardTracker
+from nmconv.observing.data import input_errors_as_fit_errors
+from nmconv.observing.forward_tracker import ForwardTracker
 
 __all__ = ["Capture"]
 

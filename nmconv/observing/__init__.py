@@ -1,0 +1,28 @@
+"""Running a model on the user's data: batches, modes put back, and values captured on the way."""
+
+from nmconv.observing.capture import Capture
+from nmconv.observing.data import (
+    Images,
+    check_finite,
+    check_takes,
+    device_and_dtype_of,
+    input_errors_as_fit_errors,
+    read_batches,
+    read_images,
+)
+from nmconv.observing.forward_tracker import ForwardTracker, Hook
+from nmconv.observing.modes import eval_mode
+
+__all__ = [
+    "Capture",
+    "ForwardTracker",
+    "Hook",
+    "Images",
+    "check_finite",
+    "check_takes",
+    "device_and_dtype_of",
+    "eval_mode",
+    "input_errors_as_fit_errors",
+    "read_batches",
+    "read_images",
+]
