@@ -51,12 +51,12 @@ class Use:
 
     Attributes:
         kind: ``sum`` or ``act``.
-        spot: Location of its result.
+        location: Location of its result.
         act: For an activation, its call.
     """
 
     kind: str
-    spot: ValueLocation
+    location: ValueLocation
     act: CallKey | None = None
 
 
@@ -71,7 +71,7 @@ class DefUse:
     def __init__(self, model: nn.Module, example_inputs: Any = None) -> None:
         self._parts = [_FlowDefUse(flow) for flow in eval_flows(model, example_inputs)]
 
-    def spot(self, element: Element) -> ValueLocation:
+    def location(self, element: Element) -> ValueLocation:
         """Return the location of an element's result.
 
         Raises:
@@ -80,7 +80,7 @@ class DefUse:
         part, index = self._find(element)
         return part.location(index)
 
-    def after(self, element: Element) -> tuple[Use, ...]:
+    def uses_after(self, element: Element) -> tuple[Use, ...]:
         """Return the sums and activations behind an element, up to a fork or another operation.
 
         Raises:
@@ -89,7 +89,7 @@ class DefUse:
         part, index = self._find(element)
         return tuple(part.uses(index))
 
-    def read_by(self, element: Element) -> CallKey | None:
+    def activation_before(self, element: Element) -> CallKey | None:
         """Return the activation before an element if only linear, channelwise operations lie between, else None.
 
         Raises:
@@ -98,7 +98,7 @@ class DefUse:
         part, index = self._find(element)
         return part.activation_before(index)
 
-    def inside(self, join: Join) -> tuple[CallKey, ...]:
+    def activations_in(self, join: Join) -> tuple[CallKey, ...]:
         """Return the activations between a sum and the last value that both operands are computed from.
 
         Raises:

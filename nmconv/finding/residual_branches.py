@@ -23,13 +23,13 @@ class Residual:
     Attributes:
         branch: The branch, as a plan names it.
         acts: Its activation calls.
-        spot: Location of the sum.
+        location: Location of the sum.
         position: Position of the sum in the order of execution.
     """
 
     branch: Branch
     acts: tuple[CallKey, ...]
-    spot: ValueLocation
+    location: ValueLocation
     position: int
 
 

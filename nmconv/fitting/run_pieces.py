@@ -100,7 +100,9 @@ def _precedes_activation(elements: list[Element], reference_uses: DefUse) -> boo
     """Return whether the reference has an activation in or behind the last block, possibly behind sums."""
     *_, block = _blocks(tuple(elements))
     try:
-        return any(use.kind == "act" for element in block if not element.quiet for use in reference_uses.after(element))
+        return any(
+            use.kind == "act" for element in block if not element.quiet for use in reference_uses.uses_after(element)
+        )
     except KeyError:
         return True
 

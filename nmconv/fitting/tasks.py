@@ -136,7 +136,7 @@ class FitTasks:
     def _lost_in(self, elements: tuple[Element, ...]) -> set[ActivationCall]:
         """Return the dropped activations whose results the elements' convolutions read in the reference."""
         convs = (step for step in steps_of(elements) if step.kind == "conv" and ":" not in step.name)
-        read = {self._reference_uses.read_by(conv) for conv in convs}
+        read = {self._reference_uses.activation_before(conv) for conv in convs}
         return {act for act in read if act is not None and act in self._dropped}
 
     def _task(self, elements: tuple[Element, ...], kernel: Kernel | None) -> FitTask:
@@ -145,9 +145,9 @@ class FitTasks:
         model_elements = self._additions.in_model(elements)
         last = model_elements[-1]
         try:
-            output, target = model_uses.spot(last), reference_uses.spot(elements[-1])
-            sums = [use.spot for use in model_uses.after(last) if use.kind == "sum"]
-            uses = reference_uses.after(elements[-1])
+            output, target = model_uses.location(last), reference_uses.location(elements[-1])
+            sums = [use.location for use in model_uses.uses_after(last) if use.kind == "sum"]
+            uses = reference_uses.uses_after(elements[-1])
         except KeyError as error:
             raise FitError(
                 f"the reference makes no call {error.args[0]} that this model makes: give the model that was converted "
@@ -159,10 +159,10 @@ class FitTasks:
             if use.kind == "sum":
                 if not sums:
                     break
-                residual_sum, target = sums.pop(0), use.spot
+                residual_sum, target = sums.pop(0), use.location
             else:
                 if use.act is not None and use.act in self._dropped:
-                    target, acts = use.spot, (use.act,)
+                    target, acts = use.location, (use.act,)
                 break
         first = next(step.name for step in steps_of(model_elements))
         return FitTask(model_elements, convs_of(model_elements), first, output, residual_sum, target, kernel, acts)
@@ -193,7 +193,7 @@ def _acts_inside(elements: tuple[Element, ...], reference_uses: DefUse) -> Itera
         if element.quiet:
             continue
         with suppress(KeyError):  # only the converted model makes this call
-            yield from (use.act for use in reference_uses.after(element) if use.act is not None)
+            yield from (use.act for use in reference_uses.uses_after(element) if use.act is not None)
 
 
 def _is_dropped(site: Site) -> bool:

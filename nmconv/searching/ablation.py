@@ -102,7 +102,7 @@ class Ablation:
         """Remove the residual branch: its sum becomes the value that it is added to."""
         residual = segment.residual
         assert residual is not None
-        location, kept = residual.spot, residual.branch.sum.keep
+        location, kept = residual.location, residual.branch.sum.keep
 
         def shortcut(value: Tensor, values: Mapping[Any, Tensor]) -> Tensor:
             return values[location, kept].to(value.dtype).expand_as(value).contiguous()

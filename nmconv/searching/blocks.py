@@ -80,7 +80,7 @@ class BlockFinder:
 
     def droppable_behind(self, element: Element) -> Site | None:
         """Return the droppable activation directly behind an element, or None."""
-        for use in self._uses.after(element):
+        for use in self._uses.uses_after(element):
             site = self._sites.get(use.act) if use.kind == "act" else None
             return site if site is not None and site.action == "keep" and not site.locked else None
         return None
@@ -111,7 +111,7 @@ class BlockFinder:
         A branch that begins with an activation of its own fails: that activation is behind no element of the run.
         """
         try:
-            acts = self._uses.inside(join)
+            acts = self._uses.activations_in(join)
         except KeyError:
             return False
         return {site.id for act in acts if (site := self._sites.get(act))} <= set(self._inside(join))

@@ -141,7 +141,7 @@ class SearchSpace:
     def _segment(self, blocks: tuple[Block, ...], convs: tuple[str, ...], sites: tuple[str, ...]) -> CandidateSegment:
         nodes = [node for block in blocks for node in block.nodes]
         elements = tuple(node.element for node in nodes)
-        output = self._uses.spot(elements[-1])
+        output = self._uses.location(elements[-1])
         first_module = next(step.name for step in steps_of(elements))
         positions = [self._position[conv] for conv in convs]
         channels = getattr(self.model.get_submodule(convs[0]), "in_channels", 0)
