@@ -92,11 +92,12 @@ FAMILIES = {
 
 
 def families() -> list[Trial]:
-    """Return the other families at 1:1 and 2:1; Inception's branches hold one activation each, so a plan drops half."""
+    """Return the other families at 1:1, and at 2:1 with either end; Inception's branches hold one activation each."""
     trials = []
     for name, family in FAMILIES.items():
-        half = {"drop": ("*.one:relu#1",)} if name == "Inception" else {"ratio": "2:1", "keep": "first"}
-        trials += [Trial(**family), Trial(**family, **half)]
+        ends = [{"ratio": "2:1", "keep": keep} for keep in ("first", "boundary")]
+        halves = [{"drop": ("*.one:relu#1",)}] if name == "Inception" else ends
+        trials += [Trial(**family), *(Trial(**family, **half) for half in halves)]
     return trials
 
 

@@ -120,9 +120,25 @@ def families(trials: Sequence[Row], insights: Sequence[Row]) -> str:
     for row in sorted(rows_of(study.families(), trials), key=lambda row: (row["trial"]["model"], -row["activations"])):
         trial = row["trial"]
         images = trial["images"] or 45_000
-        line = [names[trial["model"]], row["convolutions"], row["activations"], f"{row['multiply_adds'] / 1e6:.0f}"]
+        ratio = "by hand" if trial["drop"] else name_of(trial_from(trial))
+        line = [
+            names[trial["model"]],
+            ratio,
+            row["convolutions"],
+            row["activations"],
+            f"{row['multiply_adds'] / 1e6:.0f}",
+        ]
         lines.append([*line, f"{images:,}", f"{row['held_back']:.2f}", f"{row['test']:.2f}"])
-    columns = ["network", "convolutions", "activations", "multiply-adds, M", "pictures", "held back, %", "test, %"]
+    columns = [
+        "network",
+        "ratio",
+        "convolutions",
+        "activations",
+        "multiply-adds, M",
+        "pictures",
+        "held back, %",
+        "test, %",
+    ]
     return markdown(columns, lines) if lines else "Not measured yet."
 
 
