@@ -25,7 +25,7 @@ def create_model(name, pretrained=False, **options):
     """A smaller model in place of a large one, without a download; in eval mode, with running statistics of its own."""
     torch.manual_seed(0)
     model = real(SMALL.get(name, name), **options)
-    model.train()(torch.randn(8, 3, 64, 64))
+    model.train()(torch.randn(4, 3, 32, 32))
     return model.eval()
 
 
@@ -40,7 +40,7 @@ def names(page):
         model = nmconv.convert(create_model("mobilenetv2_100"), "3:1", relocate=True, hoist_padding=True)
         return {"nmconv": nmconv, "timm": timm, "model": nmconv.merge(model)}
     model, generator = create_model("resnet50"), torch.Generator().manual_seed(0)
-    images, labels = torch.randn(12, 3, 64, 64, generator=generator), torch.arange(12) % 10
+    images, labels = torch.randn(8, 3, 32, 32, generator=generator), torch.arange(8) % 10
     return {
         "nmconv": nmconv,
         "torch": torch,

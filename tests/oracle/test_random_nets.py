@@ -553,7 +553,7 @@ common = {
 }
 
 
-@settings(max_examples=40, derandomize=True, **common)
+@settings(max_examples=20, derandomize=True, **common)
 @examples
 def test_random_nets(source, ratio, keep, chosen, inplace):
     check(source, ratio, keep, chosen, inplace)

@@ -857,7 +857,7 @@ def test_norms_are_recalibrated_while_it_is_gradual():
 # -- random networks ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(source=random_nets.sources(), ratio=strategies.sampled_from(("2:1", "3:1", "100:1")), move=strategies.booleans())
 def test_random_nets(source, ratio, move):
     model, x = random_nets.build(source), random_nets.picture()
