@@ -69,9 +69,12 @@ def ratios(trials: Sequence[Row], insights: Sequence[Row]) -> str:
             first = group.rows_first
             line = [name, len(group.rows), first["activations"], f"{first['activation_values'] / 1e3:.0f} k"]
             line += [spread(group.values("held_back")), spread(group.values("test"))]
+            if group is original:
+                lines.append([*line, "", ""])
+                continue
             against = difference(group, original, "test")
-            lines.append([*line, "" if group is original else interval(against), ""])
-            if group is not original and against.seeds > 2:
+            lines.append([*line, interval(against), ""])
+            if against.seeds > 2:
                 tested.append((lines[-1], against.p))
     for (line, _), p in zip(tested, holm([p for _, p in tested]), strict=True):
         line[-1] = f"{p:.3f}"

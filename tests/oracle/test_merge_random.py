@@ -14,9 +14,9 @@ import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from merge_nets import BATCH, assert_near, counts, merge, picture, settle
-from test_random_nets import build, quiet, sources
 
 import nmconv
+from oracle.test_random_nets import build, quiet, sources
 
 torch.set_num_threads(1)
 COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}

@@ -220,6 +220,7 @@ first = next(model.parameters()).grad
 sums = first.clone()
 dist.all_reduce(sums)
 assert torch.allclose(sums, 2 * first) and first.abs().sum() > 0
+del together  # or its threads may outlive the process group
 dist.destroy_process_group()
 """
 
