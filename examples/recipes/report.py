@@ -98,8 +98,9 @@ def summary(each: Sequence[float]) -> Difference:
     """Return mean, 95 % interval and p-value of paired differences."""
     if len(each) < 2:
         return Difference(each[0] if each else float("nan"), float("nan"), float("nan"), len(each))
-    half = stats.t.ppf(0.975, len(each) - 1) * statistics.stdev(each) / len(each) ** 0.5
-    return Difference(statistics.fmean(each), float(half), float(stats.ttest_1samp(each, 0).pvalue), len(each))
+    mean, error, freedom = statistics.fmean(each), statistics.stdev(each) / len(each) ** 0.5, len(each) - 1
+    p = 2 * float(stats.t.sf(abs(mean) / error, freedom)) if error else float(mean == 0)
+    return Difference(mean, float(stats.t.ppf(0.975, freedom)) * error, p, len(each))
 
 
 def holm(values: Sequence[float]) -> list[float]:
