@@ -11,10 +11,10 @@ from nmconv.finding.run_elements import (
     Join,
     LinearRun,
     Step,
+    argument_structures,
     elements_from_json,
     elements_to_json,
     steps_of,
-    takes_in,
     without_end,
 )
 from nmconv.finding.runs import linear_runs
@@ -30,6 +30,7 @@ __all__ = [
     "Residual",
     "Step",
     "ValueLocation",
+    "argument_structures",
     "copied_sums",
     "deciding_arguments",
     "elements_from_json",
@@ -41,6 +42,5 @@ __all__ = [
     "residuals",
     "steps_of",
     "structure_of",
-    "takes_in",
     "without_end",
 ]

@@ -12,10 +12,10 @@ __all__ = [
     "Join",
     "LinearRun",
     "Step",
+    "argument_structures",
     "elements_from_json",
     "elements_to_json",
     "steps_of",
-    "takes_in",
     "without_end",
 ]
 
@@ -55,7 +55,7 @@ class Join:
         owner: Qualified name of the module whose forward adds.
         label: The addition's label in that forward.
         number: Which call of that label it is, from 1.
-        takes: The structure of that forward's arguments, or "" if unknown.
+        argument_structure: The structure of that forward's arguments, or "" if unknown.
         why: Why the owner's forward cannot be rewritten, or "".
     """
 
@@ -63,7 +63,7 @@ class Join:
     owner: str
     label: str
     number: int
-    takes: str = ""
+    argument_structure: str = ""
     why: str = ""
 
     @property
@@ -108,15 +108,15 @@ def steps_of(elements: Iterable[Element]) -> Iterator[Step]:
                 yield from steps_of(branch)
 
 
-def takes_in(elements: Iterable[Element]) -> dict[str, str]:
+def argument_structures(elements: Iterable[Element]) -> dict[str, str]:
     """Return the argument structure of each forward that computes a sum of a run, by the module's name."""
-    takes: dict[str, str] = {}
+    argument_structure: dict[str, str] = {}
     for element in elements:
         if isinstance(element, Join):
-            takes[element.owner] = element.takes
+            argument_structure[element.owner] = element.argument_structure
             for branch in element.branches:
-                takes |= takes_in(branch)
-    return takes
+                argument_structure |= argument_structures(branch)
+    return argument_structure
 
 
 def without_end(elements: Sequence[Element]) -> Sequence[Element]:

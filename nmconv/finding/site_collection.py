@@ -173,7 +173,7 @@ class SiteCollector:
             train_call=None if mode == "eval" else call.call,
             step=call.step,
             train_step=None if mode == "eval" else call.step,
-            takes="",
+            argument_structure="",
             modes=mode,
             kind=node.kind,
             inplace=node.inplace,

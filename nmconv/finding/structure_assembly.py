@@ -109,13 +109,24 @@ class _Assembler:
     def _activation(self, key: SiteKey) -> Activation:
         call = self._sites.calls[key]
         how = self._how(call)
-        takes = self._takes(call.activation.owner, call.activation.method) if how == "rewrite" else ""
-        return replace(call.activation, how=how, takes=takes, skip="" if key in self._sites.owned else call.skip)
+        argument_structure = (
+            self._argument_structure(call.activation.owner, call.activation.method) if how == "rewrite" else ""
+        )
+        return replace(
+            call.activation,
+            how=how,
+            argument_structure=argument_structure,
+            skip="" if key in self._sites.owned else call.skip,
+        )
 
     def _with_arguments(self, place: Place) -> Place:
-        return replace(place, takes=self._takes(place.owner, place.method)) if place.how == "rewrite" else place
+        return (
+            replace(place, argument_structure=self._argument_structure(place.owner, place.method))
+            if place.how == "rewrite"
+            else place
+        )
 
-    def _takes(self, owner: str, method: str) -> str:
+    def _argument_structure(self, owner: str, method: str) -> str:
         """Return the structure of a method's arguments, or "" if its calls differ."""
         key: _Method = owner if method == "forward" else (owner, method)
         return "" if owner in self._odd else argument_structure(self._arguments.get(key, ()))
@@ -152,7 +163,7 @@ class _Assembler:
                     train_call=0,
                     step=0,
                     train_step=0,
-                    takes="",
+                    argument_structure="",
                     modes="both",
                     kind=act_kind(module),
                     inplace=getattr(module, "inplace", False) is True,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nmconv.algebra import Affine, Geometry, Refusal, filled, is_channels_last, laid_out, shrunk, taps_kept
 from nmconv.errors import OptionError
-from nmconv.finding import steps_of, takes_in
+from nmconv.finding import argument_structures, steps_of
 from nmconv.fitting.norm_statistics import can_be_identity, make_identity
 from nmconv.fitting.ridge_regression import Coefficients, Regression
 from nmconv.fitting.tasks import FitTask
@@ -75,7 +75,7 @@ class MergedForm:
         kept = [name for name in norms if can_be_identity(model.get_submodule(name), geometry.out_channels)]
         self._norm = kept[-1] if kept else ""
         self._composed = Affine(geometry, affine.weight.detach(), bias.detach())
-        self._takes = takes_in(task.elements)
+        self._takes = argument_structures(task.elements)
         _, failed = write_methods(model, [self._record(geometry)], self._takes)
         for error in failed.values():
             raise Refusal(str(error))

@@ -109,7 +109,7 @@ def _load(
     call = None if plan is None else plan.call
     owners = [addition.owner for group in groups for _, addition in group.sums]
     recorded, recordings, resolved = None, None, None
-    takes: Mapping[str, str] = {}
+    argument_structure: Mapping[str, str] = {}
     try:
         if witness and (plan is not None or content.merges):
             recorded = Witness(model, example_inputs, linear=linear, call=call)
@@ -122,11 +122,11 @@ def _load(
         raise ForeignFile(f"{error}") from error
     if recordings is not None and owners:
         flows = [flow for training in (False, True) for flow in flows_of(model, recordings, training=training)]
-        takes = forward_argument_structures(flows, owners)
+        argument_structure = forward_argument_structures(flows, owners)
     work, readers = WorkingCopy(model, inplace=inplace, numbers=True), None
     if resolved is not None and recordings is not None and not content.merges:
         readers = Readers(model, resolved.changes, recordings)
-    devices = replay(work.model, content, resolved, takes)
+    devices = replay(work.model, content, resolved, argument_structure)
     sources = sources_of(state_of(work.model), file, content.aliases)
     if recorded is not None:
         closed = {name for merges in content.merges for merge in merges for name in merge.closed}

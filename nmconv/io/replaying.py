@@ -22,7 +22,7 @@ TargetDevices = dict[nn.Module, torch.device]  # the devices that the parameters
 
 
 def replay(
-    model: nn.Module, content: Content, resolved: ResolvedPlan | None, takes: Mapping[str, str]
+    model: nn.Module, content: Content, resolved: ResolvedPlan | None, argument_structure: Mapping[str, str]
 ) -> TargetDevices:
     """Convert and merge the model in place. Merged convolutions are on the meta device, so that nothing is allocated.
 
@@ -30,7 +30,7 @@ def replay(
         model: A working copy of a pristine model.
         content: What is to be done.
         resolved: Its plan, resolved for the model.
-        takes: By owner of a sum that is removed, the call signature of its forward.
+        argument_structure: By owner of a sum that is removed, the call signature of its forward.
 
     Returns:
         The devices that the merged convolutions belong on.
@@ -45,7 +45,7 @@ def replay(
             change(model, content.plan, resolved, gradual=bool(content.slopes))
         for merges in content.merges:
             check_merges(model, merges)
-            _merge(model, merges, takes, devices)
+            _merge(model, merges, argument_structure, devices)
     except (DamagedFile, ForeignFile):
         raise
     except (NmconvError, Refusal, ValueError) as error:
@@ -53,8 +53,10 @@ def replay(
     return devices
 
 
-def _merge(model: nn.Module, merges: Sequence[Merge], takes: Mapping[str, str], devices: TargetDevices) -> None:
-    methods, failed = write_methods(model, merges, takes)
+def _merge(
+    model: nn.Module, merges: Sequence[Merge], argument_structure: Mapping[str, str], devices: TargetDevices
+) -> None:
+    methods, failed = write_methods(model, merges, argument_structure)
     for error in failed.values():
         raise error
     convs: dict[str, nn.Module] = {}

@@ -23,7 +23,7 @@ from nmconv.algebra import (
 )
 from nmconv.copying import copy_model
 from nmconv.errors import MergeError
-from nmconv.finding import Join, LinearRun, linear_runs, steps_of, takes_in
+from nmconv.finding import Join, LinearRun, argument_structures, linear_runs, steps_of
 from nmconv.flow import Op, hooks_of, leaf_op
 from nmconv.merging.call_guards import guarded, with_flags
 from nmconv.merging.example_outputs import batch_size, outputs_in_float64, outputs_of, outputs_of_copy
@@ -87,7 +87,7 @@ class Merger:
         self._unwritable: dict[str, str] = {}  # by owner of a sum, the reason why its forward cannot be rewritten
         recordings = None if witness is None or baked else witness.recordings
         self._linear_runs = linear_runs(model, example_inputs=example_inputs, recordings=recordings, pools=True)
-        self._takes = takes_in(element for run in self._linear_runs for element in run.elements)
+        self._takes = argument_structures(element for run in self._linear_runs for element in run.elements)
         self._divider = RunDivider(witness)
         self._divider.compare([self._nodes(run) for run in self._linear_runs])
         self.runs = [self._nodes(run) for run in self._linear_runs]

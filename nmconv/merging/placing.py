@@ -25,14 +25,14 @@ _Slots = dict[int, list[tuple[nn.Module, str]]]  # by id of a module, the parent
 
 
 def write_methods(
-    model: nn.Module, merges: Sequence[Merge], takes: Mapping[str, str]
+    model: nn.Module, merges: Sequence[Merge], argument_structure: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, RewriteError]]:
     """Write the forwards without the additions that merges remove.
 
     Args:
         model: The model, only read.
         merges: Of the model.
-        takes: By owner of a sum, the call signature of its forward.
+        argument_structure: By owner of a sum, the call signature of its forward.
 
     Returns:
         The rewritten forwards, and the reasons why others cannot be rewritten, each by owner.
@@ -40,7 +40,7 @@ def write_methods(
     edits: dict[tuple[str, str], Edit] = {}
     for merge in merges:
         for addition in merge.sums:
-            edit = edits.setdefault((addition.owner, "forward"), Edit(takes.get(addition.owner, "")))
+            edit = edits.setdefault((addition.owner, "forward"), Edit(argument_structure.get(addition.owner, "")))
             edit.sums.append(addition)
     methods: dict[str, Any] = {}
     failed: dict[str, RewriteError] = {}

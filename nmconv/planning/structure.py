@@ -42,7 +42,7 @@ class Place:
         op: A child's name relative to ``owner``, or a function's name such as ``add``.
         call: Which call of ``op`` it is within one call of the method, from 1.
         how: ``rewrite`` (the method), ``insert`` (behind a child of a Sequential) or ``slot`` (fill the slot ``op``).
-        takes: For ``rewrite``, the structure of the arguments that ``method`` is called with, as JSON.
+        argument_structure: For ``rewrite``, the structure of the arguments that ``method`` is called with, as JSON.
     """
 
     owner: str
@@ -50,7 +50,7 @@ class Place:
     op: str
     call: int
     how: str
-    takes: str = ""
+    argument_structure: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Activation:
         train_call: The same in train mode; None if the call is made in eval mode only.
         step: Like ``call``, but counted within ``method`` only.
         train_step: The same in train mode.
-        takes: For ``rewrite``, the structure of the arguments that ``method`` is called with, as JSON.
+        argument_structure: For ``rewrite``, the structure of the arguments that ``method`` is called with, as JSON.
         modes: When the call is made: ``both``, ``eval`` or ``train``.
         kind: The activation's name, such as ``ReLU``.
         inplace: Whether the call overwrites its input.
@@ -86,7 +86,7 @@ class Activation:
     train_call: int | None
     step: int
     train_step: int | None
-    takes: str
+    argument_structure: str
     modes: str
     kind: str
     inplace: bool

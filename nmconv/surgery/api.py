@@ -311,5 +311,7 @@ def change(
     Raises:
         RewriteError: If a method cannot be rewritten; nothing is changed then.
     """
-    Surgery(model, resolved.changes, {} if cache is None else cache, resolved.takes, gradual=gradual).commit()
+    Surgery(
+        model, resolved.changes, {} if cache is None else cache, resolved.argument_structure, gradual=gradual
+    ).commit()
     model.__dict__[PLAN] = plan

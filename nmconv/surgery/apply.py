@@ -36,7 +36,7 @@ class Surgery:
         model: A working copy; read only until :meth:`commit`.
         changes: Changes to this model.
         cache: Methods that were rewritten before; new ones are added.
-        takes: The argument structure of each forward from which a sum is removed, by the module's qualified name.
+        argument_structure: That of each forward from which a sum is removed, by the module's qualified name.
         gradual: Whether dropped and moved activations are mixed with their inputs instead.
 
     Raises:
@@ -49,11 +49,11 @@ class Surgery:
         model: nn.Module,
         changes: Changes,
         cache: MethodCache,
-        takes: Mapping[str, str],
+        argument_structure: Mapping[str, str],
         *,
         gradual: bool = False,
     ) -> None:
-        self._hard = Surgery(model, changes, cache, takes) if gradual else None
+        self._hard = Surgery(model, changes, cache, argument_structure) if gradual else None
         self._model = model
         self._changes = changes
         self._cache = {} if gradual else cache
@@ -68,7 +68,7 @@ class Surgery:
             self._prepare_change(change)
         for addition in changes.sums:
             self._module(addition.owner)
-            edit = self._edit(addition.owner, "forward", takes.get(addition.owner, ""))
+            edit = self._edit(addition.owner, "forward", argument_structure.get(addition.owner, ""))
             edit.sums.append(addition)
             edit.copied |= {addition} & changes.copied
         for (owner, method), edit in self._edits.items():
@@ -135,7 +135,7 @@ class Surgery:
             self._prepare_swap(act, call)
         else:
             self._module(call.owner)
-            self._edit(call.owner, call.method, call.takes).remove.append(call)
+            self._edit(call.owner, call.method, call.argument_structure).remove.append(call)
             if self._hard is not None:
                 slopes = self._method_slopes.setdefault(call.owner, {})
                 slopes[call.id] = slope_name(len(slopes))
@@ -193,7 +193,7 @@ class Surgery:
         name = next(name for number in range(len(taken) + 1) if (name := f"moved_act{number or ''}") not in taken)
         self._added.append((owner, name, moved, place.op if place.how == "insert" else None))
         if place.how == "rewrite":
-            self._edit(place.owner, place.method, place.takes).insert.append((place, name))
+            self._edit(place.owner, place.method, place.argument_structure).insert.append((place, name))
 
     def _must_change_in_place(self, act: nn.Module) -> bool:
         """Return whether an activation has state, and a single slot, so that it must stay the same object."""
@@ -201,8 +201,8 @@ class Surgery:
             return False
         return sum(child is act for module in self._model.modules() for child in module._modules.values()) == 1
 
-    def _edit(self, owner: str, method: str, takes: str) -> Edit:
-        return self._edits.setdefault((owner, method), Edit(takes))
+    def _edit(self, owner: str, method: str, argument_structure: str) -> Edit:
+        return self._edits.setdefault((owner, method), Edit(argument_structure))
 
     def _module(self, name: str) -> nn.Module:
         try:

@@ -25,7 +25,7 @@ class Edit:
     """The changes to one method.
 
     Attributes:
-        takes: The structure of the method's arguments, as JSON.
+        argument_structure: The structure of the method's arguments, as JSON.
         remove: Activation calls to remove.
         others: Activation calls to remove from the owner's other methods: where this method calls those, they are
             inlined here.
@@ -35,7 +35,7 @@ class Edit:
         mixing: Maps the ids of calls to mix with their inputs, instead of removing them, to the names of their slopes.
     """
 
-    takes: str
+    argument_structure: str
     remove: list[Activation] = field(default_factory=list)
     others: list[Activation] = field(default_factory=list)
     insert: list[tuple[Place, str]] = field(default_factory=list)
@@ -58,7 +58,10 @@ def rewrite(
         For each method the rewritten one, or a RewriteError: if it cannot be traced faithfully, does not make a call
         that the plan names, or runs several times in one forward, so that one decision would change several calls.
     """
-    specs = [MethodSpec(model.get_submodule(owner), owner, name, edit.takes) for (owner, name), edit in edits.items()]
+    specs = [
+        MethodSpec(model.get_submodule(owner), owner, name, edit.argument_structure)
+        for (owner, name), edit in edits.items()
+    ]
     results: dict[MethodKey, RewrittenMethod | RewriteError] = {}
     for (key, edit), trace in zip(edits.items(), trace_methods(model, specs), strict=True):
         try:

@@ -27,11 +27,11 @@ class ResolvedPlan:
 
     Attributes:
         changes: The changes.
-        takes: The argument structure of each forward from which a sum is removed, by the module's qualified name.
+        argument_structure: That of each forward from which a sum is removed, by the module's qualified name.
     """
 
     changes: Changes
-    takes: Mapping[str, str] = field(default_factory=dict)
+    argument_structure: Mapping[str, str] = field(default_factory=dict)
 
 
 def resolve_plan(model: nn.Module, plan: Plan, recordings: Recordings) -> ResolvedPlan:
@@ -99,7 +99,7 @@ def hoists_after(
 ) -> tuple[Hoist, ...]:
     """Return the hoists that are possible, and those that are not, once the other changes of a plan are made."""
     outline = outline_of(model)
-    Surgery(outline, replace(resolved.changes, hoists=()), cache, resolved.takes).commit()
+    Surgery(outline, replace(resolved.changes, hoists=()), cache, resolved.argument_structure).commit()
     return find_hoists(outline, example_inputs, call)
 
 

@@ -47,13 +47,13 @@ class MethodSpec:
         module: The module whose method it is; only read.
         path: The module's qualified name.
         name: The method's name.
-        takes: The structure of the method's arguments, see :func:`nmconv.flow.argument_structure`.
+        argument_structure: The structure of the method's arguments, see :func:`nmconv.flow.argument_structure`.
     """
 
     module: nn.Module
     path: str
     name: str
-    takes: str
+    argument_structure: str
 
 
 def trace_methods(model: nn.Module, methods: Sequence[MethodSpec]) -> list[MethodTrace | RewriteError]:
@@ -90,7 +90,7 @@ def _trace(method: MethodSpec, stubs: Stubs) -> MethodTrace | RewriteError:
 def _trace_in_modes(method: MethodSpec, stubs: Stubs) -> MethodTrace:
     if method.name in method.module.__dict__:
         raise RewriteError("it is set on the object itself, not on its class")
-    arguments = parse_arguments(method.takes)
+    arguments = parse_arguments(method.argument_structure)
     constants = frozen_attributes(method.module, method.name)
     stubs.asked.clear()
     in_eval = _trace_in_contexts(method, stubs, training=False)
@@ -127,7 +127,9 @@ def _trace_without_randomness(method: MethodSpec, stubs: Stubs) -> MethodTracer:
 def _trace_once(method: MethodSpec, stubs: Stubs, root: nn.Module) -> MethodTracer:
     attributes = AttributeSnapshot(root)
     try:
-        stubs.tracer = tracer = MethodTracer(root, method.name, parse_arguments(method.takes), stubs.activations)
+        stubs.tracer = tracer = MethodTracer(
+            root, method.name, parse_arguments(method.argument_structure), stubs.activations
+        )
         with context_restored(), NoFrozenTensors():
             tracer.run()
     except Exception as error:  # whatever the method raises when it meets proxies
