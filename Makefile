@@ -15,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8
 
 help:
 	@echo "make demo     train a timm ResNet at 1:1 and 2:1 on a few real pictures; table on screen, plot in out/demo.png"
-	@echo "make test     the quick tests            make slow     the sweep over both model zoos"
+	@echo "make test     the quick tests            make slow     both model zoos, networks of others, long tests"
 	@echo "make lint     ruff and import contracts  make types    mypy"
 	@echo "make format   let ruff format the code   make speed    what a conversion costs, measured"
 	@echo "make venv     only set up $(VENV)        make clean    remove caches, outputs and $(VENV)"

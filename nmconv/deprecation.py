@@ -1,4 +1,4 @@
-"""Deprecated argument names and option values: still accepted, with a DeprecationWarning."""
+"""Deprecated argument names: still accepted, with a DeprecationWarning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Loading: replay a file's plan and merges on a pristine model, then load its tensors."""
+"""Loading: replay a file's plan and merges on a pristine model, then load its tensors.
+
+A file is checked where each part of it is first used: its header in ``tensor_file``, the text in ``content`` and
+``content_checks``, merges against the model in ``merge_checks``, tensors against the model's state in ``state``.
+"""
 
 from __future__ import annotations
 

@@ -37,6 +37,7 @@ class Models:
         self._patterns = tuple(pattern.lower() for pattern in patterns)
         self._skipped: list[str] = []
         self._attempted: list[str] = []
+        self._unchanged: list[str] = []
         self._converted_count = 0
         self._has_warned = False
         self._first_step_hook = register_optimizer_step_pre_hook(self._warn_at_first_step)
@@ -52,6 +53,10 @@ class Models:
             return model
         self._attempted.append(name)
         plan = self._convert(model)
+        if not plan.changes_any:
+            self._unchanged.append(self._attempted.pop())
+            say(f"{name} stays as it is: {plan.ratio} drops nothing of it")
+            return model
         self._converted_count += 1
         self._first_step_hook.remove()
         say(f"{name} is converted: {str(plan).splitlines()[0]}")
@@ -64,6 +69,8 @@ class Models:
             return None
         if self._attempted:
             return f"no model was converted: {', '.join(self._attempted)} could not be, and the script went on without"
+        if self._unchanged:
+            return f"no model was converted: nothing is dropped of {', '.join(dict.fromkeys(self._unchanged))}"
         if self._skipped:
             return f"no model was converted: --match names none of {', '.join(dict.fromkeys(self._skipped))}"
         return (

@@ -292,12 +292,19 @@ def test_a_script_that_goes_on_without_it_fails_all_the_same(alone):
         alone(text)
 
 
+def test_a_model_of_which_nothing_is_dropped_is_none_that_was_converted(alone, capsys):
+    one = "small = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())\nbuilt('small', small)\n"
+    with pytest.warns(nmconv.NoEffectWarning), pytest.raises(SystemExit, match="nothing is dropped of small"):
+        alone(NET + one)
+    assert "small stays as it is: 2:1 drops nothing of it" in capsys.readouterr().err
+    with pytest.warns(nmconv.NoEffectWarning):
+        alone(NET + one + "built('net', net)\nassert type(net[1]) is nn.Identity")
+
+
 def test_the_options_are_converts(alone):
     text = NET + "built('net', net)\nassert [type(each).__name__ for each in net] == {}.split()"
     alone(text.format("'Conv2d ReLU Conv2d Identity'"), "--keep", "first")
     alone(text.format("'Conv2d Identity Conv2d ReLU'"), "--include", "0", "--include", "2", "--no-witness")
-    with pytest.warns(nmconv.NoEffectWarning):
-        alone(text.format("'Conv2d ReLU Conv2d ReLU'"), "--exclude", "2")
     deep = "net[0].padding = net[2].padding = (1, 1)\n"
     alone(NET + deep + "built('net', net)\nassert net[0].padding == (2, 2)", "--hoist-padding")
     moved = NET + "net.insert(3, nn.MaxPool2d(2))\nnet.insert(3, nn.Conv2d(4, 4, 3))\n"
