@@ -119,13 +119,17 @@ class SlopeWarning(UserWarning):
 
 
 def warn_user(message: str, category: type[Warning]) -> None:
-    """Warn, and name the user's line: the innermost one outside of nmconv.
+    """Warn, and name the user's line: the innermost one outside of nmconv, and of torch's code that all modules share.
 
     Args:
         message: What to know, and the way out.
         category: The warning's class.
     """
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] == "nmconv":
+    while frame.f_back is not None and _is_inner(str(frame.f_globals.get("__name__"))):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
+
+
+def _is_inner(module: str) -> bool:
+    return module.split(".")[0] == "nmconv" or module == "torch.nn.modules.module"

@@ -49,8 +49,8 @@ def verify(original: nn.Module, result: nn.Module, example_inputs: Any = None) -
     if rounds[: len(original_rounds)] != original_rounds:
         raise PlanError("the original was merged otherwise than the result: give what that was made from")
     closed_methods = {name for merges in rounds for merge in merges for name in merge.closed}
-    witness = Witness(original, example_inputs, call=None if plan is None else plan.call)
+    witness = Witness(original, example_inputs, call=None if plan is None else plan.call, options=())
     changes = None
     if plan is not None and original_plan is None:
-        changes = resolve_plan(original, plan, witness.recordings).changes
+        changes = resolve_plan(original, plan, witness.recordings, "give what the result was made from").changes
     witness.check(result, changes, groups_of(*rounds), closed_methods)

@@ -26,7 +26,7 @@ class Stage:
         stride: Stride in steps of the convolution's own input.
         left: Padding before the first element, or -1 for "same" (ceil(size / stride) outputs, an odd element goes
             right).
-        right: Padding behind the last element, or -1 for "same".
+        right: Padding after the last element, or -1 for "same".
     """
 
     extent: int

@@ -19,7 +19,7 @@ from nmconv.analysis.observed_model import state_preserved, to_home
 from nmconv.errors import NoSitesError, OptionError
 from nmconv.observing import device_and_dtype_of, read_batches
 from nmconv.planning import Plan, Site
-from nmconv.surgery import check_model, check_plain, check_slope, make_plan
+from nmconv.surgery import check_model, check_slope, plan_to_keep_all
 
 __all__ = ["members"]
 
@@ -95,8 +95,7 @@ def members(
         raise OptionError(f"seed={seed!r}: give a whole number, 0 or more")
     if recalibrate is not None and recalibrate is data:
         raise OptionError("recalibrate is data itself: give other images, such as some of the training set")
-    check_plain(model, "take members of")
-    check_model(model)
+    check_model(model, "take members of")
     slope = float(torch.tensor(slope, dtype=torch.float32))  # as the soft model's buffers hold it
     with state_preserved(model), torch.no_grad():
         batches = _labeled_batches(data, model, key, label_key)
@@ -139,7 +138,7 @@ def _plan_to_drop(model: nn.Module, images: Tensor, sites: Iterable[str | Site] 
         PlanError: If a site is unknown, or cannot be dropped.
         NoSitesError: If no site can be dropped.
     """
-    plan = make_plan(model, "1:1", example_inputs=images)
+    plan = plan_to_keep_all(model, images)
     real = [site for site in plan.sites if site.is_real]
     if sites is None:
         chosen = [site.id for site in real if site.modes != "train" and not site.locked]

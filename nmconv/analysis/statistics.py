@@ -159,7 +159,7 @@ class ActivationStats:
 def _merge_orders(first: list[str], second: list[str]) -> list[str]:
     """Return the names of both lists, each once.
 
-    A name that only the second list has is inserted behind its predecessor in the second list.
+    A name that only the second list has is inserted after its predecessor in the second list.
     """
     merged = list(first)
     position = 0

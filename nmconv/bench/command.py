@@ -30,7 +30,9 @@ def bench(
     model: Annotated[str, typer.Argument(help="A timm name, or torchvision:NAME.")],
     ratio: Annotated[str, typer.Option(help="N:M to convert to; none merges the network as it is.")] = "2:1",
     relocate: Annotated[bool, typer.Option("--relocate", help="Move kept activations to their unit's end.")] = False,
-    hoist: Annotated[bool, typer.Option("--hoist", help="Move padding to each linear run's first conv.")] = False,
+    hoist: Annotated[
+        bool, typer.Option("--hoist-padding", "--hoist", help="Move padding to each linear run's first conv.")
+    ] = False,
     gate: Annotated[str, typer.Option(help="What a merge must save: flops, latency, or nothing (always).")] = "flops",
     min_gain: Annotated[float, typer.Option(help="Least gain of a merge: before over after.")] = 1.05,
     backend: Annotated[list[str] | None, typer.Option(help=f"{', '.join(BACKENDS)}; default: all.")] = None,

@@ -115,7 +115,7 @@ class _ChainFinder:
         self.owned[route.conv] = (act, "parallel" if parallel else route.role)
 
     def _assign_indirect(self, acts: list[int]) -> None:
-        """Assign activations behind sums and gates, in order: an earlier assignment limits the later ones."""
+        """Assign activations after sums and gates, in order: an earlier assignment limits the later ones."""
         for act in acts:
             route = self._route_to(act)
             if route is None or route.conv in self.owned:

@@ -81,7 +81,7 @@ class DefUse:
         return part.location(index)
 
     def uses_after(self, element: Element) -> tuple[Use, ...]:
-        """Return the sums and activations behind an element, up to a fork or another operation.
+        """Return the sums and activations after an element, up to a fork or another operation.
 
         Raises:
             KeyError: If the model makes no such call.

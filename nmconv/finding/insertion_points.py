@@ -1,4 +1,4 @@
-"""Find where an activation can be inserted at a unit's end: behind its last convolution, norm and residual add."""
+"""Find where an activation can be inserted at a unit's end: after its last convolution, norm and residual add."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PART_OF_UNIT = {Op.NORM, Op.DROP, Op.PASS, Op.SCALE}
 
 
 class InsertionPoints:
-    """Finds insertion points behind convolutions that own no activation, in one flow.
+    """Finds insertion points after convolutions that own no activation, in one flow.
 
     Args:
         flow: With gates resolved and parallel branches folded.
@@ -32,7 +32,7 @@ class InsertionPoints:
                     self._reaches_output[source] = True
 
     def place(self, conv: int) -> tuple[Place | None, str]:
-        """Return the insertion point behind a convolution, or None and the reason why there is none."""
+        """Return the insertion point after a convolution, or None and the reason why there is none."""
         end = self._end(conv)
         if self._reaches_output[end]:
             return None, "the unit's end reaches an output of the network with no further convolution"

@@ -38,7 +38,7 @@ def linear_runs(
         example_inputs: What the model is called with; only structure and shapes are used.
         recordings: Recordings of the model, if it was recorded already.
         sizes: Whether to find the shapes of the runs' inputs.
-        pools: Whether an average pool behind a run is its last element.
+        pools: Whether an average pool after a run is its last element.
     """
     recordings = recordings or record_model(model, example_inputs, both_sizes=False)
     eval_flows, train_flows = (flows_of(model, recordings, training=training) for training in (False, True))

@@ -58,10 +58,10 @@ def fit(
         holdout: The fraction of the images that is held out, evenly spaced.
         recalibrate: Re-estimate the norms' statistics at the end, if that brings the outputs closer to the reference's
             on held-out images.
-        keep_norms: Where a unit becomes one convolution, keep its last batch norm behind it, as the identity in eval
+        keep_norms: Where a unit becomes one convolution, keep its last batch norm after it, as the identity in eval
             mode, with the statistics of its new input: fine-tuning continues as it would have before. Otherwise a
             fitted convolution has no norm to train with. :func:`nmconv.merge` and :func:`nmconv.fold_norms` fold it.
-        downstream: Also refit the convolutions behind the first unit that belong to none, each from its input in the
+        downstream: Also refit the convolutions after the first unit that belong to none, each from its input in the
             converted model to its output in the reference: they compensate for some of the units' remaining error.
             Keys and shapes stay.
         loss: Measures the divergence: a function of (output, the reference's output) of a batch that returns a number,
@@ -174,7 +174,8 @@ def _check_reference(reference: nn.Module, model: nn.Module, plan: Plan) -> None
     if get_plan(reference) is not None or model is reference:
         raise FitError("the reference was converted itself: give the model as it was before nmconv.convert")
     try:
-        resolve_plan(reference, plan, record_model(reference, both_sizes=False, linear=plan.linear, call=plan.call))
+        recordings = record_model(reference, both_sizes=False, linear=plan.linear, call=plan.call)
+        resolve_plan(reference, plan, recordings, "give that model as it was before nmconv.convert")
     except (PlanError, OptionError) as error:
         raise FitError(f"the reference is another model than the one that was converted: {error}") from error
     if device_and_dtype_of(reference) != device_and_dtype_of(model):
@@ -189,5 +190,10 @@ def _witness(model: nn.Module, images: Images) -> Witness:
     try:
         return Witness(model, torch.cat([first, first]))  # in train mode, some norms do not accept a single image
     except OptionError as error:
-        what = f"this {type(model).__name__} does not take images of shape {tuple(first.shape[1:])}"
-        raise FitError(f"{what} ({error.__cause__}): give batches of images") from error
+        what = f"this {type(model).__name__} does not accept images of shape {tuple(first.shape[1:])}"
+        advice = (
+            "give images of the shape that it was made for"
+            if first.dim() > 3
+            else "give batches of images: is the batch axis missing?"
+        )
+        raise FitError(f"{what} ({error.__cause__}): {advice}") from error

@@ -19,7 +19,7 @@ __all__ = ["FactorsForm"]
 
 @dataclass(frozen=True, eq=False)
 class _Norms:
-    """The norms behind a convolution combined: ``out = scale · in + shift``, each ``[channels]``, in float64."""
+    """The norms after a convolution combined: ``out = scale · in + shift``, each ``[channels]``, in float64."""
 
     modules: tuple[Any, ...]
     scale: Tensor
@@ -27,7 +27,7 @@ class _Norms:
 
 
 class FactorsForm:
-    """The last convolution of a unit, refitted through the norms behind it.
+    """The last convolution of a unit, refitted through the norms after it.
 
     Args:
         model: Only read until :meth:`install`.
@@ -37,7 +37,7 @@ class FactorsForm:
         geometry: The last convolution's geometry.
         has_intercept: Whether the convolution or its last norm has a bias that can be fitted.
         input_module: Qualified name of the last convolution, whose input is the regression's input.
-        initial: What convolution and norms compute now; errors are measured behind the norms.
+        initial: What convolution and norms compute now; errors are measured after the norms.
 
     Raises:
         Refusal: If the last convolution cannot be refitted, with the reason.
@@ -107,7 +107,7 @@ class FactorsForm:
 
 
 def _last_convolution(elements: tuple[Element, ...]) -> Any:
-    """Return the last convolution with the steps behind it."""
+    """Return the last convolution with the steps after it."""
     last = max(at for at, element in enumerate(elements) if isinstance(element, Join) or element.kind == "conv")
     if isinstance(elements[last], Join):
         raise Refusal("it ends in a sum of convolutions, which have no one last convolution")

@@ -102,7 +102,7 @@ class MergedForm:
         Args:
             size: Size of its kernel.
             coefficients: What it computes.
-            regression: Gives the statistics of its output: the unit's last norm stays behind it as the identity in eval
+            regression: Gives the statistics of its output: the unit's last norm stays after it as the identity in eval
                 mode. None: no norm stays.
             flags: Attributes that must keep their values, see :class:`nmconv.finding.LinearRun`.
 

@@ -16,7 +16,7 @@ _Addition = tuple[str, str, int]  # owner, label, number in the reference
 class MissingAdditions:
     """The additions of the reference that the model no longer computes.
 
-    A forward's additions are numbered in order of execution, so every missing one shifts the numbers behind it.
+    A forward's additions are numbered in order of execution, so every missing one shifts the numbers after it.
 
     Args:
         missing: The additions, with their numbers in the reference.

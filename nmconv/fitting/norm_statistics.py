@@ -26,7 +26,7 @@ def has_bias(norm: Any) -> bool:
 
 
 def can_be_identity(norm: Any, channels: int) -> bool:
-    """Return whether :func:`make_identity` applies to a norm behind a convolution with ``channels`` outputs."""
+    """Return whether :func:`make_identity` applies to a norm after a convolution with ``channels`` outputs."""
     affine = all(isinstance(norm._parameters.get(name), nn.Parameter) for name in ("weight", "bias"))
     return has_running_statistics(norm) and affine and norm.num_features == channels
 

@@ -29,7 +29,7 @@ class UnitFit:
         why: Why the unit was refused, or what the images do not determine (fewer equations than unknowns, constant or
             linearly dependent inputs).
         sizes: With ``kernel="auto"``: every size tried, with its held-out error.
-        norm: In the merged form: qualified name of the norm that stays behind the convolution, or "".
+        norm: In the merged form: qualified name of the norm that stays after the convolution, or "".
     """
 
     convs: tuple[str, ...]
@@ -102,7 +102,7 @@ class Fit:
 
 
 def _line_of(unit: UnitFit) -> str:
-    convs = f"{unit.convs[0]} … {unit.convs[-1]}"
+    convs = " … ".join(dict.fromkeys((unit.convs[0], unit.convs[-1])))
     why = f"; {unit.why}" if unit.why else ""
     if not unit.form:
         return f"{convs}: left as converted{why}"

@@ -67,7 +67,7 @@ def convs_of(elements: Iterable[Element]) -> tuple[str, ...]:
 
 
 def _blocks(elements: tuple[Element, ...]) -> Iterator[list[Element]]:
-    """Yield each convolution or sum with the norms and other steps behind it."""
+    """Yield each convolution or sum with the norms and other steps after it."""
     block: list[Element] = []
     for element in elements:
         if convs_of([element]) and convs_of(block):
@@ -97,7 +97,7 @@ def _branches_with_kernels(
 
 
 def _precedes_activation(elements: list[Element], reference_uses: DefUse) -> bool:
-    """Return whether the reference has an activation in or behind the last block, possibly behind sums."""
+    """Return whether the reference has an activation in or after the last block, possibly after sums."""
     *_, block = _blocks(tuple(elements))
     try:
         return any(

@@ -29,8 +29,8 @@ class FitTask:
         convs: Qualified names of its convolutions, in order of execution.
         first_module: Qualified name of the module that receives the unit's input.
         output: The unit's output, in the converted model.
-        residual_sum: The residual add behind the unit at which the target is taken, in the converted model, or None.
-        target: The target, in the reference: the value at the output or at the residual add; behind the activation that
+        residual_sum: The residual add after the unit at which the target is taken, in the converted model, or None.
+        target: The target, in the reference: the value at the output or at the residual add; after the activation that
             follows, if that was dropped.
         kernel: The kernel that the plan names, or None.
         acts: Dropped activations outside of the unit that it compensates for: calls, as in the plan's sites.
@@ -61,7 +61,7 @@ class FitTasks:
         plan: The plan of the conversion.
         default: The kernel of units for which the plan names none; None to fit their last convolution alone.
         example_inputs: Inputs of both models; only structure and shapes are used.
-        downstream: Whether to fit everything behind the first unit too, in factors form.
+        downstream: Whether to fit everything after the first unit too, in factors form.
 
     Attributes:
         tasks: The fits, in order of execution.
@@ -95,7 +95,7 @@ class FitTasks:
         self.tasks = tuple(self._find(plan, default, downstream))
 
     def renumbered(self, tasks: Iterable[FitTask], removed: Sequence[Sum]) -> list[FitTask]:
-        """Return the same tasks after additions were removed from the model, which shifts the numbers behind them."""
+        """Return the same tasks after additions were removed from the model, which shifts the numbers after them."""
         tasks, before = list(tasks), self._additions
         self._additions = before.without(removed)
         changed = {addition.owner for addition in removed}
@@ -188,7 +188,7 @@ def _sum_owners(elements: Iterable[Element]) -> Iterator[str]:
 
 
 def _acts_inside(elements: tuple[Element, ...], reference_uses: DefUse) -> Iterator[ActivationCall]:
-    """Yield the reference's activations directly behind an element that is not the last."""
+    """Yield the reference's activations directly after an element that is not the last."""
     for element in elements[:-1]:
         if element.quiet:
             continue

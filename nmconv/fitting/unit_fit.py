@@ -40,7 +40,7 @@ def fit_unit(
         images: The images, some of them held out.
         task: The unit.
         ridges: The ridges to choose from.
-        keep_norm: In the merged form: whether the last norm stays behind the convolution.
+        keep_norm: In the merged form: whether the last norm stays after the convolution.
         flags: Attributes that must keep their values, see :class:`nmconv.finding.LinearRun`.
 
     Returns:

@@ -87,7 +87,8 @@ def register(cls: type[nn.Module], kind: str) -> Registration:
         raise OptionError(f"{cls.__name__} is what other modules are made of: register a class of your own")
     known = _built_in_op(cls)
     if known not in (None, _KINDS[kind]):
-        raise OptionError(f"{_name_of(cls)} is known as {known.name.lower()} already: register a class of your own")
+        name = next((name for name, op in _KINDS.items() if op is known), known.name.lower())
+        raise OptionError(f"{_name_of(cls)} is known as {name!r} already: register a class of your own")
     with _lock:
         before, count = _registered.get(cls, (kind, 0))
         if before != kind:

@@ -80,7 +80,7 @@ def load(
         >>> torch.equal(loaded(x), converted(x))
         True
     """
-    check_model(model)
+    check_model(model, "load into")
     check_examples(example_inputs)
     name = os.fspath(path)
     try:

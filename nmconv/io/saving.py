@@ -40,8 +40,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ModelTypeError: If ``model`` is not an ``nn.Module``, is wrapped or scripted, if its state dict contains what a
             safetensors file cannot hold, or if a part of it was converted or merged separately.
-        FileError: If the tensors cannot be written.
-        OSError: If the folder does not exist or the disk is full.
+        FileError: If the folder does not exist, or the tensors cannot be written.
+        OSError: If the disk is full.
 
     Example:
         >>> import os, tempfile
@@ -57,6 +57,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ['0.bias', '0.weight', '2.bias', '2.weight']
     """
     check_plain(model, "save", compiled=True)
+    if not os.path.isdir(os.path.dirname(os.path.realpath(path))):
+        raise FileError(f"{os.fspath(path)!r} cannot be written: its folder does not exist: make it first")
     for name, module in model.named_modules():
         plan = get_plan(module)
         if name and (get_merges(module) or (plan is not None and plan.changes_any)):

@@ -69,7 +69,7 @@ def merge(
         The merged model, of the same class. :func:`nmconv.get_merges` returns what was merged.
 
     Raises:
-        OptionError: If the gate, gain, backend or example inputs are invalid, if the latency gate has no
+        OptionError: If the gate, gain, backend, methods or example inputs are invalid, if the latency gate has no
             ``example_inputs``, or if the model cannot be called with them (without them: with guessed inputs).
         ModelTypeError: If ``model`` is not an ``nn.Module``, is wrapped, compiled or scripted, or has lazy modules that
             never ran.
@@ -94,6 +94,8 @@ def merge(
     """
     _check_options(gate, min_gain, backend, example_inputs)
     _check_eval_mode(model, "merge")
+    if methods is not None:
+        _check_methods(model, methods)
     recorded = Witness(model, example_inputs, choices=True, methods=methods) if witness else None
     work = None
     live_heads = [merge.head for merges in get_merges(model) for merge in merges if merge.live]
@@ -180,7 +182,7 @@ def find_runs(
         The runs in order of execution. A convolution followed by an average pool is a run, too.
 
     Raises:
-        OptionError: If ``example_inputs`` are invalid, or if the model cannot be called with them.
+        OptionError: If ``min_gain`` or ``example_inputs`` are invalid, or if the model cannot be called with them.
         ModelTypeError: If ``model`` is not an ``nn.Module``, or is wrapped, compiled or scripted, or has lazy modules
             that never ran.
         MergeError: If it is gradual and not finished.
@@ -197,6 +199,7 @@ def find_runs(
         (('0', '1'), True, 1.21)
     """
     _check_model(model, "look at")
+    _check_min_gain(min_gain)
     check_examples(example_inputs)
     recorded = Witness(model, example_inputs, choices=True) if witness else None
     merger = Merger(model, example_inputs, False, recorded)
@@ -241,11 +244,24 @@ def _check_options(gate: str, min_gain: float, backend: str, example_inputs: Any
         raise OptionError(f"gate={gate!r}: give one of {', '.join(_GATES)}")
     if backend not in BACKENDS:
         raise OptionError(f"backend={backend!r}: give one of {', '.join(BACKENDS)}")
-    if isinstance(min_gain, bool) or not isinstance(min_gain, (int, float)) or not 0 < min_gain < math.inf:
-        raise OptionError(f"min_gain={min_gain!r}: give a positive number, such as 1.05")
+    _check_min_gain(min_gain)
     if gate == "latency" and example_inputs is None:
         raise OptionError('gate="latency" times on example_inputs: give what the model is called with')
     check_examples(example_inputs)
+
+
+def _check_min_gain(min_gain: float) -> None:
+    if isinstance(min_gain, bool) or not isinstance(min_gain, (int, float)) or not 0 < min_gain < math.inf:
+        raise OptionError(f"min_gain={min_gain!r}: give a positive number, such as 1.05")
+
+
+def _check_methods(model: nn.Module, methods: object) -> None:
+    """Raise OptionError unless ``methods`` maps names of the model's methods to inputs."""
+    if not isinstance(methods, Mapping):
+        raise OptionError(f"methods={methods!r:.80}: map names of methods to example inputs for each")
+    for name in methods:
+        if not isinstance(name, str) or not callable(getattr(model, name, None)):
+            raise OptionError(f"methods: this {type(model).__name__} has no method {name!r}")
 
 
 def _check_model(model: nn.Module, todo: str) -> None:

@@ -155,6 +155,12 @@ def check_argument(value: Any, expected: Any, owner: str, name: str) -> None:
     if value is expected or (type(value) is type(expected) and isinstance(value, _PLAIN) and value == expected):
         return
     shown = repr(value) if isinstance(value, _PLAIN) else f"a {type(value).__name__}"
+    if name.startswith("self."):
+        raise MergeError(
+            f"{owner or 'the model'} was merged by nmconv for {name}={expected!r}, and does something else by another "
+            f"value inside of what is one convolution now: {name} is now {shown}: set it back to {expected!r}, or set "
+            "it before merging"
+        )
     raise MergeError(
         f"{owner or 'the model'} was merged by nmconv for {name}={expected!r} and is called with {shown}, by which it "
         "does something else inside of what is one convolution now: call the model that was not merged, or merge it "

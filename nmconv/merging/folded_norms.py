@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, ClassVar
 
 from torch import nn
 
-from nmconv.errors import FoldedNormWarning
+from nmconv.errors import FoldedNormWarning, warn_user
 from nmconv.flow import Op, leaf_op
 from nmconv.recording import is_recording
 
@@ -71,7 +70,7 @@ def warn_once(module: nn.Module, mode: bool) -> None:
     if mode and not warned.get(kind, True):
         kinds = [each for each in _WARNINGS if not warned.get(each, True)]
         warned.update(dict.fromkeys(kinds, True))
-        warnings.warn("; ".join(_WARNINGS[each] for each in kinds), FoldedNormWarning, stacklevel=3)
+        warn_user("; ".join(_WARNINGS[each] for each in kinds), FoldedNormWarning)
 
 
 def drop_and_act(module: Any, input: Any) -> Any:

@@ -103,11 +103,13 @@ def read_images(data: Any, model: nn.Module, *, holdout: float = 0.0, key: str |
             return read_again(holdout, home)
     if not split.count:
         raise OptionError(_EMPTY)
-    if holdout and not split.held:
-        raise OptionError(
-            f"data holds {split.count} images, too few to hold out {holdout} of them: give more, or another holdout"
-        )
     batches = memory.batches()
+    if holdout and not split.held:
+        shape = tuple(batches[0][0].shape[1:])
+        advice = "give more, or another holdout" if len(shape) > 2 else "is the batch axis missing?"
+        raise OptionError(
+            f"data holds {split.count} images of shape {shape}, too few to hold out {holdout} of them: {advice}"
+        )
     return Images(lambda: iter(batches), split.count - split.held, split.held, home)
 
 
@@ -273,7 +275,7 @@ def input_errors_as_fit_errors(model: nn.Module, images: Tensor) -> Iterator[Non
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise FitError(
-            f"this {type(model).__name__} does not take images of shape {tuple(images.shape)} ({error}): give "
+            f"this {type(model).__name__} does not accept images of shape {tuple(images.shape)} ({error}): give "
             "batches of images [images, channels, ...]; wrap a model of several inputs in a module that takes one"
         ) from error
 

@@ -94,7 +94,7 @@ def _changes(plan: Plan, structure: Structure) -> Iterator[Change]:
 
 
 def _target(site: Site, call: Activation, item: Item | None) -> Place:
-    """Return where an activation moves to: the end behind an item."""
+    """Return where an activation moves to: the end after an item."""
     if item is not None and item.end is not None and call.movable:
         return item.end
     why = "no convolution" if item is None else item.end_reason

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 
 from nmconv.errors import PlanError
 from nmconv.planning.call_signature import Signature
 from nmconv.planning.dataclass_json import from_plain, lines_of, to_plain
 from nmconv.planning.plan_parts import Branch, Counts, Hoist, Kernel, check_branches, check_kernels
+from nmconv.planning.policies import OLD_NAMES
 from nmconv.planning.site import Site, check_sites
 from nmconv.planning.structure import Untraced
 from nmconv.planning.text_table import text_table
@@ -112,6 +114,8 @@ class Plan:
             >>> [site.action for site in plan.edit({"1#1": "keep", "3#1": "drop"}).sites]
             ['keep', 'drop']
         """
+        if not isinstance(actions, Mapping):
+            raise PlanError(f"{actions!r:.80} is no edit: map sites to actions, such as {{'layer1.0.relu#1': 'keep'}}")
         known = {site.id: site for site in self.sites}
         new: dict[str, str] = {}
         for key, action in actions.items():
@@ -131,7 +135,7 @@ class Plan:
     def _check_edit(self, name: str, action: str, known: Mapping[str, Site]) -> None:
         """Raise PlanError if a site cannot be given an action."""
         if name not in known:
-            near = [site for site in known if str(name) in site][:5]
+            near = [site for site in known if str(name) in site][:5] or get_close_matches(str(name), known)
             hint = f"did you mean {', '.join(near)}?" if near else "print the plan for the sites it has"
             raise PlanError(f"no site {name!r} in this plan of {self.model}: {hint}")
         if action not in ("keep", "drop"):
@@ -216,6 +220,10 @@ class Plan:
             raise PlanError(
                 f"a damaged plan ({error}): undo what was edited by hand, or make it anew with nmconv.make_plan"
             ) from error
+        options = dict(plan.options)
+        if options.get("keep") in OLD_NAMES:
+            options["keep"] = OLD_NAMES[options["keep"]]
+            plan = replace(plan, options=tuple(options.items()))
         return plan
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nmconv.errors import OptionError, warn_user
 
-__all__ = ["BOUNDARY", "Keep", "Unit", "check_keep", "choose", "current_name"]
+__all__ = ["BOUNDARY", "OLD_NAMES", "Keep", "Unit", "check_keep", "choose", "current_name"]
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Unit:
 Keep = str | Callable[[Unit], Iterable[int]]
 BOUNDARY = "boundary"
 _NAMES = (BOUNDARY, "first", "spread")
-_OLD_NAMES = {"last": BOUNDARY}
+OLD_NAMES = {"last": BOUNDARY}
 
 
 def current_name(keep: Keep) -> Keep:
     """Return a policy under its current name, and warn with a DeprecationWarning if the old name was given."""
-    if isinstance(keep, str) and keep in _OLD_NAMES:
-        warn_user(f"keep={keep!r} is called {_OLD_NAMES[keep]!r} now", DeprecationWarning)
-        return _OLD_NAMES[keep]
+    if isinstance(keep, str) and keep in OLD_NAMES:
+        warn_user(f"keep={keep!r} is called {OLD_NAMES[keep]!r} now", DeprecationWarning)
+        return OLD_NAMES[keep]
     return keep
 
 

@@ -131,7 +131,7 @@ def as_patterns(patterns: object) -> tuple[str, ...]:
 
 
 def _with_parents(names: Iterable[str]) -> set[str]:
-    """Return qualified names, with and without a function's name behind ``:``, and those of all parents."""
+    """Return qualified names, with and without a function's name after ``:``, and those of all parents."""
     prefixes: set[str] = set()
     for path in (path for name in names for path in {name, name.partition(":")[0]}):
         parts = path.split(".")

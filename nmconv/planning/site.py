@@ -39,7 +39,7 @@ class Site:
             ``leading``, or "".
         chain: Number of the chain, from 0, or None.
         unit: Number of the unit within the chain, from 0, or None.
-        behind: For ``move``, the qualified name of the convolution behind which it moves, and behind that one's norm
+        behind: For ``move``, the qualified name of the convolution after which it moves, and after that one's norm
             and residual add; else "".
         locked: Why it cannot be dropped, or "".
     """

@@ -41,7 +41,7 @@ class Place:
         method: Name of the method of ``owner`` that computes it.
         op: A child's name relative to ``owner``, or a function's name such as ``add``.
         call: Which call of ``op`` it is within one call of the method, from 1.
-        how: ``rewrite`` (the method), ``insert`` (behind a child of a Sequential) or ``slot`` (fill the slot ``op``).
+        how: ``rewrite`` (the method), ``insert`` (after a child of a Sequential) or ``slot`` (fill the slot ``op``).
         argument_structure: For ``rewrite``, the structure of the arguments that ``method`` is called with, as JSON.
     """
 
@@ -110,7 +110,7 @@ class Item:
         order: Its position in the order of execution.
         act: Index into ``Structure.activations``, or None.
         role: How the activation is reached: ``post``, ``residual``, ``gated``, ``parallel``, ``pre``, or "".
-        end: The insertion point of an activation behind this convolution, or None.
+        end: The insertion point of an activation after this convolution, or None.
         end_reason: Why ``end`` is None.
     """
 

@@ -17,7 +17,7 @@ from nmconv.searching.budget import budgets_of, is_several
 from nmconv.searching.joint_search import JointSearch
 from nmconv.searching.measure_candidates import check_options, measure_table
 from nmconv.searching.search_space import SearchSpace
-from nmconv.searching.table import COSTS, Sensitivity
+from nmconv.searching.table import Sensitivity, check_cost
 from nmconv.searching.table_settings import check_settings, settings_of
 from nmconv.surgery import check_model
 
@@ -94,9 +94,11 @@ def search(
         >>> plan.ratio, sum(isinstance(module, nn.Conv2d) for module in fitted.modules())
         ('0.9 of its multiply_adds', 2)
     """
-    check_model(model)
-    if cost not in COSTS:
-        raise OptionError(f"cost={cost!r}: give one of {', '.join(COSTS)}")
+    check_model(model, "search")
+    check_cost(cost)
+    if sensitivity is not None and not isinstance(sensitivity, Sensitivity):
+        what = type(sensitivity).__name__
+        raise OptionError(f"sensitivity is a {what}: give what nmconv.sensitivity or Sensitivity.load returned")
     if form is None:
         form_of_table = None if sensitivity is None else sensitivity.setting.get("form")
         form = form_of_table or ("factors" if cost.startswith("activation") else "merged")

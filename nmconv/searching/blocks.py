@@ -19,7 +19,7 @@ _UNKNOWN_SIZES = (256, 256)  # spatial sizes of a run's input where they cannot 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One convolution, or one sum of branches, with its norms, and the activation behind it.
+    """One convolution, or one sum of branches, with its norms, and the activation after it.
 
     Attributes:
         nodes: The elements of a run, with their geometries.
@@ -79,7 +79,7 @@ class BlockFinder:
         return self._blocks.get((conv,))
 
     def droppable_behind(self, element: Element) -> Site | None:
-        """Return the droppable activation directly behind an element, or None."""
+        """Return the droppable activation directly after an element, or None."""
         for use in self._uses.uses_after(element):
             site = self._sites.get(use.act) if use.kind == "act" else None
             return site if site is not None and site.action == "keep" and not site.locked else None
@@ -106,9 +106,9 @@ class BlockFinder:
                 yield from self._lists_of_nodes(branch)
 
     def _contains_all_activations(self, join: Join) -> bool:
-        """Return whether all activations of a sum's branches are behind one of their elements.
+        """Return whether all activations of a sum's branches are after one of their elements.
 
-        A branch that begins with an activation of its own fails: that activation is behind no element of the run.
+        A branch that begins with an activation of its own fails: that activation is after no element of the run.
         """
         try:
             acts = self._uses.activations_in(join)

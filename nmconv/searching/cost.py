@@ -96,7 +96,7 @@ class Stopwatch:
                 modules.append(Summed(*(self._modules(branch) for branch in node.branches)))
             elif node.element.kind == "conv" and isinstance(node.geometry, Geometry):
                 modules.append(conv_module(node.geometry, self._image))
-            # Dropped activations are quiet elements themselves: they are found behind the element before them.
+            # Dropped activations are quiet elements themselves: they are found after the element before them.
             is_last = number + 1 == len(nodes)
             act = None if node.element.quiet or is_last else self._space.activation_behind(node.element)
             if act is not None:

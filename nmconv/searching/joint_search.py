@@ -82,7 +82,7 @@ class JointSearch:
             raise OptionError(f"the sensitivity table has no {cost}: measure it with nmconv.sensitivity(backend=...)")
         self._measured: dict[tuple[int, ...], MeasuredChoice] = {}
         first = images.first()
-        self._witness = Witness(space.model, torch.cat([first, first]))
+        self._witness = Witness(space.model, torch.cat([first, first]), options=())
 
     def plans(self, budgets: Sequence[Budget]) -> tuple[Plan, ...]:
         """Return the best plan within each budget, of all choices that were measured for any of them.

@@ -87,7 +87,7 @@ def sensitivity(
         >>> [(one.convs, one.size, one.multiply_adds) for one in table.candidates][:2]
         [(('0', '2'), '1x1', (58464, 1536)), (('0', '2'), '3x3', (58464, 13824))]
     """
-    check_model(model)
+    check_model(model, "measure")
     check_options(form, backend, max_convs, holdout, loss)
     images = read_images(data, model, holdout=holdout, key=key)
     with eval_mode(model):

@@ -19,7 +19,7 @@ from nmconv.merging import Node, interior_geometry
 from nmconv.planning import Branch, Kernel, Plan, Site
 from nmconv.searching.blocks import Block, BlockFinder
 from nmconv.searching.segments import CandidateSegment
-from nmconv.surgery import change, make_plan, outline_of, resolve_plan
+from nmconv.surgery import change, outline_of, plan_to_keep_all, resolve_plan
 
 __all__ = ["SearchSpace"]
 
@@ -44,7 +44,7 @@ class SearchSpace:
 
     def __init__(self, model: nn.Module, example_inputs: Any, max_convs: int) -> None:
         self.model = model
-        self.plan = make_plan(model, "1:1", example_inputs=example_inputs)
+        self.plan = plan_to_keep_all(model, example_inputs)
         self.max_convs = max_convs
         droppable: dict[str | Site, str] = {
             site.id: "drop" for site in self.plan.sites if site.action == "keep" and not site.locked
@@ -100,7 +100,7 @@ class SearchSpace:
         return copy
 
     def activation_behind(self, element: Element) -> nn.Module | None:
-        """Return the droppable activation directly behind an element of a run, as a module."""
+        """Return the droppable activation directly after an element of a run, as a module."""
         site = self._finder.droppable_behind(element)
         if site is None:
             return None
@@ -109,7 +109,7 @@ class SearchSpace:
         return self.model.get_submodule(site.name)
 
     def nodes_of(self, convs: Iterable[str]) -> list[Node]:
-        """Return convolutions, each with the norms behind it; [] if one of them is in no linear run."""
+        """Return convolutions, each with the norms after it; [] if one of them is in no linear run."""
         blocks = [self._finder.block_of(conv) for conv in convs]
         return [node for block in blocks if block for node in block.nodes] if all(blocks) else []
 

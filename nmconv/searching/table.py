@@ -6,13 +6,19 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nmconv.errors import FileError
+from nmconv.errors import FileError, OptionError
 from nmconv.planning import nan_if_null, read_json, write_json
 
-__all__ = ["COSTS", "Candidate", "Sensitivity"]
+__all__ = ["COSTS", "Candidate", "Sensitivity", "check_cost"]
 
 COSTS = ("latency", "multiply_adds", "activations", "activation_elements")
 _VERSION = 1
+
+
+def check_cost(cost: object) -> None:
+    """Raise OptionError unless ``cost`` is the name of a cost."""
+    if cost not in COSTS:
+        raise OptionError(f"cost={cost!r}: give one of {', '.join(COSTS)}")
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,12 @@ class Candidate:
     last: int
 
     def saves(self, cost: str) -> float:
-        """Return how much it saves, in the unit of ``cost`` (as for :func:`nmconv.search`)."""
+        """Return how much it saves, in the unit of ``cost`` (as for :func:`nmconv.search`).
+
+        Raises:
+            OptionError: If there is no such cost.
+        """
+        check_cost(cost)
         if cost in ("latency", "multiply_adds"):
             before, after = getattr(self, cost)
             return float(before - after)
@@ -124,7 +135,11 @@ class Sensitivity:
         Args:
             cost: The kind of savings, as for :func:`nmconv.search`.
             axes: Matplotlib axes; new ones by default.
+
+        Raises:
+            OptionError: If there is no such cost.
         """
+        check_cost(cost)
         import matplotlib.pyplot as plt
 
         axes = plt.subplots()[1] if axes is None else axes

@@ -1,6 +1,6 @@
 """Surgery: carrying out plans on models, checking the results, and undoing conversions."""
 
-from nmconv.surgery.api import apply_plan, change, convert, make_plan
+from nmconv.surgery.api import apply_plan, change, convert, make_plan, plan_to_keep_all
 from nmconv.surgery.checks import FITTED, MERGED, check_examples, check_has_run, check_model, check_plain, get_plan
 from nmconv.surgery.codegen import shown_parameters
 from nmconv.surgery.finishing import finish
@@ -38,6 +38,7 @@ __all__ = [
     "is_slope",
     "make_plan",
     "outline_of",
+    "plan_to_keep_all",
     "resolve_plan",
     "restore",
     "rewrite",

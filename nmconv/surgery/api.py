@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from nmconv.errors import NoEffectWarning, PlanError, warn_user
+from nmconv.errors import NoEffectWarning, OptionError, PlanError, warn_user
 from nmconv.flow import record_model
 from nmconv.planning import BOUNDARY, Keep, Options, Plan, Signature, as_patterns, current_name
 from nmconv.recording import Recordings
@@ -20,7 +20,7 @@ from nmconv.surgery.unread_parameters import Readers, thaw
 from nmconv.surgery.witness import Witness
 from nmconv.surgery.working_copy import WorkingCopy
 
-__all__ = ["apply_plan", "change", "convert", "make_plan"]
+__all__ = ["apply_plan", "change", "convert", "make_plan", "plan_to_keep_all"]
 
 
 def make_plan(
@@ -63,13 +63,22 @@ def make_plan(
         [('1#1', 'drop'), ('3#1', 'keep')]
     """
     options = _options(ratio, keep, relocate, include, exclude, linear, hoist_padding, example_inputs)
+    return _planned(model, options, example_inputs)
+
+
+def plan_to_keep_all(model: nn.Module, example_inputs: Any) -> Plan:
+    """Return the plan that drops nothing, for functions that have no option ``linear`` to advise."""
+    return _planned(model, Options("1:1"), example_inputs, advises_linear=False)
+
+
+def _planned(model: nn.Module, options: Options, example_inputs: Any, *, advises_linear: bool = True) -> Plan:
     check_plain(model, "plan for")
     check_has_run(model)
     options.check()
     original, current_plan = original_of(model), plan_of(model)
     call = None if current_plan is None else current_plan.call
     recordings = record_model(original, example_inputs, both_sizes=False, linear=options.linear, call=call)
-    return draft_plan(original, options, example_inputs, recordings, call)[0]
+    return draft_plan(original, options, example_inputs, recordings, call, advises_linear=advises_linear)[0]
 
 
 def apply_plan(
@@ -127,11 +136,12 @@ def apply_plan(
     check_plain(model, "convert")
     check_has_run(model)
     check_examples(example_inputs)
+    _check_flags(gradual=gradual, inplace=inplace, witness=witness)
     if not isinstance(plan, Plan):
         raise PlanError(f"{type(plan).__name__} is no Plan; make one with nmconv.make_plan or Plan.from_json")
     original = original_of(model)
     seen, recordings = _record(original, example_inputs, witness, plan.linear, plan.call)
-    resolved = resolve_plan(original, plan, recordings)
+    resolved = resolve_plan(original, plan, recordings, "make a plan for this model with nmconv.make_plan")
     if gradual:
         check_can_be_gradual(original, plan, resolved.changes)
     _check_hoists(original, plan, resolved, example_inputs)
@@ -214,6 +224,7 @@ def convert(
         )
     """
     options = _options(ratio, keep, relocate, include, exclude, linear, hoist_padding, example_inputs)
+    _check_flags(gradual=gradual, inplace=inplace, witness=witness)
     check_model(model)
     options.check()
     check_hoists_nothing(gradual and options.hoist)
@@ -235,6 +246,7 @@ def _options(
     example_inputs: Any,
 ) -> Options:
     check_examples(example_inputs)
+    _check_flags(relocate=relocate, linear=linear, hoist_padding=hoist_padding)
     return Options(
         ratio=ratio,
         keep=current_name(keep),
@@ -246,12 +258,19 @@ def _options(
     )
 
 
+def _check_flags(**flags: object) -> None:
+    """Raise OptionError if an option that is on or off is text, which is always true."""
+    for name, value in flags.items():
+        if isinstance(value, str):
+            raise OptionError(f"{name}={value!r}: give True or False")
+
+
 def _record(
     model: nn.Module, example_inputs: Any, witness: bool, linear: bool, call: Signature | None = None
 ) -> tuple[Witness | None, Recordings]:
     """Return a witness of a model, if there is to be one, and the model's recordings."""
     if witness:
-        seen = Witness(model, example_inputs, linear=linear, call=call)
+        seen = Witness(model, example_inputs, linear=linear, call=call, options=("exclude", "witness"))
         return seen, seen.recordings
     return None, record_model(model, example_inputs, both_sizes=False, linear=linear, call=call)
 
@@ -279,10 +298,9 @@ def _converted(
     recordings: Recordings,
 ) -> nn.Module:
     if not plan.changes_any and original is model:
-        warn_user(
-            f"nothing to change in this {type(model).__name__} at {plan.ratio}: every unit has few enough activations",
-            NoEffectWarning,
-        )
+        has_units = any(site.unit is not None for site in plan.sites)
+        why = "every unit has few enough activations" if has_units else "the patterns given leave everything alone"
+        warn_user(f"nothing to change in this {type(model).__name__} at {plan.ratio}: {why}", NoEffectWarning)
     work, frozen = WorkingCopy(model, inplace=inplace), vars(model).get(FROZEN, ())
     readers = Readers(original, resolved.changes, recordings)
     unconvert(work.model)

@@ -121,26 +121,35 @@ def check_examples(example_inputs: Any) -> None:
         )
 
 
-def check_model(model: Any) -> nn.Module:
-    """Return the model if it can be converted.
+def check_model(model: Any, todo: str = "convert") -> nn.Module:
+    """Return the model if it is an original, which can be converted.
+
+    Args:
+        model: What the user passed.
+        todo: What the caller does with it, for the message.
 
     Raises:
         ModelTypeError: If it is not a module, is wrapped, compiled or scripted, or has lazy modules without weights.
         AlreadyConvertedError: If it or a part of it is already converted or merged.
     """
-    root = check_plain(model, "convert")
+    root = check_plain(model, todo)
+    instead = (
+        "a second conversion would count from what the first has left; go on with nmconv.apply_plan(model, "
+        "nmconv.make_plan(model, ...)), which count from the original, or call nmconv.restore first"
+        if todo == "convert"
+        else f"{todo} the original: build it anew, or let nmconv.restore give it"
+    )
     check_has_run(root)
     for name, module in root.named_modules():
         where = f"{name!r} in the model" if name else "the model"
         plan = plan_of(module)
         if plan is not None and plan.changes_any:
             raise AlreadyConvertedError(
-                f"{where} was converted already (nmconv.get_plan gives its plan, at {plan.ratio}): a second conversion "
-                "would count from what the first has left; go on with nmconv.apply_plan(model, nmconv.make_plan(model, "
-                "...)), which count from the original, or call nmconv.restore first"
+                f"{where} was converted already (nmconv.get_plan gives its plan, at {plan.ratio}): {instead}"
             )
         if MERGED in module.__dict__:
             raise AlreadyConvertedError(
-                f"{where} was merged already (nmconv.get_merges tells how): convert the original, then merge"
+                f"{where} was merged already (nmconv.get_merges tells how): {todo} the original"
+                f"{', then merge' * (todo == 'convert')}"
             )
     return root

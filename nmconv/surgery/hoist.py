@@ -65,7 +65,7 @@ def _hoists_in(model: nn.Module, sequence: list[Step]) -> Iterator[Hoist]:
 
 
 def _hoist_to_first(convs: list[tuple[str, Geometry]]) -> Iterator[Hoist]:
-    """Yield the hoist of these convolutions, if there is padding behind the first one."""
+    """Yield the hoist of these convolutions, if there is padding after the first one."""
     names = tuple(name for name, _ in convs)
     geometries = [geometry for _, geometry in convs]
     if not any(geometry.is_padded(axis) for geometry in geometries[1:] for axis in range(geometry.rank)):

@@ -34,8 +34,14 @@ class ResolvedPlan:
     argument_structure: Mapping[str, str] = field(default_factory=dict)
 
 
-def resolve_plan(model: nn.Module, plan: Plan, recordings: Recordings) -> ResolvedPlan:
+def resolve_plan(model: nn.Module, plan: Plan, recordings: Recordings, way_out: str = "") -> ResolvedPlan:
     """Return what a plan does to a model, found in the model's recordings.
+
+    Args:
+        model: The model.
+        plan: The plan.
+        recordings: Of the model.
+        way_out: What the user may do if the plan is for another model, for the message.
 
     Raises:
         PlanError: If the plan is for another model, or changes something that this one does not have.
@@ -52,7 +58,7 @@ def resolve_plan(model: nn.Module, plan: Plan, recordings: Recordings) -> Resolv
         raise PlanError(
             f"this plan is for a {plan.model} with fingerprint {plan.fingerprint}, the model is a "
             f"{type(model).__name__} with {model_fingerprint}: other layers, or a forward that does something else "
-            "with them; make a plan for this model with nmconv.make_plan"
+            f"with them{'; ' * bool(way_out)}{way_out}"
         )
     for kernel in plan.kernels:
         for name in kernel.convs:
@@ -76,8 +82,18 @@ def draft_plan(
     example_inputs: Any,
     recordings: Recordings,
     call: Signature | None = None,
+    *,
+    advises_linear: bool = True,
 ) -> tuple[Plan, ResolvedPlan, MethodCache]:
     """Draw up a plan for a model.
+
+    Args:
+        model: The model.
+        options: What the user asked for.
+        example_inputs: What the model is called with.
+        recordings: Of the model.
+        call: The call signature that an earlier plan states.
+        advises_linear: Whether an error may advise ``linear=True``.
 
     Returns:
         The plan, hoists included; what it does to the model; and the methods rewritten to find that out.
@@ -86,6 +102,8 @@ def draft_plan(
         NoSitesError: If no activation belongs to a convolution.
     """
     structure = structure_of(model, recordings, linear=options.linear)
+    if not any(item.act is not None for chain in structure.chains for item in chain.items):
+        raise NoSitesError(_no_sites_message(structure, advises_linear and not options.linear))
     plan, cache = _feasible_plan(model, structure, options)
     plan = replace(plan, call=signature_of(model, recordings), registered=registered_names(model))
     if options.hoist:
@@ -105,8 +123,6 @@ def hoists_after(
 
 def _feasible_plan(model: nn.Module, structure: Structure, options: Options) -> tuple[Plan, MethodCache]:
     """Return a plan that keeps each activation whose method cannot be rewritten, and the methods rewritten for it."""
-    if not any(item.act is not None for chain in structure.chains for item in chain.items):
-        raise NoSitesError(_no_sites_message(structure, options.linear))
     model_fingerprint = fingerprint(model, structure)
     locked: dict[int, str] = {}  # maps indices of activations that must stay to the reasons
     cache: MethodCache = {}
@@ -164,7 +180,7 @@ _REASONS = (
 )
 
 
-def _no_sites_message(structure: Structure, linear: bool) -> str:
+def _no_sites_message(structure: Structure, advises_linear: bool) -> str:
     text = f"no activation of this {structure.model} belongs to a convolution"
     if structure.untraced:
         parts = "; ".join(f"{part.name or 'the model itself'}: {part.reason}" for part in structure.untraced[:3])
@@ -184,4 +200,4 @@ def _no_sites_message(structure: Structure, linear: bool) -> str:
         "knows expressions in one value, within one forward, of which nobody reads a part; nmconv.register tells it of "
         "activation modules"
     )
-    return f"{text}: {summary}" if linear else f"{text}: {summary}; linear=True counts linear layers as well"
+    return f"{text}: {summary}{'; linear=True counts linear layers as well' * advises_linear}"

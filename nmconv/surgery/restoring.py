@@ -56,8 +56,9 @@ def restore(model: nn.Module, *, example_inputs: Any = None, inplace: bool = Fal
     if plan is None:
         raise PlanError(f"this {type(model).__name__} was not converted: there is nothing to restore")
     original = original_of(model)
-    witness = Witness(original, example_inputs, linear=plan.linear, call=plan.call)
-    witness.check(model, resolve_plan(original, plan, witness.recordings).changes)
+    witness = Witness(original, example_inputs, linear=plan.linear, call=plan.call, options=())
+    way_out = "undo what was changed by hand since it was converted"
+    witness.check(model, resolve_plan(original, plan, witness.recordings, way_out).changes)
     work, frozen = WorkingCopy(model, inplace=inplace), vars(model).get(FROZEN, ())
     unconvert(work.model)
     result = work.finish()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nmconv.errors import NmconvError, OptionError
 from nmconv.flow import GRADUAL
-from nmconv.surgery.checks import check_is_module
+from nmconv.surgery.checks import check_is_module, plan_of
 
 __all__ = [
     "HARD_METHODS",
@@ -183,12 +183,13 @@ def check_slope(value: Any) -> None:
         raise OptionError(f"a slope of {value!r}: give a number from 0, the original, to 1, the hard conversion")
 
 
-def check_gradual(model: nn.Module, todo: str) -> dict[str, float]:
+def check_gradual(model: nn.Module, todo: str, *, or_unchanged: bool = False) -> dict[str, float]:
     """Return a gradual model's slopes.
 
     Args:
         model: What the user passed.
         todo: What the caller does with it, for the message: ``set the slope of``.
+        or_unchanged: Whether a model whose plan changes nothing, and which has no slopes, is allowed.
 
     Raises:
         OptionError: If it has no gradual sites.
@@ -196,6 +197,14 @@ def check_gradual(model: nn.Module, todo: str) -> dict[str, float]:
     """
     slopes = get_slopes(model)
     if not slopes:
+        plans = [plan for module in model.modules() if (plan := plan_of(module)) is not None]
+        if plans and not any(plan.changes_any for plan in plans):
+            if or_unchanged:
+                return slopes
+            raise OptionError(
+                f"the plan of this {type(model).__name__}, at {plans[0].ratio}, drops nothing, so that there is no "
+                "slope to set: convert at another ratio"
+            )
         raise OptionError(
             f"this {type(model).__name__} has no gradual sites: {todo} what nmconv.convert(..., gradual=True) returned"
         )

@@ -27,6 +27,7 @@ class Witness:
         choices: Whether to record it with other truth values among its arguments and at other entry points, too.
         methods: Maps further methods to record to their example inputs.
         call: The call signature that a plan states, to be used instead of a guess.
+        options: Which of the options ``exclude`` and ``witness`` the user's function has, for the advice in errors.
 
     Attributes:
         recordings: The recordings.
@@ -45,11 +46,13 @@ class Witness:
         choices: bool = False,
         methods: Mapping[str, Any] | None = None,
         call: Signature | None = None,
+        options: Container[str] = ("witness",),
     ) -> None:
         self.recordings = record_model(
             model, example_inputs, linear=linear, choices=choices, methods=methods, call=call
         )
         self._model = model
+        self._options = options
 
     def check(
         self,
@@ -123,12 +126,16 @@ class Witness:
         if self._is_nondeterministic(before):
             text = "the model itself runs otherwise each time it is called, so that nothing can be checked"
         else:
-            text = f"the result would not be what was asked for ({before.call.name}): {difference.text}"
-        is_in_original = bool(difference.first)
-        advice = f"exclude the activations that {difference.module or 'the model'} asks for"
+            text = f"the result differs from what was asked for ({before.call.name}): {difference.text}"
+        advice = "report it, unless one of the two was changed by hand"
+        if "witness" in self._options:
+            excludes = "exclude" in self._options and difference.first  # the difference is in the original
+            advice = (
+                f"exclude the activations that {difference.module or 'the model'} asks for" if excludes else "report it"
+            )
+            advice = f"it is as it was: {advice}, or pass witness=False if you know better"
         return WitnessError(
-            f"this {type(self._model).__name__}: {text}; it is as it was: {advice if is_in_original else 'report it'}, "
-            "or pass witness=False if you know better",
+            f"this {type(self._model).__name__}: {text}; {advice}",
             difference.module,
             difference.first,
             difference.second,

@@ -40,8 +40,9 @@ class Gradual:
     where gradients are accumulated.
 
     Args:
-        model: The result of ``nmconv.convert(..., gradual=True)`` or ``apply_plan``, or a module that contains it.
-            Wrapped and compiled versions of it need not be passed: slopes are set in place, without recompiling.
+        model: The result of ``nmconv.convert(..., gradual=True)`` or ``apply_plan``, or a module that contains it; if
+            its plan changes nothing, nothing is done. Wrapped and compiled versions of it need not be passed: slopes
+            are set in place, without recompiling.
         total_steps: Number of optimizer updates in the whole training.
         schedule: ``"cosine"`` or ``"linear"``.
         start: Fraction of the training at which the slopes begin to rise.
@@ -95,9 +96,9 @@ class Gradual:
         self._models = [model, *([followers] if isinstance(followers, nn.Module) else followers)]
         for each in self._models:
             check_plain(each, "schedule", compiled=True)
-        sites = check_gradual(model, "schedule")
+        sites = check_gradual(model, "schedule", or_unchanged=True)
         for follower in self._models[1:]:
-            if check_gradual(follower, "let follow").keys() != sites.keys():
+            if check_gradual(follower, "let follow", or_unchanged=True).keys() != sites.keys():
                 raise OptionError(f"a follower, a {type(follower).__name__}, has other gradual sites than the model")
         if end > _LATEST_SAFE_END:
             warn_user(
@@ -105,7 +106,7 @@ class Gradual:
                 f"end of at most {_LATEST_SAFE_END}, or call nmconv.recalibrate_norms after finish()",
                 SlopeWarning,
             )
-        self._finished = False
+        self._finished = not sites  # of a model whose plan changes nothing
         self.step_update(0)
 
     def slope_at(self, n: int) -> float:
@@ -202,5 +203,5 @@ def _checked(state: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise OptionError(f"{name}={value!r}: give a part of the training, from 0 to 1")
     if state["start"] > state["end"]:
-        raise OptionError(f"start={state['start']} is behind end={state['end']}: give a start that is not")
+        raise OptionError(f"start={state['start']}, end={state['end']}: start must not exceed end")
     return state

@@ -465,7 +465,7 @@ WRONG: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
     ),
     "second batch": (
         lambda model: nmconv.activation_stats(model, [torch.zeros(2, 3, 8, 8), torch.zeros(2, 4, 8, 8)]),
-        nmconv.FitError, "does not take images of shape",
+        nmconv.FitError, "does not accept images of shape",
     ),
     "channels": (
         lambda model: nmconv.activation_stats(model, torch.zeros(2, 4, 8, 8)), nmconv.OptionError, "cannot be called",

@@ -387,7 +387,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_the_command(tmp_path):
     path = tmp_path / "bench.json"
-    done = called(SMALL, "--ratio", "3:1", "--relocate", "--hoist", "--json", str(path), *FLAGS, "--batch", "2")
+    done = called(SMALL, "--ratio", "3:1", "--relocate", "--hoist-padding", "--json", str(path), *FLAGS, "--batch", "2")
     assert done.exit_code == 0, done.output
     for word in ("original", "converted", "merged", "folded", "eager", "activations", "convs", "multiply-adds"):
         assert word in done.output

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 import nmconv
-from nmconv.fitting import fitter
+from nmconv.fitting import Divergence, Fit, UnitFit, fitter
 from nmconv.observing import data
 
 torch.set_num_threads(1)
@@ -257,12 +257,22 @@ def test_images_that_are_no_batches() -> None:
         nmconv.fit(model, list(X), reference=net)
 
 
+def test_the_report_names_a_single_convolution_once() -> None:
+    nan, same = float("nan"), Divergence(0.0, 1.0)
+    unit = UnitFit(("a.conv",), "", (), nan, nan, nan, nan, nan, 1, 1, 1)
+    assert "\na.conv: left" in str(Fit((unit,), 1, 0, same, same, same, same, False))
+
+
 def test_one_image() -> None:
     model, net = converted()
     with pytest.raises(nmconv.OptionError, match="too few to hold out"):
         nmconv.fit(model, X[:1], reference=net)
     with pytest.raises(nmconv.OptionError, match="ridge such as"):
         nmconv.fit(model, X[:1], reference=net, holdout=0)
+    with pytest.raises(nmconv.OptionError, match=r"images of shape \(\d+, \d+\).*is the batch axis missing\?"):
+        nmconv.fit(model, X[0, :3], reference=net)
+    with pytest.raises(nmconv.FitError, match=r"does not accept images of shape \(1, "):
+        nmconv.fit(model, X[:, :1], reference=net)
     fitted = nmconv.fit(model, X[:1], reference=net, holdout=0, ridge=1e-2, recalibrate=False)
     assert report(fitted).units[0].after <= report(fitted).units[0].before
 
@@ -326,7 +336,7 @@ def test_models_that_cannot_be_fitted() -> None:
         (model, copy.deepcopy(model), "was converted itself"),
         (merged, net, "merged"),
         (fitted, net, "merged or fitted"),
-        (model, small()[:9], "another model"),
+        (model, small()[:9], "another model.*give that model as it was before"),
         (model, nn.Sequential(), "another model"),
         (model, copy.deepcopy(net).float(), r"\.to\("),
     ]

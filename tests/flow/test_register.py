@@ -289,9 +289,12 @@ def test_containers_are_refused(cls):
         nmconv.register(cls, "leaf")
 
 
-@pytest.mark.parametrize(("cls", "kind"), [(nn.ReLU, "leaf"), (nn.Conv2d, "activation"), (nn.MaxPool2d, "norm")])
-def test_what_is_known_as_something_else_is_refused(cls, kind):
-    with pytest.raises(nmconv.OptionError, match=f"{cls.__name__} is known as"):
+@pytest.mark.parametrize(
+    ("cls", "kind", "known"),
+    [(nn.ReLU, "leaf", "activation"), (nn.Conv2d, "activation", "conv"), (nn.MaxPool2d, "norm", "pool")],
+)
+def test_what_is_known_as_something_else_is_refused(cls, kind, known):
+    with pytest.raises(nmconv.OptionError, match=f"{cls.__name__} is known as '{known}' already"):
         nmconv.register(cls, kind)
     assert [name for name, _ in real(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()))] == ["1#1"]
 

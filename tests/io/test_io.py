@@ -401,7 +401,7 @@ def test_load_refuses_models_that_are_not_pristine(path):
     net = drawn(Net())
     for model in (converted(net), folded(net), merged_only(net), nn.Sequential(folded(net))):
         before = snapshot(model)
-        with pytest.raises(nmconv.AlreadyConvertedError):
+        with pytest.raises(nmconv.AlreadyConvertedError, match="load into the original"):
             nmconv.load(model, path, inplace=True)
         assert snapshot(model) == before
     with pytest.raises(nmconv.ModelTypeError):
@@ -475,7 +475,7 @@ def test_missing_and_unreadable(tmp_path):
         nmconv.load(Net(), tmp_path / "none")
     with pytest.raises(IsADirectoryError):
         nmconv.load(Net(), tmp_path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(nmconv.FileError, match=r"none/net' cannot be written: its folder does not exist"):
         nmconv.save(Net(), tmp_path / "none" / "net")
 
 

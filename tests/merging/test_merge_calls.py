@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import nmconv
+from nmconv.merging.call_guards import check_argument
 
 X = torch.rand(2, 4, 9, 9)
 quiet = pytest.mark.filterwarnings("ignore::nmconv.NoEffectWarning")  # a run that ends leaves nothing to merge
@@ -268,6 +269,11 @@ def test_what_is_only_a_list_to_its_forward_is_left():
 
 
 @quiet
+def test_an_attribute_with_another_value_is_to_be_set_back():
+    with pytest.raises(nmconv.MergeError, match=r"self\.depth is now 1: set it back to 2, or set it before merging"):
+        check_argument(1, 2, "body", "self.depth")
+
+
 def test_a_forward_set_on_the_object_is_what_counts():
     class Two(Base):
         def fast(self, x):

@@ -433,6 +433,8 @@ def test_latency_gate(model):
         {"min_gain": "1.05"},
         {"min_gain": None},
         {"min_gain": True},
+        {"methods": {"nope": torch.zeros(1, 3, 24, 24)}},
+        {"methods": ["forward_features"]},
     ],
 )
 def test_bad_options(model, options):
@@ -440,6 +442,9 @@ def test_bad_options(model, options):
     with pytest.raises(nmconv.OptionError) as caught:
         nmconv.merge(model, **options)
     assert len(str(caught.value)) > 20
+    if options.keys() == {"min_gain"}:
+        with pytest.raises(nmconv.OptionError, match="min_gain="):
+            nmconv.find_runs(model, **options)
     assert snapshot(model) == before
 
 

@@ -468,6 +468,18 @@ def test_no_effect_warns_and_returns_a_model():
     assert torch.equal(new(x), model(x))
 
 
+@pytest.mark.parametrize("patterns", [{"include": []}, {"exclude": "*"}, {"ratio": {"*": None}}])
+def test_no_effect_of_patterns(patterns):
+    with pytest.warns(NoEffectWarning, match="the patterns given leave everything alone"):
+        nmconv.convert(staged(), **patterns)
+
+
+@pytest.mark.parametrize("option", ["relocate", "linear", "hoist_padding", "witness", "inplace", "gradual"])
+def test_options_that_are_on_or_off_are_no_text(option):
+    with pytest.raises(OptionError, match=f"{option}='no': give True or False"):
+        nmconv.convert(staged(), **{option: "no"})
+
+
 @pytest.mark.parametrize("name", ["torchvision/squeezenet1_1", "torchvision/shufflenet_v2_x1_0", "timm/ghostnet_100"])
 def test_no_effect_in_the_zoo(name):
     model = zoo.build(name, "meta")
@@ -893,6 +905,15 @@ def test_edit_may_leave_a_unit_with_none_or_all():
         nmconv.apply_plan(staged(), everything)
 
 
+def test_edits_that_are_nearly_right():
+    plan = nmconv.make_plan(staged())
+    site = plan.sites[0].id
+    with pytest.raises(PlanError, match="map sites to actions"):
+        plan.edit([(site, "keep")])
+    with pytest.raises(PlanError, match=f"did you mean .*{site}"):
+        plan.edit({site[:-1] + "7": "keep"})
+
+
 def test_edit_of_a_moved_site_puts_it_back():
     plan = PLANS["moved"]
     site = plan.sites[1]
@@ -986,7 +1007,7 @@ def test_a_plan_of_another_model(other):
     model = other()
     before = untouched(model)
     for inplace in (False, True):
-        with pytest.raises(PlanError, match="fingerprint"):
+        with pytest.raises(PlanError, match=r"fingerprint.*make a plan for this model"):
             nmconv.apply_plan(model, plan, inplace=inplace)
         assert untouched(model) == before
 

@@ -481,6 +481,20 @@ def test_a_table_without_latency_is_no_basis_for_latency(net, images, table):
         nmconv.search(net, images, budget=0.5, cost="latency", sensitivity=table)
 
 
+def test_other_costs_and_tables_are_refused(net, images, table):
+    for call in (table.plot, table.candidates[0].saves):
+        with pytest.raises(nmconv.OptionError, match="cost='flops': give one of"):
+            call("flops")
+    with pytest.raises(nmconv.OptionError, match=r"sensitivity is a dict: give what nmconv\.sensitivity"):
+        nmconv.search(net, images, budget=0.5, sensitivity={})
+
+
+def test_advice_is_what_search_can_do(images):
+    with pytest.raises(nmconv.NoSitesError, match="belongs to a convolution") as caught:
+        nmconv.search(nn.Sequential(nn.Conv2d(3, 3, 1)), images, budget=0.5, cost="multiply_adds")
+    assert "linear=True" not in str(caught.value)
+
+
 def test_a_plan_can_be_kept_as_text(net, images, table):
     plan = nmconv.search(net, images, budget=0.8, cost="multiply_adds", sensitivity=table)
     text = plan.to_json()

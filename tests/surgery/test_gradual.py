@@ -621,7 +621,15 @@ def test_until_it_is_finished(slope):
 
 def test_nothing_to_change():
     with pytest.warns(nmconv.NoEffectWarning):
-        assert nmconv.get_slopes(nmconv.convert(plain(), "1:1", gradual=True)) == {}
+        same = nmconv.convert(plain(), "1:1", gradual=True)
+    assert nmconv.get_slopes(same) == {}
+    gradual = nmconv.Gradual(same, 10, followers=[copy.deepcopy(same)])
+    gradual.step_update(5)
+    gradual.finish()
+    with pytest.raises(nmconv.OptionError, match="at 1:1, drops nothing"):
+        nmconv.set_slope(same, 0.5)
+    with pytest.raises(nmconv.OptionError, match="no gradual sites"):
+        nmconv.Gradual(same, 10, followers=[plain()])
 
 
 # -- finishing ---------------------------------------------------------------------------------------------------------

@@ -71,6 +71,8 @@ def test_fits_pass(net, kernel):
     nmconv.verify(net, fitted, X)
     with pytest.raises(nmconv.PlanError, match="another plan"):
         nmconv.verify(nmconv.convert(net, "3:1"), fitted, X)
+    with pytest.raises(nmconv.PlanError, match="give what the result was made from"):
+        nmconv.verify(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), made, X)
 
 
 # -- tampering: what the witness must not let pass --------------------------------------------------------------------
@@ -205,8 +207,9 @@ def test_a_merge_beyond_what_was_merged_does_not_pass(net):
     made = nmconv.convert(net, "2:1", example_inputs=X, hoist_padding=True)
     merged = nmconv.merge(made, gate="always", example_inputs=X)
     merged.head[2] = nn.Identity()
-    with pytest.raises(nmconv.WitnessError, match=r"head\.2"):
+    with pytest.raises(nmconv.WitnessError, match=r"head\.2") as caught:
         nmconv.verify(made, merged, X)
+    assert "witness=False" not in str(caught.value) and "exclude" not in str(caught.value)  # verify has no such options
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
