@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from nmconv.errors import PlanError
-from nmconv.merging import get_merges, groups_of
+from nmconv.merging import get_merges, merged_groups
 from nmconv.surgery import Witness, check_examples, check_plain, get_plan, resolve_plan
 
 __all__ = ["verify"]
@@ -53,4 +53,4 @@ def verify(original: nn.Module, result: nn.Module, example_inputs: Any = None) -
     changes = None
     if plan is not None and original_plan is None:
         changes = resolve_plan(original, plan, witness.recordings, "give what the result was made from").changes
-    witness.check(result, changes, groups_of(*rounds), closed_methods)
+    witness.check(result, changes, merged_groups(*rounds), closed_methods)

@@ -1,61 +1,61 @@
 """The arithmetic of convolutions: their extents, their composition, and modules as affine maps."""
 
 from nmconv.algebra.affine import Affine, apply, of_average, of_identity
-from nmconv.algebra.affine_composition import compose, join
-from nmconv.algebra.conv_modules import conv_module, filled, is_finite, like_of
-from nmconv.algebra.geometry import Geometry, Refusal, Stage, identity, shrunk, taps_kept
-from nmconv.algebra.geometry_composition import composed, hoisted, joined
+from nmconv.algebra.affine_composition import add_affines, compose
+from nmconv.algebra.conv_modules import conv_from_affine, conv_module, is_finite, reference_tensor
+from nmconv.algebra.geometry import Geometry, Refusal, Stage, center_slices, identity, shrunk
+from nmconv.algebra.geometry_composition import add_geometries, compose_geometries, hoisted
 from nmconv.algebra.im2col import columns_of, patches
-from nmconv.algebra.memory_layout import channels_last, is_channels_last, laid_out
-from nmconv.algebra.module_affine import affine_in_double, affine_of, doubled, has_plain_parameter
+from nmconv.algebra.memory_layout import channels_last, in_memory_format, is_channels_last
+from nmconv.algebra.module_affine import affine_in_double, affine_of, copy_in_float64, has_plain_parameter
 from nmconv.algebra.module_geometry import (
-    BEFORE,
-    PADS,
+    PADDED_GEOMETRY,
+    PADDING_BEFORE_HOIST,
     Padding,
-    averages,
     before_hoisting,
     check_hooks,
     geometry_of,
-    norm_of,
+    is_average_pool,
+    scale_and_shift_of,
 )
 from nmconv.algebra.padding import pad
 
 __all__ = [
-    "BEFORE",
-    "PADS",
+    "PADDED_GEOMETRY",
+    "PADDING_BEFORE_HOIST",
     "Affine",
     "Geometry",
     "Padding",
     "Refusal",
     "Stage",
+    "add_affines",
+    "add_geometries",
     "affine_in_double",
     "affine_of",
     "apply",
-    "averages",
     "before_hoisting",
+    "center_slices",
     "channels_last",
     "check_hooks",
     "columns_of",
     "compose",
-    "composed",
+    "compose_geometries",
+    "conv_from_affine",
     "conv_module",
-    "doubled",
-    "filled",
+    "copy_in_float64",
     "geometry_of",
     "has_plain_parameter",
     "hoisted",
     "identity",
+    "in_memory_format",
+    "is_average_pool",
     "is_channels_last",
     "is_finite",
-    "join",
-    "joined",
-    "laid_out",
-    "like_of",
-    "norm_of",
     "of_average",
     "of_identity",
     "pad",
     "patches",
+    "reference_tensor",
+    "scale_and_shift_of",
     "shrunk",
-    "taps_kept",
 ]

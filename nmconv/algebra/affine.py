@@ -17,7 +17,7 @@ from torch import Tensor
 from nmconv.algebra.geometry import Geometry, diagonal, identity
 from nmconv.algebra.padding import is_known, pad
 
-__all__ = ["Affine", "apply", "of_average", "of_identity", "of_norm", "response", "sizes_of"]
+__all__ = ["Affine", "apply", "border_term", "of_average", "of_identity", "of_norm", "sizes_of"]
 
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _AVERAGES = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -109,7 +109,7 @@ def apply(input: Tensor, geometry: Geometry, weight: Tensor, bias: Tensor | None
     else:
         input = pad(input, pads, geometry.mode)
     result = conv(input, weight, bias, geometry.stride, padding, geometry.dilation, geometry.groups)
-    return result if border is None else result + response(geometry, border, sizes)
+    return result if border is None else result + border_term(geometry, border, sizes)
 
 
 def sizes_of(input: Tensor, rank: int) -> tuple[int, ...]:
@@ -117,7 +117,7 @@ def sizes_of(input: Tensor, rank: int) -> tuple[int, ...]:
     return tuple(input.shape[axis - rank] for axis in range(rank))
 
 
-def response(geometry: Geometry, border: Tensor, sizes: Sequence[int]) -> Tensor:
+def border_term(geometry: Geometry, border: Tensor, sizes: Sequence[int]) -> Tensor:
     """Return the border term for inputs of some size: ``[out, *sizes]``, 1 along axes where it is constant.
 
     Args:

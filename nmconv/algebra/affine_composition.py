@@ -12,9 +12,9 @@ from torch import Tensor
 
 from nmconv.algebra.affine import Affine
 from nmconv.algebra.geometry import Geometry
-from nmconv.algebra.geometry_composition import composed, joined, zeros_cut
+from nmconv.algebra.geometry_composition import add_geometries, compose_geometries, zeros_cut
 
-__all__ = ["compose", "join"]
+__all__ = ["add_affines", "compose"]
 
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
@@ -23,9 +23,9 @@ def compose(one: Affine, two: Affine, *, exact: bool = True) -> Affine:
     """Return ``two`` after ``one``, equal everywhere, borders included; with ``exact=False`` away from the border.
 
     Raises:
-        Refusal: See :func:`nmconv.algebra.composed`.
+        Refusal: See :func:`nmconv.algebra.compose_geometries`.
     """
-    geometry = composed(one.geometry, two.geometry, exact=exact)
+    geometry = compose_geometries(one.geometry, two.geometry, exact=exact)
     if not two.diagonal:
         one, two = one if one.diagonal else one.dense(), two.dense()
     nowhere = (False,) * geometry.rank
@@ -47,13 +47,13 @@ def compose(one: Affine, two: Affine, *, exact: bool = True) -> Affine:
     return Affine(geometry, _composed_weight(one, two, geometry.groups), bias, border, two.diagonal)
 
 
-def join(branches: Sequence[Affine]) -> Affine:
+def add_affines(branches: Sequence[Affine]) -> Affine:
     """Return the sum of parallel convolutions of the same input.
 
     Raises:
-        Refusal: See :func:`nmconv.algebra.joined`.
+        Refusal: See :func:`nmconv.algebra.add_geometries`.
     """
-    geometry = joined([branch.geometry for branch in branches])
+    geometry = add_geometries([branch.geometry for branch in branches])
     everywhere = (True,) * geometry.rank
     weight: Tensor | None = None
     bias: Tensor | None = None

@@ -12,7 +12,7 @@ from nmconv.algebra.affine import Affine
 from nmconv.algebra.geometry import Geometry
 from nmconv.algebra.merged_conv import MergedConv
 
-__all__ = ["conv_module", "filled", "is_finite", "like_of"]
+__all__ = ["conv_from_affine", "conv_module", "is_finite", "reference_tensor"]
 
 _LOST_DIGITS = 8  # weights this many times below the smallest normal number have three bits fewer
 
@@ -51,7 +51,7 @@ def _fits_torchs_class(geometry: Geometry) -> bool:
     return symmetric and not (geometry.bounded or geometry.stages or geometry.crop or geometry.pooled)
 
 
-def filled(affine: Affine, like: Tensor, requires_grad: bool) -> nn.Module:
+def conv_from_affine(affine: Affine, like: Tensor, requires_grad: bool) -> nn.Module:
     """Return a module in eval mode that computes ``affine``, with the dtype and device of ``like``.
 
     Args:
@@ -98,7 +98,7 @@ def is_finite(value: Tensor) -> bool:
     return bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())
 
 
-def like_of(module: nn.Module) -> Tensor:
+def reference_tensor(module: nn.Module) -> Tensor:
     """Return a tensor with a module's dtype and device: a parameter, since a weight computed by a hook may be stale."""
     parameter = next(module.parameters(), None)
     if parameter is not None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-__all__ = ["Geometry", "Refusal", "Stage", "cropped", "diagonal", "identity", "padded", "shrunk", "taps_kept"]
+__all__ = ["Geometry", "Refusal", "Stage", "center_slices", "cropped", "diagonal", "identity", "padded", "shrunk"]
 
 
 class Refusal(Exception):
@@ -166,7 +166,7 @@ def cropped(channels: int, crop: Sequence[tuple[int, int]]) -> Geometry:
     return replace(identity(channels, len(crop)), crop=tuple(crop))
 
 
-def taps_kept(geometry: Geometry, kernel: Sequence[int]) -> tuple[slice, ...]:
+def center_slices(geometry: Geometry, kernel: Sequence[int]) -> tuple[slice, ...]:
     """Return for each axis which elements of a kernel are the middle part of size ``kernel``."""
     starts = [(size - kept) // 2 for size, kept in zip(geometry.kernel, kernel, strict=True)]
     return tuple(slice(start, start + kept) for start, kept in zip(starts, kernel, strict=True))
@@ -181,7 +181,7 @@ def shrunk(geometry: Geometry, kernel: Sequence[int]) -> Geometry:
     """
     padding: list[tuple[int, int]] = []
     crop: list[tuple[int, int]] = []
-    for axis, kept in enumerate(taps_kept(geometry, kernel)):
+    for axis, kept in enumerate(center_slices(geometry, kernel)):
         gap = geometry.dilation[axis]
         cut_left, cut_right = gap * kept.start, gap * (geometry.kernel[axis] - kept.stop)
         crop_left, crop_right = geometry.crop[axis] if geometry.crop else (0, 0)

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from nmconv.algebra.geometry import Geometry, Refusal, Stage
 
-__all__ = ["composed", "hoisted", "joined", "zeros_cut"]
+__all__ = ["add_geometries", "compose_geometries", "hoisted", "zeros_cut"]
 
 Pairs = tuple[tuple[int, int], ...]  # (left, right) of each axis
 
@@ -17,7 +17,7 @@ _AVERAGED = "an average over the input is part of a convolution that was merged 
 
 
 @lru_cache(maxsize=1024)  # blocks are alike, and every sub-run of a run is composed
-def composed(one: Geometry, two: Geometry, *, exact: bool = True) -> Geometry:
+def compose_geometries(one: Geometry, two: Geometry, *, exact: bool = True) -> Geometry:
     """Return the convolution that equals ``one`` followed by ``two`` at every input size and up to the border.
 
     Merged extent s1·d2·(k2-1) + d1·(k1-1) + 1, stride s1·s2, padding p1 + s1·p2, groups gcd(g1, g2).
@@ -67,7 +67,7 @@ def composed(one: Geometry, two: Geometry, *, exact: bool = True) -> Geometry:
     )
 
 
-def joined(branches: Sequence[Geometry]) -> Geometry:
+def add_geometries(branches: Sequence[Geometry]) -> Geometry:
     """Return the convolution that is the sum of parallel ones (RepVGG, arXiv 2101.03697), identities included.
 
     Raises:

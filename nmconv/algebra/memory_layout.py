@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["channels_last", "is_channels_last", "laid_out"]
+__all__ = ["channels_last", "in_memory_format", "is_channels_last"]
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of dimensions
 
@@ -28,7 +28,7 @@ def is_channels_last(model: nn.Module) -> bool:
     return layouts == {True}
 
 
-def laid_out(module: nn.Module, last: bool) -> nn.Module:
+def in_memory_format(module: nn.Module, last: bool) -> nn.Module:
     """Return the convolution, its weight made channels last if ``last`` (else some backends convert it per call)."""
     if last:
         weight: Any = module.weight

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmconv.algebra.affine import apply, response, sizes_of
+from nmconv.algebra.affine import apply, border_term, sizes_of
 from nmconv.algebra.geometry import Geometry
 
 __all__ = ["MergedConv"]
@@ -73,7 +73,7 @@ class MergedConv(nn.modules.conv._ConvNd):
         if self._may_cache(input):
             result.add_(self._response(input, result.dtype))  # in place, since the result is not yet aliased
         else:
-            result = result + response(self.geometry, self.border, sizes_of(input, self.geometry.rank))
+            result = result + border_term(self.geometry, self.border, sizes_of(input, self.geometry.rank))
             if torch.onnx.is_in_onnx_export() and result.dim() == 4 and result.dtype == torch.float32:
                 # ONNX Runtime keeps neighboring convolutions in a blocked layout. Adding a constant ends it for all
                 # operations up to the next convolution (norms, sums, concatenations); a pool, even over single
@@ -88,7 +88,7 @@ class MergedConv(nn.modules.conv._ConvNd):
         cached = self._cached_response
         if cached is not None and cached[0] == key and cached[1].matches(border):
             return cached[2]
-        computed = response(self.geometry, border, sizes)
+        computed = border_term(self.geometry, border, sizes)
         if not torch.is_inference_mode_enabled():
             self._cached_response = (key, _ParameterSnapshot(border), computed)
         return computed

@@ -14,11 +14,11 @@ from torch.overrides import TorchFunctionMode
 from nmconv.algebra.affine import Affine, of_norm
 from nmconv.algebra.geometry import Geometry, Refusal
 from nmconv.algebra.merged_conv import MergedConv
-from nmconv.algebra.module_geometry import norm_of
+from nmconv.algebra.module_geometry import scale_and_shift_of
 from nmconv.copying import copy_model
 from nmconv.flow import has_plain_weight
 
-__all__ = ["affine_in_double", "affine_of", "doubled", "has_plain_parameter"]
+__all__ = ["affine_in_double", "affine_of", "copy_in_float64", "has_plain_parameter"]
 
 
 def affine_of(module: nn.Module, kind: str, geometry: Geometry) -> Affine:
@@ -30,7 +30,7 @@ def affine_of(module: nn.Module, kind: str, geometry: Geometry) -> Affine:
         geometry: Of the module.
     """
     if kind == "norm":
-        return of_norm(*norm_of(module), geometry.rank)
+        return of_norm(*scale_and_shift_of(module), geometry.rank)
     assert isinstance(module, _ConvNd)
     border = module.border if isinstance(module, MergedConv) else None
     return Affine(geometry, _effective_weight(module), module.bias, border)
@@ -43,10 +43,10 @@ def affine_in_double(module: nn.Module, kind: str, geometry: Geometry) -> Affine
     """
     with torch.no_grad():
         if kind == "norm":
-            scale, shift = norm_of(module, torch.float64)
+            scale, shift = scale_and_shift_of(module, torch.float64)
             return of_norm(_moved(scale), _moved(shift), geometry.rank)
         if not has_plain_parameter(module):
-            module = doubled(module)
+            module = copy_in_float64(module)
         affine = affine_of(module, kind, geometry)
         weight = _moved(affine.weight, affine.weight.dtype)
         return Affine(
@@ -58,7 +58,7 @@ def affine_in_double(module: nn.Module, kind: str, geometry: Geometry) -> Affine
         )
 
 
-def doubled(module: nn.Module) -> nn.Module:
+def copy_in_float64(module: nn.Module) -> nn.Module:
     """Return a copy in float64 on the CPU (on the meta device if the module is there)."""
     is_meta = any(value.is_meta for value in module.parameters())
     return copy_model(module).to("meta" if is_meta else "cpu", torch.float64)

@@ -17,10 +17,21 @@ from torch.nn.utils.weight_norm import WeightNorm
 from nmconv.algebra.geometry import Geometry, Refusal, Stage, cropped, diagonal, padded
 from nmconv.flow import crop_of_module, hooks_of, is_frozen_norm, pads_same, registered_kind
 
-__all__ = ["BEFORE", "PADS", "Padding", "averages", "before_hoisting", "check_hooks", "geometry_of", "norm_of"]
+__all__ = [
+    "PADDED_GEOMETRY",
+    "PADDING_BEFORE_HOIST",
+    "Padding",
+    "before_hoisting",
+    "check_hooks",
+    "geometry_of",
+    "is_average_pool",
+    "scale_and_shift_of",
+]
 
-PADS = "_nmconv_pads"  # on a convolution with changed padding that torch's attributes cannot express: its Geometry
-BEFORE = "_nmconv_padding"  # on a convolution whose padding was hoisted: its former Padding
+PADDED_GEOMETRY = (
+    "_nmconv_pads"  # on a convolution with changed padding that torch's attributes cannot express: its Geometry
+)
+PADDING_BEFORE_HOIST = "_nmconv_padding"  # on a convolution whose padding was hoisted: its former Padding
 
 _PADS = (
     nn.modules.padding._ConstantPadNd,
@@ -41,7 +52,7 @@ class Padding:
     stages: tuple[tuple[Stage, ...], ...]
 
 
-def averages(module: nn.Module) -> bool:
+def is_average_pool(module: nn.Module) -> bool:
     """Return whether the module is an average pool over whole windows, which is a convolution with equal weights."""
     pool: Any = module
     if type(module) not in _AVERAGES or pool.ceil_mode or getattr(pool, "divisor_override", None) is not None:
@@ -57,7 +68,7 @@ def before_hoisting(named: Callable[[str], nn.Module]) -> Callable[[str, Geometr
     """
 
     def before(name: str, geometry: Geometry) -> Geometry:
-        former = named(name).__dict__.get(BEFORE)
+        former = named(name).__dict__.get(PADDING_BEFORE_HOIST)
         if former is None:
             return geometry
         return replace(geometry, padding=former.padding, mode=former.mode, stages=former.stages)
@@ -95,11 +106,11 @@ def geometry_of(module: nn.Module, kind: str, channels: int, rank: int) -> Geome
     if isinstance(geometry, Geometry):  # a merged convolution
         return geometry
     _check_conv(module)
-    hoisted: Geometry | None = module.__dict__.get(PADS)
+    hoisted: Geometry | None = module.__dict__.get(PADDED_GEOMETRY)
     return _geometry_of_conv(module) if hoisted is None else hoisted
 
 
-def norm_of(module: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def scale_and_shift_of(module: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Return scale and shift of a norm in eval mode, each ``[channels]``.
 
     Args:

@@ -16,7 +16,7 @@ from nmconv.analysis.statistics import ActivationStats
 from nmconv.errors import OptionError
 from nmconv.flow import record_model
 from nmconv.observing import Hook, device_and_dtype_of
-from nmconv.surgery import check_examples, check_has_run, check_plain
+from nmconv.surgery import check_examples, check_initialized, check_plain
 
 __all__ = ["ActivationRecorder"]
 
@@ -64,7 +64,7 @@ class ActivationRecorder:
 
     def __init__(self, model: nn.Module, every: int = 1, *, example_inputs: Any = None) -> None:
         check_plain(model, "record")
-        check_has_run(model)
+        check_initialized(model)
         check_examples(example_inputs)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise OptionError(f"every={every!r}: give a number of steps, 1 or more")

@@ -18,7 +18,7 @@ from nmconv.analysis.statistics import ActivationStats
 from nmconv.errors import FitError, OptionError
 from nmconv.flow import record_model
 from nmconv.observing import device_and_dtype_of, input_errors_as_fit_errors, read_batches
-from nmconv.surgery import check_has_run, check_plain
+from nmconv.surgery import check_initialized, check_plain
 
 __all__ = ["activation_stats"]
 
@@ -62,7 +62,7 @@ def activation_stats(model: nn.Module, data: Any, *, loss: Any = None, key: str 
         (0.5, 1.0, 0.5, 1.0, ())
     """
     check_plain(model, "measure")
-    check_has_run(model)
+    check_initialized(model)
     if loss is not None and not callable(loss):
         raise OptionError(f"loss={loss!r:.80}: give a function of (output, y) or of the output, or None")
     home = device_and_dtype_of(model)

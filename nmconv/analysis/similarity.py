@@ -19,7 +19,7 @@ from nmconv.analysis.plot_axes import axes_for_plot
 from nmconv.errors import FileError, OptionError
 from nmconv.observing import read_batches
 from nmconv.planning import nan_if_null, read_json, write_json
-from nmconv.surgery import check_has_run, check_plain
+from nmconv.surgery import check_initialized, check_plain
 
 __all__ = ["CKA", "cka"]
 
@@ -136,7 +136,7 @@ def cka(model_a: nn.Module, model_b: nn.Module, data: Any, layers: Any = None, *
     layers_a, layers_b = _parse_layers(layers)
     for model in (model_a, model_b):
         check_plain(model, "compare")
-        check_has_run(model)
+        check_initialized(model)
     count = 0
     with ExitStack() as stack:
         for model in dict.fromkeys((model_a, model_b)):

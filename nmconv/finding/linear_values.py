@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from nmconv.algebra import averages
+from nmconv.algebra import is_average_pool
 from nmconv.finding.control_flow import flags_between, may_diverge_between
 from nmconv.finding.def_use import is_plain_sum
 from nmconv.finding.module_users import ModuleUsers
@@ -98,7 +98,7 @@ class _LinearValues:
         if _adds_zero(node):
             return "pass"
         if self._pools and node.op is Op.POOL and node.module is not None:
-            return "pool" if averages(node.module) else None
+            return "pool" if is_average_pool(node.module) else None
         return _KINDS.get(node.op)
 
     def _sum(self, node: FlowNode) -> LinearValue | None:

@@ -4,7 +4,7 @@ from nmconv.fitting.api import fit, fit_units, get_fit
 from nmconv.fitting.merged_form import MergedForm, kernel_sizes
 from nmconv.fitting.norm_recalibration import recalibrate_norms
 from nmconv.fitting.normal_equations import Moments
-from nmconv.fitting.output_divergence import Loss, NotFiniteError, check_loss, divergence, outputs_of
+from nmconv.fitting.output_divergence import Loss, NotFiniteError, check_loss, divergence, outputs_by_batch
 from nmconv.fitting.report import Divergence, Fit, UnitFit
 from nmconv.fitting.ridge_regression import RIDGES, select_ridge
 from nmconv.fitting.samples import is_direct
@@ -27,7 +27,7 @@ __all__ = [
     "get_fit",
     "is_direct",
     "kernel_sizes",
-    "outputs_of",
+    "outputs_by_batch",
     "recalibrate_norms",
     "select_ridge",
 ]

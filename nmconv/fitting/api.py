@@ -13,7 +13,7 @@ from nmconv.fitting.output_divergence import Loss, check_loss
 from nmconv.fitting.report import Fit, UnitFit
 from nmconv.fitting.ridge_regression import RIDGES
 from nmconv.flow import record_model
-from nmconv.merging import get_merges, groups_of
+from nmconv.merging import get_merges, merged_groups
 from nmconv.observing import Images, device_and_dtype_of, eval_mode, read_images
 from nmconv.planning import Kernel, Plan
 from nmconv.surgery import FITTED, Witness, WorkingCopy, check_finished, check_plain, get_plan, resolve_plan
@@ -114,7 +114,7 @@ def fit(
         fitter = Fitter(result, reference, images, ridges, loss=loss, keep_norms=keep_norms, downstream=downstream)
         report = fitter.fit(default, recalibrating=recalibrate)
         if recorded is not None:
-            recorded.check(result, None, groups_of(*get_merges(result)))
+            recorded.check(result, None, merged_groups(*get_merges(result)))
     result.__dict__[FITTED] = report
     return work.finish()
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nmconv.algebra import Geometry, Refusal, geometry_of, has_plain_parameter, norm_of
+from nmconv.algebra import Geometry, Refusal, geometry_of, has_plain_parameter, scale_and_shift_of
 from nmconv.finding import Element, Join
 from nmconv.fitting.norm_statistics import assign, has_bias, set_input_statistics
 from nmconv.fitting.ridge_regression import Coefficients, Regression
@@ -125,7 +125,7 @@ def _combined(norms: list[Any], names: list[str], channels: int, device: torch.d
     shift = torch.zeros(channels, dtype=torch.float64, device=device)
     for norm, name in zip(norms, names, strict=True):
         try:
-            norm_scale, norm_shift = norm_of(norm, torch.float64)
+            norm_scale, norm_shift = scale_and_shift_of(norm, torch.float64)
         except Refusal as refusal:
             raise Refusal(f"{name}: {refusal}") from refusal
         scale, shift = scale * norm_scale.detach(), shift * norm_scale.detach() + norm_shift.detach()

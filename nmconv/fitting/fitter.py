@@ -9,7 +9,7 @@ from torch import nn
 
 from nmconv.errors import FitError
 from nmconv.fitting.norm_recalibration import recalibrate, restore_statistics
-from nmconv.fitting.output_divergence import Loss, NotFiniteError, Outputs, divergence, outputs_of
+from nmconv.fitting.output_divergence import Loss, NotFiniteError, Outputs, divergence, outputs_by_batch
 from nmconv.fitting.report import Divergence, Fit, UnitFit
 from nmconv.fitting.tasks import FitTask, FitTasks, lost_sites
 from nmconv.fitting.unit_fit import fit_unit, refused
@@ -69,7 +69,7 @@ class Fitter:
             default: The kernel of units for which the plan names none, or None.
             recalibrating: Whether to re-estimate the norms' statistics if that reduces the loss.
         """
-        self._reference_outputs = outputs_of(self._reference, self._images, self._held)
+        self._reference_outputs = outputs_by_batch(self._reference, self._images, self._held)
         try:
             converted = self._divergence()
         except NotFiniteError:  # before the fit, a network in a small dtype may overflow
@@ -117,7 +117,7 @@ class Fitter:
         )  # fmt: skip
 
     def _divergence(self) -> Divergence:
-        outputs = outputs_of(self._model, self._images, self._held)
+        outputs = outputs_by_batch(self._model, self._images, self._held)
         return divergence(outputs, self._reference_outputs, self._loss)
 
     def _recalibrated(self, *, keep_below: float) -> tuple[Divergence, bool]:

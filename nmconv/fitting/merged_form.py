@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nmconv.algebra import Affine, Geometry, Refusal, filled, is_channels_last, laid_out, shrunk, taps_kept
+from nmconv.algebra import (
+    Affine,
+    Geometry,
+    Refusal,
+    center_slices,
+    conv_from_affine,
+    in_memory_format,
+    is_channels_last,
+    shrunk,
+)
 from nmconv.errors import OptionError
 from nmconv.finding import argument_structures, steps_of
 from nmconv.fitting.norm_statistics import can_be_identity, make_identity
@@ -19,14 +28,14 @@ from nmconv.flow import hooks_of
 from nmconv.merging import (
     Merge,
     Segment,
+    any_requires_grad,
     install,
     interior_affine,
+    merge_of_segment,
     nodes_of,
     norms_behind,
-    record,
-    trains,
-    with_flags,
-    write_methods,
+    rewrite_forwards,
+    with_attribute_guards,
 )
 from nmconv.planning import Kernel
 
@@ -76,14 +85,14 @@ class MergedForm:
         self._norm = kept[-1] if kept else ""
         self._composed = Affine(geometry, affine.weight.detach(), bias.detach())
         self._takes = argument_structures(task.elements)
-        _, failed = write_methods(model, [self._record(geometry)], self._takes)
+        _, failed = rewrite_forwards(model, [self._record(geometry)], self._takes)
         for error in failed.values():
             raise Refusal(str(error))
 
     def initial(self, size: Sequence[int]) -> Coefficients:
         """Return the center of the composed kernel, cut to a size."""
         groups = self.geometry.groups
-        kept = taps_kept(self.geometry, size)
+        kept = center_slices(self.geometry, size)
         weight = self._composed.weight[(slice(None), slice(None), *kept)]
         assert self._composed.bias is not None
         weight = weight.reshape(groups, weight.shape[0] // groups, -1).transpose(1, 2)
@@ -116,8 +125,8 @@ class MergedForm:
             if make_identity(self._model.get_submodule(self._norm), mean, variance.flatten()):
                 removed = tuple(name for name in merge.removed if name != self._norm)
                 merge = replace(merge, norm=self._norm, removed=removed)
-        (merge,) = with_flags(self._model, [merge], flags)
-        methods, _ = write_methods(self._model, [merge], self._takes)
+        (merge,) = with_attribute_guards(self._model, [merge], flags)
+        methods, _ = rewrite_forwards(self._model, [merge], self._takes)
         install(self._model, [merge], {merge.head: self.conv(size, coefficients, merge.trainable)}, methods)
         return merge
 
@@ -125,8 +134,8 @@ class MergedForm:
         """Return the convolution by itself, in the model's dtype."""
         geometry = shrunk(self.geometry, size)
         weight = coefficients.weight.transpose(1, 2).reshape(geometry.out_channels, -1, *geometry.kernel)
-        conv = filled(Affine(geometry, weight, coefficients.intercept.flatten()), self._like, requires_grad)
-        return laid_out(conv, self._channels_last)
+        conv = conv_from_affine(Affine(geometry, weight, coefficients.intercept.flatten()), self._like, requires_grad)
+        return in_memory_format(conv, self._channels_last)
 
     def _check_steps(self) -> None:
         for step in steps_of(self._task.elements):
@@ -143,8 +152,8 @@ class MergedForm:
             return interior_affine(self._nodes, self._model.get_submodule, channels, rank, like).dense()
 
     def _record(self, geometry: Geometry) -> Merge:
-        trainable = trains(self._model.get_submodule, (step.name for step in steps_of(self._task.elements)))
-        return record(Segment(self._nodes, geometry), trainable, False)
+        trainable = any_requires_grad(self._model.get_submodule, (step.name for step in steps_of(self._task.elements)))
+        return merge_of_segment(Segment(self._nodes, geometry), trainable, False)
 
 
 def kernel_sizes(kernel: Kernel, geometry: Geometry) -> list[tuple[int, ...]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nmconv.algebra import norm_of
+from nmconv.algebra import scale_and_shift_of
 
 __all__ = ["assign", "can_be_identity", "has_bias", "has_running_statistics", "make_identity", "set_input_statistics"]
 
@@ -62,7 +62,7 @@ def set_input_statistics(norm: Any, mean: Tensor, variance: Tensor) -> None:
         mean: Mean of its new input, ``[channels]``.
         variance: Variance of its new input, ``[channels]``.
     """
-    scale, shift = norm_of(norm, torch.float64)
+    scale, shift = scale_and_shift_of(norm, torch.float64)
     if not has_bias(norm) or not _can_represent(norm, mean, variance):
         return
     assign(norm.running_mean, mean)
@@ -70,7 +70,7 @@ def set_input_statistics(norm: Any, mean: Tensor, variance: Tensor) -> None:
         variance = torch.where(variance > 0, variance, norm.running_var.double())
         assign(norm.running_var, variance)
         assign(norm.weight, scale * (norm.running_var.double() + norm.eps).sqrt())
-    new_scale, _ = norm_of(norm, torch.float64)
+    new_scale, _ = scale_and_shift_of(norm, torch.float64)
     assign(norm.bias, shift + norm.running_mean.double() * new_scale)
 
 

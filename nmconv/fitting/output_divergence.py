@@ -15,7 +15,7 @@ from nmconv.errors import FitError, OptionError
 from nmconv.fitting.report import Divergence
 from nmconv.observing import Images, input_errors_as_fit_errors
 
-__all__ = ["Loss", "NotFiniteError", "Outputs", "check_loss", "divergence", "outputs_of"]
+__all__ = ["Loss", "NotFiniteError", "Outputs", "check_loss", "divergence", "outputs_by_batch"]
 
 Loss = Callable[[Any, Any], Any]  # (output, the reference's output) of a batch -> a number, or one for each image
 Outputs = list[tuple[int, Any]]  # for each batch: its number of images, and the output
@@ -31,7 +31,7 @@ def check_loss(loss: object) -> None:
         raise OptionError(f"loss={loss!r:.80}: give a function of (output, the original's output), or None")
 
 
-def outputs_of(model: nn.Module, images: Images, held: bool | None) -> Outputs:
+def outputs_by_batch(model: nn.Module, images: Images, held: bool | None) -> Outputs:
     """Return the outputs of all batches, in the model's present mode.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nmconv.algebra import Geometry, columns_of, patches, shrunk, taps_kept
+from nmconv.algebra import Geometry, center_slices, columns_of, patches, shrunk
 from nmconv.fitting.conjugate_gradients import ConjugateGradients
 from nmconv.fitting.normal_equations import Moments
 from nmconv.fitting.ridge_regression import Regression
@@ -49,7 +49,7 @@ class UnitSamples:
             if geometry.kernel == self._geometry.kernel or not self._moments.rows:
                 return self._moments
             return self._moments.of_columns(
-                columns_of(self._geometry, taps_kept(self._geometry, size), self._moments.square.device)
+                columns_of(self._geometry, center_slices(self._geometry, size), self._moments.square.device)
             )
         if not is_direct(geometry):
             return ConjugateGradients(self._batches, geometry)

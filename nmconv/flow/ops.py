@@ -39,7 +39,7 @@ class Op(Enum):
     LINEAR = auto()
     NORM = auto()
     ACT = auto()
-    DROP = auto()  # dropout and drop-path
+    DROP = auto()  # dropout and drop-path; fingerprints of plans hold these names
     PASS = auto()  # identity, clone, casts
     PAD = auto()
     SCALE = auto()  # product or sum with a constant or a per-channel parameter

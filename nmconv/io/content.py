@@ -12,7 +12,7 @@ from nmconv.io.problems import DamagedFile, UnreadFormat
 from nmconv.merging import Merge
 from nmconv.planning import Plan, from_plain
 
-__all__ = ["KEY", "Content", "from_text", "to_text"]
+__all__ = ["KEY", "FileContent", "from_text", "to_text"]
 
 KEY = "nmconv"  # of the text in the file's metadata
 _FORMAT = 6
@@ -20,7 +20,7 @@ _MAX_LENGTH = 2**24  # in characters; a model of a thousand sites takes less tha
 
 
 @dataclass(frozen=True)
-class Content:
+class FileContent:
     """The contents of a file besides its tensors.
 
     Attributes:
@@ -38,7 +38,7 @@ class Content:
     slopes: tuple[tuple[str, float], ...] = ()
 
 
-def to_text(content: Content) -> str:
+def to_text(content: FileContent) -> str:
     """Return the content as JSON."""
     from nmconv import __version__
 
@@ -54,7 +54,7 @@ def to_text(content: Content) -> str:
     return json.dumps({"format": _FORMAT, "nmconv": __version__, **fields})
 
 
-def from_text(text: str) -> Content:
+def from_text(text: str) -> FileContent:
     """Parse the result of :func:`to_text`; types are checked, values are not.
 
     Raises:
@@ -76,7 +76,7 @@ def from_text(text: str) -> Content:
         raise DamagedFile(f"its metadata has other fields than {', '.join(sorted(expected))}")
     try:
         plan = None if data["plan"] is None else Plan.from_json(json.dumps(data["plan"]))
-        return Content(
+        return FileContent(
             model=from_plain(str, data["model"], "model"),
             plan=plan,
             merges=from_plain(tuple[tuple[Merge, ...], ...], data["merges"], "merges"),

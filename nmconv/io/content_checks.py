@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nmconv.algebra import Geometry, Stage
-from nmconv.io.content import Content
+from nmconv.io.content import FileContent
 from nmconv.io.problems import DamagedFile
 from nmconv.merging import Merge
 
@@ -18,7 +18,7 @@ _MAX_FACTORS = 2**16  # in characters
 _MODES = ("zeros", "reflect", "replicate", "circular")
 
 
-def check_content(content: Content) -> None:
+def check_content(content: FileContent) -> None:
     """Check slopes and merges; plans were checked when they were parsed.
 
     Raises:
@@ -30,7 +30,7 @@ def check_content(content: Content) -> None:
             _check_merge(merge, f"merges[{number}], {merge.head!r}")
 
 
-def _check_slopes(content: Content) -> None:
+def _check_slopes(content: FileContent) -> None:
     for site, slope in content.slopes:
         _require(0 <= slope <= 1, f"slopes says {slope} of {site!r}")
     plan = content.plan

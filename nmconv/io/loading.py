@@ -21,8 +21,8 @@ from nmconv.io.problems import DamagedFile, ForeignFile, UnreadFormat
 from nmconv.io.replaying import replay
 from nmconv.io.state import fill, sources_of, state_of
 from nmconv.io.tensor_file import File, opened
-from nmconv.merging import groups_of
-from nmconv.surgery import Readers, Witness, WorkingCopy, check_examples, check_model, resolve_plan, set_slope
+from nmconv.merging import merged_groups
+from nmconv.surgery import UsedParameters, Witness, WorkingCopy, check_examples, check_model, resolve_plan, set_slope
 
 __all__ = ["load"]
 
@@ -105,10 +105,10 @@ def load(
 
 def _load(
     model: nn.Module, file: File, inplace: bool, example_inputs: Any, witness: bool
-) -> tuple[WorkingCopy, Readers | None]:
+) -> tuple[WorkingCopy, UsedParameters | None]:
     content = from_text(file.text)
     check_content(content)
-    plan, groups = content.plan, groups_of(*content.merges)
+    plan, groups = content.plan, merged_groups(*content.merges)
     linear = plan is not None and plan.linear
     call = None if plan is None else plan.call
     owners = [addition.owner for group in groups for _, addition in group.sums]
@@ -129,7 +129,7 @@ def _load(
         argument_structure = forward_argument_structures(flows, owners)
     work, readers = WorkingCopy(model, inplace=inplace, numbers=True), None
     if resolved is not None and recordings is not None and not content.merges:
-        readers = Readers(model, resolved.changes, recordings)
+        readers = UsedParameters(model, resolved.changes, recordings)
     devices = replay(work.model, content, resolved, argument_structure)
     sources = sources_of(state_of(work.model), file, content.aliases)
     if recorded is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from nmconv.algebra import Geometry, averages
+from nmconv.algebra import Geometry, is_average_pool
 from nmconv.finding import elements_from_json, steps_of
 from nmconv.flow import Op, is_norm_act, leaf_op
 from nmconv.io.problems import DamagedFile, ForeignFile
@@ -32,7 +32,7 @@ def check_merges(model: nn.Module, merges: Sequence[Merge]) -> None:
     for merge in merges:
         for name in (merge.head, *merge.removed):
             module = _module(modules, name)
-            if not (leaf_op(module) in _REMOVABLE or is_norm_act(module) or averages(module)):
+            if not (leaf_op(module) in _REMOVABLE or is_norm_act(module) or is_average_pool(module)):
                 raise ForeignFile(f"it merges {name!r}, which is a {type(module).__name__} here")
             if id(module) in merged:
                 raise ForeignFile(f"it merges {name!r} twice")

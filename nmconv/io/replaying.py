@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from nmconv.algebra import Refusal, conv_module, is_channels_last, laid_out, like_of
+from nmconv.algebra import Refusal, conv_module, in_memory_format, is_channels_last, reference_tensor
 from nmconv.errors import NmconvError
-from nmconv.io.content import Content
+from nmconv.io.content import FileContent
 from nmconv.io.merge_checks import check_merges
 from nmconv.io.problems import DamagedFile, ForeignFile
-from nmconv.merging import Merge, install, trains, write_methods
-from nmconv.surgery import ResolvedPlan, change
+from nmconv.merging import Merge, any_requires_grad, install, rewrite_forwards
+from nmconv.surgery import ResolvedPlan, make_changes
 
 __all__ = ["TargetDevices", "replay"]
 
@@ -22,7 +22,7 @@ TargetDevices = dict[nn.Module, torch.device]  # the devices that the parameters
 
 
 def replay(
-    model: nn.Module, content: Content, resolved: ResolvedPlan | None, argument_structure: Mapping[str, str]
+    model: nn.Module, content: FileContent, resolved: ResolvedPlan | None, argument_structure: Mapping[str, str]
 ) -> TargetDevices:
     """Convert and merge the model in place. Merged convolutions are on the meta device, so that nothing is allocated.
 
@@ -42,7 +42,7 @@ def replay(
     devices: TargetDevices = {}
     try:
         if content.plan is not None and resolved is not None:
-            change(model, content.plan, resolved, gradual=bool(content.slopes))
+            make_changes(model, content.plan, resolved, gradual=bool(content.slopes))
         for merges in content.merges:
             check_merges(model, merges)
             _merge(model, merges, argument_structure, devices)
@@ -56,7 +56,7 @@ def replay(
 def _merge(
     model: nn.Module, merges: Sequence[Merge], argument_structure: Mapping[str, str], devices: TargetDevices
 ) -> None:
-    methods, failed = write_methods(model, merges, argument_structure)
+    methods, failed = rewrite_forwards(model, merges, argument_structure)
     for error in failed.values():
         raise error
     convs: dict[str, nn.Module] = {}
@@ -65,9 +65,9 @@ def _merge(
         if merge.live:  # its factors stay in place
             continue
         head: Any = model.get_submodule(merge.head)
-        like = like_of(head)
-        conv = laid_out(conv_module(merge.geometry, torch.empty(0, dtype=like.dtype, device="meta")), last)
-        conv.requires_grad_(trains(model.get_submodule, (merge.head, *merge.removed)))
+        like = reference_tensor(head)
+        conv = in_memory_format(conv_module(merge.geometry, torch.empty(0, dtype=like.dtype, device="meta")), last)
+        conv.requires_grad_(any_requires_grad(model.get_submodule, (merge.head, *merge.removed)))
         conv.training = head.training
         devices[conv] = devices.pop(head, like.device)
         convs[merge.head] = conv

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nmconv.errors import FileError, ModelTypeError
-from nmconv.io.content import KEY, Content, to_text
+from nmconv.io.content import KEY, FileContent, to_text
 from nmconv.io.state import state_of
 from nmconv.io.tensor_file import DTYPES
 from nmconv.merging import get_merges
@@ -68,7 +68,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             )
     tensors, aliases = _without_aliases(state_of(model))
     slopes = tuple(get_slopes(model).items())
-    content = Content(type(model).__name__, get_plan(model), get_merges(model), aliases, slopes)
+    content = FileContent(type(model).__name__, get_plan(model), get_merges(model), aliases, slopes)
     metadata = {KEY: to_text(content)}
 
     def write(temporary: str) -> None:

@@ -15,7 +15,7 @@ from nmconv.merging.merger import Merger
 from nmconv.merging.partitioning import Price, Segment
 from nmconv.merging.placing import bake
 from nmconv.merging.report import Run, describe_run, get_merges
-from nmconv.surgery import Witness, WorkingCopy, check_examples, check_finished, check_has_run, check_plain
+from nmconv.surgery import Witness, WorkingCopy, check_examples, check_finished, check_initialized, check_plain
 from nmconv.timing import BACKENDS
 
 __all__ = ["find_runs", "fold_norms", "merge"]
@@ -267,7 +267,7 @@ def _check_methods(model: nn.Module, methods: object) -> None:
 def _check_model(model: nn.Module, todo: str) -> None:
     """Raise ModelTypeError for other than a plain model that has run, and MergeError for a gradual model."""
     check_plain(model, todo)
-    check_has_run(model)
+    check_initialized(model)
     check_finished(model, MergeError)
 
 

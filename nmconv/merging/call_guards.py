@@ -17,12 +17,12 @@ from torch import nn
 
 from nmconv.errors import MergeError
 from nmconv.finding import deciding_arguments
-from nmconv.merging.recorded_runs import groups_of
+from nmconv.merging.recorded_runs import merged_groups
 from nmconv.merging.report import Guard, Merge
 from nmconv.recording import ENTRY_POINTS, Frame, Recording
-from nmconv.surgery import RewrittenMethod, Witness, rewritten, shown_parameters
+from nmconv.surgery import RewrittenMethod, Witness, format_parameters, rewritten_class
 
-__all__ = ["Closed", "check_argument", "guard_calls", "guarded", "with_flags"]
+__all__ = ["Closed", "check_argument", "guard_calls", "guarded", "with_attribute_guards"]
 
 _PLAIN = (type(None), bool, int, float, str)
 
@@ -54,7 +54,7 @@ def guarded(model: nn.Module, witness: Witness | None, merges: Sequence[Merge]) 
     return result
 
 
-def with_flags(model: nn.Module, merges: Iterable[Merge], flags: Iterable[tuple[str, str]]) -> list[Merge]:
+def with_attribute_guards(model: nn.Module, merges: Iterable[Merge], flags: Iterable[tuple[str, str]]) -> list[Merge]:
     """Return merges with guards for the attributes of enclosing modules that control flow depends on.
 
     Args:
@@ -78,7 +78,7 @@ def with_flags(model: nn.Module, merges: Iterable[Merge], flags: Iterable[tuple[
 def _closed_methods(model: nn.Module, witness: Witness, merges: Sequence[Merge]) -> dict[str, list[str]]:
     """Return by head of a merge the methods that read values inside, or that were not recorded and may."""
     runs = witness.recordings.runs
-    groups = groups_of(merges)
+    groups = merged_groups(merges)
     closed: dict[str, list[str]] = {}
     for run in runs:
         if run.call.closable:
@@ -220,7 +220,7 @@ def guard_calls(model: nn.Module, merges: Iterable[Merge], rewritten_owners: Ite
         vars(model)[name] = Closed(name)
     for owner, method in methods.items():
         module = model.get_submodule(owner)
-        module.__class__ = rewritten(type(module), (method,))
+        module.__class__ = rewritten_class(type(module), (method,))
 
 
 _CHECK = "_argument("  # in the source of a forward that only checks arguments
@@ -243,7 +243,7 @@ def _checking_forward(module: nn.Module, owner: str, arguments: dict[str, str]) 
     base = getattr(type(module), "_nmconv_base", type(module))
     parameters = list(inspect.signature(base.forward).parameters.values())
     bound: dict[str, Any] = {"_argument": check_argument}
-    shown = shown_parameters(parameters, bound)
+    shown = format_parameters(parameters, bound)
     self_name, names = parameters[0].name, {parameter.name for parameter in parameters[1:]}
     lines = [f"def forward({', '.join(shown)}):"]
     for index, (name, value) in enumerate(arguments.items()):

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from nmconv.algebra import Geometry, Refusal, channels_last, composed, conv_module, laid_out
+from nmconv.algebra import Geometry, Refusal, channels_last, compose_geometries, conv_module, in_memory_format
 from nmconv.copying import copy_model
 from nmconv.finding import Join, Step
 from nmconv.merging.example_outputs import call_model
-from nmconv.merging.nodes import Node
+from nmconv.merging.nodes import RunNode
 from nmconv.merging.partitioning import Segment
 from nmconv.recording import rng_restored
 from nmconv.timing import Summed, fixed_normal, make_runner, quotients, randomize_weights, time_interleaved
@@ -68,7 +68,7 @@ class LatencyGate:
             if self._last:
                 x = channels_last(x)
                 for conv in (each for side in (before, after) for each in side.modules() if isinstance(each, _ConvNd)):
-                    laid_out(conv, True)
+                    in_memory_format(conv, True)
             runners = [make_runner(side.eval(), (x,), self._backend) for side in (before, after)]
             for rounds in _ROUNDS:
                 times = time_interleaved(runners, rounds=rounds, seconds=0.02)
@@ -130,7 +130,7 @@ class _Call(nn.Module):
         return call_model(self.model, dict(zip(self.names, values, strict=True)) if self.names else values)
 
 
-def _geometries(nodes: Sequence[Node], unhoisted: Unhoisted) -> Any:
+def _geometries(nodes: Sequence[RunNode], unhoisted: Unhoisted) -> Any:
     """Return the nested geometries of nodes, as a key."""
     return tuple(
         tuple(_geometries(branch, unhoisted) for branch in node.branches)
@@ -140,13 +140,13 @@ def _geometries(nodes: Sequence[Node], unhoisted: Unhoisted) -> Any:
     )
 
 
-def _unhoisted_geometry(node: Node, unhoisted: Unhoisted) -> Geometry:
+def _unhoisted_geometry(node: RunNode, unhoisted: Unhoisted) -> Geometry:
     assert isinstance(node.element, Step)
     geometry: Geometry = unhoisted(node.element.name, node.geometry)
     return geometry
 
 
-def _unmerged_modules(nodes: Sequence[Node], like: Tensor, unhoisted: Unhoisted) -> nn.Sequential:
+def _unmerged_modules(nodes: Sequence[RunNode], like: Tensor, unhoisted: Unhoisted) -> nn.Sequential:
     """Return modules that take as long as the nodes do with their norms and padding folded in."""
     modules: list[nn.Module] = []
     open_conv: Geometry | None = None  # what norms and padding can still be folded into
@@ -160,7 +160,7 @@ def _unmerged_modules(nodes: Sequence[Node], like: Tensor, unhoisted: Unhoisted)
     def fold(geometry: Geometry) -> None:
         nonlocal open_conv
         try:
-            open_conv = geometry if open_conv is None else composed(open_conv, geometry)
+            open_conv = geometry if open_conv is None else compose_geometries(open_conv, geometry)
         except Refusal:
             close()
             open_conv = geometry

@@ -17,8 +17,8 @@ from nmconv.finding import steps_of
 from nmconv.flow import LEAF, THROUGH, is_norm_act
 from nmconv.merging.folded_norms import WarnedKinds, folded_kind, mark
 from nmconv.merging.node_affines import ToAffine, affine_of_nodes
-from nmconv.merging.nodes import Node
-from nmconv.surgery import RewrittenMethod, rewritten
+from nmconv.merging.nodes import RunNode
+from nmconv.surgery import RewrittenMethod, rewritten_class
 
 __all__ = ["LIVE", "LiveKernel", "make_live", "why_not_live"]
 
@@ -35,7 +35,7 @@ class LiveKernel:
         geometry: Geometry of the merged convolution.
     """
 
-    nodes: tuple[Node, ...]
+    nodes: tuple[RunNode, ...]
     modules: dict[str, nn.Module]
     geometry: Geometry
 
@@ -84,7 +84,7 @@ def why_not_live(module: nn.Module) -> str:
     if any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()):
         return "a hook changes its spectral norm's vectors in every call (torch's older spectral_norm)"
     try:
-        rewritten(type(module), (_THROUGH,))
+        rewritten_class(type(module), (_THROUGH,))
     except RewriteError as error:
         return str(error)
     return ""
@@ -94,7 +94,7 @@ def make_live(
     model: nn.Module,
     head: str,
     removed: Iterable[str],
-    nodes: tuple[Node, ...],
+    nodes: tuple[RunNode, ...],
     geometry: Geometry,
     warned: WarnedKinds,
 ) -> None:
@@ -124,4 +124,4 @@ def make_live(
         if kind:
             mark(module, kind, warned)
             methods = (*methods, _TRAIN)
-        module.__class__ = rewritten(type(module), methods)
+        module.__class__ = rewritten_class(type(module), methods)

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from torch import nn
 
 from nmconv.finding import Element, Join, elements_to_json, steps_of
-from nmconv.merging.nodes import Node
+from nmconv.merging.nodes import RunNode
 from nmconv.merging.partitioning import Segment
 from nmconv.merging.report import Merge
 from nmconv.planning import Sum
 
-__all__ = ["norms_behind", "record", "trains"]
+__all__ = ["any_requires_grad", "merge_of_segment", "norms_behind"]
 
 
-def record(segment: Segment, trainable: bool, live: bool) -> Merge:
+def merge_of_segment(segment: Segment, trainable: bool, live: bool) -> Merge:
     """Return the merge of a segment as plain data.
 
     Args:
@@ -37,7 +37,7 @@ def record(segment: Segment, trainable: bool, live: bool) -> Merge:
     )
 
 
-def trains(named: Callable[[str], nn.Module], names: Iterable[str]) -> bool:
+def any_requires_grad(named: Callable[[str], nn.Module], names: Iterable[str]) -> bool:
     """Return whether any parameter of these modules requires gradients, without those of their children."""
     modules = map(named, names)
     return any(value.requires_grad for module in modules for value in module.parameters(recurse=False))
@@ -61,14 +61,14 @@ class _Roles:
         sums: The additions that are removed, innermost first.
     """
 
-    def __init__(self, nodes: Sequence[Node]) -> None:
+    def __init__(self, nodes: Sequence[RunNode]) -> None:
         self.head = ""
         self.removed: list[str] = []
         self.norms_behind: list[str] = []
         self.sums: list[Sum] = []
         self._add(nodes)
 
-    def _add(self, nodes: Sequence[Node]) -> None:
+    def _add(self, nodes: Sequence[RunNode]) -> None:
         for node in nodes:
             element = node.element
             if isinstance(element, Join):
@@ -80,7 +80,7 @@ class _Roles:
                 if element.kind == "norm" and self.head:
                     self.norms_behind.append(element.name)
 
-    def _add_join(self, join: Join, node: Node) -> None:
+    def _add_join(self, join: Join, node: RunNode) -> None:
         if self.head:  # the merged value comes in: it leaves by the shortest branch, the identity if there is one
             keep = min((0, 1), key=lambda index: len(join.branches[index]))
         else:  # the merged value is computed in the first branch with a convolution

@@ -15,27 +15,27 @@ from nmconv.algebra import (
     Refusal,
     affine_in_double,
     before_hoisting,
+    conv_from_affine,
     conv_module,
-    filled,
+    in_memory_format,
     is_channels_last,
-    laid_out,
-    like_of,
+    reference_tensor,
 )
 from nmconv.copying import copy_model
 from nmconv.errors import MergeError
 from nmconv.finding import Join, LinearRun, argument_structures, linear_runs, steps_of
 from nmconv.flow import Op, hooks_of, leaf_op
-from nmconv.merging.call_guards import guarded, with_flags
+from nmconv.merging.call_guards import guarded, with_attribute_guards
 from nmconv.merging.example_outputs import batch_size, outputs_in_float64, outputs_of, outputs_of_copy
 from nmconv.merging.latency_gate import LatencyGate
 from nmconv.merging.live_kernels import why_not_live
-from nmconv.merging.merge_records import record, trains
+from nmconv.merging.merge_records import any_requires_grad, merge_of_segment
 from nmconv.merging.node_affines import affine_of_nodes
-from nmconv.merging.nodes import Node, conv_names, nodes_of, refuse_all
+from nmconv.merging.nodes import RunNode, conv_names, nodes_of, refuse_all
 from nmconv.merging.numeric_checks import check_model_outputs, check_segment
 from nmconv.merging.partitioning import Price, Segment, partition
-from nmconv.merging.placing import install, write_methods
-from nmconv.merging.recorded_runs import RunDivider, groups_of
+from nmconv.merging.placing import install, rewrite_forwards
+from nmconv.merging.recorded_runs import RunDivider, merged_groups
 from nmconv.merging.report import Merge, parameters_of
 from nmconv.surgery import Witness, WorkingCopy
 from nmconv.witness import MergedGroup
@@ -95,7 +95,7 @@ class Merger:
         self._merges: list[Merge] = []  # of the segments
         self._methods: dict[str, Any] = {}  # rewritten forwards by owner
 
-    def _nodes(self, run: LinearRun) -> tuple[Node, ...]:
+    def _nodes(self, run: LinearRun) -> tuple[RunNode, ...]:
         rank = _rank(self._module, run)
         sizes = _input_sizes(run, rank)
         nodes = nodes_of(self._module, run.elements, None, sizes, self._unhoisted, self._unwritable)
@@ -106,7 +106,7 @@ class Merger:
             self._refuse_non_factors(nodes)
         return self._divider.divided(nodes)
 
-    def _refuse_non_factors(self, nodes: Sequence[Node]) -> None:
+    def _refuse_non_factors(self, nodes: Sequence[RunNode]) -> None:
         """Refuse what cannot be a factor of a live kernel."""
         for node in nodes:
             if isinstance(node.element, Join):
@@ -157,9 +157,10 @@ class Merger:
             choices = [partition(nodes, price, fold=fold, fewest=fewest) for nodes in self.runs]
             self.segments = [segment for choice in choices for segment in choice.segments]
             self._merges = [
-                record(segment, trains(self._module, _module_names(segment)), self._live) for segment in self.segments
+                merge_of_segment(segment, any_requires_grad(self._module, _module_names(segment)), self._live)
+                for segment in self.segments
             ]
-            self._methods, failed = write_methods(self._model, self._merges, self._takes)
+            self._methods, failed = rewrite_forwards(self._model, self._merges, self._takes)
             if not failed:
                 return
             self._unwritable |= {owner: str(error) for owner, error in failed.items()}
@@ -201,7 +202,7 @@ class Merger:
         """
         if self.segments:
             with torch.inference_mode(False), torch.no_grad():  # parameters made in inference mode cannot be trained
-                self._merges = with_flags(
+                self._merges = with_attribute_guards(
                     self._model,
                     guarded(self._model, self._witness, self._merges),
                     (flag for run in self._linear_runs for flag in run.flags),
@@ -222,9 +223,9 @@ class Merger:
         convs: dict[str, nn.Module] = {}
         last = is_channels_last(self._model)
         for segment, merge in zip(self.segments, self._merges, strict=True):
-            like = like_of(self._module(merge.head))
+            like = reference_tensor(self._module(merge.head))
             if like.is_meta:
-                conv = laid_out(conv_module(merge.geometry, like), last)
+                conv = in_memory_format(conv_module(merge.geometry, like), last)
                 convs[merge.head] = conv.requires_grad_(merge.trainable).train(False)
                 continue
             affine = self._affine(segment)
@@ -232,7 +233,7 @@ class Merger:
             if self._live:
                 continue
             try:
-                convs[merge.head] = laid_out(filled(affine, like, merge.trainable), last)
+                convs[merge.head] = in_memory_format(conv_from_affine(affine, like, merge.trainable), last)
             except ValueError as error:
                 raise MergeError(f"{segment.convs[0]} … {segment.convs[-1]}: {error}") from error
         return convs
@@ -249,7 +250,7 @@ class Merger:
         if self._witness is None:
             return
         closed = {name for merge in self._merges for name in merge.closed}
-        groups = groups_of(self._merges)
+        groups = merged_groups(self._merges)
         grouped = {name for group in groups for name in group.members}
         groups += [MergedGroup(head, frozenset([head])) for head in self._baked_heads if head not in grouped]
         self._witness.check(merged, None, groups, closed)

@@ -12,17 +12,17 @@ from nmconv.algebra import (
     Affine,
     Geometry,
     Refusal,
+    add_affines,
+    add_geometries,
     affine_in_double,
     compose,
-    composed,
+    compose_geometries,
     identity,
-    join,
-    joined,
     of_average,
     of_identity,
 )
 from nmconv.finding import Join
-from nmconv.merging.nodes import Node
+from nmconv.merging.nodes import RunNode
 
 __all__ = ["ToAffine", "affine_of_nodes", "interior_affine", "interior_geometry"]
 
@@ -30,7 +30,7 @@ ToAffine: TypeAlias = Callable[[nn.Module, str, Geometry], Affine]  # from a mod
 
 
 def affine_of_nodes(
-    nodes: Sequence[Node],
+    nodes: Sequence[RunNode],
     module: Callable[[str], nn.Module],
     to_affine: ToAffine,
     like: Tensor,
@@ -62,7 +62,7 @@ def affine_of_nodes(
             branches = [
                 affine_of_nodes(branch, module, to_affine, like, width, rank, exact=exact) for branch in node.branches
             ]
-            parts.append(join(branches))
+            parts.append(add_affines(branches))
         elif isinstance(node.geometry, Refusal):
             raise node.geometry
         elif element.kind == "pad":
@@ -75,7 +75,7 @@ def affine_of_nodes(
 
 
 def interior_affine(
-    nodes: Sequence[Node], module: Callable[[str], nn.Module], channels: int, rank: int, like: Tensor
+    nodes: Sequence[RunNode], module: Callable[[str], nn.Module], channels: int, rank: int, like: Tensor
 ) -> Affine:
     """Return the nodes as one convolution in float64 that equals them away from the border, as if padding were hoisted.
 
@@ -92,7 +92,7 @@ def interior_affine(
     return affine_of_nodes(nodes, module, affine_in_double, like, channels, rank, exact=False)
 
 
-def interior_geometry(nodes: Sequence[Node], channels: int, rank: int) -> Geometry:
+def interior_geometry(nodes: Sequence[RunNode], channels: int, rank: int) -> Geometry:
     """Return the geometry of :func:`interior_affine`, without computing weights.
 
     Raises:
@@ -102,12 +102,12 @@ def interior_geometry(nodes: Sequence[Node], channels: int, rank: int) -> Geomet
     for node in nodes:
         if isinstance(node.element, Join):
             _check_rewritable(node.element)
-            part = joined([interior_geometry(branch, total.out_channels, rank) for branch in node.branches])
+            part = add_geometries([interior_geometry(branch, total.out_channels, rank) for branch in node.branches])
         elif isinstance(node.geometry, Refusal):
             raise node.geometry
         else:
             part = node.geometry
-        total = composed(total, part, exact=False)
+        total = compose_geometries(total, part, exact=False)
     return total
 
 

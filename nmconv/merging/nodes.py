@@ -10,14 +10,14 @@ from functools import reduce
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from nmconv.algebra import Geometry, Refusal, check_hooks, composed, geometry_of, identity, joined
+from nmconv.algebra import Geometry, Refusal, add_geometries, check_hooks, compose_geometries, geometry_of, identity
 from nmconv.finding import Element, Join, Step, steps_of
 
-__all__ = ["Node", "conv_names", "geometry_of_nodes", "nodes_of", "refuse_all"]
+__all__ = ["RunNode", "conv_names", "geometry_of_nodes", "nodes_of", "refuse_all"]
 
 
 @dataclass(eq=False)
-class Node:
+class RunNode:
     """An element of a run with its numbers.
 
     Attributes:
@@ -34,7 +34,7 @@ class Node:
     sizes: tuple[int, ...]
     result: tuple[int, ...]
     own_cost: int
-    branches: tuple[tuple[Node, ...], ...] = ()
+    branches: tuple[tuple[RunNode, ...], ...] = ()
 
     @property
     def convs(self) -> tuple[str, ...]:
@@ -52,7 +52,7 @@ def conv_names(elements: Iterable[Element]) -> tuple[str, ...]:
     return tuple(step.name for step in steps_of(elements) if step.kind == "conv")
 
 
-def refuse_all(nodes: Sequence[Node], reason: Refusal) -> None:
+def refuse_all(nodes: Sequence[RunNode], reason: Refusal) -> None:
     """Mark all nodes, those of branches too, as having no geometry."""
     for node in nodes:
         node.geometry = reason
@@ -60,7 +60,7 @@ def refuse_all(nodes: Sequence[Node], reason: Refusal) -> None:
             refuse_all(branch, reason)
 
 
-def geometry_of_nodes(nodes: Sequence[Node], channels: int, rank: int) -> Geometry:
+def geometry_of_nodes(nodes: Sequence[RunNode], channels: int, rank: int) -> Geometry:
     """Return the geometry of consecutive nodes as one convolution.
 
     Args:
@@ -76,7 +76,7 @@ def geometry_of_nodes(nodes: Sequence[Node], channels: int, rank: int) -> Geomet
         if isinstance(node.geometry, Refusal):
             raise node.geometry
         parts.append(node.geometry)
-    return reduce(composed, parts) if parts else identity(channels, rank)
+    return reduce(compose_geometries, parts) if parts else identity(channels, rank)
 
 
 def nodes_of(
@@ -86,7 +86,7 @@ def nodes_of(
     sizes: tuple[int, ...],
     padding: Callable[[str, Geometry], Geometry],
     refused: Mapping[str, str],
-) -> tuple[Node, ...]:
+) -> tuple[RunNode, ...]:
     """Return the nodes of consecutive elements.
 
     Args:
@@ -121,21 +121,21 @@ def _node_of_step(
     channels: int,
     sizes: tuple[int, ...],
     padding: Callable[[str, Geometry], Geometry],
-) -> Node:
+) -> RunNode:
     rank = len(sizes)
     if step.quiet:
         try:
             check_hooks(named(step.name), step.name)
         except Refusal as refusal:
-            return Node(step, refusal, sizes, sizes, 0)
-        return Node(step, identity(channels, rank), sizes, sizes, 0)
+            return RunNode(step, refusal, sizes, sizes, 0)
+        return RunNode(step, identity(channels, rank), sizes, sizes, 0)
     try:
         if ":" in step.name:
             raise Refusal(step.why)
         module = named(step.name)
         geometry: Geometry | Refusal = geometry_of(module, step.kind, channels, rank)
     except Refusal as refusal:
-        return Node(step, Refusal(f"{step.name}: {refusal}"), sizes, sizes, 0)
+        return RunNode(step, Refusal(f"{step.name}: {refusal}"), sizes, sizes, 0)
     assert isinstance(geometry, Geometry)
     before = padding(step.name, geometry)
     result = _output_sizes(before, sizes)
@@ -150,7 +150,7 @@ def _node_of_step(
         check_hooks(module, step.name)
     except Refusal as refusal:
         geometry = Refusal(f"{step.name}: {refusal}")
-    return Node(step, geometry, sizes, result, cost)
+    return RunNode(step, geometry, sizes, result, cost)
 
 
 def _node_of_join(
@@ -160,7 +160,7 @@ def _node_of_join(
     sizes: tuple[int, ...],
     padding: Callable[[str, Geometry], Geometry],
     refused: Mapping[str, str],
-) -> Node:
+) -> RunNode:
     branches = tuple(nodes_of(named, branch, channels, sizes, padding, refused) for branch in join.branches)
     results = {branch[-1].result if branch else sizes for branch in branches}
     result = next(iter(results))
@@ -170,11 +170,11 @@ def _node_of_join(
         if why:
             raise Refusal(f"{join.owner or 'the model'}: {why}")
         parts = [geometry_of_nodes(branch, channels, len(sizes)) for branch in branches]
-        geometry: Geometry | Refusal = joined(parts)
+        geometry: Geometry | Refusal = add_geometries(parts)
         width = parts[0].out_channels
     except Refusal as refusal:
         geometry = refusal
-    return Node(join, geometry, sizes, result, width * math.prod(result), branches)
+    return RunNode(join, geometry, sizes, result, width * math.prod(result), branches)
 
 
 def _input_channels(named: Callable[[str], nn.Module], elements: Iterable[Element]) -> int | None:

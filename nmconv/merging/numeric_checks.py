@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from nmconv.algebra import Affine, apply, doubled
+from nmconv.algebra import Affine, apply, copy_in_float64
 from nmconv.errors import MergeError
 from nmconv.finding import Join
 from nmconv.flow import is_norm_act
-from nmconv.merging.nodes import Node
+from nmconv.merging.nodes import RunNode
 from nmconv.merging.partitioning import Segment
 
 __all__ = ["check_model_outputs", "check_segment"]
@@ -185,7 +185,7 @@ class _Float64Modules:
         self._model = model
         self._modules: dict[str, nn.Module] = {}
 
-    def run(self, nodes: Sequence[Node], x: Tensor) -> Tensor:
+    def run(self, nodes: Sequence[RunNode], x: Tensor) -> Tensor:
         for node in nodes:
             element = node.element
             if isinstance(element, Join):
@@ -199,7 +199,7 @@ class _Float64Modules:
 
     def _call(self, name: str, x: Tensor) -> Tensor:
         if name not in self._modules:
-            self._modules[name] = doubled(self._model.get_submodule(name))
+            self._modules[name] = copy_in_float64(self._model.get_submodule(name))
         module: Any = self._modules[name]
         if not is_norm_act(module):
             result: Tensor = module(x)

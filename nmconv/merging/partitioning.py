@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from nmconv.algebra import Geometry, Refusal, composed
+from nmconv.algebra import Geometry, Refusal, compose_geometries
 from nmconv.finding import Join
-from nmconv.merging.nodes import Node, geometry_of_nodes
+from nmconv.merging.nodes import RunNode, geometry_of_nodes
 
 __all__ = ["Partition", "Price", "Segment", "partition"]
 
@@ -23,7 +23,7 @@ class Segment:
         geometry: Of the one convolution.
     """
 
-    nodes: tuple[Node, ...]
+    nodes: tuple[RunNode, ...]
     geometry: Geometry
 
     @property
@@ -55,7 +55,7 @@ class Segment:
         )
 
 
-def _composition_cost(nodes: Sequence[Node]) -> int:
+def _composition_cost(nodes: Sequence[RunNode]) -> int:
     """Count for each weight of a kernel the weights of the next kernel that read its channel."""
     cost, kernel = 0, None
     for node in nodes:
@@ -63,7 +63,7 @@ def _composition_cost(nodes: Sequence[Node]) -> int:
         cost += sum(_composition_cost(branch) for branch in node.branches)
         if kernel is not None and node.convs:
             cost += kernel.weights * node.geometry.weights // node.geometry.in_channels
-        kernel = node.geometry if kernel is None else composed(kernel, node.geometry)
+        kernel = node.geometry if kernel is None else compose_geometries(kernel, node.geometry)
     return cost
 
 
@@ -97,7 +97,7 @@ class Partition:
         return Partition(self.cost + other.cost, self.left + other.left, (*self.segments, *other.segments))
 
 
-def partition(nodes: Sequence[Node], price: Price, *, fold: bool, fewest: bool = False) -> Partition:
+def partition(nodes: Sequence[RunNode], price: Price, *, fold: bool, fewest: bool = False) -> Partition:
     """Return the best choice of segments.
 
     Args:
@@ -127,7 +127,7 @@ def partition(nodes: Sequence[Node], price: Price, *, fold: bool, fewest: bool =
     return best[-1]
 
 
-def _unmerged(node: Node, price: Price, fold: bool, fewest: bool) -> Partition:
+def _unmerged(node: RunNode, price: Price, fold: bool, fewest: bool) -> Partition:
     """Return the best choice for a node that is in no segment: that of its branches."""
     choice = Partition(node.own_cost, int(node.own_cost > 0))
     for branch in node.branches:
@@ -135,7 +135,7 @@ def _unmerged(node: Node, price: Price, fold: bool, fewest: bool) -> Partition:
     return choice
 
 
-def _segment_geometry(nodes: Sequence[Node]) -> Geometry:
+def _segment_geometry(nodes: Sequence[RunNode]) -> Geometry:
     """Return the geometry of nodes as one convolution; an average pool after a pointwise one is computed before it.
 
     Raises:

@@ -8,23 +8,30 @@ from typing import Any
 
 from torch import nn
 
-from nmconv.algebra import Refusal, affine_in_double, filled, is_channels_last, laid_out, like_of
+from nmconv.algebra import (
+    Refusal,
+    affine_in_double,
+    conv_from_affine,
+    in_memory_format,
+    is_channels_last,
+    reference_tensor,
+)
 from nmconv.errors import RewriteError
 from nmconv.finding import elements_from_json
 from nmconv.flow import THROUGH, is_norm_act
 from nmconv.merging.call_guards import guard_calls
 from nmconv.merging.folded_norms import AfterNorm, FoldedDropout, FoldedNorm, WarnedKinds, folded_kind, warned_kinds
 from nmconv.merging.live_kernels import LIVE, make_live
-from nmconv.merging.nodes import Node, geometry_of_nodes, nodes_of
+from nmconv.merging.nodes import RunNode, geometry_of_nodes, nodes_of
 from nmconv.merging.report import Merge, get_merges
-from nmconv.surgery import MERGED, Edit, rewrite, rewritten
+from nmconv.surgery import MERGED, Edit, rewrite_methods, rewritten_class
 
-__all__ = ["bake", "install", "write_methods"]
+__all__ = ["bake", "install", "rewrite_forwards"]
 
 _Slots = dict[int, list[tuple[nn.Module, str]]]  # by id of a module, the parents and names it is registered under
 
 
-def write_methods(
+def rewrite_forwards(
     model: nn.Module, merges: Sequence[Merge], argument_structure: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, RewriteError]]:
     """Write the forwards without the additions that merges remove.
@@ -44,7 +51,7 @@ def write_methods(
             edit.sums.append(addition)
     methods: dict[str, Any] = {}
     failed: dict[str, RewriteError] = {}
-    for (owner, _), written in rewrite(model, edits, ()).items():
+    for (owner, _), written in rewrite_methods(model, edits, ()).items():
         if isinstance(written, RewriteError):
             failed[owner] = written
         else:
@@ -61,7 +68,7 @@ def install(
         model: The model, changed in place.
         merges: What to carry out.
         convs: The merged convolutions by :attr:`Merge.head`, without those of live merges.
-        methods: From :func:`write_methods`.
+        methods: From :func:`rewrite_forwards`.
     """
     slots = _slots(model)
     warned = warned_kinds(model)
@@ -74,7 +81,7 @@ def install(
         _put(model, slots, {**remains, merge.head: convs[merge.head]})
     for owner, method in methods.items():
         module = model.get_submodule(owner)
-        module.__class__ = rewritten(type(module), (method,))
+        module.__class__ = rewritten_class(type(module), (method,))
     rounds = (*get_merges(model), tuple(merges))
     guard_calls(model, (merge for merges in rounds for merge in merges), methods)
     model.__dict__[MERGED] = rounds
@@ -90,7 +97,10 @@ def bake(model: nn.Module) -> None:
     warned = warned_kinds(model)
     for merge in live:
         head: Any = model.get_submodule(merge.head)
-        conv = laid_out(filled(head.__dict__[LIVE].affine(affine_in_double), like_of(head), merge.trainable), last)
+        conv = in_memory_format(
+            conv_from_affine(head.__dict__[LIVE].affine(affine_in_double), reference_tensor(head), merge.trainable),
+            last,
+        )
         _put(model, slots, {name: _remainder(model.get_submodule(name), warned, False) for name in merge.removed})
         _put(model, slots, {merge.head: conv})
     model.__dict__[MERGED] = tuple(
@@ -112,7 +122,7 @@ def _put(model: nn.Module, slots: _Slots, changes: Mapping[str, nn.Module]) -> N
             parent._modules[slot] = module
 
 
-def _live_nodes(model: nn.Module, merge: Merge) -> tuple[Node, ...]:
+def _live_nodes(model: nn.Module, merge: Merge) -> tuple[RunNode, ...]:
     """Return the nodes that a live merge computes its kernel from.
 
     Raises:

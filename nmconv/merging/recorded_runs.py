@@ -7,18 +7,18 @@ from itertools import pairwise
 
 from nmconv.algebra import Refusal
 from nmconv.finding import Element, Join, Step, steps_of
-from nmconv.merging.nodes import Node
+from nmconv.merging.nodes import RunNode
 from nmconv.merging.report import Merge
 from nmconv.planning import Sum
 from nmconv.surgery import Witness
 from nmconv.witness import MergedGroup
 
-__all__ = ["RunDivider", "groups_of"]
+__all__ = ["RunDivider", "merged_groups"]
 
 _Key = tuple[str, ...]
 
 
-def groups_of(*rounds: Iterable[Merge]) -> list[MergedGroup]:
+def merged_groups(*rounds: Iterable[Merge]) -> list[MergedGroup]:
     """Return merges as groups of modules for the witness.
 
     Args:
@@ -48,7 +48,7 @@ class RunDivider:
         self._between: dict[tuple[_Key, _Key], str] = {}  # by neighbors, the reason to divide between them, or ""
         self._joins: dict[_Key, str] = {}  # by sum, the reason why it cannot be merged, or ""
 
-    def compare(self, runs: Sequence[Sequence[Node]]) -> None:
+    def compare(self, runs: Sequence[Sequence[RunNode]]) -> None:
         """Compare runs with the recordings; :meth:`divided` uses the result."""
         if self._witness is None:
             return
@@ -67,10 +67,10 @@ class RunDivider:
             if why and not any(self._between.get(key) for key in keys):  # no pair explains it: divide everywhere
                 self._between.update(dict.fromkeys(keys, why))
 
-    def divided(self, nodes: Sequence[Node]) -> tuple[Node, ...]:
+    def divided(self, nodes: Sequence[RunNode]) -> tuple[RunNode, ...]:
         """Return the nodes of a run, with one that cannot be merged wherever the run is divided."""
-        result: list[Node] = []
-        last: Node | None = None
+        result: list[RunNode] = []
+        last: RunNode | None = None
         for node in nodes:
             if isinstance(node.element, Join) and self._joins.get(_key(node)):
                 node.geometry = Refusal(self._joins[_key(node)])
@@ -78,12 +78,12 @@ class RunDivider:
                 why = "" if last is None else self._between.get((_key(last), _key(node)), "")
                 if why:
                     assert last is not None
-                    result.append(Node(_identity_step(last.element), Refusal(why), node.sizes, node.sizes, 0))
+                    result.append(RunNode(_identity_step(last.element), Refusal(why), node.sizes, node.sizes, 0))
                 last = node
             result.append(node)
         return tuple(result)
 
-    def _reasons(self, pieces: Sequence[Sequence[Node]]) -> list[str]:
+    def _reasons(self, pieces: Sequence[Sequence[RunNode]]) -> list[str]:
         """Return for each piece the reason why it is not one chain in every recording, or ""."""
         assert self._witness is not None
         groups = [_group(f"{index}", piece) for index, piece in enumerate(pieces)]
@@ -91,9 +91,9 @@ class RunDivider:
         return [broken.get(f"{index}", "") for index in range(len(pieces))]
 
 
-def _mergeable_pieces(nodes: Sequence[Node]) -> Iterator[list[Node]]:
+def _mergeable_pieces(nodes: Sequence[RunNode]) -> Iterator[list[RunNode]]:
     """Yield consecutive nodes that can be merged, without identities."""
-    piece: list[Node] = []
+    piece: list[RunNode] = []
     for node in nodes:
         if isinstance(node.geometry, Refusal):
             yield piece
@@ -103,15 +103,15 @@ def _mergeable_pieces(nodes: Sequence[Node]) -> Iterator[list[Node]]:
     yield piece
 
 
-def _is_comparable(piece: Sequence[Node]) -> bool:
+def _is_comparable(piece: Sequence[RunNode]) -> bool:
     return len(piece) > 1 or any(isinstance(node.element, Join) for node in piece)
 
 
-def _is_pass(node: Node) -> bool:
+def _is_pass(node: RunNode) -> bool:
     return isinstance(node.element, Step) and node.element.kind == "pass"
 
 
-def _key(node: Node) -> _Key:
+def _key(node: RunNode) -> _Key:
     element = node.element
     return (element.owner, element.label, str(element.number)) if isinstance(element, Join) else (element.name,)
 
@@ -121,7 +121,7 @@ def _identity_step(element: Element) -> Step:
     return Step("pass", next(steps_of([element])).name)
 
 
-def _group(head: str, piece: Sequence[Node]) -> MergedGroup:
+def _group(head: str, piece: Sequence[RunNode]) -> MergedGroup:
     elements = [node.element for node in piece]
     members = frozenset(step.name for step in steps_of(elements) if step.kind != "pass")
     return MergedGroup(head, members, tuple((0, addition) for addition in _sums_of(elements)))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nmconv.algebra import Geometry, Refusal
 from nmconv.errors import ModelTypeError
 from nmconv.finding import steps_of
-from nmconv.merging.nodes import Node, geometry_of_nodes
+from nmconv.merging.nodes import RunNode, geometry_of_nodes
 from nmconv.merging.partitioning import Price, Segment, partition
 from nmconv.planning import Sum
 from nmconv.surgery import MERGED
@@ -129,7 +129,7 @@ def get_merges(model: nn.Module) -> tuple[tuple[Merge, ...], ...]:
     return rounds
 
 
-def describe_run(named: Callable[[str], nn.Module], nodes: tuple[Node, ...], price: Price) -> Run:
+def describe_run(named: Callable[[str], nn.Module], nodes: tuple[RunNode, ...], price: Price) -> Run:
     """Return a run as plain data.
 
     Args:

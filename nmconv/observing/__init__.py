@@ -3,8 +3,8 @@
 from nmconv.observing.capture import Capture
 from nmconv.observing.data import (
     Images,
+    check_accepts,
     check_finite,
-    check_takes,
     device_and_dtype_of,
     input_errors_as_fit_errors,
     read_batches,
@@ -18,8 +18,8 @@ __all__ = [
     "ForwardTracker",
     "Hook",
     "Images",
+    "check_accepts",
     "check_finite",
-    "check_takes",
     "device_and_dtype_of",
     "eval_mode",
     "input_errors_as_fit_errors",

@@ -17,8 +17,8 @@ from nmconv.errors import FitError, NmconvError, OptionError
 
 __all__ = [
     "Images",
+    "check_accepts",
     "check_finite",
-    "check_takes",
     "device_and_dtype_of",
     "input_errors_as_fit_errors",
     "read_batches",
@@ -280,7 +280,7 @@ def input_errors_as_fit_errors(model: nn.Module, images: Tensor) -> Iterator[Non
         ) from error
 
 
-def check_takes(model: nn.Module, images: Images) -> None:
+def check_accepts(model: nn.Module, images: Images) -> None:
     """Raise FitError if the model fails on the first image."""
     image = images.first()
     with torch.no_grad(), input_errors_as_fit_errors(model, image):

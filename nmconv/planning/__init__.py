@@ -7,7 +7,7 @@ from nmconv.planning.json_files import nan_if_null, read_json, write_json
 from nmconv.planning.plan import Plan
 from nmconv.planning.plan_parts import Branch, Counts, Hoist, Kernel, Sum
 from nmconv.planning.planner import Options, decide
-from nmconv.planning.policies import BOUNDARY, Keep, Unit, current_name
+from nmconv.planning.policies import BOUNDARY, Keep, Unit, current_keep
 from nmconv.planning.ratio import Ratio
 from nmconv.planning.selection import as_patterns
 from nmconv.planning.site import Site
@@ -39,7 +39,7 @@ __all__ = [
     "Untraced",
     "as_patterns",
     "changes_of",
-    "current_name",
+    "current_keep",
     "decide",
     "from_plain",
     "nan_if_null",

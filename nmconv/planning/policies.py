@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nmconv.errors import OptionError, warn_user
 
-__all__ = ["BOUNDARY", "OLD_NAMES", "Keep", "Unit", "check_keep", "choose", "current_name"]
+__all__ = ["BOUNDARY", "OLD_NAMES", "Keep", "Unit", "check_keep", "choose", "current_keep"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ _NAMES = (BOUNDARY, "first", "spread")
 OLD_NAMES = {"last": BOUNDARY}
 
 
-def current_name(keep: Keep) -> Keep:
+def current_keep(keep: Keep) -> Keep:
     """Return a policy under its current name, and warn with a DeprecationWarning if the old name was given."""
     if isinstance(keep, str) and keep in OLD_NAMES:
         warn_user(f"keep={keep!r} is called {OLD_NAMES[keep]!r} now", DeprecationWarning)

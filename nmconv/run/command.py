@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from nmconv.errors import NmconvError, OptionError, RemovedParametersWarning
-from nmconv.planning import BOUNDARY, Options, Plan, current_name
+from nmconv.planning import BOUNDARY, Options, Plan, current_keep
 from nmconv.run.models import Models, say
 from nmconv.run.script import run_module, run_script
 from nmconv.run.zoo_builders import watch_builders
@@ -101,7 +101,7 @@ def _converter(args: argparse.Namespace) -> Callable[[nn.Module], Plan]:
     if "keep" in options:
         with warnings.catch_warnings(record=True) as deprecated:
             warnings.simplefilter("always")
-            options["keep"] = current_name(options["keep"])
+            options["keep"] = current_keep(options["keep"])
         for warning in deprecated:
             say(str(warning.message))
     Options(ratio=options.get("ratio", "2:1"), keep=options.get("keep", BOUNDARY)).check()

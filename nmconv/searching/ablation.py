@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmconv.algebra import Refusal, columns_of, patches, shrunk, taps_kept
+from nmconv.algebra import Refusal, center_slices, columns_of, patches, shrunk
 from nmconv.finding import ValueLocation
 from nmconv.fitting import (
     RIDGES,
@@ -20,7 +20,7 @@ from nmconv.fitting import (
     Moments,
     divergence,
     fit_units,
-    outputs_of,
+    outputs_by_batch,
     select_ridge,
 )
 from nmconv.observing import Capture, Images, check_finite
@@ -63,7 +63,7 @@ class Ablation:
         self._images = images
         self._loss = loss
         self._held = True if images.held else None
-        self._original_outputs = outputs_of(space.model, images, self._held)
+        self._original_outputs = outputs_by_batch(space.model, images, self._held)
         self.unchanged_loss = divergence(self._original_outputs, self._original_outputs, loss).loss
 
     def measure_merged(self, segment: CandidateSegment, sizes: Sequence[tuple[int, ...]]) -> Iterator[MeasuredSegment]:
@@ -87,7 +87,7 @@ class Ablation:
                 for rows, targets in patches(input, output, largest):
                     moments[held].add(rows, targets)
         for size in sizes:
-            columns = columns_of(largest, taps_kept(largest, size), moments[0].square.device)
+            columns = columns_of(largest, center_slices(largest, size), moments[0].square.device)
             fitted, held_out = (part.of_columns(columns) for part in moments)
             solution = select_ridge(fitted, held_out, form.initial(size), size, RIDGES, fit_intercept=True)
             conv = form.conv(size, solution.coefficients, False)
@@ -120,7 +120,7 @@ class Ablation:
         refused = [unit.why for unit in units if not unit.form]
         if refused:
             raise Refusal(refused[0])
-        outputs = outputs_of(model, self._images, self._held)
+        outputs = outputs_by_batch(model, self._images, self._held)
         error = max((unit.held_after for unit in units), default=math.nan)
         return MeasuredSegment((), error, divergence(outputs, self._original_outputs, self._loss))
 

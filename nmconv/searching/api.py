@@ -11,7 +11,7 @@ from torch import nn
 from nmconv.deprecation import renamed_arguments
 from nmconv.errors import FileError, OptionError
 from nmconv.fitting import Loss
-from nmconv.observing import check_takes, eval_mode, read_images
+from nmconv.observing import check_accepts, eval_mode, read_images
 from nmconv.planning import Plan
 from nmconv.searching.budget import budgets_of, is_several
 from nmconv.searching.joint_search import JointSearch
@@ -110,7 +110,7 @@ def search(
     budgets = budgets_of(budget, cost)
     images = read_images(data, model, holdout=holdout, key=key)
     with eval_mode(model):
-        check_takes(model, images)
+        check_accepts(model, images)
         space = SearchSpace(model, images.first(), max_convs)
         timed = backend if cost == "latency" else None
         if sensitivity is not None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from nmconv.finding import DefUse, Element, Join, steps_of
-from nmconv.merging import Node, nodes_of
+from nmconv.merging import RunNode, nodes_of
 from nmconv.planning import Site
 
 __all__ = ["Block", "BlockFinder"]
@@ -29,7 +29,7 @@ class Block:
             contributes as the last of a segment; else None.
     """
 
-    nodes: tuple[Node, ...]
+    nodes: tuple[RunNode, ...]
     inner: tuple[str, ...]
     behind: str
     cut: Block | None = None
@@ -85,9 +85,9 @@ class BlockFinder:
             return site if site is not None and site.action == "keep" and not site.locked else None
         return None
 
-    def _lists_of_nodes(self, nodes: tuple[Node, ...]) -> Iterator[list[Block]]:
+    def _lists_of_nodes(self, nodes: tuple[RunNode, ...]) -> Iterator[list[Block]]:
         blocks: list[Block] = []
-        pending: list[Node] = []
+        pending: list[RunNode] = []
         for node in nodes:
             if node.convs and any(other.convs for other in pending):
                 blocks.append(self._block(pending))
@@ -116,7 +116,7 @@ class BlockFinder:
             return False
         return {site.id for act in acts if (site := self._sites.get(act))} <= set(self._inside(join))
 
-    def _block(self, nodes: list[Node]) -> Block:
+    def _block(self, nodes: list[RunNode]) -> Block:
         while nodes[-1].element.quiet:
             nodes = nodes[:-1]
         inner = [site for node in nodes if isinstance(node.element, Join) for site in self._inside(node.element)]

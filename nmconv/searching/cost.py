@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nmconv.algebra import Geometry, conv_module
 from nmconv.finding import Join
-from nmconv.merging import Node, fold_norms
+from nmconv.merging import RunNode, fold_norms
 from nmconv.searching.search_space import SearchSpace
 from nmconv.searching.segments import CandidateSegment
 from nmconv.timing import Summed, Timing, fixed_normal, make_runner, quotients, randomize_weights, time_interleaved
@@ -88,7 +88,7 @@ class Stopwatch:
             self._cache[key] = [timing.median for timing in timings]
         return self._cache[key]
 
-    def _modules(self, nodes: Sequence[Node]) -> nn.Sequential:
+    def _modules(self, nodes: Sequence[RunNode]) -> nn.Sequential:
         """Return modules that take as long as the nodes do with norms folded, and the activations between them."""
         modules: list[nn.Module] = []
         for number, node in enumerate(nodes):

@@ -10,7 +10,7 @@ import torch
 
 from nmconv.errors import OptionError
 from nmconv.fitting import Loss, fit, get_fit
-from nmconv.merging import get_merges, groups_of
+from nmconv.merging import get_merges, merged_groups
 from nmconv.observing import Images
 from nmconv.planning import Plan
 from nmconv.searching.budget import Budget
@@ -171,7 +171,7 @@ class JointSearch:
         converted = self._space.converted(plan)
         model = fit(converted, self._images, reference=original, loss=self._loss, witness=False)
         changes = resolve_plan(original, plan, self._witness.recordings).changes
-        self._witness.check(model, changes, groups_of(*get_merges(model)))
+        self._witness.check(model, changes, merged_groups(*get_merges(model)))
         report = get_fit(model)
         assert report is not None
         if self._watch is not None:

@@ -13,7 +13,7 @@ from nmconv.algebra import Refusal
 from nmconv.deprecation import renamed_arguments
 from nmconv.errors import OptionError
 from nmconv.fitting import Loss, NotFiniteError, check_loss, is_direct
-from nmconv.observing import Images, check_takes, eval_mode, read_images
+from nmconv.observing import Images, check_accepts, eval_mode, read_images
 from nmconv.searching.ablation import Ablation, MeasuredSegment
 from nmconv.searching.cost import Stopwatch, multiply_adds_of
 from nmconv.searching.progress_bar import progress
@@ -91,7 +91,7 @@ def sensitivity(
     check_options(form, backend, max_convs, holdout, loss)
     images = read_images(data, model, holdout=holdout, key=key)
     with eval_mode(model):
-        check_takes(model, images)
+        check_accepts(model, images)
         space = SearchSpace(model, images.first(), max_convs)
         return measure_table(space, images, form, backend, loss, path, quiet)
 

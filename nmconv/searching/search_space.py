@@ -15,11 +15,11 @@ from nmconv.errors import NoSitesError, RewriteError
 from nmconv.finding import DefUse, Element, LinearRun, Residual, linear_runs, map_shapes, residuals, steps_of
 from nmconv.fitting import FitTask
 from nmconv.flow import PLAIN_ACTS, record_model
-from nmconv.merging import Node, interior_geometry
+from nmconv.merging import RunNode, interior_geometry
 from nmconv.planning import Branch, Kernel, Plan, Site
 from nmconv.searching.blocks import Block, BlockFinder
 from nmconv.searching.segments import CandidateSegment
-from nmconv.surgery import change, outline_of, plan_to_keep_all, resolve_plan
+from nmconv.surgery import make_changes, plan_to_keep_all, resolve_plan, structure_only_copy
 
 __all__ = ["SearchSpace"]
 
@@ -52,7 +52,7 @@ class SearchSpace:
         if not droppable:
             raise NoSitesError(f"no activation of this {type(model).__name__} can be dropped")
         self._recordings = record_model(model, example_inputs, both_sizes=False)
-        self.linear = outline_of(model)
+        self.linear = structure_only_copy(model)
         self._apply(self.linear, self.plan.edit(droppable))
         self._sites: dict[Any, Site] = {
             ((site.owner, site.name, site.function), site.call): site
@@ -108,13 +108,13 @@ class SearchSpace:
             return PLAIN_ACTS.get(site.kind, nn.SiLU)()
         return self.model.get_submodule(site.name)
 
-    def nodes_of(self, convs: Iterable[str]) -> list[Node]:
+    def nodes_of(self, convs: Iterable[str]) -> list[RunNode]:
         """Return convolutions, each with the norms after it; [] if one of them is in no linear run."""
         blocks = [self._finder.block_of(conv) for conv in convs]
         return [node for block in blocks if block for node in block.nodes] if all(blocks) else []
 
     def _apply(self, model: nn.Module, plan: Plan) -> None:
-        change(model, plan, resolve_plan(self.model, plan, self._recordings))
+        make_changes(model, plan, resolve_plan(self.model, plan, self._recordings))
 
     # -- segments of runs ---------------------------------------------------------------------------------------------
 
@@ -195,7 +195,7 @@ class SearchSpace:
             **self._costs(convs, ids),
         )
         try:
-            self._apply(outline_of(self.model), self.plan_of([(segment, "")]))
+            self._apply(structure_only_copy(self.model), self.plan_of([(segment, "")]))
         except RewriteError:
             return None
         return segment

@@ -9,18 +9,18 @@ from torch import nn
 
 from nmconv.errors import NoEffectWarning, OptionError, PlanError, warn_user
 from nmconv.flow import record_model
-from nmconv.planning import BOUNDARY, Keep, Options, Plan, Signature, as_patterns, current_name
+from nmconv.planning import BOUNDARY, Keep, Options, Plan, Signature, as_patterns, current_keep
 from nmconv.recording import Recordings
 from nmconv.surgery.apply import MethodCache, Surgery
-from nmconv.surgery.checks import FROZEN, PLAN, check_examples, check_has_run, check_model, check_plain, plan_of
+from nmconv.surgery.checks import FROZEN, PLAN, check_examples, check_initialized, check_model, check_plain, plan_of
 from nmconv.surgery.gradual import check_can_be_gradual, check_hoists_nothing
 from nmconv.surgery.plans import ResolvedPlan, draft_plan, hoists_after, resolve_plan
 from nmconv.surgery.restoring import original_of, unconvert
-from nmconv.surgery.unread_parameters import Readers, thaw
+from nmconv.surgery.unread_parameters import UsedParameters, thaw
 from nmconv.surgery.witness import Witness
 from nmconv.surgery.working_copy import WorkingCopy
 
-__all__ = ["apply_plan", "change", "convert", "make_plan", "plan_to_keep_all"]
+__all__ = ["apply_plan", "convert", "make_changes", "make_plan", "plan_to_keep_all"]
 
 
 def make_plan(
@@ -73,7 +73,7 @@ def plan_to_keep_all(model: nn.Module, example_inputs: Any) -> Plan:
 
 def _planned(model: nn.Module, options: Options, example_inputs: Any, *, advises_linear: bool = True) -> Plan:
     check_plain(model, "plan for")
-    check_has_run(model)
+    check_initialized(model)
     options.check()
     original, current_plan = original_of(model), plan_of(model)
     call = None if current_plan is None else current_plan.call
@@ -134,7 +134,7 @@ def apply_plan(
         )
     """
     check_plain(model, "convert")
-    check_has_run(model)
+    check_initialized(model)
     check_examples(example_inputs)
     _check_flags(gradual=gradual, inplace=inplace, witness=witness)
     if not isinstance(plan, Plan):
@@ -249,7 +249,7 @@ def _options(
     _check_flags(relocate=relocate, linear=linear, hoist_padding=hoist_padding)
     return Options(
         ratio=ratio,
-        keep=current_name(keep),
+        keep=current_keep(keep),
         relocate=bool(relocate),
         include=as_patterns(include),
         exclude=as_patterns(exclude),
@@ -302,9 +302,9 @@ def _converted(
         why = "every unit has few enough activations" if has_units else "the patterns given leave everything alone"
         warn_user(f"nothing to change in this {type(model).__name__} at {plan.ratio}: {why}", NoEffectWarning)
     work, frozen = WorkingCopy(model, inplace=inplace), vars(model).get(FROZEN, ())
-    readers = Readers(original, resolved.changes, recordings)
+    readers = UsedParameters(original, resolved.changes, recordings)
     unconvert(work.model)
-    change(work.model, plan, resolved, cache, gradual=gradual)
+    make_changes(work.model, plan, resolved, cache, gradual=gradual)
     if witness is not None and (plan.changes_any or original is not model):
         witness.check(work.model, resolved.changes)
     result = work.finish()
@@ -314,7 +314,7 @@ def _converted(
     return result
 
 
-def change(
+def make_changes(
     model: nn.Module, plan: Plan, resolved: ResolvedPlan, cache: MethodCache | None = None, *, gradual: bool = False
 ) -> None:
     """Make the changes of a plan to a working copy, unchecked.

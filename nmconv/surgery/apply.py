@@ -18,9 +18,9 @@ from nmconv.surgery.gradual import (
     make_methods_gradual,
 )
 from nmconv.surgery.hoist import hoist_padding
-from nmconv.surgery.method_edits import Edit, MethodKey, rewrite
+from nmconv.surgery.method_edits import Edit, MethodKey, rewrite_methods
 from nmconv.surgery.placeholders import ADDED, REPLACED, has_state, identity_class, identity_for, shallow_copy
-from nmconv.surgery.rewritten_classes import RewrittenMethod, rewritten
+from nmconv.surgery.rewritten_classes import RewrittenMethod, rewritten_class
 from nmconv.surgery.slopes import SlopeNames, nearest_device, slope_name
 
 __all__ = ["MethodCache", "Surgery"]
@@ -80,7 +80,7 @@ class Surgery:
     def failures(self) -> dict[MethodKey, RewriteError]:
         """Rewrite all methods; return the errors of those that cannot be rewritten."""
         new = {key: edit for key, edit in self._edits.items() if self._cache.get(key, (None,))[0] != edit}
-        for key, result in rewrite(self._model, new, self._changes.calls).items():
+        for key, result in rewrite_methods(self._model, new, self._changes.calls).items():
             self._cache[key] = (new[key], result)
         results = {key: self._cache[key][1] for key in self._edits}
         return {key: result for key, result in results.items() if isinstance(result, RewriteError)}
@@ -106,7 +106,7 @@ class Surgery:
                 slopes = self._method_slopes[owner]
                 make_methods_gradual(module, methods, hard_methods[owner], slopes, devices[owner])
             else:
-                module.__class__ = rewritten(type(module), methods)
+                module.__class__ = rewritten_class(type(module), methods)
         for gradual_act in self._gradual_acts:
             gradual_act.commit()
         for convs in self._changes.hoists:

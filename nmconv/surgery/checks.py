@@ -18,7 +18,7 @@ __all__ = [
     "MERGED",
     "PLAN",
     "check_examples",
-    "check_has_run",
+    "check_initialized",
     "check_is_module",
     "check_model",
     "check_plain",
@@ -102,7 +102,7 @@ def check_plain(model: Any, todo: str, *, compiled: bool = False) -> nn.Module:
     return root
 
 
-def check_has_run(model: nn.Module) -> None:
+def check_initialized(model: nn.Module) -> None:
     """Raise ModelTypeError if the model has lazy modules without weights."""
     for name, module in model.named_modules():
         if any(is_lazy(value) for value in (*module._parameters.values(), *module._buffers.values())):
@@ -139,7 +139,7 @@ def check_model(model: Any, todo: str = "convert") -> nn.Module:
         if todo == "convert"
         else f"{todo} the original: build it anew, or let nmconv.restore give it"
     )
-    check_has_run(root)
+    check_initialized(root)
     for name, module in root.named_modules():
         where = f"{name!r} in the model" if name else "the model"
         plan = plan_of(module)

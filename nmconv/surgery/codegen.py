@@ -18,7 +18,7 @@ from nmconv.surgery import runtime
 from nmconv.surgery.rewritten_classes import RewrittenMethod
 from nmconv.tracing import MethodTrace, MethodTracer
 
-__all__ = ["method_source", "return_changed_lists", "shown_parameters"]
+__all__ = ["format_parameters", "method_source", "return_changed_lists"]
 
 
 def method_source(module: nn.Module, name: str, trace: MethodTrace, changed_lists: list[str]) -> RewrittenMethod:
@@ -80,7 +80,7 @@ def _replace_augmented_assignments(graph: Graph) -> None:
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
-def shown_parameters(parameters: Iterable[inspect.Parameter], bound: dict[str, Any]) -> list[str]:
+def format_parameters(parameters: Iterable[inspect.Parameter], bound: dict[str, Any]) -> list[str]:
     """Return parameters as they stand in a def line; add their defaults to ``bound``, the function's globals."""
     shown: list[str] = []
     for parameter in parameters:
@@ -99,7 +99,7 @@ def _head(
 ) -> tuple[list[str], str]:
     """Return the def line with the checks that follow it, and the arguments to pass on."""
     parameters = list(signature.parameters.values())[1:]
-    def_line = f"def {method}(self{''.join(', ' + text for text in shown_parameters(parameters, namespace))}):"
+    def_line = f"def {method}(self{''.join(', ' + text for text in format_parameters(parameters, namespace))}):"
     traced = signature.bind(None, *trace.arguments.args, **trace.arguments.kwargs)
     traced.apply_defaults()
     head = _Head(method, [def_line], namespace)

@@ -10,9 +10,9 @@ from nmconv.surgery.checks import check_plain, plan_of
 from nmconv.surgery.placeholders import REPLACED, has_state, identity_class, identity_for
 from nmconv.surgery.plans import resolve_plan
 from nmconv.surgery.restoring import original_of
-from nmconv.surgery.rewritten_classes import rewritten
+from nmconv.surgery.rewritten_classes import rewritten_class
 from nmconv.surgery.slopes import HARD_METHODS, remove_slopes, slopes_of
-from nmconv.surgery.unread_parameters import Readers
+from nmconv.surgery.unread_parameters import UsedParameters
 
 __all__ = ["finish"]
 
@@ -34,14 +34,16 @@ def finish(model: nn.Module) -> None:
         if plan is not None and any(_may_have_parameters(converted, site) for site in plan.changes):
             original = original_of(converted)
             recordings = record_model(original, both_sizes=False, linear=plan.linear, call=plan.call)
-            Readers(original, resolve_plan(original, plan, recordings).changes, recordings).freeze_unread(converted)
+            UsedParameters(original, resolve_plan(original, plan, recordings).changes, recordings).freeze_unread(
+                converted
+            )
 
 
 def _finish_module(model: nn.Module, module: nn.Module) -> None:
     remove_slopes(module)
     base = type(module)._nmconv_base  # type: ignore[attr-defined]
     if GRADUAL not in module.__dict__:
-        module.__class__ = rewritten(base, module.__dict__.pop(HARD_METHODS))
+        module.__class__ = rewritten_class(base, module.__dict__.pop(HARD_METHODS))
         return
     action, copies = module.__dict__.pop(GRADUAL)
     if action == "move":

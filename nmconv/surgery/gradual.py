@@ -16,7 +16,7 @@ from nmconv.errors import OptionError
 from nmconv.flow import GRADUAL, held, mixed, mixed_into
 from nmconv.planning import Changes, Plan
 from nmconv.surgery.placeholders import shallow_copy
-from nmconv.surgery.rewritten_classes import RewrittenMethod, rewritten
+from nmconv.surgery.rewritten_classes import RewrittenMethod, rewritten_class
 from nmconv.surgery.slopes import HARD_METHODS, SlopeNames, add_slopes, reset_slope_buffers, slope_name
 
 __all__ = [
@@ -77,12 +77,12 @@ _APPLY = _method("_apply", "fn, recurse=True", apply_and_refill)
 
 def dropping_class(cls: type[nn.Module]) -> type[nn.Module]:
     """Return the class of an activation that is dropped gradually."""
-    return rewritten(cls, (_DROPS, _APPLY))
+    return rewritten_class(cls, (_DROPS, _APPLY))
 
 
 def appearing_class(cls: type[nn.Module]) -> type[nn.Module]:
     """Return the class of an activation that appears gradually where none was."""
-    return rewritten(cls, (_APPEARS, _APPLY))
+    return rewritten_class(cls, (_APPEARS, _APPLY))
 
 
 # -- making modules gradual --------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def make_methods_gradual(
         slopes: The slopes of the sites in these methods.
         device: The device of the slopes.
     """
-    module.__class__ = rewritten(type(module), (*methods, _APPLY))
+    module.__class__ = rewritten_class(type(module), (*methods, _APPLY))
     module.__dict__[HARD_METHODS] = hard_methods
     add_slopes(module, slopes, device)
 

@@ -7,12 +7,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nmconv.algebra import BEFORE, PADS, Geometry, Padding, Refusal, check_hooks, geometry_of, hoisted, pad
+from nmconv.algebra import (
+    PADDED_GEOMETRY,
+    PADDING_BEFORE_HOIST,
+    Geometry,
+    Padding,
+    Refusal,
+    check_hooks,
+    geometry_of,
+    hoisted,
+    pad,
+)
 from nmconv.errors import PlanError
 from nmconv.finding import Element, Join, Step, linear_runs
 from nmconv.flow import LEAF, pads_same, record_model
 from nmconv.planning import Hoist, Signature
-from nmconv.surgery.rewritten_classes import RewrittenMethod, rewritten
+from nmconv.surgery.rewritten_classes import RewrittenMethod, rewritten_class
 
 __all__ = ["OWN_FORWARD", "SETTINGS", "UNPADDED", "find_hoists", "hoist_padding", "padded_forward"]
 
@@ -92,7 +102,7 @@ def hoist_padding(model: nn.Module, convs: Sequence[str]) -> None:
     except (AttributeError, Refusal) as error:
         raise PlanError(f"the padding of {', '.join(convs)} cannot move to the first of them: {error}") from error
     for module, before, geometry in zip(modules, current, new, strict=True):
-        module.__dict__[BEFORE] = Padding(before.padding, before.mode, before.stages)
+        module.__dict__[PADDING_BEFORE_HOIST] = Padding(before.padding, before.mode, before.stages)
         module.__dict__[UNPADDED] = {name: vars(module)[name] for name in SETTINGS if name in vars(module)}
         _set_padding(module, geometry)
 
@@ -104,11 +114,11 @@ def _set_padding(module: Any, geometry: Geometry) -> None:
     if is_symmetric and has_torch_forward:
         _set_attributes(module, tuple(left for left, _ in geometry.padding), geometry.mode)
         return
-    cls = rewritten(type(module), (_PADDED_FORWARD,))
+    cls = rewritten_class(type(module), (_PADDED_FORWARD,))
     _set_attributes(module, (0,) * geometry.rank, "zeros")
     if getattr(module, "same_pad", False):
         module.same_pad = False
-    module.__dict__[PADS] = geometry
+    module.__dict__[PADDED_GEOMETRY] = geometry
     module.__dict__[LEAF] = True
     module.__dict__[OWN_FORWARD] = not pads_same(module) and not has_torch_forward
     module.__class__ = cls
@@ -129,7 +139,7 @@ _PADDED_FORWARD = RewrittenMethod(
 
 def padded_forward(module: Any, input: Tensor) -> Tensor:
     """Run a convolution after padding that torch's settings cannot express; ``input`` has any shape it accepts."""
-    geometry: Geometry = module.__dict__[PADS]
+    geometry: Geometry = module.__dict__[PADDED_GEOMETRY]
     input = pad(input, geometry.pads(input.shape[-geometry.rank :]), geometry.mode)
     if module.__dict__[OWN_FORWARD]:
         result: Tensor = type(module)._nmconv_base.forward(module, input)

@@ -12,10 +12,10 @@ from nmconv.errors import RewriteError
 from nmconv.flow import Op, held, is_inplace, leaf_op, mixed, mixed_into
 from nmconv.planning import Activation, Change, Place, Sum
 from nmconv.surgery.codegen import method_source, return_changed_lists
-from nmconv.surgery.rewritten_classes import RewrittenMethod, rewritten
+from nmconv.surgery.rewritten_classes import RewrittenMethod, rewritten_class
 from nmconv.tracing import MethodSpec, MethodTrace, MethodTracer, trace_methods
 
-__all__ = ["Edit", "MethodKey", "rewrite"]
+__all__ = ["Edit", "MethodKey", "rewrite_methods"]
 
 MethodKey = tuple[str, str]  # the qualified name of a method's owner, and the method's name
 
@@ -44,7 +44,7 @@ class Edit:
     mixing: dict[str, str] = field(default_factory=dict)
 
 
-def rewrite(
+def rewrite_methods(
     model: nn.Module, edits: Mapping[MethodKey, Edit], calls: Sequence[Change]
 ) -> dict[MethodKey, RewrittenMethod | RewriteError]:
     """Rewrite methods of a model.
@@ -89,7 +89,7 @@ def _edited(
             if site.modes in modes and _node_of(tracer, site, training, model) is not None:
                 _remove_or_mix(tracer, site, training, model, edit)
     result = method_source(owner, method, trace, changed_lists)
-    rewritten(type(owner), (result,))  # raises if it does not compile or the owner cannot be subclassed
+    rewritten_class(type(owner), (result,))  # raises if it does not compile or the owner cannot be subclassed
     return result
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nmconv.flow import hooks_of
-from nmconv.surgery.rewritten_classes import RewrittenMethod, rewritten
+from nmconv.surgery.rewritten_classes import RewrittenMethod, rewritten_class
 
 __all__ = [
     "ADDED",
@@ -44,7 +44,7 @@ def has_state(act: nn.Module) -> bool:
 
 def identity_class(cls: type[nn.Module], *, copies: bool) -> type[nn.Module]:
     """Return the class with a forward that returns its input, or a copy of it."""
-    return rewritten(cls, (_RETURN_COPY if copies else _RETURN_INPUT,))
+    return rewritten_class(cls, (_RETURN_COPY if copies else _RETURN_INPUT,))
 
 
 def is_identity(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from nmconv.planning import Changes, Hoist, Options, Plan, Signature, Structure,
 from nmconv.recording import Recordings
 from nmconv.surgery.apply import MethodCache, Surgery
 from nmconv.surgery.hoist import find_hoists
-from nmconv.surgery.working_copy import outline_of
+from nmconv.surgery.working_copy import structure_only_copy
 
 __all__ = ["ResolvedPlan", "draft_plan", "hoists_after", "resolve_plan"]
 
@@ -116,7 +116,7 @@ def hoists_after(
     model: nn.Module, resolved: ResolvedPlan, cache: MethodCache, example_inputs: Any, call: Signature | None
 ) -> tuple[Hoist, ...]:
     """Return the hoists that are possible, and those that are not, once the other changes of a plan are made."""
-    outline = outline_of(model)
+    outline = structure_only_copy(model)
     Surgery(outline, replace(resolved.changes, hoists=()), cache, resolved.argument_structure).commit()
     return find_hoists(outline, example_inputs, call)
 

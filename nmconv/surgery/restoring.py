@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from nmconv.algebra import BEFORE, PADS
+from nmconv.algebra import PADDED_GEOMETRY, PADDING_BEFORE_HOIST
 from nmconv.errors import AlreadyConvertedError, FitError, MergeError, PlanError
 from nmconv.flow import LEAF
 from nmconv.surgery.checks import FITTED, FROZEN, MERGED, PLAN, check_examples, check_plain, plan_of
@@ -17,7 +17,7 @@ from nmconv.surgery.rewritten_classes import is_rewritten
 from nmconv.surgery.slopes import check_finished
 from nmconv.surgery.unread_parameters import thaw
 from nmconv.surgery.witness import Witness
-from nmconv.surgery.working_copy import WorkingCopy, outline_of
+from nmconv.surgery.working_copy import WorkingCopy, structure_only_copy
 
 __all__ = ["original_of", "restore", "unconvert"]
 
@@ -98,7 +98,7 @@ def original_of(model: nn.Module) -> nn.Module:
     plan = plan_of(model)
     if plan is None or not plan.changes_any:
         return model
-    outline = outline_of(model)
+    outline = structure_only_copy(model)
     unconvert(outline)
     return outline
 
@@ -118,7 +118,7 @@ def unconvert(model: nn.Module) -> None:
     for module in model.modules():
         if UNPADDED in vars(module):
             vars(module).update(vars(module)[UNPADDED])
-        for key in (UNPADDED, BEFORE, PADS, LEAF, OWN_FORWARD):
+        for key in (UNPADDED, PADDING_BEFORE_HOIST, PADDED_GEOMETRY, LEAF, OWN_FORWARD):
             vars(module).pop(key, None)
         if is_rewritten(module):
             cls: Any = type(module)

@@ -17,7 +17,7 @@ from torch import nn
 
 from nmconv.errors import RewriteError
 
-__all__ = ["RewrittenMethod", "is_rewritten", "rewritten"]
+__all__ = ["RewrittenMethod", "is_rewritten", "rewritten_class"]
 
 _file_numbers = itertools.count()  # a file name per method: each removes its lines from linecache on its own
 
@@ -95,16 +95,16 @@ class _Rewritten:
 
 
 def _new(base: type[nn.Module], methods: tuple[RewrittenMethod, ...]) -> Any:
-    cls = rewritten(base, methods)
+    cls = rewritten_class(base, methods)
     return cls.__new__(cls)
 
 
 def is_rewritten(module: nn.Module) -> bool:
-    """Return whether a module's class was made by :func:`rewritten`."""
+    """Return whether a module's class was made by :func:`rewritten_class`."""
     return isinstance(module, _Rewritten)
 
 
-def rewritten(base: type[nn.Module], methods: tuple[RewrittenMethod, ...]) -> type[nn.Module]:
+def rewritten_class(base: type[nn.Module], methods: tuple[RewrittenMethod, ...]) -> type[nn.Module]:
     """Return the subclass of ``base`` with these methods in place of its own.
 
     Equal arguments give the same class, as long as it is in use. A ``base`` that is rewritten itself keeps its other

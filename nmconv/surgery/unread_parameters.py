@@ -16,10 +16,10 @@ from nmconv.recording import Recording, Recordings, record_again
 from nmconv.surgery.checks import FROZEN
 from nmconv.surgery.placeholders import is_identity
 
-__all__ = ["Readers", "thaw"]
+__all__ = ["UsedParameters", "thaw"]
 
 
-class Readers:
+class UsedParameters:
     """The parameters that a model uses before a change.
 
     Args:

@@ -14,7 +14,7 @@ from nmconv.copying import copy_model, copy_sharing_tensors, copy_with_tensors
 from nmconv.errors import RemovedParametersWarning, warn_user
 from nmconv.surgery.hoist import SETTINGS
 
-__all__ = ["WorkingCopy", "outline_of"]
+__all__ = ["WorkingCopy", "structure_only_copy"]
 
 _NMCONV_PREFIX = "_nmconv_"
 _REGISTRIES = ("_modules", "_parameters", "_buffers")
@@ -22,7 +22,7 @@ _REGISTRIES = ("_modules", "_parameters", "_buffers")
 _CHANGED_SETTINGS = (*SETTINGS, "geometry", "_non_persistent_buffers_set")
 
 
-def outline_of(model: nn.Module) -> nn.Module:
+def structure_only_copy(model: nn.Module) -> nn.Module:
     """Return a copy of the modules alone, for analysis and not for running: tensors are the model's own."""
     return copy_sharing_tensors(model).model
 

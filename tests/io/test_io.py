@@ -852,7 +852,7 @@ def test_relative_paths_and_text(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "spot",
     [
-        "nmconv.io.replaying.change",
+        "nmconv.io.replaying.make_changes",
         "nmconv.io.replaying.install",
         "nmconv.io.loading.sources_of",
         "nmconv.io.state._with_memory",

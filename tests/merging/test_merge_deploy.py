@@ -183,14 +183,14 @@ def test_a_network_that_amplifies_rounding_is_judged_by_its_own():
 def test_a_merge_that_goes_wrong_is_seen_and_undone(monkeypatch, inplace):
     from nmconv.merging import merger
 
-    right = merger.filled
+    right = merger.conv_from_affine
 
     def wrong(affine, like, requires_grad):
         module = right(affine, like, requires_grad)
         module.weight.data.mul_(1.02)
         return module
 
-    monkeypatch.setattr(merger, "filled", wrong)
+    monkeypatch.setattr(merger, "conv_from_affine", wrong)
     torch.manual_seed(0)
     for net in (Amplifier().eval(), nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)).eval()):
         modules, state = list(net.modules()), {key: value.clone() for key, value in net.state_dict().items()}
