@@ -191,9 +191,7 @@ def _witness(model: nn.Module, images: Images) -> Witness:
         return Witness(model, torch.cat([first, first]))  # in train mode, some norms do not accept a single image
     except OptionError as error:
         what = f"this {type(model).__name__} does not accept images of shape {tuple(first.shape[1:])}"
-        advice = (
-            "give images of the shape that it was made for"
-            if first.dim() > 3
-            else "give batches of images: is the batch axis missing?"
-        )
+        advice = "give batches of images: is the batch axis missing?"
+        if first.dim() > 3:
+            advice = "give images that it does accept, and wrap a model of several inputs in a module that takes one"
         raise FitError(f"{what} ({error.__cause__}): {advice}") from error

@@ -192,7 +192,7 @@ def test_images_that_the_network_does_not_take(call, case):
         "other channels": torch.randn(16, 1, 12, 12),
     }[case]
     before = state_of(net)
-    with pytest.raises(nmconv.FitError, match=r"does not accept images of shape .* give batches"):
+    with pytest.raises(nmconv.FitError, match=r"does not accept images of shape .*: give .* wrap a model"):
         CALLS[call](net, data)
     assert equal(before, state_of(net)) and not hooks_on(net)
 
