@@ -11,7 +11,7 @@ def main() -> None:
     missing = [name for name in ("typer", "rich") if _is_missing(name)]
     if missing:
         sys.exit(f"python -m nmconv needs {' and '.join(missing)}: pip install 'nmconv[bench]'")
-    from nmconv.bench import app  # needs the packages checked above
+    from nmconv.bench.command import app  # needs the packages checked above
 
     app(prog_name="python -m nmconv")
 

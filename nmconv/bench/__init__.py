@@ -1,7 +1,6 @@
 """Benchmark of a model: original, converted and merged, timed side by side. The command line is in ``command``."""
 
 from nmconv.bench.benchmark import run
-from nmconv.bench.command import app
 from nmconv.bench.results import Cell
 
-__all__ = ["Cell", "app", "run"]
+__all__ = ["Cell", "run"]
