@@ -82,6 +82,15 @@ def ratios(trials: Sequence[Row], insights: Sequence[Row]) -> str:
     return markdown(columns, lines)
 
 
+def ends(trials: Sequence[Row], insights: Sequence[Row]) -> str:
+    by_name = {name_of(group.trial): group for group in groups(rows_of(study.ratios(), trials))}
+    if not {"2:1 first", "2:1 boundary"} <= by_name.keys():
+        return "Not measured yet."
+    apart = difference(by_name["2:1 first"], by_name["2:1 boundary"], "test")
+    what = '2:1 with `keep="first"` against `keep="boundary"`'
+    return f"{what}: {interval(apart)} points, {apart.seeds} seeds, p = {apart.p:.3f}."
+
+
 def routes(trials: Sequence[Row], insights: Sequence[Row]) -> str:
     lines = []
     rows = rows_of([*study.routes("first"), *study.routes("boundary")], trials)
@@ -184,6 +193,7 @@ def members(trials: Sequence[Row], insights: Sequence[Row]) -> str:
 TABLES: Tables = {
     "learning-rates": learning_rates,
     "ratios": ratios,
+    "ends": ends,
     "routes": routes,
     "sizes": sizes,
     "families": families,

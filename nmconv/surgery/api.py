@@ -172,7 +172,8 @@ def convert(
             it), ``"re:..."``, or ``"stage:2"`` in timm's ``feature_info``.
         keep: Which activations a unit keeps: ``"boundary"``, its end (its first ones where activations stand before
             their convolutions), ``"first"``, the other end, ``"spread"``, evenly spaced, or a function from
-            :class:`nmconv.Unit` to the positions in ``unit.sites`` that stay.
+            :class:`nmconv.Unit` to the positions in ``unit.sites`` that stay. In residual blocks ``"boundary"`` is what
+            :func:`nmconv.merge` needs, and ``"first"`` loses less accuracy when trained (docs/study.md).
         relocate: Move the kept activation to the unit's end where the unit's last convolution has none, after its
             norm and residual addition.
         include: Pattern or patterns of what to convert; everything else is left alone.
