@@ -44,6 +44,11 @@ def ratios(seeds: int = 3) -> list[Trial]:
     return [changed(trial, seed=seed) for seed in range(seeds) for trial in RATIOS.values()]
 
 
+def headline() -> list[Trial]:
+    """Return three more seeds of 1:1 and of the best N:M, chosen on the pictures held back."""
+    return [changed(RATIOS[name], seed=seed) for seed in (3, 4, 5) for name in ("1:1", "3:2 first")]
+
+
 ROUTE_RECIPE = Recipe(epochs=3, lr=0.05, warmup=0.1, distill=0.5, precision="bf16")
 
 
@@ -109,6 +114,7 @@ def looked_into() -> list[Trial]:
 STUDIES = {
     "learning-rates": learning_rates,
     "ratios": ratios,
+    "headline": headline,
     "long": long,
     "sizes": sizes,
     "families": families,
