@@ -9,7 +9,7 @@ import torch
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
-# Processes that tests start import what tests do.
+# Processes that tests start import what tests do: the tree under test, installed or not.
 os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / path) for path in (".", "examples", "tests", "tests/support"))
 LIMITS = json.loads(Path(__file__).with_name("known_limits.json").read_text())
 SLOW = {line for line in Path(__file__).with_name("slow.txt").read_text().splitlines() if not line.startswith("#")}

@@ -17,12 +17,10 @@ HEADINGS = ["ratio", "accuracy, %", "loss", "convs", "acts", "MACs, M", "latency
 
 
 def demo(tmp_path, *flags):
-    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # the tree under test, installed or not
     return subprocess.run(
         [sys.executable, str(ROOT / "examples" / "demo.py"), "--epochs", "1", "--device", "cpu", *flags],
         env={
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(path),
             "COLUMNS": "80",
             "MPLCONFIGDIR": str(tmp_path / "mpl"),
         },

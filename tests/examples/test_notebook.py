@@ -1,7 +1,6 @@
 """The notebooks in examples/ run from top to bottom."""
 
 import importlib.util
-import os
 import re
 from pathlib import Path
 
@@ -22,8 +21,6 @@ needs_weights = pytest.mark.skipif(
 
 def executed(name, tmp_path, monkeypatch):
     """All outputs of a notebook's code, and what it printed; what is stored in it is not looked at."""
-    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # the tree under test, installed or not
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(ROOT / "examples" / name, as_version=4)

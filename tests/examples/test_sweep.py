@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -115,10 +114,8 @@ def test_a_sweep_keeps_its_rows_and_names_what_failed(pictures, tmp_path, monkey
     pytest.importorskip("ray")
     flags = ["--data-dir", str(pictures), "--dataset", "pictures", "--size", "16", "--held-back", "4", "--seeds", "1"]
     flags += ["--epochs", "1", "--batch-size", "4", "--rows", "rows", "--ratios", "2:1", "--keep", "first"]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples/sweep.py"), "run", *flags, "--models", "cifar_resnet8", "nonsense"],
-        env={**os.environ, "PYTHONPATH": path},
         cwd=tmp_path,
         capture_output=True,
         text=True,

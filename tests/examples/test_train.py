@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import os
 import random
 import signal
 import subprocess
@@ -85,9 +84,8 @@ def test_a_killed_run_ends_with_the_same_bits(pictures, tmp_path, monkeypatch):
         return json.loads((out / "result.json").read_text())
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, path, *flags, "--out", str(killed), "--every", "0"]
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("step 17 of 48"):  # the fifth of an epoch's twelve
                 process.send_signal(signal.SIGKILL)
