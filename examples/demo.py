@@ -92,7 +92,9 @@ def network(args: argparse.Namespace, ratio: str, seed: int, classes: int) -> Ru
     model = build(args.model, classes, seed=seed, **args.model_kwargs)
     if ratio == "1:1":  # the baseline
         return Run(ratio, seed, model, Trial().plan(model))
-    model = nmconv.convert(model, ratio, relocate=args.relocate, hoist_padding=args.hoist, inplace=True)
+    model = nmconv.convert(
+        model, ratio, keep="boundary", relocate=args.relocate, hoist_padding=args.hoist, inplace=True
+    )
     return Run(ratio, seed, model, nmconv.get_plan(model))
 
 
@@ -179,7 +181,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--relocate", action="store_true", help="move kept activations to the ends of their units")
     parser.add_argument("--hoist", action="store_true", help="move padding to the front of linear runs before training")
     parser.add_argument(
-        "--gate", choices=("flops", "always"), default="flops", help="what is merged afterwards [flops]"
+        "--gate",
+        choices=("multiply_adds", "always"),
+        default="multiply_adds",
+        help="what is merged afterwards [multiply_adds]",
     )
     parser.add_argument("--model", default="resnet18", help="as for train.py [resnet18, a quarter as wide]")
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")

@@ -337,7 +337,7 @@ class Run:
 
     def activations(self) -> None:
         """Drop half of the activations and keep all convolutions: compare the search with 2:1 everywhere."""
-        uniform_plan = nmconv.make_plan(self.net, "2:1", example_inputs=self.image)
+        uniform_plan = nmconv.make_plan(self.net, "2:1", keep="boundary", example_inputs=self.image)
         self.row("activations", "2:1", lambda: self.measured(uniform_plan))
         self.row("activations", "2:1, tuned", lambda: {"accuracy": self.tuned(self.fitted(uniform_plan))})
         counts = uniform_plan.counts
@@ -352,7 +352,7 @@ class Run:
 
         def measure() -> dict[str, Any]:
             net = build(self.case.model, len(self.data.classes), seed=self.args.seed)
-            model = nmconv.convert(net, ratio="2:1", example_inputs=self.image)
+            model = nmconv.convert(net, ratio="2:1", keep="boundary", example_inputs=self.image)
             train(model, self.first(self.case.images), recipe, out=self.args.scratch, probe=250)
             return {"accuracy": self.accuracy(model)}
 

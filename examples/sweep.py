@@ -45,7 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     train.add_argument("--models", nargs="+", default=["cifar_resnet20"])
     train.add_argument("--widths", nargs="+", type=float, default=[1.0], help="of models that take one")
     train.add_argument("--ratios", nargs="+", default=["1:1", "2:1"])
-    train.add_argument("--keep", nargs="+", default=["boundary"])
+    train.add_argument("--keep", nargs="+", default=["first"])
     train.add_argument("--relocate", action="store_true")
     train.add_argument("--gradual", action="store_true")
     train.add_argument("--seeds", type=int, default=3, help="how many [3]")

@@ -1,6 +1,6 @@
 """Train a network, original or converted, on an ImageFolder or a data set of torchvision, as done for our tables.
 
-    python examples/train.py cifar_resnet20 --data-dir ~/data/cifar10 --ratio 2:1 --keep first --out runs/2to1
+    python examples/train.py cifar_resnet20 --data-dir ~/data/cifar10 --ratio 2:1 --out runs/2to1
     python examples/train.py resnet50 --data-dir ~/data/imagenet --size 224 --augment timm --workers 8 --out runs/r50
     torchrun --nproc-per-node 4 -- examples/train.py resnet50 --data-dir ~/data/imagenet ... --log
     python examples/train.py tf_efficientnet_lite0 --data-dir ~/data/cifar10 --size 64 --weights lite0.pth \
@@ -50,7 +50,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     nm = parser.add_argument_group("N:M")
     nm.add_argument("--ratio", default="1:1", help="convolutions to activations [1:1]")
-    nm.add_argument("--keep", default="boundary", help="which activations of a unit stay [boundary]")
+    nm.add_argument("--keep", default="first", help="which activations of a unit stay [first]")
     nm.add_argument("--relocate", action="store_true", help="move kept activations to the ends of their units")
     nm.add_argument("--plan", type=Path, help="a file of Plan.to_json, instead of a ratio")
     nm.add_argument("--gradual", action="store_true", help="drop activations by degrees")

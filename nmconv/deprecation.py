@@ -1,16 +1,17 @@
-"""Deprecated argument names: still accepted, with a DeprecationWarning."""
+"""Deprecated names of arguments and values: still accepted, with a DeprecationWarning."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from nmconv.errors import warn_user
 
-__all__ = ["renamed_arguments"]
+__all__ = ["current_value", "renamed_arguments"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_Value = TypeVar("_Value")
 
 
 def renamed_arguments(**names: str) -> Callable[[_Function], _Function]:
@@ -41,3 +42,11 @@ def renamed_arguments(**names: str) -> Callable[[_Function], _Function]:
         return call  # type: ignore[return-value]
 
     return decorate
+
+
+def current_value(argument: str, value: _Value, old_names: Mapping[str, str]) -> _Value | str:
+    """Return an argument's value under its current name, and warn with a DeprecationWarning if it is an old one."""
+    if isinstance(value, str) and value in old_names:
+        warn_user(f"{argument}={value!r} is called {old_names[value]!r} now", DeprecationWarning)
+        return old_names[value]
+    return value

@@ -54,7 +54,11 @@ class CKA:
         ]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the matrix and the names to one JSON file, atomically. NaN is written as null."""
+        """Write the matrix and the names to one JSON file, atomically. NaN is written as null.
+
+        Raises:
+            FileError: If the folder does not exist.
+        """
         data = {"matrix": self.matrix.tolist(), "layers_a": self.layers_a, "layers_b": self.layers_b, "n": self.n}
         write_json(path, {_FILE_KEY: _FILE_VERSION, **data})
 

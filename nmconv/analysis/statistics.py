@@ -107,7 +107,11 @@ class ActivationStats:
         return joined
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table to one JSON file, atomically. Numbers that are not finite are written as null."""
+        """Write the table to one JSON file, atomically. Numbers that are not finite are written as null.
+
+        Raises:
+            FileError: If the folder does not exist.
+        """
         write_json(path, {_FILE_KEY: _FILE_VERSION, **asdict(self)})
 
     @classmethod

@@ -31,7 +31,7 @@ def run(
     ratio: str = "2:1",
     relocate: bool = False,
     hoist_padding: bool = False,
-    gate: str = "flops",
+    gate: str = "multiply_adds",
     min_gain: float = 1.05,
     backends: Sequence[str] | None = None,
     batches: Sequence[int] = (1, 8),
@@ -189,7 +189,9 @@ def _build_and_check(model: str | nn.Module, settings: Settings, device: torch.d
 
 
 def _convert(model: nn.Module, settings: Settings) -> nn.Module:
-    return convert(model, settings.ratio, relocate=settings.relocate, hoist_padding=settings.hoist_padding)
+    return convert(
+        model, settings.ratio, keep="boundary", relocate=settings.relocate, hoist_padding=settings.hoist_padding
+    )
 
 
 @contextmanager

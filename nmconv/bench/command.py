@@ -33,7 +33,9 @@ def bench(
     hoist: Annotated[
         bool, typer.Option("--hoist-padding", "--hoist", help="Move padding to each linear run's first conv.")
     ] = False,
-    gate: Annotated[str, typer.Option(help="What a merge must save: flops, latency, or nothing (always).")] = "flops",
+    gate: Annotated[
+        str, typer.Option(help="What a merge must save: multiply_adds, latency, or nothing (always).")
+    ] = "multiply_adds",
     min_gain: Annotated[float, typer.Option(help="Least gain of a merge: before over after.")] = 1.05,
     backend: Annotated[list[str] | None, typer.Option(help=f"{', '.join(BACKENDS)}; default: all.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Batch size; default: 1 and 8.")] = None,

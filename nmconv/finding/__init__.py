@@ -8,8 +8,8 @@ from nmconv.finding.map_sizes import map_shapes
 from nmconv.finding.residual_branches import Residual, copied_sums, residuals
 from nmconv.finding.run_elements import (
     Element,
-    Join,
     LinearRun,
+    ParallelSum,
     Step,
     argument_structures,
     elements_from_json,
@@ -25,8 +25,8 @@ __all__ = [
     "SUM",
     "DefUse",
     "Element",
-    "Join",
     "LinearRun",
+    "ParallelSum",
     "Residual",
     "Step",
     "ValueLocation",

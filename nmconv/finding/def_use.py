@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from nmconv.finding.flow_analysis import eval_flows
-from nmconv.finding.run_elements import Element, Join
+from nmconv.finding.run_elements import Element, ParallelSum
 from nmconv.flow import SUMS, ActCall, Flow, FlowNode, Op, is_norm_act
 
 __all__ = ["NORM", "SUM", "CallKey", "DefUse", "Use", "ValueLocation", "call_key", "is_plain_sum", "location_of"]
@@ -98,17 +98,17 @@ class DefUse:
         part, index = self._find(element)
         return part.activation_before(index)
 
-    def activations_in(self, join: Join) -> tuple[CallKey, ...]:
+    def activations_in(self, parallel: ParallelSum) -> tuple[CallKey, ...]:
         """Return the activations between a sum and the last value that both operands are computed from.
 
         Raises:
             KeyError: If the model makes no such sum.
         """
-        part, index = self._find(join)
+        part, index = self._find(parallel)
         return tuple(part.activations_since_fork(index))
 
     def _find(self, element: Element) -> tuple[_FlowDefUse, int]:
-        if isinstance(element, Join):
+        if isinstance(element, ParallelSum):
             key = (element.owner, element.label, element.number)
         else:
             key = ("", element.name, 1)

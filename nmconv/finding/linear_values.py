@@ -10,7 +10,7 @@ from nmconv.algebra import is_average_pool
 from nmconv.finding.control_flow import flags_between, may_diverge_between
 from nmconv.finding.def_use import is_plain_sum
 from nmconv.finding.module_users import ModuleUsers
-from nmconv.finding.run_elements import Element, Join, Step, steps_of
+from nmconv.finding.run_elements import Element, ParallelSum, Step, steps_of
 from nmconv.flow import SUMS, Flow, FlowNode, ModuleCall, Op, argument_structure
 
 __all__ = ["LinearValue", "linear_values"]
@@ -115,7 +115,7 @@ class _LinearValues:
         one, two = (() if branch is None else tuple(branch.elements) for branch in branches)
         if not any(step.kind == "conv" for step in steps_of((*one, *two))):
             return None
-        join = Join(
+        parallel = ParallelSum(
             (one, two), node.frame.path, node.label, node.number, self._takes(node.frame), self._why_fixed(node)
         )
         computed = [branch for branch in branches if branch is not None]
@@ -133,8 +133,8 @@ class _LinearValues:
             and not self._flow.nodes[source].exposed
             and not any(self._may_diverge(source, reader) for reader in readers)
         ):
-            return LinearValue(value.source, [*value.elements, join], [*value.nodes, *nodes], value.flags | flags)
-        return LinearValue(source, [join], nodes, flags)
+            return LinearValue(value.source, [*value.elements, parallel], [*value.nodes, *nodes], value.flags | flags)
+        return LinearValue(source, [parallel], nodes, flags)
 
     def _is_replaceable_sum(self, node: FlowNode) -> bool:
         if len(node.inputs) != 2 or not is_plain_sum(node) or self._overwrites_shared_memory(node):

@@ -11,7 +11,7 @@ from torch import nn
 from nmconv.finding.def_use import CallKey, ValueLocation, call_key, is_plain_sum, location_of
 from nmconv.finding.flow_analysis import eval_flows
 from nmconv.flow import Flow, FlowNode, Op, sums_must_copy
-from nmconv.planning import Branch, Sum
+from nmconv.planning import Branch, ReplacedSum
 
 __all__ = ["Residual", "copied_sums", "residuals"]
 
@@ -54,7 +54,7 @@ def _residuals_of_flow(flow: Flow) -> Iterator[Residual]:
             convs = tuple(flow.nodes[index].name for index in inside if flow.nodes[index].op is Op.CONV)
             if convs:
                 acts = tuple(call_key(act) for index in inside if (act := flow.nodes[index].act) is not None)
-                add = Sum(node.frame.path, node.label, node.number, keep)
+                add = ReplacedSum(node.frame.path, node.label, node.number, keep)
                 yield Residual(Branch(add, convs), acts, location_of(flow, node), node.index)
                 break
 
@@ -82,7 +82,7 @@ def _branch_nodes(nodes: Sequence[FlowNode], readers: list[list[int]], add: Flow
     return set() if outside else inside
 
 
-def copied_sums(flows: Iterable[Flow], sums: Iterable[Sum]) -> frozenset[Sum]:
+def copied_sums(flows: Iterable[Flow], sums: Iterable[ReplacedSum]) -> frozenset[ReplacedSum]:
     """Return those sums that a copy of the kept operand must replace, lest two readers share memory.
 
     Args:
@@ -90,7 +90,7 @@ def copied_sums(flows: Iterable[Flow], sums: Iterable[Sum]) -> frozenset[Sum]:
         sums: Sums of the model that one operand is to replace.
     """
     wanted = {(add.owner, add.label, add.number): add for add in sums}
-    copied: set[Sum] = set()
+    copied: set[ReplacedSum] = set()
     for flow in flows if wanted else ():
         sum_at = {}
         for node in flow.nodes:

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 __all__ = [
     "Element",
-    "Join",
     "LinearRun",
+    "ParallelSum",
     "Step",
     "argument_structures",
     "elements_from_json",
@@ -47,7 +47,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Join:
+class ParallelSum:
     """A sum of two parallel branches of one value.
 
     Attributes:
@@ -77,7 +77,7 @@ class Join:
         return False
 
 
-Element: TypeAlias = "Step | Join"
+Element: TypeAlias = "Step | ParallelSum"
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def argument_structures(elements: Iterable[Element]) -> dict[str, str]:
     """Return the argument structure of each forward that computes a sum of a run, by the module's name."""
     argument_structure: dict[str, str] = {}
     for element in elements:
-        if isinstance(element, Join):
+        if isinstance(element, ParallelSum):
             argument_structure[element.owner] = element.argument_structure
             for branch in element.branches:
                 argument_structure |= argument_structures(branch)
@@ -164,5 +164,5 @@ def _from_plain(rows: Any) -> tuple[Element, ...]:
         owner, label, number, one, two = row
         if [type(value) for value in (owner, label, number)] != [str, str, int]:
             raise TypeError("a sum of another form")
-        elements.append(Join((_from_plain(one), _from_plain(two)), owner, label, number))
+        elements.append(ParallelSum((_from_plain(one), _from_plain(two)), owner, label, number))
     return tuple(elements)

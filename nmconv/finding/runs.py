@@ -11,7 +11,7 @@ from nmconv.finding.flow_analysis import flows_of
 from nmconv.finding.linear_values import LinearValue, linear_values
 from nmconv.finding.mode_matching import same_flows
 from nmconv.finding.module_users import CallsSeen, ModuleUsers, inspected_modules
-from nmconv.finding.run_elements import Element, Join, LinearRun, Step, steps_of
+from nmconv.finding.run_elements import Element, LinearRun, ParallelSum, Step, steps_of
 from nmconv.flow import Flow, Op, ancestors, leaf_op, record_model
 from nmconv.recording import Recordings
 
@@ -127,7 +127,7 @@ def _starts_with_conv(elements: list[Element]) -> bool:
 def _from_first_conv(elements: list[Element]) -> list[Element]:
     """Return the elements from the first convolution on; none if that is in a branch."""
     for position, element in enumerate(elements):
-        if isinstance(element, Join):
+        if isinstance(element, ParallelSum):
             return []
         if element.kind == "conv":
             return elements[position:]

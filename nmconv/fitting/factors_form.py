@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nmconv.algebra import Geometry, Refusal, geometry_of, has_plain_parameter, scale_and_shift_of
-from nmconv.finding import Element, Join
+from nmconv.finding import Element, ParallelSum
 from nmconv.fitting.norm_statistics import assign, has_bias, set_input_statistics
 from nmconv.fitting.ridge_regression import Coefficients, Regression
 from nmconv.fitting.tasks import FitTask
@@ -108,8 +108,8 @@ class FactorsForm:
 
 def _last_convolution(elements: tuple[Element, ...]) -> Any:
     """Return the last convolution with the steps after it."""
-    last = max(at for at, element in enumerate(elements) if isinstance(element, Join) or element.kind == "conv")
-    if isinstance(elements[last], Join):
+    last = max(at for at, element in enumerate(elements) if isinstance(element, ParallelSum) or element.kind == "conv")
+    if isinstance(elements[last], ParallelSum):
         raise Refusal("it ends in a sum of convolutions, which have no one last convolution")
     steps: Any = elements[last:]
     for step in steps:

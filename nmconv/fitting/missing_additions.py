@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from nmconv.finding import Element, Join
-from nmconv.planning import Sum
+from nmconv.finding import Element, ParallelSum
+from nmconv.planning import ReplacedSum
 
 __all__ = ["MissingAdditions"]
 
@@ -22,10 +22,10 @@ class MissingAdditions:
         missing: The additions, with their numbers in the reference.
     """
 
-    def __init__(self, missing: Iterable[Sum]) -> None:
+    def __init__(self, missing: Iterable[ReplacedSum]) -> None:
         self._missing: frozenset[_Addition] = frozenset((one.owner, one.label, one.number) for one in missing)
 
-    def without(self, removed: Iterable[Sum]) -> MissingAdditions:
+    def without(self, removed: Iterable[ReplacedSum]) -> MissingAdditions:
         """Return the missing additions after more are removed, given with their present numbers in the model."""
         result = MissingAdditions(())
         result._missing = self._missing | {
@@ -53,7 +53,7 @@ class MissingAdditions:
 def _renumbered(elements: Iterable[Element], number: Callable[[str, str, int], int]) -> tuple[Element, ...]:
     result: list[Element] = []
     for element in elements:
-        if isinstance(element, Join):
+        if isinstance(element, ParallelSum):
             first, second = (_renumbered(branch, number) for branch in element.branches)
             new_number = number(element.owner, element.label, element.number)
             element = replace(element, branches=(first, second), number=new_number)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from nmconv.finding import DefUse, Element, Join, steps_of, without_end
+from nmconv.finding import DefUse, Element, ParallelSum, steps_of, without_end
 from nmconv.planning import Kernel
 
 __all__ = ["convs_of", "pieces_of", "without_last_sum"]
@@ -53,7 +53,7 @@ def pieces_of(
 
 def without_last_sum(elements: tuple[Element, ...]) -> tuple[Element, ...]:
     """Cut off a final sum of which only one branch has convolutions: the run ends with that branch then."""
-    while isinstance(elements[-1], Join):
+    while isinstance(elements[-1], ParallelSum):
         branches = [branch for branch in elements[-1].branches if convs_of(branch)]
         if len(branches) != 1:
             return elements
@@ -91,7 +91,7 @@ def _branches_with_kernels(
     block: list[Element], kernels: Mapping[tuple[str, ...], Kernel]
 ) -> list[tuple[Element, ...]]:
     """Return the branches of the block's sums if a kernel is named for a part of one."""
-    branches = [branch for element in block if isinstance(element, Join) for branch in element.branches]
+    branches = [branch for element in block if isinstance(element, ParallelSum) for branch in element.branches]
     named = any(set(convs) <= set(convs_of(branch)) for convs in kernels for branch in branches)
     return branches if named else []
 

@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from nmconv.errors import FitError
-from nmconv.finding import DefUse, Element, Join, ValueLocation, linear_runs, steps_of
+from nmconv.finding import DefUse, Element, ParallelSum, ValueLocation, linear_runs, steps_of
 from nmconv.fitting.missing_additions import MissingAdditions
 from nmconv.fitting.run_pieces import convs_of, pieces_of, without_last_sum
-from nmconv.planning import Kernel, Plan, Site, Sum
+from nmconv.planning import Kernel, Plan, ReplacedSum, Site
 
 __all__ = ["FitTask", "FitTasks", "lost_sites"]
 
@@ -94,7 +94,7 @@ class FitTasks:
         self.flags = tuple(dict.fromkeys(flag for run in self._runs for flag in run.flags))
         self.tasks = tuple(self._find(plan, default, downstream))
 
-    def renumbered(self, tasks: Iterable[FitTask], removed: Sequence[Sum]) -> list[FitTask]:
+    def renumbered(self, tasks: Iterable[FitTask], removed: Sequence[ReplacedSum]) -> list[FitTask]:
         """Return the same tasks after additions were removed from the model, which shifts the numbers after them."""
         tasks, before = list(tasks), self._additions
         self._additions = before.without(removed)
@@ -181,7 +181,7 @@ def lost_sites(plan: Plan, tasks: Iterable[FitTask]) -> Iterator[Site]:
 
 def _sum_owners(elements: Iterable[Element]) -> Iterator[str]:
     for element in elements:
-        if isinstance(element, Join):
+        if isinstance(element, ParallelSum):
             yield element.owner
             for branch in element.branches:
                 yield from _sum_owners(branch)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
-import stat
-from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nmconv.atomic_files import check_folder, write_atomically
 from nmconv.errors import FileError, ModelTypeError
 from nmconv.io.content import KEY, FileContent, to_text
 from nmconv.io.state import state_of
@@ -57,8 +54,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ['0.bias', '0.weight', '2.bias', '2.weight']
     """
     check_plain(model, "save", compiled=True)
-    if not os.path.isdir(os.path.dirname(os.path.realpath(path))):
-        raise FileError(f"{os.fspath(path)!r} cannot be written: its folder does not exist: make it first")
+    check_folder(path)
     for name, module in model.named_modules():
         plan = get_plan(module)
         if name and (get_merges(module) or (plan is not None and plan.changes_any)):
@@ -77,7 +73,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         except SafetensorError as error:
             raise FileError(f"{os.fspath(path)} cannot be written: {error}; is the disk full?") from error
 
-    _write_atomically(os.path.realpath(path), write)
+    write_atomically(path, write)
 
 
 def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[tuple[str, str], ...]]:
@@ -111,30 +107,3 @@ def _check_storable(name: str, value: Tensor) -> None:
         raise ModelTypeError(f"{name!r} is of type {value.dtype}, which a safetensors file cannot hold")
     if value.is_meta:
         raise ModelTypeError(f"{name!r} is on the meta device and has no numbers to save: load or draw some first")
-
-
-def _write_atomically(path: str, write: Callable[[str], None]) -> None:
-    """Let ``write`` fill a temporary file next to ``path``, which then replaces ``path``, synchronized to the disk."""
-    folder = os.path.dirname(path)
-    temporary = os.path.join(folder, f".nmconv-{secrets.token_hex(8)}.tmp")
-    mode = None
-    with suppress(FileNotFoundError):
-        mode = stat.S_IMODE(os.stat(path).st_mode)
-    try:
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        default_mode = stat.S_IMODE(os.stat(temporary).st_mode)
-        write(temporary)
-        os.chmod(temporary, default_mode if mode is None else mode)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    if hasattr(os, "O_DIRECTORY"):
-        directory = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from nmconv.deprecation import current_value
 from nmconv.errors import MergeError, NoEffectWarning, OptionError, warn_user
 from nmconv.merging.example_outputs import batch_size
 from nmconv.merging.latency_gate import is_slower
@@ -20,13 +21,14 @@ from nmconv.timing import BACKENDS
 
 __all__ = ["find_runs", "fold_norms", "merge"]
 
-_GATES = ("flops", "latency", "always")
+_GATES = ("multiply_adds", "latency", "always")
+_OLD_GATES = {"flops": "multiply_adds"}
 
 
 def merge(
     model: nn.Module,
     *,
-    gate: str = "flops",
+    gate: str = "multiply_adds",
     min_gain: float = 1.05,
     backend: str = "eager",
     live: bool = False,
@@ -45,7 +47,7 @@ def merge(
 
     Args:
         model: A model in eval mode, converted or not.
-        gate: What a merge must achieve. ``"flops"``: multiply-adds before over after of at least ``min_gain``.
+        gate: What a merge must achieve. ``"multiply_adds"``: those before over those after of at least ``min_gain``.
             ``"latency"``: the same for time on ``backend``, for inputs of the shape of ``example_inputs`` and the
             model's device and dtype, and all merges together must not make the model slower (not checked if ``live``,
             nor where ``backend`` cannot run the whole model). ``"always"``: nothing; as few convolutions as possible
@@ -92,6 +94,7 @@ def merge(
         >>> torch.allclose(merged(x), model(x), atol=1e-5)
         True
     """
+    gate = current_value("gate", gate, _OLD_GATES)
     _check_options(gate, min_gain, backend, example_inputs)
     _check_eval_mode(model, "merge")
     if methods is not None:
@@ -105,7 +108,7 @@ def merge(
     merger = Merger(model, example_inputs, live, recorded, baked=None if work is None else (work.model, live_heads))
     if gate == "latency":
         price = merger.latency_price(min_gain, backend)
-    elif gate == "flops":
+    elif gate == "multiply_adds":
         price = _multiply_adds_price(min_gain, batch_size(example_inputs) if live else None)
     else:
         price = _price_of_anything

@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from nmconv.algebra import Geometry, Refusal, channels_last, compose_geometries, conv_module, in_memory_format
 from nmconv.copying import copy_model
-from nmconv.finding import Join, Step
+from nmconv.finding import ParallelSum, Step
 from nmconv.merging.example_outputs import call_model
 from nmconv.merging.nodes import RunNode
 from nmconv.merging.partitioning import Segment
@@ -134,7 +134,7 @@ def _geometries(nodes: Sequence[RunNode], unhoisted: Unhoisted) -> Any:
     """Return the nested geometries of nodes, as a key."""
     return tuple(
         tuple(_geometries(branch, unhoisted) for branch in node.branches)
-        if isinstance(node.element, Join)
+        if isinstance(node.element, ParallelSum)
         else _unhoisted_geometry(node, unhoisted)
         for node in nodes
     )
@@ -166,7 +166,7 @@ def _unmerged_modules(nodes: Sequence[RunNode], like: Tensor, unhoisted: Unhoist
             open_conv = geometry
 
     for node in nodes:
-        if isinstance(node.element, Join):
+        if isinstance(node.element, ParallelSum):
             close()
             modules.append(Summed(*(_unmerged_modules(branch, like, unhoisted) for branch in node.branches)))
         elif node.element.kind == "conv":

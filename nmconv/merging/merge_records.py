@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import nn
 
-from nmconv.finding import Element, Join, elements_to_json, steps_of
+from nmconv.finding import Element, ParallelSum, elements_to_json, steps_of
 from nmconv.merging.nodes import RunNode
 from nmconv.merging.partitioning import Segment
 from nmconv.merging.report import Merge
-from nmconv.planning import Sum
+from nmconv.planning import ReplacedSum
 
 __all__ = ["any_requires_grad", "merge_of_segment", "norms_behind"]
 
@@ -65,14 +65,14 @@ class _Roles:
         self.head = ""
         self.removed: list[str] = []
         self.norms_behind: list[str] = []
-        self.sums: list[Sum] = []
+        self.sums: list[ReplacedSum] = []
         self._add(nodes)
 
     def _add(self, nodes: Sequence[RunNode]) -> None:
         for node in nodes:
             element = node.element
-            if isinstance(element, Join):
-                self._add_join(element, node)
+            if isinstance(element, ParallelSum):
+                self._add_sum(element, node)
             elif element.kind == "conv" and not self.head:
                 self.head = element.name
             elif element.kind != "pass":
@@ -80,22 +80,24 @@ class _Roles:
                 if element.kind == "norm" and self.head:
                     self.norms_behind.append(element.name)
 
-    def _add_join(self, join: Join, node: RunNode) -> None:
+    def _add_sum(self, parallel: ParallelSum, node: RunNode) -> None:
         if self.head:  # the merged value comes in: it leaves by the shortest branch, the identity if there is one
-            keep = min((0, 1), key=lambda index: len(join.branches[index]))
+            keep = min((0, 1), key=lambda index: len(parallel.branches[index]))
         else:  # the merged value is computed in the first branch with a convolution
-            keep = [any(step.kind == "conv" for step in steps_of(branch)) for branch in join.branches].index(True)
+            keep = [any(step.kind == "conv" for step in steps_of(branch)) for branch in parallel.branches].index(True)
         self._add(node.branches[keep])
-        dropped = join.branches[1 - keep]
+        dropped = parallel.branches[1 - keep]
         self.removed += [step.name for step in steps_of(dropped) if step.kind != "pass"]
-        self.sums += [Sum(inner.owner, inner.label, inner.number, 0) for inner in _sums_in(dropped, join.owner)]
-        self.sums.append(Sum(join.owner, join.label, join.number, keep))
+        self.sums += [
+            ReplacedSum(inner.owner, inner.label, inner.number, 0) for inner in _sums_in(dropped, parallel.owner)
+        ]
+        self.sums.append(ReplacedSum(parallel.owner, parallel.label, parallel.number, keep))
 
 
-def _sums_in(elements: Iterable[Element], owner: str) -> Iterator[Join]:
+def _sums_in(elements: Iterable[Element], owner: str) -> Iterator[ParallelSum]:
     """Yield the sums in a branch that its owner's forward computes, innermost first."""
     for element in elements:
-        if isinstance(element, Join):
+        if isinstance(element, ParallelSum):
             for branch in element.branches:
                 yield from _sums_in(branch, owner)
             if element.owner == owner:

@@ -23,7 +23,7 @@ from nmconv.algebra import (
 )
 from nmconv.copying import copy_model
 from nmconv.errors import MergeError
-from nmconv.finding import Join, LinearRun, argument_structures, linear_runs, steps_of
+from nmconv.finding import LinearRun, ParallelSum, argument_structures, linear_runs, steps_of
 from nmconv.flow import Op, hooks_of, leaf_op
 from nmconv.merging.call_guards import guarded, with_attribute_guards
 from nmconv.merging.example_outputs import batch_size, outputs_in_float64, outputs_of, outputs_of_copy
@@ -109,7 +109,7 @@ class Merger:
     def _refuse_non_factors(self, nodes: Sequence[RunNode]) -> None:
         """Refuse what cannot be a factor of a live kernel."""
         for node in nodes:
-            if isinstance(node.element, Join):
+            if isinstance(node.element, ParallelSum):
                 for branch in node.branches:
                     self._refuse_non_factors(branch)
                 if any(isinstance(inner.geometry, Refusal) for branch in node.branches for inner in branch):

@@ -21,7 +21,7 @@ from nmconv.algebra import (
     of_average,
     of_identity,
 )
-from nmconv.finding import Join
+from nmconv.finding import ParallelSum
 from nmconv.merging.nodes import RunNode
 
 __all__ = ["ToAffine", "affine_of_nodes", "interior_affine", "interior_geometry"]
@@ -57,7 +57,7 @@ def affine_of_nodes(
     for node in nodes:
         element = node.element
         width = parts[-1].geometry.out_channels if parts else channels
-        if isinstance(element, Join):
+        if isinstance(element, ParallelSum):
             _check_rewritable(element)
             branches = [
                 affine_of_nodes(branch, module, to_affine, like, width, rank, exact=exact) for branch in node.branches
@@ -100,7 +100,7 @@ def interior_geometry(nodes: Sequence[RunNode], channels: int, rank: int) -> Geo
     """
     total = identity(channels, rank)
     for node in nodes:
-        if isinstance(node.element, Join):
+        if isinstance(node.element, ParallelSum):
             _check_rewritable(node.element)
             part = add_geometries([interior_geometry(branch, total.out_channels, rank) for branch in node.branches])
         elif isinstance(node.geometry, Refusal):
@@ -111,7 +111,7 @@ def interior_geometry(nodes: Sequence[RunNode], channels: int, rank: int) -> Geo
     return total
 
 
-def _check_rewritable(join: Join) -> None:
+def _check_rewritable(parallel: ParallelSum) -> None:
     """Raise Refusal if the forward that computes the sum cannot be rewritten."""
-    if join.why:
-        raise Refusal(f"{join.owner or 'the model'}: {join.why}")
+    if parallel.why:
+        raise Refusal(f"{parallel.owner or 'the model'}: {parallel.why}")

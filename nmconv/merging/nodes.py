@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from nmconv.algebra import Geometry, Refusal, add_geometries, check_hooks, compose_geometries, geometry_of, identity
-from nmconv.finding import Element, Join, Step, steps_of
+from nmconv.finding import Element, ParallelSum, Step, steps_of
 
 __all__ = ["RunNode", "conv_names", "geometry_of_nodes", "nodes_of", "refuse_all"]
 
@@ -105,7 +105,7 @@ def nodes_of(
         if isinstance(element, Step):
             node = _node_of_step(named, element, channels or 0, sizes, padding)
         else:
-            node = _node_of_join(named, element, channels or 0, sizes, padding, refused)
+            node = _node_of_sum(named, element, channels or 0, sizes, padding, refused)
         nodes.append(node)
         sizes = node.result
         if isinstance(node.geometry, Geometry):
@@ -153,34 +153,34 @@ def _node_of_step(
     return RunNode(step, geometry, sizes, result, cost)
 
 
-def _node_of_join(
+def _node_of_sum(
     named: Callable[[str], nn.Module],
-    join: Join,
+    parallel: ParallelSum,
     channels: int,
     sizes: tuple[int, ...],
     padding: Callable[[str, Geometry], Geometry],
     refused: Mapping[str, str],
 ) -> RunNode:
-    branches = tuple(nodes_of(named, branch, channels, sizes, padding, refused) for branch in join.branches)
+    branches = tuple(nodes_of(named, branch, channels, sizes, padding, refused) for branch in parallel.branches)
     results = {branch[-1].result if branch else sizes for branch in branches}
     result = next(iter(results))
     width = channels
     try:
-        why = join.why or refused.get(join.owner)
+        why = parallel.why or refused.get(parallel.owner)
         if why:
-            raise Refusal(f"{join.owner or 'the model'}: {why}")
+            raise Refusal(f"{parallel.owner or 'the model'}: {why}")
         parts = [geometry_of_nodes(branch, channels, len(sizes)) for branch in branches]
         geometry: Geometry | Refusal = add_geometries(parts)
         width = parts[0].out_channels
     except Refusal as refusal:
         geometry = refusal
-    return RunNode(join, geometry, sizes, result, width * math.prod(result), branches)
+    return RunNode(parallel, geometry, sizes, result, width * math.prod(result), branches)
 
 
 def _input_channels(named: Callable[[str], nn.Module], elements: Iterable[Element]) -> int | None:
     """Return the number of input channels of the first convolution or norm."""
     for element in elements:
-        if isinstance(element, Join):
+        if isinstance(element, ParallelSum):
             for branch in element.branches:
                 channels = _input_channels(named, branch)
                 if channels is not None:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from nmconv.algebra import Affine, apply, copy_in_float64
 from nmconv.errors import MergeError
-from nmconv.finding import Join
+from nmconv.finding import ParallelSum
 from nmconv.flow import is_norm_act
 from nmconv.merging.nodes import RunNode
 from nmconv.merging.partitioning import Segment
@@ -188,7 +188,7 @@ class _Float64Modules:
     def run(self, nodes: Sequence[RunNode], x: Tensor) -> Tensor:
         for node in nodes:
             element = node.element
-            if isinstance(element, Join):
+            if isinstance(element, ParallelSum):
                 one, two = (self.run(branch, x) for branch in node.branches)
                 if one.shape != two.shape:
                     raise MergeError(f"{element.owner}: summed branches differ in their shapes")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from nmconv.algebra import Geometry, Refusal, compose_geometries
-from nmconv.finding import Join
+from nmconv.finding import ParallelSum
 from nmconv.merging.nodes import RunNode, geometry_of_nodes
 
 __all__ = ["Partition", "Price", "Segment", "partition"]
@@ -51,7 +51,7 @@ class Segment:
     def is_fold(self) -> bool:
         """Whether it is a single convolution that only absorbs norms and padding."""
         return len(self.convs) == 1 and not any(
-            isinstance(node.element, Join) or node.element.pools for node in self.nodes
+            isinstance(node.element, ParallelSum) or node.element.pools for node in self.nodes
         )
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from nmconv.algebra import Refusal
-from nmconv.finding import Element, Join, Step, steps_of
+from nmconv.finding import Element, ParallelSum, Step, steps_of
 from nmconv.merging.nodes import RunNode
 from nmconv.merging.report import Merge
-from nmconv.planning import Sum
+from nmconv.planning import ReplacedSum
 from nmconv.surgery import Witness
 from nmconv.witness import MergedGroup
 
@@ -46,7 +46,7 @@ class RunDivider:
     def __init__(self, witness: Witness | None) -> None:
         self._witness = witness
         self._between: dict[tuple[_Key, _Key], str] = {}  # by neighbors, the reason to divide between them, or ""
-        self._joins: dict[_Key, str] = {}  # by sum, the reason why it cannot be merged, or ""
+        self._sums: dict[_Key, str] = {}  # by sum, the reason why it cannot be merged, or ""
 
     def compare(self, runs: Sequence[Sequence[RunNode]]) -> None:
         """Compare runs with the recordings; :meth:`divided` uses the result."""
@@ -55,9 +55,9 @@ class RunDivider:
         pieces = [piece for nodes in runs for piece in _mergeable_pieces(nodes) if _is_comparable(piece)]
         whys = self._reasons(pieces)
         broken = [piece for piece, why in zip(pieces, whys, strict=True) if why]
-        joins = [[node] for piece in broken for node in piece if isinstance(node.element, Join)]
-        for (node,), why in zip(joins, self._reasons(joins), strict=True):
-            self._joins[_key(node)] = why
+        sums = [[node] for piece in broken for node in piece if isinstance(node.element, ParallelSum)]
+        for (node,), why in zip(sums, self._reasons(sums), strict=True):
+            self._sums[_key(node)] = why
         for first in (0, 1):  # disjoint pairs, since groups must not overlap
             pairs = [list(piece[at : at + 2]) for piece in broken for at in range(first, len(piece) - 1, 2)]
             for (one, other), why in zip(pairs, self._reasons(pairs), strict=True):
@@ -72,8 +72,8 @@ class RunDivider:
         result: list[RunNode] = []
         last: RunNode | None = None
         for node in nodes:
-            if isinstance(node.element, Join) and self._joins.get(_key(node)):
-                node.geometry = Refusal(self._joins[_key(node)])
+            if isinstance(node.element, ParallelSum) and self._sums.get(_key(node)):
+                node.geometry = Refusal(self._sums[_key(node)])
             if not _is_pass(node):
                 why = "" if last is None else self._between.get((_key(last), _key(node)), "")
                 if why:
@@ -104,7 +104,7 @@ def _mergeable_pieces(nodes: Sequence[RunNode]) -> Iterator[list[RunNode]]:
 
 
 def _is_comparable(piece: Sequence[RunNode]) -> bool:
-    return len(piece) > 1 or any(isinstance(node.element, Join) for node in piece)
+    return len(piece) > 1 or any(isinstance(node.element, ParallelSum) for node in piece)
 
 
 def _is_pass(node: RunNode) -> bool:
@@ -113,7 +113,7 @@ def _is_pass(node: RunNode) -> bool:
 
 def _key(node: RunNode) -> _Key:
     element = node.element
-    return (element.owner, element.label, str(element.number)) if isinstance(element, Join) else (element.name,)
+    return (element.owner, element.label, str(element.number)) if isinstance(element, ParallelSum) else (element.name,)
 
 
 def _identity_step(element: Element) -> Step:
@@ -127,9 +127,9 @@ def _group(head: str, piece: Sequence[RunNode]) -> MergedGroup:
     return MergedGroup(head, members, tuple((0, addition) for addition in _sums_of(elements)))
 
 
-def _sums_of(elements: Iterable[Element]) -> Iterator[Sum]:
+def _sums_of(elements: Iterable[Element]) -> Iterator[ReplacedSum]:
     for element in elements:
-        if isinstance(element, Join):
+        if isinstance(element, ParallelSum):
             for branch in element.branches:
                 yield from _sums_of(branch)
-            yield Sum(element.owner, element.label, element.number, 0)
+            yield ReplacedSum(element.owner, element.label, element.number, 0)

@@ -13,7 +13,7 @@ from nmconv.errors import ModelTypeError
 from nmconv.finding import steps_of
 from nmconv.merging.nodes import RunNode, geometry_of_nodes
 from nmconv.merging.partitioning import Price, Segment, partition
-from nmconv.planning import Sum
+from nmconv.planning import ReplacedSum
 from nmconv.surgery import MERGED
 
 __all__ = ["Guard", "Merge", "Run", "describe_run", "get_merges", "parameters_of"]
@@ -56,13 +56,17 @@ class Merge:
     convs: tuple[str, ...]
     geometry: Geometry
     removed: tuple[str, ...]
-    sums: tuple[Sum, ...] = ()
+    sums: tuple[ReplacedSum, ...] = ()
     trainable: bool = True
     live: bool = False
     factors: str = ""
     norm: str = ""
     guards: tuple[Guard, ...] = ()
     closed: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        live = ", live" if self.live else ""
+        return f"{self.head}: one convolution{live} for {', '.join(self.convs)}"
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,11 @@ class Run:
     def gain(self) -> float:
         """Multiply-adds before over after, which predicts the speed-up (docs/merging.md)."""
         return self.multiply_adds / self.merged_multiply_adds
+
+    def __str__(self) -> str:
+        merged = "; ".join(" + ".join(convs) for convs in self.merges)
+        what = f"merges {merged}, gain {self.gain:.2f}" if merged else "merges nothing"
+        return f"{', '.join(self.convs)}: {what}" + (f" ({self.why})" if self.why else "")
 
 
 def get_merges(model: nn.Module) -> tuple[tuple[Merge, ...], ...]:

@@ -5,9 +5,9 @@ from nmconv.planning.changes import Change, Changes, changes_of
 from nmconv.planning.dataclass_json import from_plain
 from nmconv.planning.json_files import nan_if_null, read_json, write_json
 from nmconv.planning.plan import Plan
-from nmconv.planning.plan_parts import Branch, Counts, Hoist, Kernel, Sum
+from nmconv.planning.plan_parts import Branch, Counts, Hoist, Kernel, ReplacedSum
 from nmconv.planning.planner import Options, decide
-from nmconv.planning.policies import BOUNDARY, Keep, Unit, current_keep
+from nmconv.planning.policies import DEFAULT_KEEP, Keep, Unit, current_keep
 from nmconv.planning.ratio import Ratio
 from nmconv.planning.selection import as_patterns
 from nmconv.planning.site import Site
@@ -15,7 +15,7 @@ from nmconv.planning.structure import Activation, Chain, Item, Place, Structure,
 from nmconv.planning.text_table import text_table
 
 __all__ = [
-    "BOUNDARY",
+    "DEFAULT_KEEP",
     "Activation",
     "Branch",
     "Chain",
@@ -30,10 +30,10 @@ __all__ = [
     "Place",
     "Plan",
     "Ratio",
+    "ReplacedSum",
     "Signature",
     "Site",
     "Structure",
-    "Sum",
     "TensorSpec",
     "Unit",
     "Untraced",

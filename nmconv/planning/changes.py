@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nmconv.errors import PlanError
 from nmconv.planning.plan import Plan
-from nmconv.planning.plan_parts import Sum
+from nmconv.planning.plan_parts import ReplacedSum
 from nmconv.planning.site import Site
 from nmconv.planning.structure import Activation, Item, Place, Structure
 
@@ -41,8 +41,8 @@ class Changes:
     """
 
     calls: tuple[Change, ...] = ()
-    sums: tuple[Sum, ...] = ()
-    copied: frozenset[Sum] = frozenset()
+    sums: tuple[ReplacedSum, ...] = ()
+    copied: frozenset[ReplacedSum] = frozenset()
     hoists: tuple[tuple[str, ...], ...] = ()
 
     @property
@@ -51,7 +51,7 @@ class Changes:
         return tuple(change for change in self.calls if change.action in ("drop", "move"))
 
 
-def changes_of(plan: Plan, structure: Structure, copied: frozenset[Sum] = frozenset()) -> Changes:
+def changes_of(plan: Plan, structure: Structure, copied: frozenset[ReplacedSum] = frozenset()) -> Changes:
     """Return what a plan does to a model.
 
     Args:

@@ -5,28 +5,24 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
-from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from nmconv.atomic_files import write_atomically
 from nmconv.errors import FileError
 
 __all__ = ["nan_if_null", "read_json", "write_json"]
 
 
 def write_json(path: str | os.PathLike[str], data: dict[str, Any]) -> None:
-    """Write nested plain data to a file atomically; numbers that are not finite become null."""
-    name = os.fspath(path)
-    temporary = f"{name}.{secrets.token_hex(4)}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(_finite(data), file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, name)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
+    """Write nested plain data to a file atomically; numbers that are not finite become null.
+
+    Raises:
+        FileError: If the folder does not exist.
+        OSError: If the file cannot be written.
+    """
+    text = json.dumps(_finite(data), indent=1, allow_nan=False)
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def read_json(path: str | os.PathLike[str], mark: str, version: int, again: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from nmconv.errors import PlanError
 from nmconv.planning.call_signature import Signature
 from nmconv.planning.dataclass_json import from_plain, lines_of, to_plain
 from nmconv.planning.plan_parts import Branch, Counts, Hoist, Kernel, check_branches, check_kernels
-from nmconv.planning.policies import OLD_NAMES
+from nmconv.planning.policies import CONSEQUENCES, OLD_NAMES
 from nmconv.planning.site import Site, check_sites
 from nmconv.planning.structure import Untraced
 from nmconv.planning.text_table import text_table
@@ -47,7 +47,7 @@ class Plan:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
         >>> plan = nmconv.make_plan(model, "2:1")
         >>> [(site.id, site.action) for site in plan.sites]
-        [('1#1', 'drop'), ('3#1', 'keep')]
+        [('1#1', 'keep'), ('3#1', 'drop')]
         >>> plan.counts.activations_before, plan.counts.activations_after, plan.counts.ratio_reached
         (2, 1, '2.00:1')
     """
@@ -111,8 +111,8 @@ class Plan:
             >>> from torch import nn
             >>> import nmconv
             >>> plan = nmconv.make_plan(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()))
-            >>> [site.action for site in plan.edit({"1#1": "keep", "3#1": "drop"}).sites]
-            ['keep', 'drop']
+            >>> [site.action for site in plan.edit({"1#1": "drop", "3#1": "keep"}).sites]
+            ['drop', 'keep']
         """
         if not isinstance(actions, Mapping):
             raise PlanError(f"{actions!r:.80} is no edit: map sites to actions, such as {{'layer1.0.relu#1': 'keep'}}")
@@ -236,11 +236,13 @@ def _check(plan: Plan) -> None:
 
 def _lines(plan: Plan) -> Iterator[str]:
     """Yield the lines of a plan's text."""
-    counts = plan.counts
+    counts, keep = plan.counts, dict(plan.options).get("keep", "")
     yield (
         f"{plan.model} at {plan.ratio}: {counts.activations_before} activations -> {counts.activations_after} "
         f"for {counts.convs} convolutions ({counts.ratio_reached})"
     )
+    if plan.changes and keep in CONSEQUENCES:
+        yield f"keep={keep!r}: {CONSEQUENCES[keep]}"
     rows = [
         (
             site.id,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Branch", "Counts", "Hoist", "Kernel", "Sum", "check_branches", "check_kernels"]
+__all__ = ["Branch", "Counts", "Hoist", "Kernel", "ReplacedSum", "check_branches", "check_kernels"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class Sum:
+class ReplacedSum:
     """An addition that is replaced by one of its operands.
 
     Attributes:
@@ -65,7 +65,7 @@ class Branch:
         convs: Qualified names of its convolutions.
     """
 
-    sum: Sum
+    sum: ReplacedSum
     convs: tuple[str, ...]
 
 

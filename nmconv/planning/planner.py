@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from nmconv.planning.plan import Plan
-from nmconv.planning.policies import BOUNDARY, Keep, Unit, check_keep, choose
+from nmconv.planning.policies import DEFAULT_KEEP, Keep, Unit, check_keep, choose
 from nmconv.planning.ratio import Ratio
 from nmconv.planning.selection import PatternTarget, Rules, as_patterns
 from nmconv.planning.site import Site
@@ -23,7 +23,7 @@ class Options:
     """What the user asked for; see :func:`nmconv.convert`."""
 
     ratio: object = "2:1"
-    keep: Keep = BOUNDARY
+    keep: Keep = DEFAULT_KEEP
     relocate: bool = False
     include: str | Iterable[str] = "*"
     exclude: str | Iterable[str] = ()

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from nmconv.errors import NmconvError, OptionError, RemovedParametersWarning
-from nmconv.planning import BOUNDARY, Options, Plan, current_keep
+from nmconv.planning import Options, Plan, current_keep
 from nmconv.run.models import Models, say
 from nmconv.run.script import run_module, run_script
 from nmconv.run.zoo_builders import watch_builders
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = partial(parser.add_argument, default=None)
     add("--ratio", metavar="N:M", help="default: 2:1")
-    add("--keep", metavar="WHICH", help="boundary (the default), first or spread")
+    add("--keep", metavar="WHICH", help="first (the default), boundary or spread")
     add("--relocate", action="store_true", help="move kept activations to their unit's end")
     add("--include", action="append", metavar="PATTERN", help="modules to convert; repeatable; default: all")
     add("--exclude", action="append", metavar="PATTERN", help="modules to leave alone; repeatable")
@@ -104,7 +104,7 @@ def _converter(args: argparse.Namespace) -> Callable[[nn.Module], Plan]:
             options["keep"] = current_keep(options["keep"])
         for warning in deprecated:
             say(str(warning.message))
-    Options(ratio=options.get("ratio", "2:1"), keep=options.get("keep", BOUNDARY)).check()
+    Options(**{name: options[name] for name in ("ratio", "keep") if name in options}).check()
     return partial(_plan_after, partial(convert, **options, witness=witness, inplace=True))
 
 

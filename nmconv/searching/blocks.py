@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from nmconv.finding import DefUse, Element, Join, steps_of
+from nmconv.finding import DefUse, Element, ParallelSum, steps_of
 from nmconv.merging import RunNode, nodes_of
 from nmconv.planning import Site
 
@@ -92,7 +92,7 @@ class BlockFinder:
             if node.convs and any(other.convs for other in pending):
                 blocks.append(self._block(pending))
                 pending = []
-            if isinstance(node.element, Join) and not self._contains_all_activations(node.element):
+            if isinstance(node.element, ParallelSum) and not self._contains_all_activations(node.element):
                 yield blocks
                 blocks, pending = [], []
                 continue
@@ -105,21 +105,21 @@ class BlockFinder:
             for branch in node.branches:
                 yield from self._lists_of_nodes(branch)
 
-    def _contains_all_activations(self, join: Join) -> bool:
+    def _contains_all_activations(self, parallel: ParallelSum) -> bool:
         """Return whether all activations of a sum's branches are after one of their elements.
 
         A branch that begins with an activation of its own fails: that activation is after no element of the run.
         """
         try:
-            acts = self._uses.activations_in(join)
+            acts = self._uses.activations_in(parallel)
         except KeyError:
             return False
-        return {site.id for act in acts if (site := self._sites.get(act))} <= set(self._inside(join))
+        return {site.id for act in acts if (site := self._sites.get(act))} <= set(self._inside(parallel))
 
     def _block(self, nodes: list[RunNode]) -> Block:
         while nodes[-1].element.quiet:
             nodes = nodes[:-1]
-        inner = [site for node in nodes if isinstance(node.element, Join) for site in self._inside(node.element)]
+        inner = [site for node in nodes if isinstance(node.element, ParallelSum) for site in self._inside(node.element)]
         cut: Block | None = None
         for at, node in enumerate(nodes[:-1]):
             behind = "" if node.element.quiet else self._id_behind(node.element)
@@ -128,10 +128,10 @@ class BlockFinder:
                 inner.append(behind)
         return Block(tuple(nodes), tuple(inner), self._id_behind(nodes[-1].element), cut)
 
-    def _inside(self, join: Join) -> Iterator[str]:
-        for branch in join.branches:
+    def _inside(self, parallel: ParallelSum) -> Iterator[str]:
+        for branch in parallel.branches:
             for element in branch:
-                if isinstance(element, Join):
+                if isinstance(element, ParallelSum):
                     yield from self._inside(element)
                 if not element.quiet:
                     behind = self._id_behind(element)

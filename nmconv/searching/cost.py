@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nmconv.algebra import Geometry, conv_module
-from nmconv.finding import Join
+from nmconv.finding import ParallelSum
 from nmconv.merging import RunNode, fold_norms
 from nmconv.searching.search_space import SearchSpace
 from nmconv.searching.segments import CandidateSegment
@@ -92,7 +92,7 @@ class Stopwatch:
         """Return modules that take as long as the nodes do with norms folded, and the activations between them."""
         modules: list[nn.Module] = []
         for number, node in enumerate(nodes):
-            if isinstance(node.element, Join):
+            if isinstance(node.element, ParallelSum):
                 modules.append(Summed(*(self._modules(branch) for branch in node.branches)))
             elif node.element.kind == "conv" and isinstance(node.geometry, Geometry):
                 modules.append(conv_module(node.geometry, self._image))

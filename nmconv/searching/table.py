@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nmconv.errors import FileError, OptionError
-from nmconv.planning import nan_if_null, read_json, write_json
+from nmconv.planning import nan_if_null, read_json, text_table, write_json
 
 __all__ = ["COSTS", "Candidate", "Sensitivity", "check_cost"]
 
@@ -97,6 +98,23 @@ class Sensitivity:
     candidates: list[Candidate] = field(default_factory=list)
     complete: bool = False
 
+    def __str__(self) -> str:
+        count = f"{len(self.candidates)} candidates" + ("" if self.complete else " so far")
+        rows = [
+            (
+                " … ".join(dict.fromkeys((one.convs[0], one.convs[-1]))),
+                one.size,
+                f"{one.loss:.4f}",
+                _or_blank(one.agreement, ".1%"),
+                str(one.activations),
+                f"{one.saves('multiply_adds'):.3g}",
+                _or_blank(one.saves("latency") * 1e3, ".3f"),
+            )
+            for one in sorted(self.candidates, key=lambda one: one.loss)
+        ]
+        header = ("convolutions", "kernel", "loss", "same class", "activations", "multiply-adds", "latency, ms")
+        return f"{self.model}: {count} and what each one saves, by loss\n{text_table(header, rows)}"
+
     def rows(self) -> list[dict[str, Any]]:
         """Return one flat dict for each candidate, for ``pandas.DataFrame`` or a csv file."""
         rows = []
@@ -108,7 +126,11 @@ class Sensitivity:
         return rows
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table to a JSON file, atomically; NaN becomes null."""
+        """Write the table to a JSON file, atomically; NaN becomes null.
+
+        Raises:
+            FileError: If the folder does not exist.
+        """
         write_json(path, {"nmconv_sensitivity": _VERSION, **asdict(self)})
 
     @classmethod
@@ -152,6 +174,11 @@ class Sensitivity:
         axes.set_yscale("log")
         axes.legend(fontsize="small")
         return axes
+
+
+def _or_blank(value: float, form: str) -> str:
+    """Format a number; NaN is blank."""
+    return "" if math.isnan(value) else format(value, form)
 
 
 def _candidate(row: dict[str, Any]) -> Candidate:

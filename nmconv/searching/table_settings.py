@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nmconv.atomic_files import check_folder
 from nmconv.errors import FileError
 from nmconv.fitting import Loss
 from nmconv.observing import Images
@@ -62,8 +63,7 @@ def load_or_create(space: SearchSpace, settings: dict[str, str], path: str | os.
     fresh = Sensitivity(space.plan.model, space.plan.fingerprint, settings, {})
     if path is None:
         return fresh
-    if not Path(path).absolute().parent.is_dir():
-        raise FileError(f"{os.fspath(path)}: there is no such folder: make it first")
+    check_folder(path)
     if not Path(path).exists():
         return fresh
     table = Sensitivity.load(path)

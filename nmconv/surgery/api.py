@@ -9,7 +9,7 @@ from torch import nn
 
 from nmconv.errors import NoEffectWarning, OptionError, PlanError, warn_user
 from nmconv.flow import record_model
-from nmconv.planning import BOUNDARY, Keep, Options, Plan, Signature, as_patterns, current_keep
+from nmconv.planning import DEFAULT_KEEP, Keep, Options, Plan, Signature, as_patterns, current_keep
 from nmconv.recording import Recordings
 from nmconv.surgery.apply import MethodCache, Surgery
 from nmconv.surgery.checks import FROZEN, PLAN, check_examples, check_initialized, check_model, check_plain, plan_of
@@ -27,7 +27,7 @@ def make_plan(
     model: nn.Module,
     ratio: object = "2:1",
     *,
-    keep: Keep = BOUNDARY,
+    keep: Keep = DEFAULT_KEEP,
     relocate: bool = False,
     include: str | Iterable[str] = "*",
     exclude: str | Iterable[str] = (),
@@ -60,7 +60,7 @@ def make_plan(
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
         >>> plan = nmconv.make_plan(model, "2:1")
         >>> [(site.id, site.action) for site in plan.sites]
-        [('1#1', 'drop'), ('3#1', 'keep')]
+        [('1#1', 'keep'), ('3#1', 'drop')]
     """
     options = _options(ratio, keep, relocate, include, exclude, linear, hoist_padding, example_inputs)
     return _planned(model, options, example_inputs)
@@ -124,13 +124,13 @@ def apply_plan(
         >>> from torch import nn
         >>> import nmconv
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
-        >>> plan = nmconv.make_plan(model, "2:1").edit({"1#1": "keep", "3#1": "drop"})
+        >>> plan = nmconv.make_plan(model, "2:1").edit({"1#1": "drop", "3#1": "keep"})
         >>> nmconv.apply_plan(model, plan)
         Sequential(
           (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
-          (1): ReLU()
+          (1): Identity()
           (2): Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1))
-          (3): Identity()
+          (3): ReLU()
         )
     """
     check_plain(model, "convert")
@@ -152,7 +152,7 @@ def convert(
     model: nn.Module,
     ratio: object = "2:1",
     *,
-    keep: Keep = BOUNDARY,
+    keep: Keep = DEFAULT_KEEP,
     relocate: bool = False,
     include: str | Iterable[str] = "*",
     exclude: str | Iterable[str] = (),
@@ -170,10 +170,10 @@ def convert(
         ratio: ``"N:M"``, a pair (N, M), or an ordered mapping from patterns to either or None (left alone); the first
             pattern that matches wins. A pattern is a glob on qualified names (``"layer3"`` stands for everything in
             it), ``"re:..."``, or ``"stage:2"`` in timm's ``feature_info``.
-        keep: Which activations a unit keeps: ``"boundary"``, its end (its first ones where activations stand before
-            their convolutions), ``"first"``, the other end, ``"spread"``, evenly spaced, or a function from
-            :class:`nmconv.Unit` to the positions in ``unit.sites`` that stay. In residual blocks ``"boundary"`` is what
-            :func:`nmconv.merge` needs, and ``"first"`` loses less accuracy when trained (docs/study.md).
+        keep: Which activations a unit keeps: ``"first"``, its first ones (its last where activations stand before
+            their convolutions), ``"boundary"``, those at its other end, ``"spread"``, evenly spaced, or a function
+            from :class:`nmconv.Unit` to the positions in ``unit.sites`` that stay. In residual blocks ``"first"`` loses
+            less accuracy when trained (docs/study.md), and ``"boundary"`` is what :func:`nmconv.merge` needs.
         relocate: Move the kept activation to the unit's end where the unit's last convolution has none, after its
             norm and residual addition.
         include: Pattern or patterns of what to convert; everything else is left alone.
@@ -219,9 +219,9 @@ def convert(
         >>> nmconv.convert(model, "2:1")
         Sequential(
           (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
-          (1): Identity()
+          (1): ReLU()
           (2): Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1))
-          (3): ReLU()
+          (3): Identity()
         )
     """
     options = _options(ratio, keep, relocate, include, exclude, linear, hoist_padding, example_inputs)

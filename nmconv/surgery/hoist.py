@@ -19,7 +19,7 @@ from nmconv.algebra import (
     pad,
 )
 from nmconv.errors import PlanError
-from nmconv.finding import Element, Join, Step, linear_runs
+from nmconv.finding import Element, ParallelSum, Step, linear_runs
 from nmconv.flow import LEAF, pads_same, record_model
 from nmconv.planning import Hoist, Signature
 from nmconv.surgery.rewritten_classes import RewrittenMethod, rewritten_class
@@ -40,10 +40,10 @@ def find_hoists(model: nn.Module, example_inputs: Any, call: Signature | None = 
 
 
 def _sequences(elements: Iterable[Element]) -> Iterator[list[Step]]:
-    """Yield the sequences of steps between joins, and those in the branches of joins."""
+    """Yield the sequences of steps between sums, and those in the branches of sums."""
     sequence: list[Step] = []
     for element in elements:
-        if isinstance(element, Join):
+        if isinstance(element, ParallelSum):
             yield sequence
             sequence = []
             for branch in element.branches:

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from nmconv.errors import RewriteError
 from nmconv.flow import Op, held, is_inplace, leaf_op, mixed, mixed_into
-from nmconv.planning import Activation, Change, Place, Sum
+from nmconv.planning import Activation, Change, Place, ReplacedSum
 from nmconv.surgery.codegen import method_source, return_changed_lists
 from nmconv.surgery.rewritten_classes import RewrittenMethod, rewritten_class
 from nmconv.tracing import MethodSpec, MethodTrace, MethodTracer, trace_methods
@@ -39,8 +39,8 @@ class Edit:
     remove: list[Activation] = field(default_factory=list)
     others: list[Activation] = field(default_factory=list)
     insert: list[tuple[Place, str]] = field(default_factory=list)
-    sums: list[Sum] = field(default_factory=list)
-    copied: set[Sum] = field(default_factory=set)
+    sums: list[ReplacedSum] = field(default_factory=list)
+    copied: set[ReplacedSum] = field(default_factory=set)
     mixing: dict[str, str] = field(default_factory=dict)
 
 

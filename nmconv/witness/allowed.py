@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch.fx import Node
 
 from nmconv.flow import expressions_of
-from nmconv.planning import Change, Changes, Sum
+from nmconv.planning import Change, Changes, ReplacedSum
 from nmconv.recording import Fact, Read, Recording
 
 __all__ = [
@@ -43,7 +43,7 @@ class MergedGroup:
 
     head: str
     members: frozenset[str]
-    sums: tuple[tuple[int, Sum], ...] = ()
+    sums: tuple[tuple[int, ReplacedSum], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class AllowedDifferences:
     """
 
     changes: tuple[Change, ...] = ()
-    sums: tuple[Sum, ...] = ()
+    sums: tuple[ReplacedSum, ...] = ()
     hoists: tuple[tuple[str, ...], ...] = ()
     groups: tuple[MergedGroup, ...] = ()
     rewritten: frozenset[str] = field(default_factory=frozenset)
@@ -116,11 +116,13 @@ def _by_call(recording: Recording, changes: Iterable[Change]) -> dict[tuple[str,
     return wanted
 
 
-def changed_sums(recording: Recording, sums: Iterable[Sum], gone: Container[Node] = ()) -> dict[Node, Sum]:
+def changed_sums(
+    recording: Recording, sums: Iterable[ReplacedSum], gone: Container[Node] = ()
+) -> dict[Node, ReplacedSum]:
     """Return the additions of a recording that are among ``sums``; those that are ``gone`` are not counted."""
     wanted = {(each.owner, _RECORDED_LABELS.get(each.label, each.label), each.number): each for each in sums}
     labels = {(owner, label) for owner, label, _ in wanted}
-    changed: dict[Node, Sum] = {}
+    changed: dict[Node, ReplacedSum] = {}
     counts: Counter[tuple[int, str]] = Counter()
     for node, fact in recording.facts.items() if wanted else ():
         path, label = fact.frame.path, fact.label

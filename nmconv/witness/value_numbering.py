@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import Node
 
 from nmconv.flow import mixed_into
-from nmconv.planning import Sum
+from nmconv.planning import ReplacedSum
 from nmconv.recording import TENSOR, Fact, Read, Recording, hook_sees, unknown
 from nmconv.witness.allowed import (
     AllowedDifferences,
@@ -114,7 +114,7 @@ class _Numbering:
         allowed: AllowedDifferences,
         table: Table,
         dropped: Mapping[Node, tuple[Read, ...]],
-        sums: Mapping[Node, Sum] | None = None,
+        sums: Mapping[Node, ReplacedSum] | None = None,
         grouped: Mapping[Node, MergedGroup] | None = None,
         *,
         added: Mapping[str, frozenset[str]] | None = None,

@@ -117,7 +117,7 @@ def test_the_gate_never_lets_through_what_costs_more(rank, data):
     net = data.draw(runs(rank, 2, 4))
     shapes = shapes_for(data.draw, net, rank)
     min_gain = data.draw(st.sampled_from([1.05, 1.5, 4.0]))
-    merged = merge(net, gate="flops", min_gain=min_gain, witness=False)
+    merged = merge(net, gate="multiply_adds", min_gain=min_gain, witness=False)
     assert assert_agree(merged, net, *shapes)
     large = picture(inputs_of(net), *((400, 48, 20)[rank - 1],) * rank, batch=2)
     before, after = counts(net, large), counts(merged, large)
@@ -309,7 +309,7 @@ def test_the_best_bracketing_is_taken(name):
     every = sorted((sum(cost_of(net, part) for part in each), len(each)) for each in bracketings(5))
     (least, parts), (second, _) = every[:2]
     assert second > least * 1.02, "the best must be clear"
-    merged = merge(net, gate="flops")
+    merged = merge(net, gate="multiply_adds")
     assert convs_of(merged, 4, 32, 32) == parts
     assert assert_agree(merged, net, (4, 12, 13), (4, 9, 9), (4, 3, 3))
     x = picture(4, 200, 200, batch=2)
@@ -338,7 +338,7 @@ def test_the_best_bracketing_of_drawn_runs(data):
     net = settle(nn.Sequential(*layers))
     least = min(sum(cost_of(layers, part) for part in each) for each in bracketings(len(layers)))
     alone = sum(cost_of(layers, range(at, at + 1)) for at in range(len(layers)))
-    merged = merge(net, gate="flops", min_gain=1.0)
+    merged = merge(net, gate="multiply_adds", min_gain=1.0)
     x = picture(channels[0], 160, 160, batch=1)
     assert counts(merged, x).multiply_adds / counts(net, x).multiply_adds <= least / alone * 1.08
     with torch.no_grad():

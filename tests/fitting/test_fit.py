@@ -72,7 +72,7 @@ def nets() -> dict[str, Any]:
 def test_nothing_outside_of_the_units_changes(name: str, kernel: Any) -> None:
     net = statistics(nets()[name]())
     x = picture(3, 32, 32, batch=8)
-    model = nmconv.convert(net, "2:1", example_inputs=(x[:1],))
+    model = nmconv.convert(net, "2:1", example_inputs=(x[:1],), keep="boundary")
     if name != "functional":
         model.train()
         net.get_submodule(next(name for name, _ in net.named_children())).train()
@@ -478,7 +478,7 @@ def test_saved_and_loaded(kernel: Any, tmp_path: Path) -> None:
     for make in (small, lambda: statistics(ResNet(BasicBlock, (1, 1, 1, 1), 3, channels=(4, 8, 8, 8)))):
         net = make()
         x = X if isinstance(net, nn.Sequential) else picture(3, 32, 32, batch=8)
-        model = nmconv.convert(net, "2:1")
+        model = nmconv.convert(net, "2:1", keep="boundary")
         fitted = nmconv.fit(model, x, reference=net, kernel=kernel)
         nmconv.save(fitted, tmp_path / "net.safetensors")
         again = nmconv.load(make(), tmp_path / "net.safetensors")

@@ -53,7 +53,7 @@ def test_the_next_convolution_sees_what_a_unit_cannot_see() -> None:
 def test_what_comes_before_the_first_unit_stays_and_keys_too() -> None:
     net = statistics(ResNet(BasicBlock, (2, 1, 1, 1), 3, channels=(4, 8, 8, 8)))
     x = picture(3, 64, 64, batch=32)
-    plan = nmconv.make_plan(net, "2:1")
+    plan = nmconv.make_plan(net, "2:1", keep="boundary")
     plan = plan.edit({
         site.id: "drop" if site.name == "layer1.1.act1" else "keep" for site in plan.sites if site.action != "skip"
     })  # fmt: skip
@@ -74,7 +74,7 @@ def test_what_comes_before_the_first_unit_stays_and_keys_too() -> None:
 
 def test_the_order_is_that_of_execution_and_nothing_is_fitted_twice() -> None:
     net = statistics(timm.create_model("mobilenetv2_035", num_classes=3))
-    model = nmconv.convert(net, "2:1", example_inputs=(picture(3, 32, 32, batch=1),))
+    model = nmconv.convert(net, "2:1", example_inputs=(picture(3, 32, 32, batch=1),), keep="boundary")
     fitted = nmconv.fit(model, picture(3, 32, 32, batch=8), reference=net, kernel=1, downstream=True)
     convs = [conv for unit in report(fitted).units for conv in unit.convs]
     order = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d)]
@@ -84,7 +84,7 @@ def test_the_order_is_that_of_execution_and_nothing_is_fitted_twice() -> None:
 
 def test_a_branch_that_the_units_do_not_reach_stays_to_the_bit() -> None:
     net = statistics(timm.create_model("densenet121", num_classes=3, block_config=(2, 2), growth_rate=4))
-    plan = nmconv.make_plan(net, "2:1")
+    plan = nmconv.make_plan(net, "2:1", keep="boundary")
     first = next(site.id for site in plan.sites if site.action == "drop")
     plan = plan.edit({site.id: "drop" if site.id == first else "keep" for site in plan.sites if site.action != "skip"})
     x = picture(3, 32, 32, batch=8)
@@ -97,7 +97,7 @@ def test_a_branch_that_the_units_do_not_reach_stays_to_the_bit() -> None:
 def test_saved_and_loaded(kernel: Any, tmp_path: Path) -> None:
     net = statistics(ResNet(BasicBlock, (1, 1, 1, 1), 3, channels=(4, 8, 8, 8)))
     x = picture(3, 32, 32, batch=8)
-    fitted = nmconv.fit(nmconv.convert(net, "2:1"), x, reference=net, kernel=kernel, downstream=True)
+    fitted = nmconv.fit(nmconv.convert(net, "2:1", keep="boundary"), x, reference=net, kernel=kernel, downstream=True)
     nmconv.save(fitted, tmp_path / "net.safetensors")
     again = nmconv.load(
         ResNet(BasicBlock, (1, 1, 1, 1), 3, channels=(4, 8, 8, 8)).double().eval(), tmp_path / "net.safetensors"

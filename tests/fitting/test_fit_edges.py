@@ -72,7 +72,7 @@ def test_fitted_convolutions_of_unpadded_runs_merge_and_fold(kernel):
     parts = [part for at in range(3) for part in (conv(4 if at else 3, 0), nn.BatchNorm2d(4), nn.ReLU())]
     net = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
     x = pictures(24, 20)
-    fitted = nmconv.fit(nmconv.convert(net, "3:1"), x, reference=net, kernel=kernel)
+    fitted = nmconv.fit(nmconv.convert(net, "3:1", keep="boundary"), x, reference=net, kernel=kernel)
     for made in (nmconv.merge(fitted, gate="always"), nmconv.fold_norms(fitted)):
         torch.testing.assert_close(made(x), fitted(x), rtol=1e-4, atol=1e-4)
 
@@ -195,7 +195,7 @@ def test_a_small_float_that_overflows_before_it_is_fitted():
     for part in parts[::2]:
         part.weight.data.mul_(20)
     net.half()
-    fitted = nmconv.fit(nmconv.convert(net, "6:1"), pictures(), reference=net, kernel=3)
+    fitted = nmconv.fit(nmconv.convert(net, "6:1", keep="boundary"), pictures(), reference=net, kernel=3)
     report = nmconv.get_fit(fitted)
     assert math.isnan(report.converted.loss) and math.isfinite(report.returned.loss)
     assert bool(torch.isfinite(fitted(pictures().half())).all())
@@ -206,7 +206,7 @@ def test_a_small_float_that_overflows_before_it_is_fitted():
 )
 def test_a_loss_for_each_image_may_be_any_sequence(kind):
     net = plain()
-    converted = nmconv.convert(net, "2:1")
+    converted = nmconv.convert(net, "2:1", keep="boundary")
     fitted = nmconv.fit(converted, pictures(), reference=net, loss=lambda one, two: kind((one - two).square().mean(1)))
     wanted = nmconv.fit(converted, pictures(), reference=net, loss=lambda one, two: (one - two).square().mean())
     assert nmconv.get_fit(fitted).returned.loss == pytest.approx(nmconv.get_fit(wanted).returned.loss)

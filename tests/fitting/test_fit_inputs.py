@@ -29,7 +29,7 @@ def images(count=48, size=12):
 
 
 def converted(net):
-    return nmconv.convert(net, "2:1", example_inputs=images(1))
+    return nmconv.convert(net, "2:1", example_inputs=images(1), keep="boundary")
 
 
 def state_of(model):
@@ -74,7 +74,10 @@ def test_the_reference_is_given_the_images_that_the_model_is_given(kernel):
     for model in (net, clean):
         given = x.clone()
         fitted = nmconv.fit(
-            nmconv.convert(model, "2:1", example_inputs=x[:1].clone()), given, reference=model, kernel=kernel
+            nmconv.convert(model, "2:1", example_inputs=x[:1].clone(), keep="boundary"),
+            given,
+            reference=model,
+            kernel=kernel,
         )
         assert torch.equal(given, x)
         reports.append(nmconv.get_fit(fitted))
@@ -184,7 +187,7 @@ class Asked:
 def test_images_that_the_network_does_not_take(call, case):
     net = Two().eval() if case == "two inputs" else flat()
     example = (images(1), torch.ones(1, 1, 1, 1)) if case == "two inputs" else images(1)
-    Asked.plan, Asked.example = nmconv.make_plan(net, "2:1", example_inputs=example), example
+    Asked.plan, Asked.example = nmconv.make_plan(net, "2:1", example_inputs=example, keep="boundary"), example
     data = {
         "two inputs": images(),
         "other sizes": images(size=13),
@@ -216,7 +219,7 @@ def test_a_loss_that_is_no_function():
 
 
 def test_a_table_whose_folder_is_not_there(tmp_path):
-    with pytest.raises(nmconv.FileError, match="no such folder"):
+    with pytest.raises(nmconv.FileError, match="its folder does not exist"):
         nmconv.sensitivity(small(), images(), path=tmp_path / "none" / "table.json", quiet=True)
 
 

@@ -58,7 +58,7 @@ def test_outputs_are_those_without_norms(name: str, kernel: Any) -> None:
     x = picture(3, 32, 32, batch=8)
     # Held firmly: few images leave systems in which the last bits of one fit grow in the next.
     options: Any = {"reference": net, "kernel": kernel, "recalibrate": False, "ridge": 1e-2}
-    model = nmconv.convert(net, "2:1", example_inputs=(x[:1],))
+    model = nmconv.convert(net, "2:1", example_inputs=(x[:1],), keep="boundary")
     with_norms = nmconv.fit(model, x, **options)
     without = nmconv.fit(model, x, keep_norms=False, **options)
     y = picture(3, 33, 37, batch=3, seed=5)
@@ -74,7 +74,13 @@ def test_statistics_are_those_of_what_the_norm_is_given() -> None:
     net = resnet()
     x = picture(3, 32, 32, batch=8)
     fitted = nmconv.fit(
-        nmconv.convert(net, "2:1"), x, reference=net, kernel=3, holdout=0, ridge=1e-3, recalibrate=False
+        nmconv.convert(net, "2:1", keep="boundary"),
+        x,
+        reference=net,
+        kernel=3,
+        holdout=0,
+        ridge=1e-3,
+        recalibrate=False,
     )
     units = [unit for unit in report(fitted).units if unit.form]
     assert units
@@ -112,7 +118,7 @@ def test_train_mode_normalises_whatever_the_convolution_has_become() -> None:
 def test_saved_loaded_trained_and_folded(tmp_path: Path) -> None:
     net = resnet().float()
     x = picture(3, 32, 32, batch=8).float()
-    fitted = nmconv.fit(nmconv.convert(net, "2:1"), x, reference=net, kernel=3)
+    fitted = nmconv.fit(nmconv.convert(net, "2:1", keep="boundary"), x, reference=net, kernel=3)
     norms = [unit.norm for unit in report(fitted).units if unit.form]
     optimizer = torch.optim.SGD(fitted.parameters(), 0.1)
     before = [fitted.get_submodule(norm).weight.detach().clone() for norm in norms]
@@ -243,7 +249,7 @@ def test_interrupted_the_norms_are_as_they_were(monkeypatch: pytest.MonkeyPatch)
     from nmconv.fitting import fitter
 
     net = resnet()
-    model = nmconv.convert(net, "2:1").train()
+    model = nmconv.convert(net, "2:1", keep="boundary").train()
     before = as_it_is(model, net)
     fit_one, done = fitter.Fitter._fit_unit, []
 

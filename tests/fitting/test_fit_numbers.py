@@ -111,7 +111,7 @@ def test_it_is_the_kernel_that_merging_gives() -> None:
 def test_hoisting_by_convert_then_fit() -> None:
     """A net whose border is that of the hoisted one from the start."""
     net = settle(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), linear(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()))
-    model = nmconv.convert(net, "2:1", hoist_padding=True)
+    model = nmconv.convert(net, "2:1", hoist_padding=True, keep="boundary")
     x = picture(3, 8, 8, batch=40)
     fitted = nmconv.fit(model, x, reference=net, kernel="exact", **PLAIN)
     # The padded pair is no convolution: the fit is better than what hoisting gives, and an honest least squares.
@@ -293,7 +293,7 @@ def test_groups_stay_and_dense_has_none() -> None:
         nn.Sequential(nn.Conv2d(4, 8, 3, groups=4, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1, groups=2), nn.ReLU())
     )
     x = picture(4, 8, 7, batch=40)
-    plan = nmconv.make_plan(net, "2:1")
+    plan = nmconv.make_plan(net, "2:1", keep="boundary")
     rows, targets = rows_of(x, 3, 1), targets_of(net[:3](x))
     for dense in (False, True):
         kernel = nmconv.Kernel(("0", "2"), "exact", dense)

@@ -13,9 +13,9 @@ from merge_nets import assert_near, made, picture
 from torch import Tensor, nn
 
 import nmconv
-from nmconv.finding import Join, Step, residuals
+from nmconv.finding import ParallelSum, Step, residuals
 from nmconv.fitting.missing_additions import MissingAdditions
-from nmconv.planning import Sum
+from nmconv.planning import ReplacedSum
 
 torch.set_num_threads(1)
 X = picture(4, 8, 7, batch=48)
@@ -102,11 +102,11 @@ def test_targets_where_the_plan_has_taken_a_sum_out() -> None:
 
 
 def test_numbers() -> None:
-    def join(number: int, label: str = "add", owner: str = "m", *inside: Any) -> Join:
-        return Join((tuple(inside), ()), owner, label, number)
+    def join(number: int, label: str = "add", owner: str = "m", *inside: Any) -> ParallelSum:
+        return ParallelSum((tuple(inside), ()), owner, label, number)
 
-    def gone(number: int, label: str = "add", owner: str = "m") -> Sum:
-        return Sum(owner, label, number, 0)
+    def gone(number: int, label: str = "add", owner: str = "m") -> ReplacedSum:
+        return ReplacedSum(owner, label, number, 0)
 
     sums = MissingAdditions([gone(2), gone(5), gone(1, "iadd"), gone(1, owner="n")])
     kept = [number for number in range(1, 8) if number not in (2, 5)]

@@ -20,7 +20,7 @@ from torchvision.models.resnet import BasicBlock
 import nmconv
 from nmconv.finding import copied_sums, flows_of, residuals
 from nmconv.flow import record_model
-from nmconv.planning import Branch, Sum
+from nmconv.planning import Branch, ReplacedSum
 
 torch.set_num_threads(1)
 EXACT = {"recalibrate": False, "holdout": 0, "ridge": 0, "kernel": "exact"}
@@ -122,7 +122,7 @@ def test_a_residual_identity_outside_of_a_factors_fit(last: str, inplace: bool) 
             return self.two(F.max_pool2d(self.one(self.stem(x)), 1))
 
     net = settle(Net())
-    plan = nmconv.make_plan(net, "2:1")
+    plan = nmconv.make_plan(net, "2:1", keep="boundary")
     keep = {"stem.1#1", *(["one.relu#2", "two.relu#2"] if last == "kept" else ["two.relu#2"])}
     plan = plan.edit({site.id: "keep" if site.id in keep else "drop" for site in plan.sites})
     fitted = nmconv.fit(nmconv.apply_plan(net, plan), X, reference=net, recalibrate=False, holdout=0, ridge=0)
@@ -195,7 +195,9 @@ def test_behind_a_gate_whose_activation_is_dropped() -> None:
 
 def test_timms_norm_and_activation_in_one() -> None:
     net = settle(timm.create_model("tf_efficientnet_lite0", num_classes=3))
-    plan = nmconv.make_plan(net, "3:1", example_inputs=(torch.zeros(1, 3, 32, 32, dtype=torch.float64),))
+    plan = nmconv.make_plan(
+        net, "3:1", example_inputs=(torch.zeros(1, 3, 32, 32, dtype=torch.float64),), keep="boundary"
+    )
     plan = plan.edit({site.id: "drop" if "blocks.1.1" in site.id else "keep" for site in plan.sites})
     x = picture(3, 32, 32, batch=24)
     model = nmconv.apply_plan(net, plan)
@@ -211,7 +213,7 @@ def test_timms_norm_and_activation_in_one() -> None:
 
 def test_the_order_is_that_of_execution() -> None:
     net = statistics(ResNet(timm.models.resnet.BasicBlock, (2, 1, 1, 1), 3, channels=(4, 8, 8, 8)))
-    model = nmconv.convert(net, "2:1")
+    model = nmconv.convert(net, "2:1", keep="boundary")
     fitted = nmconv.fit(model, picture(3, 32, 32, batch=8), reference=net, kernel=1, recalibrate=False)
     names = [unit.convs[0] for unit in report(fitted).units]
     assert names == [f"layer{stage}.{block}.conv1" for stage, block in ((1, 0), (1, 1), (2, 0), (3, 0), (4, 0))]
@@ -283,7 +285,7 @@ def test_a_kernel_for_a_part_of_a_run() -> None:
 
 def test_kernels_by_hand_and_their_text() -> None:
     net = three_convs()
-    plan = nmconv.make_plan(net, "3:1")
+    plan = nmconv.make_plan(net, "3:1", keep="boundary")
     one = plan.with_kernels({"c1, c2": 3, ("c3",): "1x3"})
     assert one.kernels == (nmconv.Kernel(("c1", "c2"), "3"), nmconv.Kernel(("c3",), "1x3"))
     assert nmconv.Plan.from_json(one.to_json()) == one
@@ -297,7 +299,7 @@ def test_kernels_by_hand_and_their_text() -> None:
 @pytest.mark.parametrize("convs", [("c1", "c3"), ("c2", "c1"), ("a1",)])
 def test_a_kernel_for_convs_that_are_no_run(convs: tuple[str, ...]) -> None:
     net = three_convs()
-    model = nmconv.apply_plan(net, nmconv.make_plan(net, "3:1").with_kernels({convs: 3}))
+    model = nmconv.apply_plan(net, nmconv.make_plan(net, "3:1", keep="boundary").with_kernels({convs: 3}))
     with pytest.raises(nmconv.FitError, match=convs[0]):
         nmconv.fit(model, X, reference=net)
 
@@ -305,7 +307,7 @@ def test_a_kernel_for_convs_that_are_no_run(convs: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("convs", [("c1", "nothing"), ("c3", "c4")])
 def test_a_kernel_for_convs_that_are_not_there(convs: tuple[str, ...]) -> None:
     net = three_convs()
-    plan = nmconv.make_plan(net, "3:1").with_kernels({convs: 3})
+    plan = nmconv.make_plan(net, "3:1", keep="boundary").with_kernels({convs: 3})
     with pytest.raises(nmconv.PlanError, match=convs[1]):
         nmconv.apply_plan(net, plan)
 
@@ -347,12 +349,12 @@ def without_branch(net: nn.Module, label: str, kept: tuple[str, ...]) -> nmconv.
     (found,) = residuals(net, picture(4, 6, 6))
     convs = tuple(name for name, module in net.block.named_modules(prefix="block") if isinstance(module, nn.Conv2d))
     keep = found.branch.sum.keep
-    branch = Branch(Sum("block", label, 1, keep), convs)
+    branch = Branch(ReplacedSum("block", label, 1, keep), convs)
     assert found.branch == branch
     # torchvision's block overwrites the sum, here the stem's own output
     copied = copied_sums(flows_of(net, record_model(net, picture(4, 6, 6))), [branch.sum])
     assert copied == ({branch.sum} if label == "add_" else set())
-    plan = nmconv.make_plan(net, "2:1")
+    plan = nmconv.make_plan(net, "2:1", keep="boundary")
     sites = tuple(
         dataclasses.replace(site, action="keep" if site.id in kept else "gone", behind="") for site in plan.sites
     )

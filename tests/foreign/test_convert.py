@@ -66,7 +66,7 @@ def test_a_model_that_cannot_be_guessed_is_not_said_to_have_nothing_to_give():
     with warnings.catch_warnings():
         warnings.simplefilter("error", nmconv.NoEffectWarning)
         try:
-            nmconv.convert(net.build())
+            nmconv.convert(net.build(), keep="boundary")
         except nmconv.NmconvError as error:
             assert "example_inputs" in str(error)
 
@@ -75,6 +75,6 @@ def test_it_is_read_where_examples_are_given():
     """Fault L again: whether runs merge or not, its convolutions are there to be counted."""
     net = next(net for net in NETS if net.name == "hugging_face")
     examples = calls(net)[0].args
-    plan = nmconv.get_plan(nmconv.convert(net.build(), example_inputs=examples))
+    plan = nmconv.get_plan(nmconv.convert(net.build(), example_inputs=examples, keep="boundary"))
     assert plan.counts.convs == 4
     assert not plan.untraced

@@ -209,7 +209,7 @@ def test_a_flag_that_adds_a_step_is_guarded(way, tmp_path):
     """What it would do lies inside of one convolution now: with the flag set it raises, and without it is right."""
     net = Attribute().eval()
     if way == "fitted":
-        plan = nmconv.make_plan(Activates(), "2:1", example_inputs=X)
+        plan = nmconv.make_plan(Activates(), "2:1", example_inputs=X, keep="boundary")
         net = Activates().eval()
         merged = nmconv.fit(nmconv.apply_plan(net, plan), torch.rand(16, *X.shape[1:]), reference=net, kernel="exact")
     else:

@@ -37,7 +37,7 @@ def merged(model):
 def converted_mobilenet():
     torch.manual_seed(0)
     model = statistics(timm.create_model("mobilenetv2_050", num_classes=7))
-    return nmconv.convert(model, "3:1", relocate=True)
+    return nmconv.convert(model, "3:1", relocate=True, keep="boundary")
 
 
 # What it is ----------------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def test_what_timm_offers():
 def test_what_torchvision_offers():
     torch.manual_seed(0)
     model = statistics(torchvision.models.mobilenet_v2(width_mult=0.5))
-    converted = nmconv.convert(model, "3:1", relocate=True)
+    converted = nmconv.convert(model, "3:1", relocate=True, keep="boundary")
     merged = merge(converted)
     assert convs_of(merged, 3, 64, 64) < 30
     assert assert_agree(merged, converted, (3, 64, 64), (3, 33, 70), tolerance=1e-8, batch=2) == 2

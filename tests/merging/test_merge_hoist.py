@@ -82,7 +82,7 @@ def by_hand(net, mode="zeros"):
 
 def converted_of(net, **options):
     count = sum(isinstance(module, CONV) for module in net)
-    return nmconv.convert(net, f"{count}:1", hoist_padding=True, **options)
+    return nmconv.convert(net, f"{count}:1", hoist_padding=True, keep="boundary", **options)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
@@ -145,7 +145,7 @@ def blocks(*, stride=1, mode="zeros", act=nn.ReLU):
 
 def test_every_linear_run_keeps_its_own_padding():
     """2:1 makes two runs of two: each gets its padding in front, and nothing goes past the kept activation."""
-    converted = nmconv.convert(blocks(), "2:1", hoist_padding=True)
+    converted = nmconv.convert(blocks(), "2:1", hoist_padding=True, keep="boundary")
     paddings = [module.padding for module in converted if isinstance(module, nn.Conv2d)]
     assert paddings == [(2, 2), (0, 0), (3, 3), (0, 0)]
     merged = merge(converted)
@@ -157,7 +157,7 @@ def test_every_linear_run_keeps_its_own_padding():
 def test_what_cannot_be_hoisted_says_so(mode):
     """After a strided conv: it stays as it was, its run is refused by name, and nothing is approximated."""
     net = blocks(stride=2, mode=mode)[:6].eval()
-    converted, plain = (nmconv.convert(net, "2:1", hoist_padding=value) for value in (True, False))
+    converted, plain = (nmconv.convert(net, "2:1", hoist_padding=value, keep="boundary") for value in (True, False))
     shapes = [(3, size, size + 3) for size in range(1, 20)]
     assert assert_agree(converted, plain, *shapes, tolerance=1e-12)
     assert assert_agree(merge(converted), converted, *shapes)
@@ -167,7 +167,7 @@ def test_what_cannot_be_hoisted_says_so(mode):
 
 def test_the_inside_of_a_map_is_what_it_was():
     net = blocks()
-    hoisted, plain = (nmconv.convert(net, "2:1", hoist_padding=value) for value in (True, False))
+    hoisted, plain = (nmconv.convert(net, "2:1", hoist_padding=value, keep="boundary") for value in (True, False))
     x = picture(3, 64, 65)
     with torch.no_grad():
         one, other = hoisted(x), plain(x)
@@ -178,7 +178,7 @@ def test_the_inside_of_a_map_is_what_it_was():
 def test_the_gate_compares_with_the_run_as_it_was():
     """3x3 and 3x3 make a 5x5: hoisting enlarges the inner map, and must not make the merge look better."""
     net = settle(nn.Sequential(nn.Conv2d(3, 9, 3, padding=1), nn.ReLU(), nn.Conv2d(9, 9, 3, padding=4), nn.ReLU()))
-    hoisted, plain = (nmconv.convert(net, "2:1", hoist_padding=value) for value in (True, False))
+    hoisted, plain = (nmconv.convert(net, "2:1", hoist_padding=value, keep="boundary") for value in (True, False))
     (one,), (other,) = nmconv.find_runs(hoisted), nmconv.find_runs(plain)
     assert one.multiply_adds == other.multiply_adds
     assert one.exact and not other.exact and "hoist" in other.why
@@ -186,7 +186,7 @@ def test_the_gate_compares_with_the_run_as_it_was():
 
 def test_hoisting_is_off_unless_asked_for():
     net = blocks()
-    converted = nmconv.convert(net, "2:1")
+    converted = nmconv.convert(net, "2:1", keep="boundary")
     paddings = [module.padding for module in net if isinstance(module, nn.Conv2d)]
     assert paddings == [module.padding for module in converted if isinstance(module, nn.Conv2d)]
     assert convs_of(merge(converted), 3, 16, 17) == 4
@@ -196,7 +196,7 @@ def test_hoisting_is_off_unless_asked_for():
 def test_a_hoisted_model_is_trained_copied_and_pickled(inplace):
     net = blocks()
     before = [module.padding for module in net if isinstance(module, nn.Conv2d)]
-    converted = nmconv.convert(net, "4:1", hoist_padding=True, inplace=inplace)
+    converted = nmconv.convert(net, "4:1", hoist_padding=True, inplace=inplace, keep="boundary")
     assert (converted is net) == inplace
     if not inplace:
         assert [module.padding for module in net if isinstance(module, nn.Conv2d)] == before
@@ -214,18 +214,18 @@ def test_a_hoisted_model_is_trained_copied_and_pickled(inplace):
 def test_a_plan_carries_hoisting():
     """Plans are replayed: what the plan of a hoisted model does to another copy is the same."""
     net = blocks()
-    converted = nmconv.convert(net, "2:1", hoist_padding=True)
+    converted = nmconv.convert(net, "2:1", hoist_padding=True, keep="boundary")
     plan = nmconv.get_plan(converted)
     again = nmconv.apply_plan(blocks(), nmconv.Plan.from_json(plan.to_json()))
     assert assert_agree(again, converted, (3, 16, 17), (3, 9, 9), tolerance=1e-12)
-    assert nmconv.make_plan(net, "2:1", hoist_padding=True) == plan
+    assert nmconv.make_plan(net, "2:1", hoist_padding=True, keep="boundary") == plan
 
 
 def test_hoisting_through_modules_and_norms_of_timm():
     """mobilenetv2_100 at 3:1: every inverted residual becomes one convolution."""
     torch.manual_seed(0)
     model = statistics(timm.create_model("mobilenetv2_100"))
-    converted = nmconv.convert(model, "3:1", relocate=True, hoist_padding=True)
+    converted = nmconv.convert(model, "3:1", relocate=True, hoist_padding=True, keep="boundary")
     merged = merge(converted)
     assert convs_of(model, 3, 64, 64) == 52
     assert convs_of(merged, 3, 64, 64) <= 18
@@ -245,7 +245,7 @@ def test_much_reflection(mode):
     """Inputs must be larger than the padding, also those that merging tries a run on."""
     convs = [nn.Conv2d(2, 2, 1, padding=size, padding_mode=mode) for size in (3, 3, 3)]
     net = settle(nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2], nn.ReLU()))
-    converted = nmconv.convert(net, "3:1", hoist_padding=True)
+    converted = nmconv.convert(net, "3:1", hoist_padding=True, keep="boundary")
     merged = merge(converted)
     assert convs_of(merged, 2, 16, 17) == 1
     assert assert_agree(merged, converted, *[(2, size, size + 1) for size in range(1, 16)])

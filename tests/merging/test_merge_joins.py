@@ -178,10 +178,10 @@ def test_pythons_own_sum():
 def test_the_gate_looks_at_sums_too():
     """Two 3x3s in parallel are one 3x3 for half the multiply-adds; an identity alone gains none."""
     model = made(lambda self, x: self.a(x) + self.b(x), a=conv(), b=conv())
-    merged = merge(model, gate="flops")
+    merged = merge(model, gate="multiply_adds")
     assert counts(merged, picture(C, 9, 9)).convs == 1
     assert assert_agree(merged, model, *SHAPES)
-    merged = merge(model, gate="flops", min_gain=2.5)
+    merged = merge(model, gate="multiply_adds", min_gain=2.5)
     assert counts(merged, picture(C, 9, 9)).convs == 2
     assert assert_agree(merged, model, *SHAPES)
 
@@ -269,7 +269,7 @@ def test_other_sums_stay_right(name):
     """Folded or not; and not at all where it cannot be."""
     forward, parts = OPEN[name]
     model = made(forward, **{key: make() for key, make in parts.items()})
-    for gate in ("always", "flops"):
+    for gate in ("always", "multiply_adds"):
         merged = merge(model, gate=gate)
         assert assert_agree(merged, model, *SHAPES)
 
@@ -375,7 +375,7 @@ def sums(draw):
 
 
 @settings(max_examples=25, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(sums(), st.sampled_from(["always", "flops"]))
+@given(sums(), st.sampled_from(["always", "multiply_adds"]))
 def test_drawn_sums(model, gate):
     before = counts(model, picture(C, 9, 9))
     merged = merge(model, gate=gate)

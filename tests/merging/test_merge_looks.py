@@ -249,3 +249,13 @@ class Counting(nn.Module):
 def test_find_runs_knows_which_sums_cannot_be_taken_out():
     (run,) = nmconv.find_runs(settle(Counting()))
     assert run.merges == () and "cannot be rewritten" in run.why
+
+
+def test_runs_and_merges_print_as_sentences():
+    one, two, three, four = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+    model = nn.Sequential(one, two, nn.ReLU(), three, four).eval()
+    first, last = nmconv.find_runs(model)
+    assert str(first) == f"0, 1: merges 0 + 1, gain {first.gain:.2f}"
+    assert last.why and str(last) == f"3, 4: merges nothing ({last.why})"
+    ((merge,),) = nmconv.get_merges(nmconv.merge(model))
+    assert str(merge) == f"{merge.head}: one convolution for 0, 1"

@@ -91,7 +91,7 @@ def test_a_flat_vgg():
     model = torchvision.models.vgg11_bn(init_weights=False)
     model.classifier = nn.Linear(512 * 7 * 7, 10)
     statistics(model)
-    converted = nmconv.convert(model, "2:1", hoist_padding=True)
+    converted = nmconv.convert(model, "2:1", hoist_padding=True, keep="boundary")
     assert ("features.8", "features.11") in {run.convs for run in nmconv.find_runs(converted)}
     merged = merge(converted)
     assert (convs_of(converted, 3, 64, 64), convs_of(merged, 3, 64, 64)) == (8, 5)
@@ -111,7 +111,7 @@ def test_the_whole_of_tf_efficientnet_lite0(hoist, trained):
         model.double().eval()
     else:
         statistics(model)
-    converted = nmconv.convert(model, "3:1", relocate=True, hoist_padding=hoist)
+    converted = nmconv.convert(model, "3:1", relocate=True, hoist_padding=hoist, keep="boundary")
     merged = merge(converted)
     assert (convs_of(converted, 3, 96, 96), convs_of(merged, 3, 96, 96)) == (49, 17 if hoist else 18)
     shapes = [(3, size, size) for size in (224, 225, 96, 97)]

@@ -78,14 +78,14 @@ def test_any_of_them(rank, data):
     if data.draw(st.booleans()):
         parts.insert(0, CONVS[rank - 1](4, 4, 1))
     net = settle(nn.Sequential(*parts))
-    for gate in ("always", "flops"):
+    for gate in ("always", "multiply_adds"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", nmconv.NoEffectWarning)
             merged = nmconv.merge(net, gate=gate)
         for sizes in itertools.islice(itertools.product((9, 12, 10), repeat=rank), 4):
             x = torch.randn(2, 4, *sizes, dtype=torch.float64)
             assert_same(merged, net, x, *([] if any(isinstance(part, NORMS) for part in parts) else [x[0]]))
-            if gate == "flops" and sizes == (12,) * rank:
+            if gate == "multiply_adds" and sizes == (12,) * rank:
                 assert work(merged, x) <= work(net, x)
 
 
@@ -214,7 +214,7 @@ def test_saving_and_loading(kernel, tmp_path):
     assert [type(part) for part in other] == before
 
 
-@pytest.mark.parametrize("gate", ["flops", "latency"])
+@pytest.mark.parametrize("gate", ["multiply_adds", "latency"])
 def test_training_goes_on(gate):
     net = settle(nn.Sequential(nn.ReLU(), nn.Conv2d(64, 64, 1), nn.AvgPool2d(2, 2))).float()
     x = torch.randn(2, 64, 32, 32)

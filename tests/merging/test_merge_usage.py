@@ -247,7 +247,7 @@ def test_nothing_merges_below_the_gain(model):
 def test_a_merge_that_costs_more_is_not_made():
     """Depthwise then pointwise: a dense kernel would take nine times as long."""
     model = settle(nn.Sequential(nn.Conv2d(32, 32, 3, groups=32, padding=1), nn.Conv2d(32, 32, 1)))
-    assert convs_of(merge(model, gate="flops"), 32, 16, 16) == 2
+    assert convs_of(merge(model, gate="multiply_adds"), 32, 16, 16) == 2
     assert convs_of(merge(model, gate="always"), 32, 16, 16) == 1
     (run,) = nmconv.find_runs(model)
     assert run.exact and run.why and run.merges == () and run.gain == pytest.approx(1.0)
@@ -333,7 +333,7 @@ def test_what_is_timed_is_not_what_is_returned(named, inplace):
         assert len(found.drop._forward_hooks) == 1
         return found.state_dict(), len(seen)
 
-    (timed, calls), (counted, fewer) = merged("latency"), merged("flops")
+    (timed, calls), (counted, fewer) = merged("latency"), merged("multiply_adds")
     assert (
         calls <= 2 * fewer + inplace
     )  # whose outputs are compared once more; hooks of the working copy write to its own list
@@ -356,7 +356,7 @@ class Drawing(nn.Module):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("gate", ["flops", "latency"])
+@pytest.mark.parametrize("gate", ["multiply_adds", "latency"])
 def test_a_model_that_draws_is_compared_on_the_same_draws(gate, inplace):
     """By luck two draws are alike, by more luck one of three: many seeds tell. Nothing is drawn for the caller."""
     for seed in range(3 if gate == "latency" else 12):
@@ -421,7 +421,7 @@ def test_latency_gate(model):
         {"gate": "speed"},
         {"gate": None},
         {"gate": "FLOPS"},
-        {"gate": ["flops"]},
+        {"gate": ["multiply_adds"]},
         {"gate": "latency"},
         {"backend": "tensorrt"},
         {"backend": None},
@@ -515,7 +515,7 @@ def test_outputs_move_no_more_than_the_dtype_allows():
     """In float32 merged and sequential differ by rounding, and not by more than sequential differs from the truth."""
     torch.manual_seed(0)
     truth = statistics(timm.create_model("mobilenetv2_050"))
-    converted = nmconv.convert(truth, "3:1", relocate=True, hoist_padding=True)
+    converted = nmconv.convert(truth, "3:1", relocate=True, hoist_padding=True, keep="boundary")
     single = copy.deepcopy(converted).float()
     merged = merge(single)
     x = picture(3, 64, 64, batch=2)

@@ -77,7 +77,7 @@ examples = given(
     source=sources(),
     ratio=st.sampled_from((None, "2:1", "3:1", "100:1", "100:1")),
     hoist=st.booleans(),
-    gate=st.sampled_from(("always", "always", "flops")),
+    gate=st.sampled_from(("always", "always", "multiply_adds")),
     live=st.booleans(),
 )
 

@@ -484,7 +484,7 @@ def test_a_table_without_latency_is_no_basis_for_latency(net, images, table):
 def test_other_costs_and_tables_are_refused(net, images, table):
     for call in (table.plot, table.candidates[0].saves):
         with pytest.raises(nmconv.OptionError, match="cost='flops': give one of"):
-            call("flops")
+            call("multiply_adds")
     with pytest.raises(nmconv.OptionError, match=r"sensitivity is a dict: give what nmconv\.sensitivity"):
         nmconv.search(net, images, budget=0.5, sensitivity={})
 
@@ -500,3 +500,14 @@ def test_a_plan_can_be_kept_as_text(net, images, table):
     text = plan.to_json()
     assert json.loads(text)["kernels"] or json.loads(text)["branches"]
     assert "multiply_adds" in str(plan)
+
+
+def test_a_table_prints_its_candidates_by_loss():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()).eval()
+    table = nmconv.sensitivity(model, torch.randn(16, 3, 12, 12), quiet=True)
+    title, header, *rows = str(table).splitlines()
+    assert title == f"Sequential: {len(table.candidates)} candidates and what each one saves, by loss"
+    assert header.split()[:2] == ["convolutions", "kernel"]
+    sizes = [one.size for one in sorted(table.candidates, key=lambda one: one.loss)]
+    assert [row.split()[3] for row in rows] == sizes
+    assert "nan" not in str(table)

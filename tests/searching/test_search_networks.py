@@ -134,7 +134,7 @@ def test_a_norm_behind_a_dropped_activation_is_merged_too(images):
     torch.manual_seed(0)
     parts = [*layer(3, 8), *layer(8, 8), *layer(8, 8), *layer(8, 8)]
     net = settled(nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)))
-    converted = nmconv.convert(net, "2:1", example_inputs=images[:1])
+    converted = nmconv.convert(net, "2:1", example_inputs=images[:1], keep="boundary")
     fitted = nmconv.fit(converted, images, reference=net, kernel="exact")
     assert [unit.convs for unit in nmconv.get_fit(fitted).units] == [("0", "3"), ("6", "9")]
     assert sum(isinstance(module, nn.Conv2d) for module in fitted.modules()) == 2
@@ -267,7 +267,7 @@ def test_outputs_that_cannot_be_compared_are_an_error(images):
     net = built(Classes)
     with pytest.raises(nmconv.FitError, match="give loss="):
         nmconv.sensitivity(net, images, quiet=True)
-    dropped = nmconv.convert(net, "2:1", example_inputs=images[:1])
+    dropped = nmconv.convert(net, "2:1", example_inputs=images[:1], keep="boundary")
     with pytest.raises(nmconv.FitError, match="give loss="):
         nmconv.fit(dropped, images, reference=net)
 

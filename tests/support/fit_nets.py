@@ -20,7 +20,7 @@ def linear() -> nn.Module:
 
 def dropped(net: nn.Module, *keep: str, **kernels: Any) -> nn.Module:
     """All activations gone but those kept; ``_`` stands for a comma in the kernels' names."""
-    plan = nmconv.make_plan(net, "2:1")
+    plan = nmconv.make_plan(net, "2:1", keep="boundary")
     plan = plan.edit({site.id: "keep" if site.name in keep else "drop" for site in plan.sites if site.action != "skip"})
     if kernels:
         plan = plan.with_kernels({tuple(names.split("_")): size for names, size in kernels.items()})

@@ -139,3 +139,11 @@ def test_warnings_name_the_users_line(category, call):
     with pytest.warns(category) as warned:
         call()
     assert {each.filename for each in warned if each.category is category} == {__file__}
+
+
+def test_the_gate_flops_is_called_multiply_adds():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3)).eval()
+    with pytest.warns(DeprecationWarning, match=r"^gate='flops' is called 'multiply_adds' now$") as warned:
+        old = nmconv.merge(model, gate="flops")
+    assert warned[0].filename == __file__
+    assert nmconv.get_merges(old) == nmconv.get_merges(nmconv.merge(model, gate="multiply_adds"))

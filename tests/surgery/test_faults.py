@@ -692,7 +692,7 @@ class Residual(nn.Module):
 def without_branch(model: nn.Module) -> nmconv.Plan:
     """A plan in which nothing happens but that the branch goes, as search makes them."""
     plan = nmconv.make_plan(model, "1:1")
-    sum_ = nmconv.planning.Sum("", "add", 1, 0)
+    sum_ = nmconv.planning.ReplacedSum("", "add", 1, 0)
     sites = tuple(dataclasses.replace(site, action="gone") if site.name == "r2" else site for site in plan.sites)
     return dataclasses.replace(plan, sites=sites, branches=(nmconv.planning.Branch(sum_, ("c2", "c3")),))
 

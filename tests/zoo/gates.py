@@ -38,7 +38,7 @@ RATIOS = ("2:1", "3:1")
 
 def measure(original: nn.Module, folded: nn.Module, image: Tensor, ratio: str, backend: str, rounds: int) -> dict:
     """Quartiles of original over merged, and how many convolutions each makes; or why there are none."""
-    converted = nmconv.convert(original, ratio)
+    converted = nmconv.convert(original, ratio, keep="boundary")
     merged = nmconv.merge(converted, gate="latency", backend=backend, example_inputs=(image,))
     merges = [merge for merges in nmconv.get_merges(merged) for merge in merges]
     count = sum(len(merge.convs) > 1 or bool(merge.sums) for merge in merges)

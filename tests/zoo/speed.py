@@ -44,12 +44,12 @@ def costs(name: str, ratio: str) -> tuple[float, float, float, float] | None:
     model = zoo.build(name).eval()
     given = {"example_inputs": next(zoo.inputs(model))} if zoo.is_detector(model) else {}
     try:
-        converted = nmconv.convert(model, ratio, hoist_padding=True, **given)
+        converted = nmconv.convert(model, ratio, keep="boundary", hoist_padding=True, **given)
     except nmconv.NoSitesError:
         return None
     calls = [
-        partial(nmconv.convert, model, **given),
-        partial(nmconv.convert, model, witness=False, **given),
+        partial(nmconv.convert, model, keep="boundary", **given),
+        partial(nmconv.convert, model, keep="boundary", witness=False, **given),
         partial(nmconv.merge, converted, **given),
         partial(nmconv.merge, converted, witness=False, **given),
     ]
@@ -73,7 +73,7 @@ class HandEdited(torchvision.models.resnet.BasicBlock):
 def by_hand_torchvision() -> tuple[nn.Module, nn.Module]:
     """resnet18 converted, and the same with its blocks' class changed by hand."""
     model = torchvision.models.resnet18()
-    converted = nmconv.convert(model)
+    converted = nmconv.convert(model, keep="boundary")
     for module in model.modules():
         if type(module) is torchvision.models.resnet.BasicBlock:
             module.__class__ = HandEdited
@@ -83,7 +83,7 @@ def by_hand_torchvision() -> tuple[nn.Module, nn.Module]:
 def by_hand_timm() -> tuple[nn.Module, nn.Module]:
     """tf_efficientnet_lite0 converted, and the same with its first activations replaced by hand."""
     model = timm.create_model("tf_efficientnet_lite0")
-    converted = nmconv.convert(model)
+    converted = nmconv.convert(model, keep="boundary")
     model.bn1.act = nn.Identity()
     for block in (block for stage in model.blocks[1:] for block in stage):
         block.bn1.act = nn.Identity()

@@ -88,20 +88,20 @@ def check(name, ratio="2:1", **options):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", nmconv.NoEffectWarning)
-            model = nmconv.convert(model, ratio, inplace=True, **options)
+            model = nmconv.convert(model, ratio, keep="boundary", inplace=True, **options)
     except nmconv.NoSitesError:
         pass
     wanted = arguments(model)
     keys, before = list(model.state_dict()), {key: value.clone() for key, value in model.state_dict().items()}
     after = None
-    for gate in ("always", "flops"):
+    for gate in ("always", "multiply_adds"):
         merged = merge(model, gate=gate)
         assert type(merged) is type(model)
         for args, output in wanted:
             assert_near(outputs(merged, args), output, 1e-8)
         if after is None:
             after = convs(merged, wanted[0][0])
-        for run in nmconv.find_runs(model) if gate == "flops" else ():
+        for run in nmconv.find_runs(model) if gate == "multiply_adds" else ():
             assert run.exact or run.why
     assert list(model.state_dict()) == keys
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -138,7 +138,7 @@ def test_live(name):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", nmconv.NoEffectWarning)
-            model = nmconv.convert(model, hoist_padding=True, inplace=True)
+            model = nmconv.convert(model, hoist_padding=True, inplace=True, keep="boundary")
     except nmconv.NoSitesError:
         pass
     live = merge(model, live=True)

@@ -50,7 +50,7 @@ def test_one_of_each_file_equals_the_oracle(name):
 @pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/efficientnet_b0", "timm/resnetv2_18", "timm/dla34"])
 @pytest.mark.parametrize(
     "options",
-    [{"keep": "first"}, {"keep": "spread", "ratio": "4:2"}, {"ratio": "4:1"}, {"ratio": "3:2"}, {"linear": True}],
+    [{"keep": "boundary"}, {"keep": "spread", "ratio": "4:2"}, {"ratio": "4:1"}, {"ratio": "3:2"}, {"linear": True}],
 )
 def test_options_equal_the_oracle(name, options):
     zoo.check(name, **options)
