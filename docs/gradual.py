@@ -27,7 +27,7 @@ STYLE = {"svg.hashsalt": "nmconv", "svg.fonttype": "none", "path.simplify": Fals
 def soft() -> nn.Sequential:
     """A gradual model whose module 1 is a ReLU that the plan drops."""
     net = nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.Conv2d(1, 1, 1), nn.ReLU())
-    return nmconv.convert(net, "2:1", gradual=True)
+    return nmconv.convert(net, "2:1", keep="boundary", gradual=True)
 
 
 def curves() -> dict[str, dict[str, tuple[list[float], list[float]]]]:

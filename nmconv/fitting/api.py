@@ -87,7 +87,7 @@ def fit(
         >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()).eval()
         >>> images = torch.randn(64, 3, 12, 12)
-        >>> converted = nmconv.convert(net, "2:1", example_inputs=images[:1])
+        >>> converted = nmconv.convert(net, "2:1", keep="boundary", example_inputs=images[:1])
         >>> fitted = nmconv.fit(converted, images, reference=net)
         >>> (unit,) = nmconv.get_fit(fitted).units
         >>> unit.convs, unit.form, unit.held_after < unit.held_before

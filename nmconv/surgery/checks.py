@@ -58,7 +58,7 @@ def get_plan(model: nn.Module) -> Plan | None:
         >>> nmconv.get_plan(model) is None
         True
         >>> [(site.id, site.action) for site in nmconv.get_plan(nmconv.convert(model, "2:1")).sites]
-        [('1#1', 'drop'), ('3#1', 'keep')]
+        [('1#1', 'keep'), ('3#1', 'drop')]
     """
     check_is_module(model)
     return plan_of(model)

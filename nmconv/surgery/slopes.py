@@ -133,7 +133,7 @@ def get_slopes(model: nn.Module) -> dict[str, float]:
         >>> import nmconv
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
         >>> nmconv.get_slopes(nmconv.convert(model, "2:1", gradual=True))
-        {'1#1': 0.0}
+        {'3#1': 0.0}
     """
     check_is_module(model)
     return {slope.site: slope.value for slope in slopes_of(model)}
@@ -158,9 +158,9 @@ def set_slope(model: nn.Module, s: float | Mapping[str, float]) -> None:
         >>> import nmconv
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
         >>> model = nmconv.convert(model, "2:1", gradual=True)
-        >>> nmconv.set_slope(model, {"1#1": 0.5})
+        >>> nmconv.set_slope(model, {"3#1": 0.5})
         >>> nmconv.get_slopes(model)
-        {'1#1': 0.5}
+        {'3#1': 0.5}
     """
     current = check_gradual(model, "set the slope of")
     new = dict(s) if isinstance(s, Mapping) else dict.fromkeys(current, s)

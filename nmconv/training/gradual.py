@@ -74,7 +74,7 @@ class Gradual:
         ...     _ = model(torch.rand(2, 3, 16, 16))  # a training step
         ...     gradual.step_update(n)
         >>> gradual.finish()
-        >>> model[1]
+        >>> model[3]
         Identity()
     """
 

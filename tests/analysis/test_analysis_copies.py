@@ -74,7 +74,7 @@ def test_what_stands_in_for_a_shared_activation_has_hooks_of_its_own(
 ) -> None:
     shared = act()
     model = nn.Sequential(conv(3, 4), shared, conv(4, 4), shared, conv(4, 4)).eval()
-    model = nmconv.convert(model, "2:1", gradual=gradual, relocate=relocate)
+    model = nmconv.convert(model, "2:1", gradual=gradual, relocate=relocate, keep="boundary")
     found = nmconv.activation_stats(model, X)
     kept = model[:3](X)
     assert [site.site for site in found.sites] == ["1#1", "3#1"][not gradual :]

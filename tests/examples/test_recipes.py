@@ -297,7 +297,7 @@ def test_a_run_of_another_network_is_not_continued(folder, tmp_path):
     net = nn.Sequential(network()[:3], nn.Conv2d(4, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     train(nmconv.convert(net, "2:1", example_inputs=x), data, recipe, out=tmp_path)
     with pytest.raises(ValueError, match="other plan"):
-        train(nmconv.convert(net, "2:1", keep="first", example_inputs=x), data, recipe, out=tmp_path)
+        train(nmconv.convert(net, "2:1", keep="boundary", example_inputs=x), data, recipe, out=tmp_path)
     with pytest.raises(ValueError, match="other plan"):
         train(net, data, recipe, out=tmp_path)
     torch.manual_seed(1)

@@ -95,13 +95,13 @@ def outputs(model):
 @pytest.mark.parametrize("given", [False, True])
 def test_activations_before_and_after(unseen, given):
     model = straight(unseen)
-    plan = nmconv.make_plan(model, "2:1", example_inputs=X if given else None)
+    plan = nmconv.make_plan(model, "2:1", example_inputs=X if given else None, keep="boundary")
     assert [(site.name or site.function, site.action) for site in plan.sites] == [
         ("p", "drop"), ("q", "keep"), ("r", "drop"), ("relu", "keep"),
     ]  # fmt: skip
     with dropped(model, [site for site in plan.sites if site.action == "drop"]):
         expected = list(outputs(model))
-    converted = nmconv.convert(model.eval(), "2:1", example_inputs=X if given else None)
+    converted = nmconv.convert(model.eval(), "2:1", example_inputs=X if given else None, keep="boundary")
     assert_same(list(outputs(converted)), expected)
 
 

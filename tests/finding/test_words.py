@@ -77,7 +77,7 @@ def test_an_activations_forward_called_by_hand_is_a_functional_call_of_the_calle
     def forward(self, x):
         return self.a2(self.c2(self.a1.forward(self.c1(x))))
 
-    plan = nmconv.make_plan(net(forward, **convs("c1 c2"), **relus("a1 a2")))
+    plan = nmconv.make_plan(net(forward, **convs("c1 c2"), **relus("a1 a2")), keep="boundary")
     assert [row for row in rows(plan) if row[1] != "skip"] == [
         (":relu#1", "drop", "c1", "A0", "post"),
         ("a2#1", "keep", "c2", "A0", "post"),
@@ -494,7 +494,7 @@ def test_the_longest_branch_below_a_pre_activation_goes_on_through_gates():
 
     # left: c2 c3; right: c4 (gate) c5 c6; c4 has no activation after it and owns the one before
     model = net(forward, **convs("c2 c3 c4 c5 c6 g"), **relus("a1 a3"), **norms("n1"))
-    plan = nmconv.make_plan(model)
+    plan = nmconv.make_plan(model, keep="boundary")
     assert plan.sites[0].convs == ("c4",)
     assert rows(plan)[1][:3] == ("a3#1", "keep", "c2")
     assert plan.counts.convs == 5
@@ -831,11 +831,14 @@ def test_a_subclass_with_its_own_forward_is_the_conv_of_its_name(cls):
         return self.a2(self.c2(self.a1(self.c1(x))))
 
     model = net(forward, c1=cls(4, 4, 3), c2=cls(4, 4, 3), **relus("a1 a2"))
-    plan = nmconv.make_plan(model)
+    plan = nmconv.make_plan(model, keep="boundary")
     assert [row[1:2] + row[3:] for row in rows(plan)] == [("drop", "A0", "post"), ("keep", "A0", "post")]
     assert plan.counts.convs == 2
     # a pattern with the qualified name of the conv finds it
-    assert [site.action for site in nmconv.make_plan(model, {"c1": None, "c2": "2:1"}).sites] == ["keep", "keep"]
+    assert [site.action for site in nmconv.make_plan(model, {"c1": None, "c2": "2:1"}, keep="boundary").sites] == [
+        "keep",
+        "keep",
+    ]
     assert [name.partition(":")[0] for site in plan.sites for name in site.convs] == ["c1", "c2"]
 
 
@@ -849,7 +852,7 @@ def test_a_conv_subclass_that_activates_itself():
         return self.c2(self.c1(x))
 
     model = net(forward, c1=ConvWithRelu(4, 4, 3), c2=ConvWithRelu(4, 4, 3))
-    plan = nmconv.make_plan(model)
+    plan = nmconv.make_plan(model, keep="boundary")
     assert [row[:2] + row[3:] for row in rows(plan)] == [
         ("c1:relu#1", "drop", "A0", "post"),
         ("c2:relu#1", "keep", "A0", "post"),
@@ -868,7 +871,7 @@ def test_functional_conv_on_a_parameter_counts(form):
         return self.a2(self.c2(self.a1(function(x, weight, padding=1))))
 
     model = net(forward, weight=nn.Parameter(torch.rand(4, 4, 3, 3)), c2=conv(), **relus("a1 a2"))
-    plan = nmconv.make_plan(model)
+    plan = nmconv.make_plan(model, keep="boundary")
     assert [row[:2] + row[3:] for row in rows(plan)] == [("a1#1", "drop", "A0", "post"), ("a2#1", "keep", "A0", "post")]
     assert plan.counts.convs == 2
 
@@ -901,7 +904,7 @@ def test_linear_counts_only_where_the_user_asks():
         )  # fmt: skip
 
     with pytest.raises(nmconv.NoSitesError, match="linear=True"):
-        nmconv.make_plan(nn.Sequential(block(), block()))
+        nmconv.make_plan(nn.Sequential(block(), block()), keep="boundary")
     text = "0.act keep 0.fc1 A0 post \n 1.act keep 1.fc1 B0 post"
     expect(nn.Sequential(block(), block()), text, linear=True, convs=6)
 
@@ -963,7 +966,7 @@ def test_indivisible_norm_act_with_an_act_inside_is_explained():
         return self.a2(self.c2(self.frn(self.c1(x))))
 
     model = net(forward, **convs("c1 c2"), frn=timm.layers.FilterResponseNormAct2d(4), **relus("a2"))
-    plan = nmconv.make_plan(model)
+    plan = nmconv.make_plan(model, keep="boundary")
     assert [row[:3] for row in rows(plan) if row[1] != "skip"] == [("a2#1", "keep", "c2")]
     for site in plan.sites:
         assert "never calls" not in site.reason, site
@@ -1037,7 +1040,7 @@ def test_an_activation_after_gate_and_residual_add_belongs_to_the_conv_before_it
         return self.a3(self.c3(x))
 
     model = net(forward, **convs("c1 c2 c3 g1 g2"), **relus("a1 a2 a3 ga"))
-    plan = nmconv.make_plan(model)
+    plan = nmconv.make_plan(model, keep="boundary")
     assert [row[:4] for row in rows(plan)] == [
         ("a1#1", "drop", "c1", "A0"),
         ("ga#1", "skip", "-", "-"),
@@ -1155,7 +1158,7 @@ def test_highway():
         return self.a2(self.c2(x))
 
     model = net(forward, **convs("c1 c2 g"), **relus("a1 a2"))
-    plan = nmconv.make_plan(model)
+    plan = nmconv.make_plan(model, keep="boundary")
     assert [row[:3] for row in rows(plan)] == [("a1#1", "keep", "c1"), ("a2#1", "keep", "c2")]
     assert plan.counts.convs == 2
 
@@ -1285,7 +1288,7 @@ def test_an_activation_module_that_lives_elsewhere():
     def forward(self, x):
         return self.relu(self.c2(self.block(x, self.relu)))
 
-    plan = nmconv.make_plan(net(forward, c2=conv(), block=block, relu=nn.ReLU()))
+    plan = nmconv.make_plan(net(forward, c2=conv(), block=block, relu=nn.ReLU()), keep="boundary")
     assert [(site.name, site.owner, site.call, site.convs, site.chain) for site in plan.sites] == [
         ("relu", "block", 1, ("block.c",), 0),
         ("relu", "", 1, ("c2",), 0),
@@ -1330,7 +1333,7 @@ def test_a_block_called_in_a_row_is_one_decision_for_all_calls(times, keep):
 
 def test_a_block_of_two_convs_called_twice_in_a_row():
     model = net(lambda self, x: self.head(self.head(x)), head=_head())
-    plan = nmconv.make_plan(model, "2:1")
+    plan = nmconv.make_plan(model, "2:1", keep="boundary")
     assert [(site.id, site.action) for site in plan.sites] == [("head.a1#1", "drop"), ("head.a2#1", "keep")]
     # [c1 c2 c1] [c2]: what one call would drop another must keep
     for keep in ("boundary", "first", "spread"):
@@ -1345,7 +1348,7 @@ def test_a_block_called_in_surroundings_that_differ_keeps():
         return one, two
 
     block = net(lambda self, x: self.a(self.c(x)), c=conv(), a=nn.ReLU())
-    plan = nmconv.make_plan(net(forward, **convs("c2"), **relus("a2"), block=block))
+    plan = nmconv.make_plan(net(forward, **convs("c2"), **relus("a2"), block=block), keep="boundary")
     assert {site.id: site.action for site in plan.sites} == {"block.a#1": "keep", "a2#1": "keep"}
 
 
@@ -1362,7 +1365,7 @@ def pre(count: int) -> nn.Module:
 
 def kept(model: nn.Module, ratio: object, **options) -> tuple[list[int], list[int]]:
     """Which activations stay, by position, and the unit of each."""
-    plan = nmconv.make_plan(model, ratio, **options)
+    plan = nmconv.make_plan(model, ratio, **{"keep": "boundary", **options})
     assert {site.chain for site in plan.sites} == {plan.sites[0].chain}
     stay = [at for at, site in enumerate(plan.sites) if site.action == "keep"]
     return stay, [site.unit for site in plan.sites]
@@ -1482,7 +1485,9 @@ def inverted(residual: bool) -> nn.Module:
 
 
 def actions(model: nn.Module, ratio: str, **options) -> list[str]:
-    return [site.action for site in nmconv.make_plan(model, ratio, relocate=True, **options).sites]
+    return [
+        site.action for site in nmconv.make_plan(model, ratio, relocate=True, **{"keep": "boundary", **options}).sites
+    ]
 
 
 def test_relocate_makes_a_true_unit_of_an_inverted_residual():
@@ -1507,7 +1512,7 @@ def test_relocate_makes_a_true_unit_of_an_inverted_residual():
 def test_relocated_it_works_as_written_by_hand():
     torch.manual_seed(0)
     model = nn.Sequential(inverted(True), inverted(False), conv(), nn.ReLU()).eval()
-    new = nmconv.convert(model, "3:1", relocate=True)
+    new = nmconv.convert(model, "3:1", relocate=True, keep="boundary")
 
     def by_hand(block, x, residual):
         y = block.n3(block.c3(block.n2(block.c2(block.n1(block.c1(x))))))
@@ -1563,7 +1568,7 @@ def test_relocate_never_in_a_pre_activation_chain():
 @pytest.mark.parametrize("name", ["torchvision/mobilenet_v2", "timm/mobilenetv2_100"])
 def test_relocate_mobilenet_v2_at_3_1(name):
     """Expand, depthwise, project, add, act: 17 units of three, and the last conv."""
-    plan = nmconv.make_plan(zoo.build(name, "meta"), "3:1", relocate=True)
+    plan = nmconv.make_plan(zoo.build(name, "meta"), "3:1", relocate=True, keep="boundary")
     assert plan.counts.activations_before == 35
     assert plan.counts.activations_after == 18
     assert [site.action for site in plan.sites].count("move") == 17
@@ -1573,7 +1578,7 @@ def test_relocate_mobilenet_v2_at_3_1(name):
 
 def test_relocate_retinanet_head_stays():
     """[conv conv conv] [conv logits] at 3:1: the second unit would end on the logits."""
-    plan = nmconv.make_plan(zoo.build("torchvision/retinanet_resnet50_fpn"), "3:1", relocate=True)
+    plan = nmconv.make_plan(zoo.build("torchvision/retinanet_resnet50_fpn"), "3:1", relocate=True, keep="boundary")
     for head in ("classification_head", "regression_head"):
         sites = [site for site in plan.sites if f"{head}.conv" in site.name]
         assert [site.action for site in sites] == ["drop", "drop", "keep", "keep"]
@@ -1597,7 +1602,7 @@ def auxiliary() -> nn.Module:
 @pytest.mark.parametrize("training", [False, True])
 def test_auxiliary_heads_are_planned_and_numbered_for_both_modes(training):
     model = auxiliary().train(training)
-    plan = nmconv.make_plan(model)
+    plan = nmconv.make_plan(model, keep="boundary")
     assert model.training is training
     found = {(site.modes, site.call, site.train_call): (site.convs[0], site.action, site.id) for site in plan.sites}
     # eval: [c1 c2 c3]; in training also [b1 b2]
@@ -1616,7 +1621,7 @@ def test_a_site_of_eval_mode_only():
         x = self.a1(self.c1(x))
         return self.c2(x) if self.training else self.a2(self.c2(x))
 
-    plan = nmconv.make_plan(net(forward, **convs("c1 c2"), **relus("a1 a2")))
+    plan = nmconv.make_plan(net(forward, **convs("c1 c2"), **relus("a1 a2")), keep="boundary")
     assert [(site.id, site.action, site.modes, site.train_call) for site in plan.sites] == [
         ("a1#1", "drop", "both", 1),
         ("a2#1", "keep", "eval", None),
@@ -1629,7 +1634,7 @@ def test_two_kinds_of_activation_in_the_two_modes():
         x = F.relu(x) if self.training else F.relu6(x)
         return self.a2(self.c2(x))
 
-    plan = nmconv.make_plan(net(forward, **convs("c1 c2"), **relus("a2")))
+    plan = nmconv.make_plan(net(forward, **convs("c1 c2"), **relus("a2")), keep="boundary")
     found = {site.id: (site.modes, site.action) for site in plan.sites}
     assert found[":relu6#1"] == ("eval", "drop")
     assert found[":relu#1(train)"][0] == "train"
@@ -1657,7 +1662,7 @@ COUNTS = {
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_expected_counts(name):
-    counts = nmconv.make_plan(zoo.build(name, "meta"), "2:1").counts
+    counts = nmconv.make_plan(zoo.build(name, "meta"), "2:1", keep="boundary").counts
     assert (counts.activations_before, counts.activations_after) == COUNTS[name]
     assert counts.ratio_asked == "2:1"
 
@@ -1666,13 +1671,13 @@ def test_convnext_counts_with_linear():
     """All 18 activations follow a linear layer: [fc1 fc2] eighteen times, which have one each already."""
     model = zoo.build("timm/convnext_tiny", "meta")
     with pytest.raises(nmconv.NoSitesError):
-        nmconv.make_plan(model)
-    counts = nmconv.make_plan(model, linear=True).counts
+        nmconv.make_plan(model, keep="boundary")
+    counts = nmconv.make_plan(model, linear=True, keep="boundary").counts
     assert (counts.activations_before, counts.activations_after) == (18, 18)
 
 
 def test_repvgg_a0_counts_one_conv_a_block():
-    counts = nmconv.make_plan(zoo.build("timm/repvgg_a0", "meta")).counts
+    counts = nmconv.make_plan(zoo.build("timm/repvgg_a0", "meta"), keep="boundary").counts
     assert counts.convs == counts.activations_before == 22
     assert counts.activations_after == 11
 
@@ -1681,7 +1686,7 @@ def test_what_a_plan_says_is_no_matter_of_dtype_device_mode_or_freezing():
     def make(**kind):
         return nn.Sequential(inverted(True), conv(), nn.ReLU(), conv(), nn.ReLU()).to(**kind)
 
-    wanted = nmconv.make_plan(make())
+    wanted = nmconv.make_plan(make(), keep="boundary")
     variants = SimpleNamespace(
         meta=make(device="meta"),
         half=make(dtype=torch.half),
@@ -1692,18 +1697,18 @@ def test_what_a_plan_says_is_no_matter_of_dtype_device_mode_or_freezing():
         channels_last=make(memory_format=torch.channels_last),
     )
     for name, model in vars(variants).items():
-        assert nmconv.make_plan(model) == wanted, name
+        assert nmconv.make_plan(model, keep="boundary") == wanted, name
 
 
 def test_hooks_weight_norm_and_checkpointing_change_nothing():
-    wanted = nmconv.make_plan(zoo.build("timm/resnet18", "meta")).sites
+    wanted = nmconv.make_plan(zoo.build("timm/resnet18", "meta"), keep="boundary").sites
     model = zoo.build("timm/resnet18", "meta")
     model.set_grad_checkpointing(True)
     model.train()
     model.layer1.register_forward_hook(lambda *_: pytest.fail("a hook was called"))
     nn.utils.parametrizations.weight_norm(model.layer1[0].conv1)
     nn.utils.parametrizations.spectral_norm(model.layer2[0].conv1)
-    assert nmconv.make_plan(model).sites == wanted
+    assert nmconv.make_plan(model, keep="boundary").sites == wanted
 
 
 def test_a_unit_ends_before_what_the_next_block_begins_with():
@@ -1726,7 +1731,7 @@ def test_a_unit_ends_before_what_the_next_block_begins_with():
             return self.n(self.b(self.r(self.a(x))))
 
     model = nn.Sequential(First(), Next(), conv(), nn.ReLU()).eval()
-    plan = nmconv.make_plan(model, "2:1", relocate=True)
+    plan = nmconv.make_plan(model, "2:1", relocate=True, keep="boundary")
     assert [(site.id, site.action, site.behind) for site in plan.sites] == [
         ("0.r#1", "move", "0.b"),
         ("3#1", "keep", ""),

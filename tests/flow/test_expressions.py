@@ -398,7 +398,7 @@ def test_moved_to_the_end_of_a_unit():
             return self.head(self.block.n(y))
 
     model = Tail(None).eval()
-    plan = nmconv.make_plan(model, "3:1", relocate=True, example_inputs=X)
+    plan = nmconv.make_plan(model, "3:1", relocate=True, example_inputs=X, keep="boundary")
     assert [(site.id, site.action) for site in plan.sites] == [(":silu#1", "drop"), (":silu#2", "move")]
     moved = nmconv.apply_plan(model, plan, example_inputs=X)
     y = F.silu(model.block.n(model.block.b(model.block.a(model.stem(X)))))
@@ -600,7 +600,7 @@ class Classifier(nn.Module):
 def test_fitting_and_searching_know_them_as_they_know_calls(work):
     images = torch.rand(16, 4, 10, 10)
     model, called = Classifier(work).eval(), Classifier(lambda s, x: F.silu(x)).eval()
-    converted = nmconv.convert(model, "2:1", example_inputs=images)
+    converted = nmconv.convert(model, "2:1", example_inputs=images, keep="boundary")
     fitted = nmconv.get_fit(nmconv.fit(converted, images, reference=model))
     assert [unit.convs for unit in fitted.units if not unit.why] == [("net.block.a", "net.block.b")]
     by_hand, by_call = (

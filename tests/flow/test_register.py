@@ -140,7 +140,7 @@ def test_a_shared_one_is_rewritten_and_one_in_double_precision_trains():
 
     model = Shared(Act).double().train()
     with nmconv.register(Act, "activation"):
-        converted = nmconv.convert(model, "2:1", example_inputs=X.double())
+        converted = nmconv.convert(model, "2:1", example_inputs=X.double(), keep="boundary")
     assert_same(converted(X.double()), model.c(model.one(model.b(model.a(X.double())))))
     converted(X.double()).sum().backward()
     assert converted.a.weight.grad is not None
@@ -172,7 +172,7 @@ def test_a_conv_counts_and_is_never_merged():
     with nmconv.register(Conv, "conv"):
         assert plan_of(model).counts.convs == 3
         assert real(model) == [("one#1", "ReLU"), ("two#1", "ReLU")]
-        converted = nmconv.convert(model, "3:1", example_inputs=X, hoist_padding=True)
+        converted = nmconv.convert(model, "3:1", example_inputs=X, hoist_padding=True, keep="boundary")
         runs = nmconv.find_runs(converted, example_inputs=X)
         with pytest.warns(nmconv.NoEffectWarning):
             merged = nmconv.merge(converted, gate="always", example_inputs=X)
@@ -202,7 +202,7 @@ def test_an_identity_is_nothing_between_a_convolution_and_its_activation():
     model = Between(Passing).eval()
     assert plan_of(model).counts.activations_after == 2
     with nmconv.register(Passing, "identity"):
-        converted = nmconv.convert(model, "2:1", example_inputs=X)
+        converted = nmconv.convert(model, "2:1", example_inputs=X, keep="boundary")
     assert nmconv.get_plan(converted).counts.activations_after == 1
     assert_same(converted(X), model.c(F.relu(model.b(model.a(X)))))
 
@@ -333,7 +333,7 @@ def test_an_activation_that_is_not_computed_by_torch():
     model = Net(Tanh).eval()
     with nmconv.register(Tanh, "activation"):
         assert real(model) == [("one#1", "Tanh"), ("two#1", "Tanh")]
-        converted = nmconv.convert(model, "2:1", example_inputs=X)
+        converted = nmconv.convert(model, "2:1", example_inputs=X, keep="boundary")
     assert_same(converted(X), model.c(model.two(model.b(model.a(X)))))
 
 
@@ -383,7 +383,7 @@ def test_a_plan_asks_for_what_was_registered(tmp_path):
 
     model = Twice().eval()
     with nmconv.register(Act, "activation"):
-        converted = nmconv.convert(model, "2:1", example_inputs=X)
+        converted = nmconv.convert(model, "2:1", example_inputs=X, keep="boundary")
         plan = nmconv.get_plan(converted)
         assert [site.action for site in plan.sites] == ["drop", "keep"]
         assert nmconv.Plan.from_json(plan.to_json()) == plan

@@ -93,11 +93,11 @@ def neither(net: nn.Module) -> nn.Module:
 
 
 def converted(net: nn.Module) -> nn.Module:
-    return nmconv.convert(net, "2:1")
+    return nmconv.convert(net, "2:1", keep="boundary")
 
 
 def relocated(net: nn.Module) -> nn.Module:
-    return nmconv.convert(net, "4:1", relocate=True, hoist_padding=True)
+    return nmconv.convert(net, "4:1", relocate=True, hoist_padding=True, keep="boundary")
 
 
 def merged_only(net: nn.Module) -> nn.Module:
@@ -105,23 +105,23 @@ def merged_only(net: nn.Module) -> nn.Module:
 
 
 def both(net: nn.Module) -> nn.Module:
-    return nmconv.merge(nmconv.convert(net, "3:1"), gate="always")
+    return nmconv.merge(nmconv.convert(net, "3:1", keep="boundary"), gate="always")
 
 
 def by_flops(net: nn.Module) -> nn.Module:
-    return nmconv.merge(nmconv.convert(net, "2:1", hoist_padding=True))
+    return nmconv.merge(nmconv.convert(net, "2:1", hoist_padding=True, keep="boundary"))
 
 
 def folded(net: nn.Module) -> nn.Module:
-    return nmconv.fold_norms(nmconv.convert(net, "2:1"))
+    return nmconv.fold_norms(nmconv.convert(net, "2:1", keep="boundary"))
 
 
 def twice(net: nn.Module) -> nn.Module:
-    return nmconv.merge(nmconv.fold_norms(nmconv.convert(net, "2:1")), gate="always")
+    return nmconv.merge(nmconv.fold_norms(nmconv.convert(net, "2:1", keep="boundary")), gate="always")
 
 
 def live(net: nn.Module) -> nn.Module:
-    return nmconv.merge(nmconv.convert(net, "2:1"), gate="always", live=True)
+    return nmconv.merge(nmconv.convert(net, "2:1", keep="boundary"), gate="always", live=True)
 
 
 def baked(net: nn.Module) -> nn.Module:
@@ -319,7 +319,9 @@ def test_example_inputs_and_untraced_parts(path):
 
     net = drawn(Branching())
     x = torch.rand(2, 3, 8, 8)
-    model = nmconv.merge(nmconv.convert(net, example_inputs=(x, 2)), gate="always", example_inputs=(x, 2))
+    model = nmconv.merge(
+        nmconv.convert(net, example_inputs=(x, 2), keep="boundary"), gate="always", example_inputs=(x, 2)
+    )
     assert nmconv.get_merges(model)[0]
     loaded = reloaded(model, Branching(), path, example_inputs=(x, 2)).eval()
     with torch.no_grad():
@@ -349,7 +351,7 @@ def helped(module: Deep, x: Tensor) -> Tensor:
 
 
 def test_methods_that_a_forward_calls_may_be_rewritten(path):
-    model = nmconv.convert(drawn(Deep()))
+    model = nmconv.convert(drawn(Deep()), keep="boundary")
     calls = calls_of(drawn(Deep()), nmconv.get_plan(model)).values()
     assert {call.method for call in calls} == {"first", "last"}
     assert_same(reloaded(model, Deep(), path), model, torch.rand(2, 3, 8, 8))

@@ -115,7 +115,7 @@ def refused(error: type[Exception], model: nn.Module, *args: Any, match: str | N
     ],
 )
 def test_ratios(ratio, text, wanted):
-    plan = nmconv.make_plan(staged(), ratio)
+    plan = nmconv.make_plan(staged(), ratio, keep="boundary")
     assert (kept(plan), plan.counts.ratio_asked) == (wanted, text)
     after = wanted.count("K")
     assert plan.counts == nmconv.Counts(6, 6, after, text, f"{6 / after:.2f}:1")
@@ -134,7 +134,7 @@ BAD_RATIOS = [
 def test_bad_ratios(ratio):
     refused(RatioError, staged(), ratio)
     with pytest.raises(ValueError):
-        nmconv.make_plan(staged(), ratio)
+        nmconv.make_plan(staged(), ratio, keep="boundary")
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (0, 0), (2, 0), (-1, -2)])
@@ -167,11 +167,11 @@ def test_a_ratio_out_of_range(n, m):
     ],
 )
 def test_mappings(ratio, wanted):
-    assert kept(nmconv.make_plan(staged(), ratio)) == wanted
+    assert kept(nmconv.make_plan(staged(), ratio, keep="boundary")) == wanted
 
 
 def test_a_mapping_is_told_in_the_plan():
-    plan = nmconv.make_plan(staged(), {"layer1": None, "layer2": "3:1", "*": (2, 1)})
+    plan = nmconv.make_plan(staged(), {"layer1": None, "layer2": "3:1", "*": (2, 1)}, keep="boundary")
     for part in ("layer1", "layer2", "3:1", "2:1"):
         assert part in plan.counts.ratio_asked
     assert Plan.from_json(plan.to_json()) == plan
@@ -196,7 +196,7 @@ def test_a_mapping_is_told_in_the_plan():
     ids=label,
 )
 def test_include_and_exclude(options, wanted):
-    assert kept(nmconv.make_plan(staged(), **options)) == wanted
+    assert kept(nmconv.make_plan(staged(), keep="boundary", **options)) == wanted
 
 
 def test_options_are_told_in_the_plan_also_where_they_are_generators():
@@ -222,8 +222,8 @@ def test_a_generator_of_patterns_survives_a_second_planning_round():
         blocks = [net(block, **convs("c1 c2"), count=None), run_of(2)]
         return nn.Sequential(*blocks, net(forward))
 
-    wanted = nmconv.make_plan(make(), include=["0", "1"])
-    assert nmconv.make_plan(make(), include=iter(["0", "1"])).sites == wanted.sites
+    wanted = nmconv.make_plan(make(), include=["0", "1"], keep="boundary")
+    assert nmconv.make_plan(make(), include=iter(["0", "1"]), keep="boundary").sites == wanted.sites
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_an_empty_mapping_is_an_error():
 
 def test_a_pattern_that_matches_nothing_names_itself():
     with pytest.raises(PatternError, match="layre1"):
-        nmconv.make_plan(staged(), {"layre1": "2:1", "*": None})
+        nmconv.make_plan(staged(), {"layre1": "2:1", "*": None}, keep="boundary")
 
 
 STAGES = ["conv1 act1", "layer1", "layer2", "layer3", "layer4"]
@@ -273,16 +273,19 @@ STAGES = ["conv1 act1", "layer1", "layer2", "layer3", "layer4"]
 @pytest.mark.parametrize("number", range(5))
 def test_stages_of_a_timm_model(number):
     model = zoo.build("timm/resnet18", "meta")
-    plan = nmconv.make_plan(model, {f"stage:{number}": "2:1"})
+    plan = nmconv.make_plan(model, {f"stage:{number}": "2:1"}, keep="boundary")
     changed = {name for site in plan.changes for name in site.convs}
     assert all(name.split(".")[0] in STAGES[number].split() for name in changed)
     assert len(changed) == (0 if number == 0 else 2)
-    assert nmconv.make_plan(model, exclude=[f"stage:{at}" for at in range(5) if at != number]).sites == plan.sites
+    assert (
+        nmconv.make_plan(model, exclude=[f"stage:{at}" for at in range(5) if at != number], keep="boundary").sites
+        == plan.sites
+    )
 
 
 def test_stages_mixed_with_other_patterns():
     model = zoo.build("timm/resnet50", "meta")
-    plan = nmconv.make_plan(model, {"stage:4": None, "layer3.0": "1:1", "stage:3": "3:1", "*": "2:1"})
+    plan = nmconv.make_plan(model, {"stage:4": None, "layer3.0": "1:1", "stage:3": "3:1", "*": "2:1"}, keep="boundary")
     changed = {name.rpartition(".")[0] for site in plan.changes for name in site.convs}
     assert not any(name.startswith("layer4") for name in changed)
     assert "layer3.0" not in changed
@@ -296,7 +299,7 @@ def test_stages_mixed_with_other_patterns():
 def test_stages_that_are_none(pattern):
     model = timm.create_model("resnet10t")
     with pytest.raises(PatternError, match="stage"):
-        nmconv.make_plan(model, {pattern: "2:1"})
+        nmconv.make_plan(model, {pattern: "2:1"}, keep="boundary")
 
 
 @pytest.mark.parametrize("name", ["efficientnet_b0", "densenet121", "regnetx_002", "repvgg_a0", "dla34"])
@@ -306,14 +309,14 @@ def test_stages_do_not_overlap_and_leave_only_the_head(name):
     seen: list[str] = []
     for number in range(count):
         try:
-            plan = nmconv.make_plan(model, {f"stage:{number}": "100:1"})
+            plan = nmconv.make_plan(model, {f"stage:{number}": "100:1"}, keep="boundary")
         except PatternError as error:
             assert "no convolution" in str(error)
             continue
         inside = [site.id for site in plan.sites if site.chain is not None and site.unit is not None]
         assert not set(inside) & set(seen)
         seen += inside
-    sites = [site.id for site in nmconv.make_plan(model).sites if site.chain is not None]
+    sites = [site.id for site in nmconv.make_plan(model, keep="boundary").sites if site.chain is not None]
     assert [site for site in sites if site in seen] == seen  # in the order of execution
     assert len(seen) >= len(sites) - 2
 
@@ -321,7 +324,7 @@ def test_stages_do_not_overlap_and_leave_only_the_head(name):
 def test_a_stage_whose_end_is_no_conv_is_what_runs_up_to_it():
     """DenseNet's last feature is the norm behind the last block: stage 4 is that block."""
     model = zoo.build("timm/densenet121", "meta")
-    plan = nmconv.make_plan(model, {"stage:4": "2:1"})
+    plan = nmconv.make_plan(model, {"stage:4": "2:1"}, keep="boundary")
     changed = {name for site in plan.changes for name in site.convs}
     assert len(changed) == 16
     assert all(name.startswith("features.denseblock4.") for name in changed)
@@ -356,7 +359,7 @@ def test_what_a_keep_function_raises_comes_through_and_nothing_is_touched():
 
 def test_options_are_by_keyword():
     with pytest.raises(TypeError):
-        nmconv.make_plan(staged(), "2:1", "last")
+        nmconv.make_plan(staged(), "2:1", "last", keep="boundary")
 
 
 # --- models that are none ---------------------------------------------------------------------------------------------
@@ -401,7 +404,7 @@ HINTS = {"DataParallel": "module", "compiled": "_orig_mod", "compiled in place":
 @pytest.mark.parametrize("what", NO_MODELS)
 def test_what_is_no_model(what):
     model = NO_MODELS[what]()
-    plan = nmconv.make_plan(staged())
+    plan = nmconv.make_plan(staged(), keep="boundary")
     for call in (*CALLS.values(), lambda model: nmconv.apply_plan(model, plan)):
         with pytest.raises(ModelTypeError, match=HINTS.get(what)) as caught:
             call(model)
@@ -427,8 +430,8 @@ def test_ddp_is_to_be_unwrapped(process_group):
 
 def test_get_plan():
     assert nmconv.get_plan(staged()) is None
-    model = nmconv.convert(staged())
-    assert nmconv.get_plan(model) == nmconv.make_plan(staged())
+    model = nmconv.convert(staged(), keep="boundary")
+    assert nmconv.get_plan(model) == nmconv.make_plan(staged(), keep="boundary")
     assert nmconv.get_plan(copy.deepcopy(model)) == nmconv.get_plan(model)
     with pytest.raises(ModelTypeError):
         nmconv.get_plan(3)
@@ -458,10 +461,10 @@ def test_no_sites(model):
 def test_no_effect_warns_and_returns_a_model():
     model = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2), conv(), nn.ReLU())
     with pytest.warns(NoEffectWarning):
-        new = nmconv.convert(model)
+        new = nmconv.convert(model, keep="boundary")
     assert new is not model
     with pytest.warns(NoEffectWarning):
-        assert nmconv.convert(model, inplace=True) is model
+        assert nmconv.convert(model, inplace=True, keep="boundary") is model
     with pytest.warns(NoEffectWarning):
         nmconv.apply_plan(staged(), nmconv.make_plan(staged(), "1:1"))
     x = torch.randn(1, 4, 8, 8)
@@ -484,7 +487,7 @@ def test_options_that_are_on_or_off_are_no_text(option):
 def test_no_effect_in_the_zoo(name):
     model = zoo.build(name, "meta")
     with pytest.warns(NoEffectWarning):
-        nmconv.convert(model, inplace=True)
+        nmconv.convert(model, inplace=True, keep="boundary")
 
 
 def test_a_site_that_always_stays_is_a_site():
@@ -494,10 +497,10 @@ def test_a_site_that_always_stays_is_a_site():
         return self.block(F.max_pool2d(x, 2)), self.c1(self.block(x)) + x
 
     model = net(forward, **convs("c1"), block=net(lambda self, x: self.c(self.a(x)), c=conv(), a=nn.ReLU()))
-    plan = nmconv.make_plan(model, "2:1")
+    plan = nmconv.make_plan(model, "2:1", keep="boundary")
     assert plan.counts.activations_before == 1
     with pytest.warns(NoEffectWarning):
-        nmconv.convert(model)
+        nmconv.convert(model, keep="boundary")
 
 
 # --- converted already ------------------------------------------------------------------------------------------------
@@ -505,25 +508,27 @@ def test_a_site_that_always_stays_is_a_site():
 
 def test_a_converted_model_is_not_converted_again():
     """It would count from what the first conversion has left; a plan counts from the original."""
-    model = nmconv.convert(staged())
+    model = nmconv.convert(staged(), keep="boundary")
     before = untouched(model)
     for ratio in ("2:1", "1:1"):
         for inplace in (False, True):
             with pytest.raises(AlreadyConvertedError, match=r"get_plan.*apply_plan"):
-                nmconv.convert(model, ratio, inplace=inplace)
+                nmconv.convert(model, ratio, inplace=inplace, keep="boundary")
     assert untouched(model) == before
-    assert nmconv.make_plan(model, "3:1") == nmconv.make_plan(staged(), "3:1")
+    assert nmconv.make_plan(model, "3:1", keep="boundary") == nmconv.make_plan(staged(), "3:1", keep="boundary")
 
 
 def test_a_model_with_a_converted_part_is_not_converted():
-    refused(AlreadyConvertedError, nn.Sequential(nmconv.convert(staged()), conv(), nn.ReLU()), match="'0'")
+    refused(
+        AlreadyConvertedError, nn.Sequential(nmconv.convert(staged(), keep="boundary"), conv(), nn.ReLU()), match="'0'"
+    )
 
 
 def test_copies_and_pickles_of_converted_models_are_converted():
-    model = nmconv.convert(staged())
+    model = nmconv.convert(staged(), keep="boundary")
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with pytest.raises(AlreadyConvertedError):
-            nmconv.convert(again)
+            nmconv.convert(again, keep="boundary")
 
 
 # --- the plan as data -------------------------------------------------------------------------------------------------
@@ -546,16 +551,18 @@ def zoo_of_plans() -> dict[str, Plan]:
     # three convs, two activations, then one more conv: something to move
     to_move = nn.Sequential(run_of(2), conv(), nn.MaxPool2d(2), conv(), nn.ReLU())
     return {
-        "plain": nmconv.make_plan(staged()),
-        "mapping": nmconv.make_plan(staged(), {"layer1": None, "*": "3:1"}),
-        "patterns": nmconv.make_plan(staged(), include=["layer1", "layer2"], exclude="layer2.0"),
+        "plain": nmconv.make_plan(staged(), keep="boundary"),
+        "mapping": nmconv.make_plan(staged(), {"layer1": None, "*": "3:1"}, keep="boundary"),
+        "patterns": nmconv.make_plan(staged(), include=["layer1", "layer2"], exclude="layer2.0", keep="boundary"),
         "function": nmconv.make_plan(staged(), keep=middle),
-        "moved": nmconv.make_plan(to_move, "3:1", relocate=True),
-        "functional": nmconv.make_plan(net(lambda self, x: F.relu(self.c2(F.relu(self.c1(x)))), **convs("c1 c2"))),
-        "train": nmconv.make_plan(net(aux, **convs("c1 c2 c3"), relu=nn.ReLU())),
-        "untraced": nmconv.make_plan(nn.Sequential(staged(), net(broken), run_of(2))),
-        "resnet": nmconv.make_plan(zoo.build("torchvision/resnet18", "meta")),
-        "edited": nmconv.make_plan(staged()).edit({"stem.1#1": "keep"}),
+        "moved": nmconv.make_plan(to_move, "3:1", relocate=True, keep="boundary"),
+        "functional": nmconv.make_plan(
+            net(lambda self, x: F.relu(self.c2(F.relu(self.c1(x)))), **convs("c1 c2")), keep="boundary"
+        ),
+        "train": nmconv.make_plan(net(aux, **convs("c1 c2 c3"), relu=nn.ReLU()), keep="boundary"),
+        "untraced": nmconv.make_plan(nn.Sequential(staged(), net(broken), run_of(2)), keep="boundary"),
+        "resnet": nmconv.make_plan(zoo.build("torchvision/resnet18", "meta"), keep="boundary"),
+        "edited": nmconv.make_plan(staged(), keep="boundary").edit({"stem.1#1": "keep"}),
     }
 
 
@@ -780,7 +787,7 @@ def test_a_call_says_what_it_was():
 
     given = {"x": torch.zeros(2, 4, 8, 8), "pair": (3, torch.zeros(2, dtype=torch.int64)), "options": {"size": [1, 2]}}
     given |= {"scale": 2.0, "mode": "min", "flag": True}
-    plan = nmconv.make_plan(Called(), "2:1", example_inputs=given)
+    plan = nmconv.make_plan(Called(), "2:1", example_inputs=given, keep="boundary")
     again = Plan.from_json(plan.to_json())
     assert again.call == plan.call and again == plan
     assert json.loads(plan.to_json())["call"]["kwargs"]["x"] == {"shape": [2, 4, 8, 8]}
@@ -796,7 +803,7 @@ def test_a_call_says_what_it_was():
 
 def test_example_inputs_win_over_the_call():
     model = staged()
-    plan = nmconv.make_plan(model)
+    plan = nmconv.make_plan(model, keep="boundary")
     strange = dataclasses.replace(plan, call=nmconv.planning.Signature((nmconv.planning.TensorSpec((1, 9, 8, 8)),), {}))
     with pytest.raises(PlanError, match=r"9, 8, 8.*what the plan says"):
         nmconv.apply_plan(model, strange)
@@ -809,7 +816,7 @@ def test_example_inputs_win_over_the_call():
 
 
 def test_a_page_that_people_read():
-    text = nmconv.make_plan(timm.create_model("resnet18"), "2:1").to_json()
+    text = nmconv.make_plan(timm.create_model("resnet18"), "2:1", keep="boundary").to_json()
     assert len(text) < 6000
     assert len([line for line in text.splitlines() if line.startswith('  {"site": ')]) == 17
     edited = text.replace(
@@ -873,7 +880,7 @@ def test_a_plan_that_names_what_the_model_has_not_changes_nothing(name, position
 
 
 def test_edit():
-    plan = nmconv.make_plan(staged())
+    plan = nmconv.make_plan(staged(), keep="boundary")
     assert kept(plan) == "dKdKdK"
     new = plan.edit({"stem.1#1": "keep", plan.sites[1]: "drop"})
     assert kept(new) == "KddKdK"
@@ -888,7 +895,7 @@ def test_edit():
 
 
 def test_edit_may_leave_a_unit_with_none_or_all():
-    plan = nmconv.make_plan(staged())
+    plan = nmconv.make_plan(staged(), keep="boundary")
     none = plan.edit(dict.fromkeys(plan.sites, "drop"))
     assert none.counts == nmconv.Counts(6, 6, 0, "2:1", "6:0")
     x = torch.randn(1, 4, 8, 8)
@@ -906,7 +913,7 @@ def test_edit_may_leave_a_unit_with_none_or_all():
 
 
 def test_edits_that_are_nearly_right():
-    plan = nmconv.make_plan(staged())
+    plan = nmconv.make_plan(staged(), keep="boundary")
     site = plan.sites[0].id
     with pytest.raises(PlanError, match="map sites to actions"):
         plan.edit([(site, "keep")])
@@ -942,19 +949,19 @@ def test_edit_of_a_moved_site_puts_it_back():
     ids=str,
 )
 def test_edits_that_are_none(actions):
-    plan = nmconv.make_plan(staged())
+    plan = nmconv.make_plan(staged(), keep="boundary")
     with pytest.raises(PlanError):
         plan.edit(actions)
 
 
 def test_edit_names_near_ids():
     with pytest.raises(PlanError, match=r"stem\.1#1"):
-        nmconv.make_plan(staged()).edit({"stem.1": "keep"})
+        nmconv.make_plan(staged(), keep="boundary").edit({"stem.1": "keep"})
 
 
 def test_edit_of_a_site_that_is_skipped():
     model = nn.Sequential(run_of(2), nn.Flatten(), nn.Linear(4, 4), nn.ReLU())
-    plan = nmconv.make_plan(model, example_inputs=torch.zeros(2, 4, 1, 1))
+    plan = nmconv.make_plan(model, example_inputs=torch.zeros(2, 4, 1, 1), keep="boundary")
     for action in ("keep", "drop"):
         with pytest.raises(PlanError, match="linear"):
             plan.edit({"3#1": action})
@@ -967,7 +974,7 @@ def test_edit_of_a_site_that_is_locked():
         self.seen = x.shape
         return F.relu(self.c2(F.relu(self.c1(x))))
 
-    plan = nmconv.make_plan(nn.Sequential(net(forward, **convs("c1 c2"), seen=None), run_of(2)))
+    plan = nmconv.make_plan(nn.Sequential(net(forward, **convs("c1 c2"), seen=None), run_of(2)), keep="boundary")
     site = plan.sites[0]
     assert site.locked and site.action == "keep"
     with pytest.raises(PlanError, match="cannot be dropped"):
@@ -976,7 +983,7 @@ def test_edit_of_a_site_that_is_locked():
 
 
 def test_an_edited_plan_is_checked_like_any_other():
-    plan = nmconv.make_plan(staged()).edit({"stem.1#1": "keep"})
+    plan = nmconv.make_plan(staged(), keep="boundary").edit({"stem.1#1": "keep"})
     assert Plan.from_json(plan.to_json()) == plan
     with pytest.raises(PlanError):
         nmconv.apply_plan(run_of(3), plan)
@@ -1003,7 +1010,7 @@ def renamed() -> nn.Module:
 
 @pytest.mark.parametrize("other", [swapped_kind, wider, renamed, lambda: run_of(6), lambda: nn.Sequential(staged())])
 def test_a_plan_of_another_model(other):
-    plan = nmconv.make_plan(staged())
+    plan = nmconv.make_plan(staged(), keep="boundary")
     model = other()
     before = untouched(model)
     for inplace in (False, True):
@@ -1028,7 +1035,9 @@ WIRINGS = {
 @pytest.mark.parametrize("wiring", WIRINGS)
 def test_a_plan_of_a_model_with_the_same_children_but_another_forward(wiring):
     """applying it to another model is a clear error: here the modules are alike, and only what is called differs."""
-    plan = nmconv.make_plan(_wired(lambda self, x: F.relu(self.c3(F.relu(self.c2(F.relu(self.c1(x))))))), "3:1")
+    plan = nmconv.make_plan(
+        _wired(lambda self, x: F.relu(self.c3(F.relu(self.c2(F.relu(self.c1(x))))))), "3:1", keep="boundary"
+    )
     model = _wired(WIRINGS[wiring])
     before = untouched(model)
     with pytest.raises(PlanError):
@@ -1040,8 +1049,8 @@ def test_a_plan_of_a_model_that_overwrites_what_the_other_copies():
     """How an activation is called is found anew in each model, and is no part of a plan."""
     plain = _wired(lambda self, x: F.relu(self.c3(F.relu(self.c2(F.relu(self.c1(x)))))))
     other = _wired(lambda self, x: F.relu_(self.c3(F.relu_(self.c2(F.relu_(self.c1(x)))))))
-    plan = nmconv.make_plan(plain, "3:1")
-    assert nmconv.make_plan(other, "3:1") == plan
+    plan = nmconv.make_plan(plain, "3:1", keep="boundary")
+    assert nmconv.make_plan(other, "3:1", keep="boundary") == plan
     other.load_state_dict(plain.state_dict())
     x = torch.randn(2, 4, 8, 8)
     assert torch.equal(nmconv.apply_plan(other, plan).eval()(x), nmconv.apply_plan(plain, plan).eval()(x))
@@ -1089,22 +1098,22 @@ def variants() -> dict[str, nn.Module]:
 
 @pytest.mark.parametrize("variant", variants())
 def test_the_fingerprint_ignores(variant):
-    model, plan = variants()[variant], nmconv.make_plan(staged())
-    assert nmconv.make_plan(model).fingerprint == plan.fingerprint
+    model, plan = variants()[variant], nmconv.make_plan(staged(), keep="boundary")
+    assert nmconv.make_plan(model, keep="boundary").fingerprint == plan.fingerprint
     assert nmconv.get_plan(nmconv.apply_plan(model, plan)) == plan
-    assert nmconv.get_plan(nmconv.apply_plan(staged(), nmconv.make_plan(model))).sites == plan.sites
+    assert nmconv.get_plan(nmconv.apply_plan(staged(), nmconv.make_plan(model, keep="boundary"))).sites == plan.sites
 
 
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "resnetv2_50", "densenet121", "vgg11_bn"])
 def test_the_fingerprint_ignores_timms_classifier(name):
-    plan = nmconv.make_plan(zoo.build(f"timm/{name}", "meta"))
+    plan = nmconv.make_plan(zoo.build(f"timm/{name}", "meta"), keep="boundary")
     with torch.device("meta"):
         other = timm.create_model(name, num_classes=7)
         none = timm.create_model(name, num_classes=0)
         reset = timm.create_model(name)
         reset.reset_classifier(11)
     for model in (other, none, reset):
-        new = nmconv.make_plan(model)
+        new = nmconv.make_plan(model, keep="boundary")
         assert new.fingerprint == plan.fingerprint
         assert nmconv.get_plan(nmconv.apply_plan(model, plan, inplace=True)) == plan
 
@@ -1119,12 +1128,12 @@ def test_the_fingerprint_ignores_torchvisions_classifier(name):
     options = {"weights": None} | ({"weights_backbone": None} if "resnet50" in name else {})
     with torch.device("meta"):
         one, two = (torchvision.models.get_model(name, num_classes=count, **options) for count in (5, 9))
-    one, two = nmconv.make_plan(one), nmconv.make_plan(two)
+    one, two = nmconv.make_plan(one, keep="boundary"), nmconv.make_plan(two, keep="boundary")
     assert one.fingerprint == two.fingerprint
 
 
 def test_a_reset_classifier_after_conversion_keeps_the_conversion():
-    model = nmconv.convert(timm.create_model("resnet10t"))
+    model = nmconv.convert(timm.create_model("resnet10t"), keep="boundary")
     plan = nmconv.get_plan(model)
     model.reset_classifier(3)
     assert nmconv.get_plan(model) == plan
@@ -1142,7 +1151,7 @@ def failing_in_train_mode(self, x):
 
 def test_parts_that_do_not_run_in_a_mode_are_named_with_what_to_do():
     model = nn.Sequential(run_of(2), net(failing_in_train_mode, **convs("c1")), run_of(2))
-    plan = nmconv.make_plan(model)
+    plan = nmconv.make_plan(model, keep="boundary")
     (part,) = plan.untraced
     assert part.name == "1" and "train mode (ValueError: no targets)" in part.reason and "example_inputs" in part.hint
     assert "1: it does not run in train mode" in str(plan)
@@ -1167,9 +1176,9 @@ def test_example_inputs_reach_what_shapes_decide():
     text = "a1 drop c1 A0 \n a2 keep c2 A0"
     x, context = torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 1, 1)
     plan = expect(model, text, example_inputs=(x, context), convs=2)
-    assert nmconv.make_plan(model, example_inputs={"x": x, "context": context}).sites == plan.sites
+    assert nmconv.make_plan(model, example_inputs={"x": x, "context": context}, keep="boundary").sites == plan.sites
     with pytest.raises(OptionError, match="example_inputs"):
-        nmconv.make_plan(model, example_inputs=(x, torch.zeros(1, 5, 1, 1)))
+        nmconv.make_plan(model, example_inputs=(x, torch.zeros(1, 5, 1, 1)), keep="boundary")
 
 
 def test_example_inputs_are_not_run():
@@ -1181,7 +1190,7 @@ def test_example_inputs_are_not_run():
             return super().__torch_function__(func, types, args, kwargs or {})
 
     loud = torch.zeros(1, 4, 8, 8).as_subclass(Loud)
-    assert kept(nmconv.make_plan(staged(), example_inputs=loud)) == "dKdKdK"
+    assert kept(nmconv.make_plan(staged(), example_inputs=loud, keep="boundary")) == "dKdKdK"
 
 
 # --- nothing is touched -----------------------------------------------------------------------------------------------
@@ -1192,7 +1201,7 @@ def test_planning_touches_nothing():
         for training in (False, True):
             model.train(training)
             before = untouched(model)
-            nmconv.make_plan(model)
+            nmconv.make_plan(model, keep="boundary")
             nmconv.make_plan(model, "3:1", relocate=True, keep="spread")
             assert untouched(model) == before
 
@@ -1200,7 +1209,7 @@ def test_planning_touches_nothing():
 def test_converting_a_copy_touches_nothing():
     for model in (staged(), timm.create_model("resnet10t"), zoo.build("torchvision/resnet18")):
         before = untouched(model)
-        new = nmconv.convert(model, "3:1")
+        new = nmconv.convert(model, "3:1", keep="boundary")
         assert untouched(model) == before
         assert not {id(part) for part in new.modules()} & {id(part) for part in model.modules()}
         assert not {part.data_ptr() for part in new.parameters()} & {part.data_ptr() for part in model.parameters()}
@@ -1225,17 +1234,17 @@ def test_a_failure_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
     model = nn.Sequential(run_of(2), Stubborn(), run_of(2))
     before = untouched(model)
     with pytest.raises((RuntimeError, NmconvError)):
-        nmconv.convert(model, inplace=True)
+        nmconv.convert(model, inplace=True, keep="boundary")
     assert untouched(model) == before
     assert nmconv.get_plan(model) is None
 
 
 def test_in_place_is_the_model_itself():
     model = staged()
-    assert nmconv.convert(model, inplace=True) is model
-    assert nmconv.get_plan(model) == nmconv.make_plan(staged())
+    assert nmconv.convert(model, inplace=True, keep="boundary") is model
+    assert nmconv.get_plan(model) == nmconv.make_plan(staged(), keep="boundary")
     other = staged()
-    assert nmconv.apply_plan(other, nmconv.make_plan(other), inplace=True) is other
+    assert nmconv.apply_plan(other, nmconv.make_plan(other, keep="boundary"), inplace=True) is other
 
 
 def test_every_error_has_one_base():
@@ -1257,9 +1266,9 @@ def test_a_merged_model_is_not_converted():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU()).eval()
     merged = nmconv.merge(model)
     with pytest.raises(nmconv.AlreadyConvertedError, match="merged already"):
-        nmconv.convert(merged, "2:1")
+        nmconv.convert(merged, "2:1", keep="boundary")
     with pytest.raises(nmconv.AlreadyConvertedError, match="merged by itself"):
-        nmconv.make_plan(nn.Sequential(merged), "2:1")
+        nmconv.make_plan(nn.Sequential(merged), "2:1", keep="boundary")
 
 
 def test_a_plan_says_the_same_in_every_process():
@@ -1280,3 +1289,18 @@ def test_a_plan_says_the_same_in_every_process():
     leading = [index for index, _ in structure_of(model, record_model(model, torch.rand(2, 4, 5, 5))).leading]
     assert len(leading) == 8
     assert leading == sorted(leading)
+
+
+def test_the_first_activations_stay_by_default():
+    model = staged()
+    plan = nmconv.make_plan(model)
+    assert plan == nmconv.make_plan(model, "2:1", keep="first") == nmconv.get_plan(nmconv.convert(model))
+    assert kept(plan) == "KdKdKd"
+
+
+@pytest.mark.parametrize(("keep", "other"), [("first", "boundary"), ("boundary", "first")])
+def test_the_printed_plan_tells_what_the_other_end_is_for(keep, other):
+    line = str(nmconv.make_plan(staged(), keep=keep)).splitlines()[1]
+    assert line.startswith(f"keep='{keep}': ") and f"'{other}'" in line
+    for plan in (nmconv.make_plan(staged(), keep="spread"), nmconv.make_plan(staged(), "1:1", keep=keep)):
+        assert str(plan).splitlines()[1].startswith("site ")

@@ -275,7 +275,7 @@ def test_a_script_that_fails_does_so_in_its_own_way(alone, before, code):
 
 
 def test_a_script_that_ends_well_with_one_does_so(alone):
-    alone(NET + "built('net', net)\nassert isinstance(net[1], nn.Identity)")
+    alone(NET + "built('net', net)\nassert isinstance(net[3], nn.Identity)")
     with pytest.raises(SystemExit) as end:
         alone(NET + "built('net', net)\nraise SystemExit")
     assert end.value.code is None
@@ -298,19 +298,19 @@ def test_a_model_of_which_nothing_is_dropped_is_none_that_was_converted(alone, c
         alone(NET + one)
     assert "small stays as it is: 2:1 drops nothing of it" in capsys.readouterr().err
     with pytest.warns(nmconv.NoEffectWarning):
-        alone(NET + one + "built('net', net)\nassert type(net[1]) is nn.Identity")
+        alone(NET + one + "built('net', net)\nassert type(net[3]) is nn.Identity")
 
 
 def test_the_options_are_converts(alone):
     text = NET + "built('net', net)\nassert [type(each).__name__ for each in net] == {}.split()"
-    alone(text.format("'Conv2d ReLU Conv2d Identity'"), "--keep", "first")
-    alone(text.format("'Conv2d Identity Conv2d ReLU'"), "--include", "0", "--include", "2", "--no-witness")
+    alone(text.format("'Conv2d Identity Conv2d ReLU'"), "--keep", "boundary")
+    alone(text.format("'Conv2d ReLU Conv2d Identity'"), "--include", "0", "--include", "2", "--no-witness")
     deep = "net[0].padding = net[2].padding = (1, 1)\n"
     alone(NET + deep + "built('net', net)\nassert net[0].padding == (2, 2)", "--hoist-padding")
     moved = NET + "net.insert(3, nn.MaxPool2d(2))\nnet.insert(3, nn.Conv2d(4, 4, 3))\n"
-    alone(moved + "built('net', net)\nassert type(net[1]) is nn.Identity", "--relocate")
+    alone(moved + "built('net', net)\nassert type(net[1]) is nn.Identity", "--keep", "boundary", "--relocate")
     flat = "from torch import nn\nnet = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU())\n"
-    alone(flat + "built('net', net)\nassert type(net[1]) is nn.Identity", "--linear", "--ratio", "2:1")
+    alone(flat + "built('net', net)\nassert type(net[3]) is nn.Identity", "--linear", "--ratio", "2:1")
 
 
 @pytest.mark.parametrize(

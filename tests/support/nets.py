@@ -66,7 +66,7 @@ def written(text: str) -> list[tuple[str, ...]]:
 
 def expect(model: nn.Module, text: str, ratio: Any = "2:1", *, convs: int | None = None, **options: Any) -> nmconv.Plan:
     """Plan the model and hold the plan against what is written; ``convs`` is the number on the main path."""
-    plan = nmconv.make_plan(model, ratio, **options)
+    plan = nmconv.make_plan(model, ratio, **{"keep": "boundary", **options})
     wanted = written(text)
     found = [row[: len(want)] for row, want in zip(rows(plan), wanted, strict=False)] + rows(plan)[len(wanted) :]
     assert found == wanted, f"\n{plan}"

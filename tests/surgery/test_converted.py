@@ -415,7 +415,7 @@ def test_weights_that_were_really_trained(ratio):
 
 
 def test_a_dropped_prelu_keeps_its_key_unused():
-    model, gone, converted = both("prelu")
+    model, gone, converted = both("prelu", keep="boundary")
     assert any(site.name == "stem.2" for site in gone)
     assert "stem.2.weight" in converted.state_dict()
     assert isinstance(converted.stem[2], nn.PReLU)

@@ -68,7 +68,7 @@ def test_keep_takes_its_old_word(call):
     assert [each.filename for each in warned] == [__file__]
     new = call(network(), "2:1", keep="boundary")
     plans = [each if isinstance(each, nmconv.Plan) else nmconv.get_plan(each) for each in (old, new)]
-    assert plans[0] == plans[1] == nmconv.make_plan(network(), "2:1")
+    assert plans[0] == plans[1] == nmconv.make_plan(network(), "2:1", keep="boundary")
     assert dict(plans[0].options)["keep"] == "boundary"
 
 
@@ -83,7 +83,7 @@ def test_the_boundary_is_in_front_where_activations_stand_before_convolutions():
 
 
 def test_a_plan_with_the_old_word_loads_and_is_applied():
-    plan = nmconv.make_plan(network(), "2:1")
+    plan = nmconv.make_plan(network(), "2:1", keep="boundary")
     text = plan.to_json()
     assert text.count('"boundary"') == 1
     old = nmconv.Plan.from_json(text.replace('"boundary"', '"last"'))
@@ -127,7 +127,9 @@ def other(*parts):
         (nmconv.SlopeWarning, lambda: nmconv.Gradual(nmconv.convert(network(), "2:1", gradual=True), 10).finish()),
         (
             nmconv.RestoredParametersWarning,
-            lambda: nmconv.restore(nmconv.convert(other(nn.PReLU(), nn.Conv2d(4, 4, 1), nn.ReLU()), "2:1")),
+            lambda: nmconv.restore(
+                nmconv.convert(other(nn.PReLU(), nn.Conv2d(4, 4, 1), nn.ReLU()), "2:1", keep="boundary")
+            ),
         ),
         (
             nmconv.RemovedParametersWarning,

@@ -91,7 +91,7 @@ def test_settings_of_other_kinds_are_read_in_a_rewritten_block(kind):
     scale = 3.0 if kind == "enum" else 2.5
     with torch.no_grad():
         expected = F.relu(model.c2(model.c1(X) * scale))
-    made = nmconv.convert(model, "2:1")
+    made = nmconv.convert(model, "2:1", keep="boundary")
     assert actions(made) == {"act#1": "drop", "act#2": "keep"}
     file = io.BytesIO()
     torch.save(made, file)
@@ -314,7 +314,7 @@ class Weighted(nn.Module):
 def test_an_activation_on_a_parameter_is_no_site(kind):
     act = nn.ReLU()
     model = Weighted(act, {"shared": act, "own": nn.ReLU(), "function": F.relu}[kind]).eval()
-    made = nmconv.convert(model, "3:1")
+    made = nmconv.convert(model, "3:1", keep="boundary")
     with torch.no_grad():  # the weight -1 stays cut off
         expected = F.relu(model.c3(model.c2(model.c1(X)) * 0.5))
     same(made, expected)
@@ -346,7 +346,7 @@ def test_convolutions_and_norms_of_parameters_do_not_lose_the_model():
         r1=nn.ReLU(),
         r2=nn.ReLU(),
     ).eval()
-    made = nmconv.convert(model, "2:1", example_inputs=torch.zeros(2, 4, 12, 12))
+    made = nmconv.convert(model, "2:1", example_inputs=torch.zeros(2, 4, 12, 12), keep="boundary")
     with torch.no_grad():
         expected = F.relu(model.c2(model.c1(X))) + model.norm(model.position(model.table))
     assert actions(made) == {"r1#1": "drop", "r2#1": "keep"}
@@ -411,12 +411,12 @@ class Optional(nn.Module):
 
 def test_a_forward_without_required_arguments_is_given_the_image():
     model = Optional().eval()
-    assert actions(nmconv.convert(model, "2:1")) == {"relu#1": "drop", "other#1": "keep"}
-    assert len(nmconv.find_runs(nmconv.convert(model, "2:1"))) == 1
+    assert actions(nmconv.convert(model, "2:1", keep="boundary")) == {"relu#1": "drop", "other#1": "keep"}
+    assert len(nmconv.find_runs(nmconv.convert(model, "2:1", keep="boundary"))) == 1
     inner = nn.Sequential(conv(), nn.ReLU(), model)  # the argument is what it is called with
     with torch.no_grad():
         expected = F.relu(model.c2(model.c1(F.relu(inner[0](X)))))
-    made = nmconv.convert(inner, {"2": "2:1", "*": None})
+    made = nmconv.convert(inner, {"2": "2:1", "*": None}, keep="boundary")
     assert actions(made) == {"1#1": "keep", "2.relu#1": "drop", "2.other#1": "keep"}
     with torch.no_grad():
         torch.testing.assert_close(made(X)["logits"], expected)
@@ -487,10 +487,12 @@ def test_activations_made_by_hand_are_activations(act):
     model = nn.Sequential(conv(), act(), conv(), act(), conv(), nn.ReLU()).eval()
     with torch.no_grad():
         expected = model[5](model[4](model[2](model[0](X))))
-    made = nmconv.convert(model, "3:1")
+    made = nmconv.convert(model, "3:1", keep="boundary")
     assert actions(made) == {"1#1": "drop", "3#1": "drop", "5#1": "keep"}
     same(made, expected)
-    moved = nmconv.convert(nn.Sequential(conv(), act(), conv(), nn.MaxPool2d(2), conv(), act()), "2:1", relocate=True)
+    moved = nmconv.convert(
+        nn.Sequential(conv(), act(), conv(), nn.MaxPool2d(2), conv(), act()), "2:1", relocate=True, keep="boundary"
+    )
     assert [site.action for site in nmconv.get_plan(moved).sites] == ["move", "keep"]
 
 
@@ -572,7 +574,7 @@ def test_sizes_as_numbers_are_read(kind):
     model = sized(kind)
     with torch.no_grad():
         expected = SIZED[kind](model, F.relu(model.c2(model.c1(X))))
-    same(nmconv.convert(model, "2:1"), expected)
+    same(nmconv.convert(model, "2:1", keep="boundary"), expected)
 
 
 # -- T and O: what comes with the recording ----------------------------------------------------------------------------
@@ -594,7 +596,7 @@ class Dropping(Scaled):
 
 def test_a_rewritten_block_takes_other_settings_and_arguments():
     model = Dropping().eval()
-    made = nmconv.convert(model, "2:1")
+    made = nmconv.convert(model, "2:1", keep="boundary")
     with torch.no_grad():
         expected = F.relu(model.c2(model.c1(X)))
     same(made, expected)
@@ -618,7 +620,7 @@ class Deciding(Dropping):
 
 
 def test_a_setting_that_decides_is_guarded():
-    made = nmconv.convert(Deciding().eval(), "2:1")
+    made = nmconv.convert(Deciding().eval(), "2:1", keep="boundary")
     with torch.no_grad():
         expected = F.relu(made.c2(made.c1(X)))
     same(made, expected, X, power=7)
@@ -661,12 +663,12 @@ def test_lazy_modules_are_to_be_run_first(kind):
     lazy = nn.LazyConv2d(4, 3, padding=1) if kind == "LazyConv2d" else nn.LazyBatchNorm2d()
     model = nn.Sequential(conv(), nn.ReLU(), nn.Sequential(lazy), conv(), nn.ReLU(), conv(), nn.ReLU()).eval()
     plain = nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU())
-    plan = nmconv.make_plan(plain, "2:1")
+    plan = nmconv.make_plan(plain, "2:1", keep="boundary")
     for call in (nmconv.convert, nmconv.make_plan, lambda model: nmconv.apply_plan(model, plan), nmconv.merge):
         with pytest.raises(nmconv.ModelTypeError, match=rf"2\.0 is a {kind} .*run the model once first"):
             call(model)
     model(X)
-    made = nmconv.convert(model, "3:1")
+    made = nmconv.convert(model, "3:1", keep="boundary")
     with torch.no_grad():
         expected = F.relu(model[5](model[3](model[2](model[0](X)))))
     if kind == "LazyConv2d":  # it has no activation of its own: the chain ends there
@@ -724,7 +726,7 @@ def test_kernels_alone_change_nothing(tmp_path):
     with torch.no_grad():
         same(loaded.eval(), model(X))
         expected = F.relu(model[3](model[1](model[0](X))))
-    again = nmconv.convert(loaded.eval(), "3:1")
+    again = nmconv.convert(loaded.eval(), "3:1", keep="boundary")
     same(again, expected)
     nmconv.save(again, tmp_path / "b.safetensors")
     same(nmconv.load(copy.deepcopy(model), tmp_path / "b.safetensors").eval(), expected)

@@ -223,7 +223,7 @@ def test_activations_move_by_degrees():
 
 def test_between_the_ends_a_relu_is_leaky():
     model = nn.Sequential(conv(3), nn.ReLU(), conv(), nn.ReLU())
-    soft = nmconv.convert(model, "2:1", gradual=True)
+    soft = nmconv.convert(model, "2:1", gradual=True, keep="boundary")
     nmconv.set_slope(soft, 0.3)
     leaky = nn.Sequential(model[0], nn.LeakyReLU(0.3), model[2], model[3])
     torch.testing.assert_close(soft(picture()), leaky(picture()))
@@ -434,7 +434,10 @@ def test_in_place_keeps_modules_and_parameters():
 def test_an_activation_in_two_slots():
     shared = nn.PReLU()
     model = nn.Sequential(conv(3), shared, conv(), shared).eval()
-    hard, soft = nmconv.convert(model, "3:1"), nmconv.convert(model, "3:1", gradual=True)
+    hard, soft = (
+        nmconv.convert(model, "3:1", keep="boundary"),
+        nmconv.convert(model, "3:1", gradual=True, keep="boundary"),
+    )
     assert list(soft.state_dict()) == list(model.state_dict()) and soft[1].weight is soft[3].weight
     assert nmconv.get_slopes(soft) == {"1#1": 0.0}
     for slope, reference in ((0, model), (1, hard)):

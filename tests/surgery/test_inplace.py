@@ -166,7 +166,7 @@ def test_a_graph_module_inside_of_another_one(inplace):
 
     inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
     graph = create_feature_extractor(inner, ["3"])
-    new = nmconv.convert(nn.Sequential(nn.Identity(), graph), "2:1", inplace=inplace)
+    new = nmconv.convert(nn.Sequential(nn.Identity(), graph), "2:1", inplace=inplace, keep="boundary")
     x = torch.rand(1, 3, 8, 8)
     assert torch.equal(new(x)["3"], inner[3](inner[2](inner[0](x))))
     assert (new[1] is graph) == inplace
@@ -177,7 +177,7 @@ def test_an_activation_in_two_slots_keeps_its_other_one():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), shared, nn.Conv2d(4, 4, 1), shared).eval()
     expected = shared(model[2](model[0](X)))
-    nmconv.convert(model, "3:1", example_inputs=X, inplace=True)
+    nmconv.convert(model, "3:1", example_inputs=X, inplace=True, keep="boundary")
     assert model[3] is shared and model[1].weight is shared.weight
     assert torch.equal(model(X), expected)
 

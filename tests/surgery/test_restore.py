@@ -227,18 +227,18 @@ def test_drop_train_drop_more():
 def test_what_cannot_be_restored():
     with pytest.raises(nmconv.PlanError, match="not converted"):
         nmconv.restore(net())
-    converted = nmconv.convert(net(), "6:1", example_inputs=X)
+    converted = nmconv.convert(net(), "6:1", example_inputs=X, keep="boundary")
     merged = nmconv.merge(converted, gate="always")
     for call in (nmconv.restore, lambda model: nmconv.apply_plan(model, nmconv.get_plan(converted)), nmconv.make_plan):
         with pytest.raises(nmconv.MergeError, match="merged, and what went into"):
             call(merged)
     whole = nn.Sequential(converted, nn.Identity())
     with pytest.raises(nmconv.AlreadyConvertedError, match="'0' in the model was converted by itself"):
-        nmconv.make_plan(whole, example_inputs=X)
+        nmconv.make_plan(whole, example_inputs=X, keep="boundary")
     with pytest.raises(nmconv.AlreadyConvertedError, match=r"apply_plan.*nmconv\.restore"):
-        nmconv.convert(converted, "2:1")
+        nmconv.convert(converted, "2:1", keep="boundary")
     with pytest.raises(nmconv.PlanError, match="fingerprint"):
-        nmconv.apply_plan(converted, nmconv.make_plan(timm.create_model("resnet18")))
+        nmconv.apply_plan(converted, nmconv.make_plan(timm.create_model("resnet18"), keep="boundary"))
 
 
 @quiet

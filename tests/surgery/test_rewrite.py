@@ -104,7 +104,7 @@ def faithful(model, plan, *args, **kwargs):
 
 
 def planned(model, *args, ratio="2:1", **kwargs):
-    return nmconv.make_plan(model, ratio, example_inputs=kwargs or args or picture())
+    return nmconv.make_plan(model, ratio, example_inputs=kwargs or args or picture(), keep="boundary")
 
 
 def droppable(plan):
@@ -712,7 +712,7 @@ def test_calls_in_forward_and_in_a_helper_method_of_it():
 
 
 def test_converting_where_forward_and_a_helper_method_both_change():
-    converted = nmconv.convert(two_methods(), "4:1")
+    converted = nmconv.convert(two_methods(), "4:1", keep="boundary")
     assert nmconv.get_plan(converted).counts.activations_after == 1
 
 

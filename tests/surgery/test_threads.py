@@ -108,7 +108,7 @@ def test_another_thread_traces():
     thread.start()
     try:
         for _ in range(20):
-            assert [site.action for site in nmconv.make_plan(model).sites] == ["drop", "keep"]
+            assert [site.action for site in nmconv.make_plan(model, keep="boundary").sites] == ["drop", "keep"]
     finally:
         done.set()
         thread.join()
@@ -159,7 +159,7 @@ patched = Patched()
 
 def test_nothing_is_patched_meanwhile():
     before, SEEN[:] = patched(), []
-    made = nmconv.convert(Looks())
+    made = nmconv.convert(Looks(), keep="boundary")
     assert [site.action for site in nmconv.get_plan(made).sites] == ["drop", "keep"]
     assert len(SEEN) >= 6  # recordings and traces
     for found in SEEN:

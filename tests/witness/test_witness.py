@@ -204,7 +204,7 @@ def test_an_identity_that_does_not_copy_does_not_pass():
 
 
 def test_a_merge_beyond_what_was_merged_does_not_pass(net):
-    made = nmconv.convert(net, "2:1", example_inputs=X, hoist_padding=True)
+    made = nmconv.convert(net, "2:1", example_inputs=X, hoist_padding=True, keep="boundary")
     merged = nmconv.merge(made, gate="always", example_inputs=X)
     merged.head[2] = nn.Identity()
     with pytest.raises(nmconv.WitnessError, match=r"head\.2") as caught:
@@ -292,7 +292,7 @@ def test_a_lock_is_shared_by_copies():
                 return self.f(x)
 
     net = Locked()
-    made = nmconv.convert(net, "2:1", example_inputs=X)
+    made = nmconv.convert(net, "2:1", example_inputs=X, keep="boundary")
     assert made.lock is net.lock
     assert torch.equal(made(X), net.f[3](net.f[2](net.f[0](X))))
 
@@ -324,7 +324,7 @@ def test_a_hook_on_a_dropped_activation_goes_on_seeing_its_input():
     net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.ReLU())
     seen = []
     net[1].register_forward_hook(lambda module, args, output: seen.append(output))
-    made = nmconv.convert(net, "2:1", example_inputs=X)
+    made = nmconv.convert(net, "2:1", example_inputs=X, keep="boundary")
     assert seen == []
     made(X)
     assert torch.equal(seen[0], net[0](X))
