@@ -306,7 +306,7 @@ def test_the_options_are_converts(alone):
     alone(text.format("'Conv2d Identity Conv2d ReLU'"), "--keep", "boundary")
     alone(text.format("'Conv2d ReLU Conv2d Identity'"), "--include", "0", "--include", "2", "--no-witness")
     deep = "net[0].padding = net[2].padding = (1, 1)\n"
-    alone(NET + deep + "built('net', net)\nassert net[0].padding == (2, 2)", "--hoist-padding")
+    alone(NET + deep + "built('net', net)\nassert net[0].padding == (2, 2)", "--keep", "boundary", "--hoist-padding")
     moved = NET + "net.insert(3, nn.MaxPool2d(2))\nnet.insert(3, nn.Conv2d(4, 4, 3))\n"
     alone(moved + "built('net', net)\nassert type(net[1]) is nn.Identity", "--keep", "boundary", "--relocate")
     flat = "from torch import nn\nnet = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU())\n"
