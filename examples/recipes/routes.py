@@ -15,7 +15,7 @@ import nmconv
 from .batches import inputs
 from .pictures import Data
 from .recipe import Recipe
-from .training import Log, train
+from .training import Log, evaluate, train
 
 PICTURES = 2048  # unlabeled pictures to fit with
 STAGES = 3
@@ -24,7 +24,10 @@ Arrival = tuple[nn.Module, Log]
 
 @dataclass(frozen=True)
 class Start:
-    """What all routes start from and share. The original is the teacher."""
+    """What all routes start from and share. The original is the teacher.
+
+    A log's `untrained` is the accuracy before training, in percent, on the pictures held back (or else the test split).
+    """
 
     model: nn.Module
     plan: nmconv.Plan
@@ -71,7 +74,8 @@ class Start:
 
     def _trained(self, model: nn.Module, **options: Any) -> Arrival:
         options |= {"out": self.out, "teacher": self.model, "device": self.device}
-        return model, train(model, self.data, self.recipe, **options)
+        untrained = evaluate(model, self.data.valid or self.data.test)
+        return model, {"untrained": untrained, **train(model, self.data, self.recipe, **options)}
 
     def _fitted(self, model: nn.Module) -> nn.Module:
         pictures = self.data.train.first(PICTURES).images

@@ -102,9 +102,11 @@ def routes(trials: Sequence[Row], insights: Sequence[Row]) -> str:
                 continue
             differences = [row["test"] - longer[row["trial"]["recipe"]["seed"]]["test"] for row in same]
             line = [route, "" if route == "longer" else keep, len(same), same[0]["activations"]]
+            line.append(spread([row["untrained"] for row in same if "untrained" in row]).replace("not measured", ""))
             line += [spread([row[column] for row in same]) for column in ("held_back", "test")]
             lines.append([*line, "" if route == "longer" else interval(summary(differences))])
-    columns = ["route", "keep", "seeds", "activations", "held back, %", "test, %", "test against the original"]
+    columns = ["route", "keep", "seeds", "activations", "untrained, held back, %", "held back, %", "test, %"]
+    columns.append("test against the original")
     return markdown(columns, lines) if lines else "Not measured yet."
 
 

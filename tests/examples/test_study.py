@@ -59,6 +59,7 @@ def test_each_route_ends_where_it_should(root, weights, tmp_path, route):
     one = Trial(**SMALL, route=route, weights=weights, recipe=recipe, **half)
     row = trial.run(one, root, tmp_path / "rows", tmp_path / "work")
     assert row["activations"] == (7 if route == "longer" else 4) and row["convolutions"] == 9
+    assert ("untrained" in row) == (not route.startswith("iterative"))
     assert len(row["losses"]) == len(row["curve"]) == 3
     assert json.loads((tmp_path / "rows" / f"{one.name}.json").read_text()) == json.loads(json.dumps(row))
     (tmp_path / "rows" / f"{one.name}.json").unlink()
