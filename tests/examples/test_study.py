@@ -15,6 +15,7 @@ pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
 
 from recipes import insight, study, study_tables, trial
+from recipes.networks import build
 from recipes.recipe import Recipe
 from recipes.report import read_rows
 from recipes.routes import ROUTES
@@ -50,6 +51,16 @@ def weights(monkeypatch, tmp_path):
     torch.manual_seed(0)
     save_file(Trial(**SMALL).network(10).state_dict(), tmp_path / "weights" / "start.safetensors")
     return "start.safetensors"
+
+
+@pytest.mark.parametrize("one", study.long(), ids=lambda one: f"seed {one.recipe.seed}")
+def test_the_committed_weights_are_those_of_the_study(one):
+    updates = one.recipe.epochs * (45_000 // one.recipe.batch_size)
+    path = trial.WEIGHTS / f"{one.model}-{one.recipe.seed}.safetensors"
+    model, fresh = build(one.model, 10, path), one.network(10)
+    for (name, trained), (_, drawn) in zip(model.state_dict().items(), fresh.state_dict().items(), strict=True):
+        assert trained.isfinite().all() and not torch.equal(trained, drawn), name
+        assert not name.endswith("num_batches_tracked") or trained == updates
 
 
 @pytest.mark.parametrize("route", ROUTES)
