@@ -455,7 +455,7 @@ def test_double_precision_gradients_and_training():
 
 def test_what_lay_around_a_dropped_one_merges():
     model = net(SILU["torch.sigmoid"])
-    converted = nmconv.convert(model, "4:1", example_inputs=X, hoist_padding=True)
+    converted = nmconv.convert(model, "4:1", example_inputs=X, hoist_padding=True, keep="boundary")
     (run,) = [run for run in nmconv.find_runs(converted, example_inputs=X) if run.convs[0] == "stem"]
     assert run.convs == ("stem", "block.a", "block.b")
     merged = nmconv.merge(converted, gate="always", example_inputs=X)

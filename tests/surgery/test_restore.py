@@ -190,7 +190,7 @@ def test_hooks_stay_on_what_comes_back():
     model, seen = net(), []
     act, plain = model.one.act, model.two.act
     handle = act.register_forward_hook(lambda *_: seen.append(1))
-    converted = nmconv.convert(model, "6:1", example_inputs=X, inplace=True)
+    converted = nmconv.convert(model, "6:1", example_inputs=X, inplace=True, keep="boundary")
     assert converted.one.act is act  # it has a hook, and stays, doing nothing
     assert converted.two.act is not plain
     nmconv.restore(converted, inplace=True)
