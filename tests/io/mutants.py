@@ -27,7 +27,8 @@ import nmconv
 
 SPARE = 2**30  # bytes of address space beyond what the process has when it starts
 SLOWEST = 20  # seconds for one file, on a busy machine
-OPTIONAL = {
+# What the merges of a file may leave out.
+OPTIONAL = {"sums": [], "trainable": True, "live": False, "factors": "", "norm": "", "guards": [], "closed": []}
     "sums": [],
     "trainable": True,
     "live": False,
