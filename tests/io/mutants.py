@@ -29,14 +29,6 @@ SPARE = 2**30  # bytes of address space beyond what the process has when it star
 SLOWEST = 20  # seconds for one file, on a busy machine
 # What the merges of a file may leave out.
 OPTIONAL = {"sums": [], "trainable": True, "live": False, "factors": "", "norm": "", "guards": [], "closed": []}
-    "sums": [],
-    "trainable": True,
-    "live": False,
-    "factors": "",
-    "norm": "",
-    "guards": [],
-    "closed": [],
-}  # merges
 
 Data = bytes
 Mutate = Callable[[random.Random, Data], Data]
