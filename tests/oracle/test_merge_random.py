@@ -38,6 +38,9 @@ X = picture(4, 6, 6)
 
 def check(source, ratio, hoist, gate, live):
     model = settle(build(source))
+    if ran(copy.deepcopy(model), SIZES[0]) is None:
+        event("x.float() before a convolution in float64")
+        return
     if ratio is not None:
         try:
             model = quiet(nmconv.convert, model, ratio, hoist_padding=hoist, example_inputs=X)
@@ -45,8 +48,6 @@ def check(source, ratio, hoist, gate, live):
             event("not converted")
     model.eval()
     wanted = [ran(copy.deepcopy(model), size) for size in SIZES]
-    if wanted[0] is None:
-        return  # x.float() before a convolution in float64
     before = copy.deepcopy(model.state_dict())
     merged = merge(model, gate=gate, live=live, example_inputs=X)
     event("merged" if nmconv.get_merges(merged) else "nothing merged")
