@@ -198,16 +198,24 @@ class _Numbering:
         node, writer = read
         number, written = self._contents[node]
         last = self._last_write(writer)
-        written = written if last is None else last
+        if last is not None and not self._has_read(node, last):
+            written = self._values.numbers[last]
         content = (number, None if written == number else written)
         return (self._moved[content], None) if content in self._moved else content
 
-    def _last_write(self, node: Node | None) -> int | None:
-        """Return the number of the last write, among a node and the writes before, that is not removed."""
+    def _last_write(self, node: Node | None) -> Node | None:
+        """Return the last write, among a node and the writes before, that is not removed."""
         while node is not None and (node in self._passing or node in self._sums):
             before = self._facts[node].before
             node = before[0] if before else None
-        return None if node is None else self._values.numbers.get(node)
+        return node
+
+    def _has_read(self, node: Node, write: Node) -> bool:
+        """Return whether a node has read what a write left, as a view does that is made after it."""
+        while self._facts[node].form[:1] == ("item",):  # a part of what a call returned
+            node = self._facts[node].reads[0][0]
+        reads = self._facts[node].reads
+        return any(source is write or self._last_write(writer or source) is write for source, writer in reads)
 
     def _selects(self, node: Node, fact: Fact) -> bool:
         """Return whether a mix returns the right one of its inputs, and writes to nothing."""

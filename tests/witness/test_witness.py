@@ -49,7 +49,7 @@ def net():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"relocate": True}, {"hoist_padding": True}, {"keep": "first"}, {"relocate": True, "hoist_padding": True}],
+    [{}, {"relocate": True}, {"hoist_padding": True}, {"keep": "boundary"}, {"relocate": True, "hoist_padding": True}],
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore::nmconv.NoEffectWarning")  # where paddings stay, nothing merges
@@ -328,3 +328,63 @@ def test_a_hook_on_a_dropped_activation_goes_on_seeing_its_input():
     assert seen == []
     made(X)
     assert torch.equal(seen[0], net[0](X))
+
+
+# -- views of what is written in place --------------------------------------------------------------------------------
+
+
+class Viewed(nn.Module):
+    """Adds, activates, and reads parts of the result, which may all be one memory."""
+
+    def __init__(self, add, act, part):
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = (nn.Conv2d(channels, 4, 3, padding=1) for channels in (4, 4, 2))
+        self.relu, self.act = nn.ReLU(), act
+        self.add, self.part = add, part
+
+    def forward(self, x):
+        y = self.conv2(self.relu(self.conv1(x)))
+        y = self.add(y, x)
+        return self.conv3(self.part(self.act(y)))
+
+
+ADDS = {"in place": torch.Tensor.add_, "anew": torch.add, "none": lambda y, x: y}
+PARTS = {
+    "split": lambda y: y.split(2, 1)[0],
+    "chunk": lambda y: y.chunk(2, 1)[1],
+    "slice": lambda y: y[:, :2],
+    "view of a view": lambda y: y.view(-1, 2, 2, *y.shape[2:])[:, 1],
+}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("add", ADDS.values(), ids=ADDS)
+def test_a_view_of_what_was_written_before_it(add, inplace, part):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 6, 6)
+    model = Viewed(add, nn.LeakyReLU(inplace=inplace), part)
+    made = nmconv.convert(model, "2:1", example_inputs=x)
+    assert [site.id for site in nmconv.get_plan(made).changes] == ["act#1"]
+    by_hand = Viewed(add, nn.Identity(), part)
+    by_hand.load_state_dict(model.state_dict())
+    assert torch.equal(made(x), by_hand(x)) and not torch.equal(made(x), model(x))
+
+
+def test_a_view_of_what_was_written_after_it_is_another_value():
+    """Both read the same memory at the end; a copy of the part does not."""
+    x = torch.randn(2, 4, 6, 6)
+
+    class Before(Viewed):
+        def forward(self, x):
+            y = self.conv2(self.relu(self.conv1(x)))
+            part = self.part(y)
+            return self.act(self.add(y, x)), self.conv3(part)
+
+    model = Before(torch.Tensor.add_, nn.LeakyReLU(), PARTS["slice"])
+    plan = nmconv.make_plan(model, "1:1", example_inputs=x).edit({"relu#1": "drop"})
+    made = nmconv.apply_plan(model, plan, example_inputs=x)
+    nmconv.verify(model, made, x)
+    made.part = lambda y: y[:, :2].clone()
+    with pytest.raises(nmconv.WitnessError):
+        nmconv.verify(model, made, x)
