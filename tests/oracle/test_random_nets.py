@@ -48,8 +48,9 @@ SPLITS = (
     "{0}[:, :2], {0}[:, 2:]", "{0}.narrow(1, 0, 2), torch.narrow({0}, 1, 2, 2)", "{0}[:, ::2], {0}[:, 1::2]",
     "torch.tensor_split({0}, 2, 1)",
 )  # fmt: skip
-NEW_BINARY = ("{0} + {1}", "torch.add({0}, {1})", "{0} - {1}", "{0}.add({1})", "{0} * {1}", "torch.mul({0}, {1})")
-IN_BINARY = ("{0} += {1}", "{0}.add_({1})", "{0} *= {1}", "{0} -= {1}", "{0} = {0}.mul_({1})", "{0}[:] = {1}")
+# No difference of a value and itself: the oracle tells activations by their values, and zeros fit all.
+NEW_BINARY = ("{0} + {1}", "torch.add({0}, {1})", "{0} - 0.7 * {1}", "{0}.add({1})", "{0} * {1}", "torch.mul({0}, {1})")
+IN_BINARY = ("{0} += {1}", "{0}.add_({1})", "{0} *= {1}", "{0} -= 0.7 * {1}", "{0} = {0}.mul_({1})", "{0}[:] = {1}")
 NEW_SCALE = ("{0} * 0.5", "{0} + 0.1", "0.5 * {0}", "{0} / 2", "1 - {0}", "{0} * self.gamma", "{0} + self.gamma")
 IN_SCALE = ("{0} *= 0.5", "{0} += 0.1", "{0}.mul_(0.5)", "{0} /= 2", "{0} *= self.gamma", "{0}.clamp_(-1, 1)")
 GATES = (
