@@ -102,12 +102,19 @@ def routes(trials: Sequence[Row], insights: Sequence[Row]) -> str:
                 continue
             differences = [row["test"] - longer[row["trial"]["recipe"]["seed"]]["test"] for row in same]
             line = [route, "" if route == "longer" else keep, len(same), same[0]["activations"]]
-            line.append(spread([row["untrained"] for row in same if "untrained" in row]).replace("not measured", ""))
+            untrained = [row["untrained"] for row in same if "untrained" in row]
+            line.append(spread(untrained) if untrained else "")
             line += [spread([row[column] for row in same]) for column in ("held_back", "test")]
             lines.append([*line, "" if route == "longer" else interval(summary(differences))])
     columns = ["route", "keep", "seeds", "activations", "untrained, held back, %", "held back, %", "test, %"]
-    columns.append("test against the original")
-    return markdown(columns, lines) if lines else "Not measured yet."
+    return markdown([*columns, "test against the original"], lines) if lines else "Not measured yet."
+
+
+def long(trials: Sequence[Row], insights: Sequence[Row]) -> str:
+    tests = [row["test"] for row in rows_of(study.long(), trials)]
+    return (
+        f"After the 30 epochs: {spread(tests)} % on the test set, {len(tests)} seeds." if tests else "Not measured yet."
+    )
 
 
 def sizes(trials: Sequence[Row], insights: Sequence[Row]) -> str:
@@ -196,6 +203,7 @@ TABLES: Tables = {
     "learning-rates": learning_rates,
     "ratios": ratios,
     "ends": ends,
+    "long": long,
     "routes": routes,
     "sizes": sizes,
     "families": families,

@@ -39,7 +39,7 @@ class Trial:
     model: str = "cifar_resnet20"
     options: dict[str, Any] = field(default_factory=dict)  # arguments of the model's builder, such as {"width": 0.5}
     ratio: str = "1:1"
-    keep: str = "boundary"
+    keep: str = "boundary"  # the names of committed rows rest on this default
     relocate: bool = False
     gradual: bool = False
     drop: tuple[str, ...] = ()  # instead of a ratio: patterns of the activations to drop

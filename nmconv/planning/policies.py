@@ -44,13 +44,13 @@ class Unit:
 
 
 Keep = str | Callable[[Unit], Iterable[int]]
-BOUNDARY = "boundary"
-DEFAULT_KEEP = "first"  # it loses less accuracy when trained: docs/study.md
-_NAMES = (DEFAULT_KEEP, BOUNDARY, "spread")
+FIRST, BOUNDARY = "first", "boundary"
+DEFAULT_KEEP = FIRST  # it loses less accuracy when trained: docs/study.md
+_NAMES = (FIRST, BOUNDARY, "spread")
 OLD_NAMES = {"last": BOUNDARY}
 CONSEQUENCES = {
-    DEFAULT_KEEP: f"loses less accuracy when trained; {BOUNDARY!r} leaves more convolutions to merge",
-    BOUNDARY: f"leaves more convolutions to merge; {DEFAULT_KEEP!r} loses less accuracy when trained",
+    FIRST: f"loses less accuracy when trained; {BOUNDARY!r} leaves more convolutions to merge",
+    BOUNDARY: f"leaves more convolutions to merge; {FIRST!r} loses less accuracy when trained",
 }
 
 

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -233,8 +233,7 @@ class Judge:
     def _check_loaded(self, loaded: Any, data: bytes, which: int) -> None:
         """It is what the file says: in its records and its state, and so is its structure."""
         content = said(data)
-        merges = [[json.loads(json.dumps(asdict(one))) for one in part] for part in nmconv.get_merges(loaded)]
-        assert agrees(merges, content["merges"])
+        assert agrees(nmconv.get_merges(loaded), content["merges"])
         plan = content["plan"]  # which may write out what to_json leaves to the defaults
         assert nmconv.get_plan(loaded) == (plan and nmconv.Plan.from_json(json.dumps(plan)))
         wanted = held(data)
@@ -252,10 +251,14 @@ class Judge:
 
 
 def agrees(found: Any, written: Any) -> bool:
-    """Whether what was loaded is what is written; what has a default may be left out."""
-    if isinstance(written, dict):
-        return written.keys() <= found.keys() and all(agrees(found[key], value) for key, value in written.items())
-    if isinstance(written, list):
+    """Whether what was loaded is what is written; what is left out must be the default."""
+    if is_dataclass(found):
+        own = {field.name: field.default for field in fields(found)}
+        values = [(getattr(found, name), name, default) for name, default in own.items()]
+        return written.keys() <= own.keys() and all(
+            agrees(value, written[name]) if name in written else value == default for value, name, default in values
+        )
+    if isinstance(found, tuple):
         return len(found) == len(written) and all(map(agrees, found, written))
     return type(found) is type(written) and found == written
 

@@ -48,6 +48,7 @@ def check(source, ratio, hoist, gate, live):
             event("not converted")
     model.eval()
     wanted = [ran(copy.deepcopy(model), size) for size in SIZES]
+    assert wanted[0] is not None
     before = copy.deepcopy(model.state_dict())
     merged = merge(model, gate=gate, live=live, example_inputs=X)
     event("merged" if nmconv.get_merges(merged) else "nothing merged")
