@@ -47,6 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     train.add_argument("--ratios", nargs="+", default=["1:1", "2:1"])
     train.add_argument("--keep", nargs="+", default=["first"])
     train.add_argument("--relocate", action="store_true")
+    train.add_argument("--hoist-padding", action="store_true")
     train.add_argument("--gradual", action="store_true")
     train.add_argument("--seeds", type=int, default=3, help="how many [3]")
     train.add_argument("--size", type=int, default=32)
@@ -92,7 +93,8 @@ def trials(args: argparse.Namespace) -> list[Trial]:
         range(args.seeds), args.models, args.widths, args.ratios, args.keep
     ):
         options = {} if width == 1 else {"width": width}
-        conversion = {} if ratio == "1:1" else {"keep": keep, "relocate": args.relocate, "gradual": args.gradual}
+        flags = {name: getattr(args, name) for name in ("relocate", "hoist_padding", "gradual")}
+        conversion = {} if ratio == "1:1" else {"keep": keep, **flags}
         trial = Trial(
             model=model, options=options, ratio=ratio, **conversion, recipe=Recipe(**recipe, seed=seed), **common
         )

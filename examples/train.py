@@ -52,6 +52,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     nm.add_argument("--ratio", default="1:1", help="convolutions to activations [1:1]")
     nm.add_argument("--keep", default="first", help="which activations of a unit stay [first]")
     nm.add_argument("--relocate", action="store_true", help="move kept activations to the ends of their units")
+    nm.add_argument("--hoist-padding", action="store_true", help="move padding to each linear run's first convolution")
     nm.add_argument("--plan", type=Path, help="a file of Plan.to_json, instead of a ratio")
     nm.add_argument("--gradual", action="store_true", help="drop activations by degrees")
     nm.add_argument("--end", type=float, default=0.6, help="with --gradual: at which part they are dropped [0.6]")
@@ -83,7 +84,7 @@ def converted(model: nn.Module, args: argparse.Namespace) -> nn.Module:
         return nmconv.apply_plan(model, plan, gradual=args.gradual, inplace=True)
     if args.ratio == "1:1":
         return model
-    options = {"keep": args.keep, "relocate": args.relocate, "gradual": args.gradual}
+    options = {name: getattr(args, name) for name in ("keep", "relocate", "hoist_padding", "gradual")}
     return nmconv.convert(model, args.ratio, **options, inplace=True)
 
 

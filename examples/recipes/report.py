@@ -42,7 +42,8 @@ class Group:
             parts[-1] = f"{self.rows_first['convolutions'] / self.rows_first['activations']:.2g}:1 by hand"
         elif trial.ratio != "1:1":
             parts.append(trial.keep)
-        parts += [word for word in ("relocate", "gradual") if getattr(trial, word)]
+        words = {"relocate": "relocate", "hoist_padding": "hoisted", "gradual": "gradual"}
+        parts += [word for field, word in words.items() if getattr(trial, field)]
         return " ".join([*parts, *([f"Leaky ReLU {trial.slope:g}"] if trial.slope else [])])
 
     @property

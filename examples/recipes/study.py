@@ -22,6 +22,7 @@ RATIOS = {
     "1:1": Trial(recipe=RECIPE),
     "2:1 first": Trial(ratio="2:1", keep="first", recipe=RECIPE),
     "2:1 boundary": Trial(ratio="2:1", keep="boundary", recipe=RECIPE),
+    "2:1 boundary, hoisted": Trial(ratio="2:1", keep="boundary", hoist_padding=True, recipe=RECIPE),
     "Leaky ReLU 0.1": Trial(slope=0.1, recipe=RECIPE),
     "3:2 first": Trial(drop=THREE_TO_TWO, recipe=RECIPE),
     "4:1 first": Trial(drop=FOUR_TO_ONE, recipe=RECIPE),
@@ -97,10 +98,15 @@ FAMILIES = {
 
 
 def families() -> list[Trial]:
-    """Return the other families at 1:1, and at 2:1 with either end; Inception's branches hold one activation each."""
+    """Return the other families at 1:1, and at 2:1 with either end; Inception's branches hold one activation each.
+
+    Where 3x3 convolutions follow one another, only hoisted padding lets them merge: these networks have one row more.
+    """
     trials = []
     for name, family in FAMILIES.items():
         ends = [{"ratio": "2:1", "keep": keep} for keep in ("first", "boundary")]
+        if name in ("AlexNet", "VGG-11-BN"):
+            ends.append({**ends[-1], "hoist_padding": True})
         halves = [{"drop": ("*.one:relu#1",)}] if name == "Inception" else ends
         trials += [Trial(**family), *(Trial(**family, **half) for half in halves)]
     return trials
@@ -108,7 +114,7 @@ def families() -> list[Trial]:
 
 def looked_into() -> list[Trial]:
     """Return the trials whose activations and members are measured."""
-    return [trial for trial in ratios() if trial.ratio == "2:1" or not trial.drop]
+    return [trial for trial in ratios() if not trial.drop and not trial.hoist_padding]
 
 
 STUDIES = {

@@ -52,7 +52,7 @@ def learning_rates(trials: Sequence[Row], insights: Sequence[Row]) -> str:
 
 def name_of(trial: Trial) -> str:
     """Return the study's name for a network: a key of `study.RATIOS`."""
-    fields = ("ratio", "keep", "drop", "slope")
+    fields = ("ratio", "keep", "hoist_padding", "drop", "slope")
     return next(
         name for name, each in study.RATIOS.items() if all(getattr(each, key) == getattr(trial, key) for key in fields)
     )

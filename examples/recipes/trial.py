@@ -41,6 +41,7 @@ class Trial:
     ratio: str = "1:1"
     keep: str = "boundary"  # the names of committed rows rest on this default
     relocate: bool = False
+    hoist_padding: bool = False
     gradual: bool = False
     drop: tuple[str, ...] = ()  # instead of a ratio: patterns of the activations to drop
     route: str = ""  # from `weights` to that ratio: one of `routes.ROUTES`; "" trains from scratch
@@ -81,7 +82,8 @@ class Trial:
         """Return the plan of the activations to drop."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", nmconv.NoEffectWarning)
-            plan = nmconv.make_plan(model, self.ratio, keep=self.keep, relocate=self.relocate)
+            options = {name: getattr(self, name) for name in ("keep", "relocate", "hoist_padding")}
+            plan = nmconv.make_plan(model, self.ratio, **options)
         dropped = [site.id for site in plan.sites if any(fnmatch(site.id, pattern) for pattern in self.drop)]
         return plan.edit(dict.fromkeys(dropped, "drop"))
 

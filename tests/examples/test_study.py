@@ -22,6 +22,8 @@ from recipes.routes import ROUTES
 from recipes.trial import Trial
 from safetensors.torch import save_file
 
+import nmconv
+
 RECIPE = Recipe(epochs=3, batch_size=16, lr=0.05)
 SMALL = {"model": "cifar_resnet8", "dataset": "digits", "size": 16, "held_back": 20}
 
@@ -89,6 +91,7 @@ def test_the_ends_and_ratios_are_what_they_are_called():
         assert plan.counts.convs == 21
     assert dropped["1:1"] == dropped["Leaky ReLU 0.1"] == []
     assert all(".act1#" in each for each in dropped["2:1 boundary"]) and len(dropped["2:1 boundary"]) == 9
+    assert dropped["2:1 boundary, hoisted"] == dropped["2:1 boundary"]
     assert all(".act2#" in each for each in dropped["2:1 first"]) and len(dropped["2:1 first"]) == 9
     assert [each.partition("#")[0] for each in dropped["3:2 first"]] == [f"{b}.act2" for b in study.BLOCKS[::2]]
     assert len(dropped["4:1 first"]) == 14
@@ -107,14 +110,32 @@ def test_other_sizes_and_families_are_what_they_are_called():
         ("cifar_resnet8",): [7, 4],
         ("cifar_resnet32",): [31, 16],
         ("cifar_resnet20", "width"): [19, 10],
-        ("cifar_alexnet",): [5, 4, 4],
-        ("cifar_vgg11_bn",): [8, 5, 5],
+        ("cifar_alexnet",): [5, 4, 4, 4],
+        ("cifar_vgg11_bn",): [8, 5, 5, 5],
         ("cifar_mobilenetv2",): [35, 18, 18],
         ("cifar_densenet",): [98, 50, 50],
         ("cifar_inception",): [19, 11],
     }
     names = [one.name for study_of in study.STUDIES.values() for one in study_of()]
     assert len(set(names)) == len(names) - 3  # "longer" is the same whichever end stays
+
+
+@pytest.mark.parametrize(
+    "model, convolutions, units",  # of the ResNet: a stem and nine blocks
+    [("cifar_resnet20", 21, 10), ("cifar_vgg11_bn", 8, 5), ("cifar_alexnet", 5, 4)],
+)
+def test_what_merges(model, convolutions, units):
+    """What the study says of merging: nothing without hoisted padding, one convolution for each unit with it."""
+
+    def merged(name):
+        network = replace(study.RATIOS[name], model=model).converted(10).eval()
+        network = nmconv.merge(network, gate="always", example_inputs=torch.zeros(1, 3, 32, 32))
+        return sum(isinstance(module, torch.nn.Conv2d) for module in network.modules())
+
+    for name in ("2:1 first", "2:1 boundary"):
+        with pytest.warns(nmconv.NoEffectWarning):
+            assert merged(name) == convolutions
+    assert merged("2:1 boundary, hoisted") == units
 
 
 def row_of(one, test):
@@ -130,8 +151,12 @@ def test_tables_of_sizes_and_families():
     rows = [row_of(one, 50 + number + number**2 / 100) for number, one in enumerate(study.sizes())]
     text = study_tables.sizes(rows, [])
     assert text.count("| +1.") == 3 and text.count("| 2 | 10 |") == 6 and "| ResNet-32 | 2:1 first | 2 |" in text
-    text = study_tables.families([row_of(one, 60.0) for one in study.families()[:4]], [])
-    assert text.count("AlexNet") == 3 and "| VGG-11-BN | 1:1 | 10 | 10 | 0 | 45,000 | 61.00 | 60.00 |" in text
+    text = study_tables.families([row_of(one, 60.0) for one in study.families()[:5]], [])
+    assert (
+        text.count("AlexNet") == 4
+        and "| AlexNet | 2:1 boundary, hoisted | 10 |" in text
+        and "| VGG-11-BN | 1:1 | 10 | 10 | 0 | 45,000 | 61.00 | 60.00 |" in text
+    )
 
 
 def test_insights_of_a_trained_trial(root, tmp_path, monkeypatch):
