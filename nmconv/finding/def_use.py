@@ -204,7 +204,7 @@ class _FlowDefUse:
         origins, todo = {index}, [index]
         while todo:
             node = self._nodes[todo.pop()]
-            new = {*node.inputs, *node.sides} - origins
+            new = {*node.inputs, *node.side_inputs} - origins
             origins |= new
             todo += new
         return origins
@@ -214,7 +214,7 @@ class _FlowDefUse:
         if len(self._readers[index]) != 1 or self._nodes[index].exposed:
             return None
         reader = self._nodes[self._readers[index][0]]
-        return None if reader.sides or reader.frame is None else reader
+        return None if reader.side_inputs or reader.frame is None else reader
 
     def _can_be_located(self, node: FlowNode) -> bool:
         """Return whether the call can be told from others while the model runs."""

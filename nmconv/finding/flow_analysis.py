@@ -21,7 +21,7 @@ class AnalyzedFlow:
     Attributes:
         flow: The flow.
         ownership: Its chains.
-        copies: Indices of activations whose replacement must copy its input, lest two readers share memory.
+        copies: Indices of activations whose replacement must copy its input, or two readers would share memory.
     """
 
     flow: Flow

@@ -62,7 +62,7 @@ class MemoryState:
             self.current[node] = self._filled[node, writer]
 
     def note_aliasing(self, node: Node, value: FlowNode) -> None:
-        """Note whose memory a node's result shares; if the call is in-place, update all its aliases."""
+        """Note whose memory a node's result shares; after an in-place call, let all aliases hold the new value."""
         base = next((other for other in node.all_input_nodes if other in self.current), None)
         out = node.kwargs.get("out")
         if isinstance(out, Node) and out in self.current:

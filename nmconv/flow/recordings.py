@@ -36,7 +36,7 @@ def record_model(
 ) -> Recordings:
     """Record a model in eval and train mode, at two sizes, and in each context that its code asks for.
 
-    A model without convolutions that no guess fits is not recorded, since nothing of it could change.
+    A model without convolutions that no guess fits is not recorded, since nothing in it could change.
 
     Args:
         model: The model; only read.
@@ -59,7 +59,7 @@ def record_model(
         except OptionError as error:
             first = first or error
     if first is not None and example_inputs is None and call is not None:
-        raise PlanError(f"{first} (that is what the plan says that its model is called with)") from first
+        raise PlanError(f"{first} (the input is the one that the plan states)") from first
     if first is not None and (linear or example_inputs is not None or any(map(is_conv, model.modules()))):
         raise first
     return Recordings()

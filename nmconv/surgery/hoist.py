@@ -57,7 +57,7 @@ def _hoists_in(model: nn.Module, sequence: list[Step]) -> Iterator[Hoist]:
     """Yield the hoists of one sequence; steps other than plain convolutions and norms divide it."""
     convs: list[tuple[str, Geometry]] = []
     for step in sequence:
-        if step.quiet:
+        if step.is_identity:
             continue
         try:
             if step.why or step.kind == "pad":

@@ -89,14 +89,14 @@ def _trace(method: MethodSpec, stubs: Stubs) -> MethodTrace | RewriteError:
 
 def _trace_in_modes(method: MethodSpec, stubs: Stubs) -> MethodTrace:
     if method.name in method.module.__dict__:
-        raise RewriteError("it is set on the object itself, not on its class")
+        raise RewriteError("it is set on the module itself, not on its class")
     arguments = parse_arguments(method.argument_structure)
     constants = frozen_attributes(method.module, method.name)
-    stubs.asked.clear()
+    stubs.mode_queries.clear()
     in_eval = _trace_in_contexts(method, stubs, training=False)
-    if not stubs.asked:
+    if not stubs.mode_queries:
         return MethodTrace(in_eval, in_eval, arguments, constants)
-    if stubs.asked != {id(stubs.model.get_submodule(method.path))}:
+    if stubs.mode_queries != {id(stubs.model.get_submodule(method.path))}:
         raise RewriteError("it asks for the mode of another module")
     return MethodTrace(in_eval, _trace_in_contexts(method, stubs, training=True), arguments, constants)
 
@@ -118,9 +118,9 @@ def _trace_without_randomness(method: MethodSpec, stubs: Stubs) -> MethodTracer:
     for _ in range(_ATTEMPTS):
         rng_state = RngState(root)
         tracer = _trace_once(method, stubs, root)
-        if not rng_state.moved():
+        if not rng_state.changed():
             return tracer
-        rng_state.put_back()
+        rng_state.restore()
     raise RewriteError("it draws random numbers that tracing would freeze")
 
 

@@ -175,7 +175,7 @@ def test_what_is_inside_is_listed_with_a_reason():
     plan = plan_of(net(OTHERS["hardswish"]["six behind"]))
     inner = next(site for site in plan.sites if site.function == "relu6")
     assert inner.action == "skip"
-    assert inner.reason == "inside an activation that the forward works out by hand"
+    assert inner.reason == "inside a handwritten activation"
 
 
 def overwritten(s, x):
