@@ -30,8 +30,8 @@ class ValueLocation:
 
     Attributes:
         owner: Qualified name of the module whose forward makes the call.
-        label: The called child's relative name (if it is no child, its qualified name after ``/``), a function's name
-            with ``()``, :data:`SUM` or :data:`NORM`.
+        label: The called child's relative name (its qualified name after ``/`` if it is not a child), a function's
+            name with ``()``, :data:`SUM` or :data:`NORM`.
         number: Which call of that label it is in one forward of the owner, from 1.
         total: How many there are; 0 where that does not matter.
     """

@@ -63,7 +63,7 @@ class ModuleUsers:
     """Tells whether replacing a module changes one call of it and nothing else.
 
     Args:
-        model: The model whose modules are meant; not modified.
+        model: The model that the modules belong to; not modified.
         seen: The calls in its flows, in all modes.
         inspected: Names of modules that a forward inspects; see :func:`inspected_modules`.
         not_run: Names of parts that do not run in some mode.

@@ -31,10 +31,10 @@ class CollectedCall:
     """One activation call.
 
     Attributes:
-        activation: What is known of it.
+        activation: The facts that planning needs.
         order: Its position in the order of execution.
         module: The module that is called; None for a functional call.
-        skip: Why it is no site, or "".
+        skip: Why it is not a site, or "".
     """
 
     activation: Activation

@@ -96,7 +96,7 @@ class FlowNode:
         view: Whether the value may share memory with the first input.
         partial: Whether the value is only a part of the first input (a slice).
         learned: For a PARAM, whether it depends on a parameter.
-        exposed: Whether the model asks for the value's shape, or keeps it in an attribute.
+        exposed: Whether the model reads the value's shape, or keeps the value in an attribute.
         members: Names of the convolutions folded into it.
         why: For an activation or a part of one, why it is not a site.
     """

@@ -63,7 +63,7 @@ def _gates(flow: Flow, node: FlowNode, full: list[bool]) -> list[int]:
 
 
 def _gate_by_activation(flow: Flow, node: FlowNode) -> None:
-    """Let the activations that feed a product directly be its gates; their branches stay on the main path."""
+    """Make the activations that feed a product directly its gates; their branches stay on the main path."""
     activated = []
     for source in node.inputs:
         *_, producer = _path_up(flow, source, {Op.LAYOUT, Op.PASS, Op.DROP})

@@ -42,7 +42,7 @@ class MemoryState:
         return value.index
 
     def alias(self, node: Node, index: int) -> None:
-        """Let a node return an existing value."""
+        """Note that a node returns an existing value."""
         self.results[node] = self.current[node] = index
 
     def expose(self, node: Node) -> None:
@@ -51,7 +51,7 @@ class MemoryState:
             self.values[self.results[node]].exposed = True
 
     def resolve(self, reads: Iterable[Read]) -> None:
-        """Let data-free tensors that data was written to hold what was written."""
+        """Give data-free tensors that data was written to a value: what was written."""
         for node, writer in reads:
             if node in self.results or writer not in self.results:
                 continue

@@ -75,7 +75,7 @@ class Activation:
         copy: Whether the identity that replaces it must copy its input, or two readers would share memory.
         how: ``swap`` if replacing a submodule is enough, ``rewrite`` if the method must be rewritten.
         movable: Whether it can move to the unit's end; with parameters, it cannot.
-        skip: Why it is no site, or "".
+        skip: Why it is not a site, or "".
     """
 
     name: str

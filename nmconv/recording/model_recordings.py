@@ -79,8 +79,8 @@ def record(
         inputs: The arguments.
         is_leaf: Whether a module is one node.
         both_sizes: Whether to record another input size and the contexts, too.
-        choices: Whether to record calls with each bool among the arguments inverted and with other members of enums,
-            the entry points besides forward, and the paths that other sizes may take, too.
+        choices: Whether to record, too, calls with one bool inverted or another enum member among the arguments, other
+            entry points than forward, and the paths that other sizes may take.
         methods: Further methods to record, and their arguments.
 
     Raises:

@@ -269,7 +269,7 @@ def _check_flags(**flags: object) -> None:
 def _record(
     model: nn.Module, example_inputs: Any, witness: bool, linear: bool, call: Signature | None = None
 ) -> tuple[Witness | None, Recordings]:
-    """Return a witness of a model, if there is to be one, and the model's recordings."""
+    """Return a witness of a model, None if ``witness`` is False, and the model's recordings."""
     if witness:
         checker = Witness(model, example_inputs, linear=linear, call=call, options=("exclude", "witness"))
         return checker, checker.recordings

@@ -1,4 +1,4 @@
-"""Finishing a gradual model: it becomes what a hard conversion leaves."""
+"""Finishing a gradual model: turning it into the hard conversion."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["finish"]
 
 
 def finish(model: nn.Module) -> None:
-    """Turn a gradual model into what a hard conversion leaves, in place, whatever the slopes are.
+    """Turn a gradual model into the hard conversion, in place, at any slopes.
 
     Args:
         model: A gradual model, or a module that contains one.

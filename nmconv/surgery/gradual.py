@@ -148,7 +148,7 @@ def check_hoists_nothing(hoists: bool) -> None:
     """Raise OptionError if a gradual conversion is to hoist padding."""
     if hoists:
         raise OptionError(
-            "gradual=True with hoist_padding=True: padding moves at once, so that at slope 0 the model would not "
+            "gradual=True with hoist_padding=True: padding moves at once, and at slope 0 the model would not "
             "be the original; convert, or make the plan, with hoist_padding=False"
         )
 

@@ -61,7 +61,7 @@ def _hoists_in(model: nn.Module, sequence: list[Step]) -> Iterator[Hoist]:
             continue
         try:
             if step.why or step.kind == "pad":
-                raise Refusal(step.why or "it pads by itself")
+                raise Refusal(step.why or "it is a padding module")
             module = model.get_submodule(step.name)
             geometry = geometry_of(module, step.kind, 0, 0)
             check_hooks(module, step.name)

@@ -154,7 +154,7 @@ def _remove_or_mix(tracer: MethodTracer, site: Activation, training: bool, model
         raise RewriteError(f"{site.id} is not in {site.owner or 'the model'}.{site.method}: was the model changed?")
     value = tracer.input_of(node)
     if not isinstance(value, Node):
-        raise RewriteError(f"{site.id} is called on something that is no tensor")
+        raise RewriteError(f"{site.id} is called on something that is not a tensor")
     if site.id in edit.mixing:
         _mix(tracer, node, value, edit.mixing[site.id], into=site.inplace)
         return

@@ -83,7 +83,7 @@ def original_of(model: nn.Module) -> nn.Module:
         if MERGED in module.__dict__:
             if name:
                 raise AlreadyConvertedError(
-                    f"{name!r} in the model was merged by itself: restore the whole before merging"
+                    f"{name!r} in the model was merged by itself: begin with the model as it was before that"
                 )
             is_fitted = FITTED in module.__dict__
             error = FitError if is_fitted else MergeError

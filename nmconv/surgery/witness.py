@@ -24,7 +24,7 @@ class Witness:
         model: Recorded now, in both modes and at two sizes; read only.
         example_inputs: What it is called with; None: a guess.
         linear: Whether it may consist of linear layers alone.
-        choices: Whether to record it with other truth values among its arguments and at other entry points, too.
+        choices: Whether to record it with other bools and enum members as arguments, and at other entry points, too.
         methods: Maps further methods to record to their example inputs.
         call: The call signature that a plan states, to be used instead of a guess.
         options: Which of the options ``exclude`` and ``witness`` the user's function has; errors advise these.
@@ -131,7 +131,7 @@ class Witness:
         if "witness" in self._options:
             excludes = "exclude" in self._options and difference.first  # the difference is in the original
             advice = (
-                f"exclude the activations that {difference.module or 'the model'} asks for" if excludes else "report it"
+                f"exclude the activations that {difference.module or 'the model'} inspects" if excludes else "report it"
             )
             advice = f"nothing was changed: {advice}, or pass witness=False to skip the check"
         return WitnessError(

@@ -24,14 +24,14 @@ _SCALARS = (bool, int, float, str, type(None))
 _DRAWS = "it draws random numbers that tracing would freeze"
 # Names and bytecode instructions that need what a proxy cannot give, each with the reason for refusing the method.
 _REFUSED = {
-    "__class__": "it asks for the class of what it was given",
-    "is_grad_enabled": "it asks whether gradients are wanted",
-    "is_inference_mode_enabled": "it asks whether gradients are wanted",
-    "is_autocast_enabled": "it asks for autocast",
+    "__class__": "it reads the class of an argument",
+    "is_grad_enabled": "it queries the gradient mode",
+    "is_inference_mode_enabled": "it queries the gradient mode",
+    "is_autocast_enabled": "it queries autocast",
     "set_grad_enabled": "it enters a context",
 }
 _REFUSED_INSTRUCTIONS = {
-    "MATCH_CLASS": "it asks for the class of what it was given",
+    "MATCH_CLASS": "it reads the class of an argument",
     "BEFORE_WITH": "it enters a context",
     "SETUP_WITH": "it enters a context",
     "LOAD_SPECIAL": "it enters a context",

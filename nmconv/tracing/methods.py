@@ -28,7 +28,7 @@ class MethodTrace:
 
     Attributes:
         eval: The trace in eval mode.
-        train: The trace in train mode; the same object if the method never asks for the mode.
+        train: The trace in train mode; the same object if the method never reads the mode.
         arguments: The arguments that the method was traced with.
         constants: The attributes of the module whose values the traces freeze.
     """
@@ -97,7 +97,7 @@ def _trace_in_modes(method: MethodSpec, stubs: Stubs) -> MethodTrace:
     if not stubs.mode_queries:
         return MethodTrace(in_eval, in_eval, arguments, constants)
     if stubs.mode_queries != {id(stubs.model.get_submodule(method.path))}:
-        raise RewriteError("it asks for the mode of another module")
+        raise RewriteError("it reads the mode of another module")
     return MethodTrace(in_eval, _trace_in_contexts(method, stubs, training=True), arguments, constants)
 
 
@@ -109,7 +109,7 @@ def _trace_in_contexts(method: MethodSpec, stubs: Stubs, *, training: bool) -> M
     with torch.set_grad_enabled(not grad), torch.autocast("cpu", enabled=not autocast):
         other = _trace_without_randomness(method, stubs)
     if str(tracer.graph) != str(other.graph):
-        raise RewriteError("it asks for the context it is called in, which tracing would freeze")
+        raise RewriteError("it queries the gradient mode or autocast, which tracing would freeze")
     return tracer
 
 

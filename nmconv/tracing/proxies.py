@@ -1,4 +1,4 @@
-"""Proxies for fx that record in-place operators as such, and ask the tracer for known values."""
+"""Proxies for fx that record in-place operators as such, and get known values from the tracer."""
 
 from __future__ import annotations
 
