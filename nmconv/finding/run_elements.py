@@ -147,7 +147,7 @@ def elements_from_json(text: str) -> tuple[Element, ...]:
     """Read the text that :func:`elements_to_json` returned.
 
     Raises:
-        ValueError: If the text is not such a text.
+        ValueError: If the text is anything else.
     """
     try:
         return _from_plain(json.loads(text))

@@ -51,7 +51,7 @@ class MemoryState:
             self.values[self.results[node]].exposed = True
 
     def resolve(self, reads: Iterable[Read]) -> None:
-        """Give data-free tensors that data was written to a value: what was written."""
+        """Let data-free tensors hold the data that was written to them."""
         for node, writer in reads:
             if node in self.results or writer not in self.results:
                 continue
