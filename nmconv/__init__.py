@@ -1,4 +1,4 @@
-"""nmconv: N:M proportional units (arXiv 1709.06247) for any CNN, one call, source untouched."""
+"""Turn any CNN into N:M proportional units (arXiv 1709.06247) in one call, without a change to its source."""
 
 from nmconv import ensemble
 from nmconv.analysis import CKA, ActivationRecorder, ActivationStats, SiteStats, activation_stats, cka

@@ -16,7 +16,7 @@ __all__ = ["check_folder", "write_atomically"]
 def check_folder(path: str | os.PathLike[str]) -> None:
     """Raise FileError if the folder of a file does not exist."""
     if not os.path.isdir(os.path.dirname(os.path.realpath(path))):
-        raise FileError(f"{os.fspath(path)!r} cannot be written: its folder does not exist: make it first")
+        raise FileError(f"{os.fspath(path)!r} cannot be written: its folder does not exist; create it first")
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:

@@ -45,7 +45,7 @@ def renamed_arguments(**names: str) -> Callable[[_Function], _Function]:
 
 
 def current_value(argument: str, value: _Value, old_names: Mapping[str, str]) -> _Value | str:
-    """Return an argument's value under its current name, and warn with a DeprecationWarning if it is an old one."""
+    """Return the current name of an argument's value; emit a DeprecationWarning if the given name is an old one."""
     if isinstance(value, str) and value in old_names:
         warn_user(f"{argument}={value!r} is called {old_names[value]!r} now", DeprecationWarning)
         return old_names[value]

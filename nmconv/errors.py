@@ -59,7 +59,7 @@ class AlreadyConvertedError(NmconvError, ValueError):
 
 
 class RewriteError(NmconvError, RuntimeError):
-    """A forward cannot be rewritten faithfully, or a rewritten one is called in a way it was not traced for."""
+    """A forward cannot be rewritten faithfully, or a rewritten one is called differently from when it was traced."""
 
 
 class MergeError(NmconvError, RuntimeError):
@@ -119,7 +119,7 @@ class SlopeWarning(UserWarning):
 
 
 def warn_user(message: str, category: type[Warning]) -> None:
-    """Warn, and name the user's line: the innermost one outside of nmconv, and of torch's code that all modules share.
+    """Warn at the user's line: the innermost one outside of nmconv and of ``torch.nn.modules.module``.
 
     Args:
         message: What to know, and the way out.

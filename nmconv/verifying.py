@@ -17,9 +17,9 @@ def verify(original: nn.Module, result: nn.Module, example_inputs: Any = None) -
     """Check that a changed model computes what the original does, apart from what its plan and merges say.
 
     Both models are recorded on the meta device: in eval and in train mode, at two input sizes, and without gradients
-    or under autocast where their code asks for that. Compared are each operation, the module whose forward makes it,
-    its settings and constants, and its inputs; weights are not. :func:`nmconv.convert`, ``merge``, ``fit`` and
-    ``load`` make the same comparison on their own results.
+    or under autocast where their code asks for that. The comparison covers each operation, the module whose forward
+    makes it, its settings and constants, and its inputs, but not the weights. :func:`nmconv.convert`, ``merge``,
+    ``fit`` and ``load`` make the same comparison on their own results.
 
     Args:
         original: The model before it was converted, merged or fitted, or at a stage in between.
@@ -44,13 +44,13 @@ def verify(original: nn.Module, result: nn.Module, example_inputs: Any = None) -
     check_examples(example_inputs)
     original_plan, plan = get_plan(original), get_plan(result)
     if original_plan is not None and original_plan != plan:
-        raise PlanError("the original was converted by another plan than the result: give what that was made from")
+        raise PlanError("original was converted by another plan than result: pass the model that result was made from")
     original_rounds, rounds = get_merges(original), get_merges(result)
     if rounds[: len(original_rounds)] != original_rounds:
-        raise PlanError("the original was merged otherwise than the result: give what that was made from")
+        raise PlanError("original was merged differently from result: pass the model that result was made from")
     closed_methods = {name for merges in rounds for merge in merges for name in merge.closed}
     witness = Witness(original, example_inputs, call=None if plan is None else plan.call, options=())
     changes = None
     if plan is not None and original_plan is None:
-        changes = resolve_plan(original, plan, witness.recordings, "give what the result was made from").changes
+        changes = resolve_plan(original, plan, witness.recordings, "pass the model that result was made from").changes
     witness.check(result, changes, merged_groups(*rounds), closed_methods)

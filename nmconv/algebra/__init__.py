@@ -1,9 +1,9 @@
 """The arithmetic of convolutions: their extents, their composition, and modules as affine maps."""
 
-from nmconv.algebra.affine import Affine, apply, of_average, of_identity
+from nmconv.algebra.affine import Affine, affine_of_average, affine_of_identity, apply_conv
 from nmconv.algebra.affine_composition import add_affines, compose
 from nmconv.algebra.conv_modules import conv_from_affine, conv_module, is_finite, reference_tensor
-from nmconv.algebra.geometry import Geometry, Refusal, Stage, center_slices, identity, shrunk
+from nmconv.algebra.geometry import Geometry, Refusal, Stage, center_slices, identity_geometry, shrunk
 from nmconv.algebra.geometry_composition import add_geometries, compose_geometries, hoisted
 from nmconv.algebra.im2col import columns_of, patches
 from nmconv.algebra.memory_layout import channels_last, in_memory_format, is_channels_last
@@ -32,7 +32,9 @@ __all__ = [
     "add_geometries",
     "affine_in_double",
     "affine_of",
-    "apply",
+    "affine_of_average",
+    "affine_of_identity",
+    "apply_conv",
     "before_hoisting",
     "center_slices",
     "channels_last",
@@ -46,13 +48,11 @@ __all__ = [
     "geometry_of",
     "has_plain_parameter",
     "hoisted",
-    "identity",
+    "identity_geometry",
     "in_memory_format",
     "is_average_pool",
     "is_channels_last",
     "is_finite",
-    "of_average",
-    "of_identity",
     "pad",
     "patches",
     "reference_tensor",

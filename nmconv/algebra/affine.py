@@ -1,7 +1,7 @@
 """Convolutions as tensors, without modules: out = conv(x, weight) + bias + conv(1, border), differentiable.
 
-The last term is the response of constants that later convolutions pad with zeros: what the original run makes of an
-all-zero input. A kernel over a map of ones gives it for every input size and stride.
+The last term is the response to constants that later convolutions pad with zeros: what the original run returns for
+an all-zero input. A kernel over a map of ones gives it for every input size and stride.
 """
 
 from __future__ import annotations
@@ -14,10 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nmconv.algebra.geometry import Geometry, diagonal, identity
+from nmconv.algebra.geometry import Geometry, diagonal, identity_geometry
 from nmconv.algebra.padding import is_known, pad
 
-__all__ = ["Affine", "apply", "border_term", "of_average", "of_identity", "of_norm", "sizes_of"]
+__all__ = [
+    "Affine",
+    "affine_of_average",
+    "affine_of_identity",
+    "affine_of_norm",
+    "apply_conv",
+    "border_term",
+    "sizes_of",
+]
 
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _AVERAGES = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -31,10 +39,10 @@ class Affine:
     Attributes:
         geometry: Its extents.
         weight: ``[out, in / groups, *kernel]``, or ``[channels]`` where ``diagonal``.
-        bias: ``[out]``, a constant that has no end, or None.
+        bias: ``[out]``, a constant that does not end at the border, or None.
         border: ``[out, 1, *kernel]``, with size 1 along axes where ``geometry.bounded`` is False, or None.
         diagonal: Whether it only multiplies each channel by a factor.
-        scale: ``[out]``, factors that the weights of each output channel still have to be multiplied by, or None. A
+        scale: ``[out]``, factors by which the weights of each output channel are still to be multiplied, or None. A
             norm after a convolution stays such a factor until another operation follows.
     """
 
@@ -68,23 +76,23 @@ class Affine:
         return kernel
 
 
-def of_norm(scale: Tensor, shift: Tensor, rank: int) -> Affine:
+def affine_of_norm(scale: Tensor, shift: Tensor, rank: int) -> Affine:
     """Return a norm in eval mode: times ``scale`` plus ``shift``, each ``[channels]``."""
     return Affine(diagonal(len(scale), rank), scale, shift, diagonal=True)
 
 
-def of_identity(like: Tensor, channels: int, rank: int) -> Affine:
+def affine_of_identity(like: Tensor, channels: int, rank: int) -> Affine:
     """Return an identity with the dtype and device of ``like``."""
-    return Affine(identity(channels, rank), like.new_ones(channels), diagonal=True)
+    return Affine(identity_geometry(channels, rank), like.new_ones(channels), diagonal=True)
 
 
-def of_average(like: Tensor, geometry: Geometry) -> Affine:
+def affine_of_average(like: Tensor, geometry: Geometry) -> Affine:
     """Return an average pool with the dtype and device of ``like``."""
     weight = like.new_full((geometry.out_channels, 1, *geometry.kernel), 1 / math.prod(geometry.kernel))
     return Affine(geometry, weight)
 
 
-def apply(input: Tensor, geometry: Geometry, weight: Tensor, bias: Tensor | None, border: Tensor | None) -> Tensor:
+def apply_conv(input: Tensor, geometry: Geometry, weight: Tensor, bias: Tensor | None, border: Tensor | None) -> Tensor:
     """Apply a convolution to ``[batch, in, *sizes]`` or ``[in, *sizes]``.
 
     Args:

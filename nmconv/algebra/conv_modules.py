@@ -29,7 +29,7 @@ _UNINITIALIZED: dict[int, Any] = {rank: type(cls.__name__, (_Uninitialized, cls)
 
 
 def conv_module(geometry: Geometry, like: Tensor) -> nn.Module:
-    """Return a module of this geometry with its weights not set: torch's own class where it suffices.
+    """Return a module of this geometry without values for its weights, of torch's own class if that suffices.
 
     Args:
         geometry: Of the convolution.

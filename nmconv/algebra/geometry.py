@@ -10,7 +10,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-__all__ = ["Geometry", "Refusal", "Stage", "center_slices", "cropped", "diagonal", "identity", "padded", "shrunk"]
+__all__ = [
+    "Geometry",
+    "Refusal",
+    "Stage",
+    "center_slices",
+    "cropped",
+    "diagonal",
+    "identity_geometry",
+    "padded",
+    "shrunk",
+]
 
 
 class Refusal(Exception):
@@ -106,7 +116,7 @@ class Geometry:
 
     @property
     def border_kernel(self) -> tuple[int, ...]:
-        """Kernel size of the border term: 1 along axes where the constant has no end; () without a border term."""
+        """Kernel size of the border term: 1 along axes where the constant does not end; () without a border term."""
         return tuple(size if inside else 1 for size, inside in zip(self.kernel, self.bounded, strict=False))
 
     def axis_stages(self, axis: int) -> tuple[Stage, ...]:
@@ -151,19 +161,19 @@ def diagonal(channels: int, rank: int, bias: bool = True) -> Geometry:
     return Geometry(channels, channels, ones, ones, ones, channels, ((0, 0),) * rank, bias=bias)
 
 
-def identity(channels: int, rank: int) -> Geometry:
+def identity_geometry(channels: int, rank: int) -> Geometry:
     """Return the geometry of an identity."""
     return diagonal(channels, rank, bias=False)
 
 
 def padded(channels: int, padding: Sequence[tuple[int, int]], mode: str) -> Geometry:
     """Return the geometry of padding alone."""
-    return replace(identity(channels, len(padding)), padding=tuple(padding), mode=mode)
+    return replace(identity_geometry(channels, len(padding)), padding=tuple(padding), mode=mode)
 
 
 def cropped(channels: int, crop: Sequence[tuple[int, int]]) -> Geometry:
     """Return the geometry of cropping alone."""
-    return replace(identity(channels, len(crop)), crop=tuple(crop))
+    return replace(identity_geometry(channels, len(crop)), crop=tuple(crop))
 
 
 def center_slices(geometry: Geometry, kernel: Sequence[int]) -> tuple[slice, ...]:

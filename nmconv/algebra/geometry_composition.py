@@ -33,7 +33,7 @@ def compose_geometries(one: Geometry, two: Geometry, *, exact: bool = True) -> G
     if one.pooled or two.pooled:
         raise Refusal(_AVERAGED)
     if one.out_channels != two.in_channels:
-        raise Refusal(f"{one.out_channels} channels come in where {two.in_channels} are expected")
+        raise Refusal(f"{two.in_channels} input channels are expected, not {one.out_channels}")
     mode = _common_mode((one, two))
     kernel, dilation, padding, stages = [], [], [], []
     if (two.crop and one.bounded) or (one.crop and two.bounded):
@@ -78,7 +78,7 @@ def add_geometries(branches: Sequence[Geometry]) -> Geometry:
     if any(branch.pooled for branch in branches):
         raise Refusal(_AVERAGED)
     if any(branch.crop for branch in branches):
-        raise Refusal("a summed branch leaves out the border of its input")
+        raise Refusal("a summed branch crops its input")
     if any((branch.in_channels, branch.out_channels) != (first.in_channels, first.out_channels) for branch in branches):
         raise Refusal("summed branches differ in their channels")
     kernel, dilation, padding, stages = [], [], [], []
@@ -152,7 +152,7 @@ def _check_inner_padding(one: Geometry, two: Geometry, axis: int) -> None:
     zeros_on_zeros = one.mode == two.mode == "zeros" and not has_constant  # all that is padded are zeros
     if one.kernel[axis] != 1 or (one.is_padded(axis) and not zeros_on_zeros):
         raise Refusal(
-            "a padded convolution follows one that is no unpadded 1x1: its padding would have to be hoisted "
+            "a padded convolution follows one that is not an unpadded 1x1: its padding would have to be hoisted "
             "(nmconv.convert with hoist_padding=True)"
         )
     if one.is_padded(axis) and two.bounded and two.bounded[axis]:
@@ -179,7 +179,7 @@ def _without_overlap(padding: Pairs, crop: Pairs) -> tuple[Pairs, Pairs]:
 
 
 def _taps(size: int, gap: int, size2: int, gap2: int) -> tuple[int, int]:
-    """Return kernel size and dilation of two kernels in sequence, both dilations in steps of the same map."""
+    """Return kernel size and dilation of two kernels in sequence, with both dilations in steps of the same map."""
     if size == 1 or size2 == 1:
         return (size, gap) if size > 1 else (size2, gap2 if size2 > 1 else 1)
     common = math.gcd(gap, gap2)

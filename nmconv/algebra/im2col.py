@@ -36,7 +36,10 @@ def patches(input: Tensor, target: Tensor, geometry: Geometry) -> Iterator[tuple
     """
     rank, groups = geometry.rank, geometry.groups
     if input.dim() != rank + 2:
-        raise FitError(f"data gives a convolution a tensor of shape {tuple(input.shape)}: give batches of images")
+        raise FitError(
+            f"data gives a convolution an input of shape {tuple(input.shape)}, without a batch axis: pass batches of "
+            "images"
+        )
     pads = geometry.pads(tuple(input.shape[-rank:]))
     columns = geometry.in_channels * math.prod(geometry.kernel)
     positions = math.prod(target.shape[2:])

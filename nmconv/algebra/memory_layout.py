@@ -29,7 +29,7 @@ def is_channels_last(model: nn.Module) -> bool:
 
 
 def in_memory_format(module: nn.Module, last: bool) -> nn.Module:
-    """Return the convolution, its weight made channels last if ``last`` (else some backends convert it per call)."""
+    """Return the convolution with its weight channels last if ``last``; some backends would convert it in each call."""
     if last:
         weight: Any = module.weight
         weight.data = channels_last(weight.data)

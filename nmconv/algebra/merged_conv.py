@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmconv.algebra.affine import apply, border_term, sizes_of
+from nmconv.algebra.affine import apply_conv, border_term, sizes_of
 from nmconv.algebra.geometry import Geometry
 
 __all__ = ["MergedConv"]
@@ -37,8 +37,8 @@ class _ParameterSnapshot:
 class MergedConv(nn.modules.conv._ConvNd):
     """A convolution with a border term, asymmetric or size-dependent padding, a crop, or an average pool before it.
 
-    ``out = conv(pad(input), weight) + bias + conv(ones, border)``. The last term is the response of biases that end at
-    the border of an inner map. It depends on the input size and ``border`` only and is cached for the latest of both.
+    ``out = conv(pad(input), weight) + bias + conv(ones, border)``. The last term is the response to biases that end at
+    the border of an inner map. It depends on the input size and ``border`` only, and is cached for the latest of both.
 
     Args:
         geometry: Extents of the convolution; its input is ``[batch, in, *sizes]`` or ``[in, *sizes]``.
@@ -67,7 +67,7 @@ class MergedConv(nn.modules.conv._ConvNd):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``[batch, in, *sizes]`` to ``[batch, out, *sizes]``."""
-        result = apply(input, self.geometry, self.weight, self.bias, None)
+        result = apply_conv(input, self.geometry, self.weight, self.bias, None)
         if self.border is None:
             return result
         if self._may_cache(input):
@@ -94,7 +94,7 @@ class MergedConv(nn.modules.conv._ConvNd):
         return computed
 
     def _may_cache(self, input: Tensor) -> bool:
-        """Return False during compilation, export, tracing or transformations, and where the border may be trained."""
+        """Return False during compilation, export, tracing or transformations, and if the border may be trained."""
         border: Any = self.border
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return False

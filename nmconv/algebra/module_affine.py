@@ -11,7 +11,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from nmconv.algebra.affine import Affine, of_norm
+from nmconv.algebra.affine import Affine, affine_of_norm
 from nmconv.algebra.geometry import Geometry, Refusal
 from nmconv.algebra.merged_conv import MergedConv
 from nmconv.algebra.module_geometry import scale_and_shift_of
@@ -30,21 +30,21 @@ def affine_of(module: nn.Module, kind: str, geometry: Geometry) -> Affine:
         geometry: Of the module.
     """
     if kind == "norm":
-        return of_norm(*scale_and_shift_of(module), geometry.rank)
+        return affine_of_norm(*scale_and_shift_of(module), geometry.rank)
     assert isinstance(module, _ConvNd)
     border = module.border if isinstance(module, MergedConv) else None
     return Affine(geometry, _effective_weight(module), module.bias, border)
 
 
 def affine_in_double(module: nn.Module, kind: str, geometry: Geometry) -> Affine:
-    """Return the same in float64 on the CPU (on the meta device if the module is there), detached.
+    """Return the same as :func:`affine_of`, in float64 on the CPU (or the meta device), detached.
 
     The large weight of a convolution keeps its dtype until :meth:`Affine.dense` multiplies it with its float64 scale.
     """
     with torch.no_grad():
         if kind == "norm":
             scale, shift = scale_and_shift_of(module, torch.float64)
-            return of_norm(_moved(scale), _moved(shift), geometry.rank)
+            return affine_of_norm(_moved(scale), _moved(shift), geometry.rank)
         if not has_plain_parameter(module):
             module = copy_in_float64(module)
         affine = affine_of(module, kind, geometry)
@@ -87,7 +87,7 @@ def _uses_its_weight(module: nn.Module) -> bool:
 
 
 def _effective_weight(module: Any) -> Tensor:
-    """Return the weight that a convolution is computed with: standardized, normalized or as it is."""
+    """Return the weight that a convolution uses: standardized, normalized or as it is."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm) and hook.name == "weight":
             normalized: Tensor = hook.compute_weight(module)

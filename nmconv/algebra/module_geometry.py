@@ -77,7 +77,7 @@ def before_hoisting(named: Callable[[str], nn.Module]) -> Callable[[str, Geometr
 
 
 def check_hooks(module: nn.Module, name: str) -> None:
-    """Raise Refusal if merging would change what the module's hooks see (those of weight norm are understood)."""
+    """Raise Refusal if the module has hooks other than those of weight and spectral norm."""
     if not all(isinstance(hook, (WeightNorm, SpectralNorm)) and hook.name == "weight" for hook in hooks_of(module)):
         raise Refusal(f"{name} has a hook, which would not run any more: remove it first")
 
@@ -139,9 +139,7 @@ def _check_norm(module: Any) -> None:
         raise Refusal(f"{type(module).__name__} has no fixed scale in eval mode")
     ignored = isinstance(module, _InstanceNorm) and not module.track_running_stats  # though it may have statistics
     if module.running_mean is None or module.running_var is None or ignored:
-        raise Refusal(
-            f"a {type(module).__name__} goes by no running statistics, so that its scale depends on the input"
-        )
+        raise Refusal(f"a {type(module).__name__} uses no running statistics, so that its scale depends on the input")
 
 
 def _check_not_registered(module: nn.Module) -> None:
@@ -156,7 +154,7 @@ def _check_conv(module: nn.Module) -> None:
     if isinstance(module, _ConvTransposeNd):
         raise Refusal(f"{type(module).__name__} is transposed")
     if not isinstance(module, _ConvNd) or type(module).__module__.startswith("torch.ao."):
-        raise Refusal(f"{type(module).__name__} is no single convolution")
+        raise Refusal(f"{type(module).__name__} is not a single convolution")
     if not (module.weight.is_floating_point() and module.weight.dtype.itemsize > 1):
         raise Refusal(f"its weight is {module.weight.dtype}")
 

@@ -11,7 +11,7 @@ __all__ = ["is_known", "pad"]
 
 
 def is_known(pads: Sequence[tuple[int, int]]) -> bool:
-    """Return whether all are numbers. During an export they may be symbols: comparing them would fix the sizes."""
+    """Return whether all are plain ints; during an export they may be symbolic, and comparing would fix the sizes."""
     return all(type(extent) is int for pair in pads for extent in pair)
 
 

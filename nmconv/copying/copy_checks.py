@@ -11,7 +11,7 @@ from nmconv.errors import ModelTypeError
 
 __all__ = ["check_copy"]
 
-_HINT = "(a __deepcopy__ of its own?): pass inplace=True"
+_HINT = "(does a class define __deepcopy__?): pass inplace=True"
 
 
 def check_copy(model: nn.Module, model_copy: nn.Module, shareable: Container[int] = ()) -> None:
@@ -29,12 +29,12 @@ def check_copy(model: nn.Module, model_copy: nn.Module, shareable: Container[int
     unshareable = {id(module) for module in model.modules() if id(module) not in shareable}
     for name, module in model_copy.named_modules():
         if id(module) in unshareable:
-            raise ModelTypeError(f"{subject} shares {name or 'the whole'} with it {_HINT}")
+            raise ModelTypeError(f"{subject} shares {name or 'everything'} with it {_HINT}")
     _check_structure(model, model_copy, subject)
     if any(hasattr(type(module), "__deepcopy__") for module in model.modules()):
         for (name, one), (_, other) in zip(_named_tensors(model), _named_tensors(model_copy), strict=True):
             if one.shape != other.shape or not (other.is_meta or torch.equal(_bytes_of(one), _bytes_of(other))):
-                raise ModelTypeError(f"{subject} has other numbers in {name!r} than itself {_HINT}")
+                raise ModelTypeError(f"{subject} has other values in {name!r} than the model {_HINT}")
 
 
 def _check_structure(model: nn.Module, model_copy: nn.Module, subject: str) -> None:
@@ -49,7 +49,7 @@ def _check_structure(model: nn.Module, model_copy: nn.Module, subject: str) -> N
     pairs = (*zip(modules, modules_copied, strict=False), *zip(tensors, tensors_copied, strict=False))
     first = next((one[0] for one, other in pairs if one != other), "")
     beginning = f", beginning with {first!r}" if first else ""
-    raise ModelTypeError(f"{subject} has another structure than itself{beginning} {_HINT}")
+    raise ModelTypeError(f"{subject} has another structure than the model{beginning} {_HINT}")
 
 
 def _named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -15,20 +15,20 @@ from nmconv.errors import ModelTypeError
 __all__ = ["copy_model"]
 
 
-def copy_model(model: nn.Module, spare: Iterable[Tensor | nn.Module] = ()) -> nn.Module:
+def copy_model(model: nn.Module, shared: Iterable[Tensor | nn.Module] = ()) -> nn.Module:
     """Return a deep copy, even if modules hold non-leaf tensors of autograd (old-style weight norm).
 
     Objects that cannot be copied (locks, open files) are shared.
 
     Args:
         model: Read only.
-        spare: Tensors and modules to share instead of copying, because the caller will remove them from the copy.
+        shared: Tensors and modules to share instead of copying, because the caller will remove them from the copy.
 
     Raises:
         ModelTypeError: If the model cannot be copied, or the copy shares modules with it or differs from it.
     """
-    spare = list(spare)
-    memo: dict[int, Any] = {id(value): value for value in (*spare, *uncopyable_objects(model))}
+    shared = list(shared)
+    memo: dict[int, Any] = {id(value): value for value in (*shared, *uncopyable_objects(model))}
     for module in model.modules():
         for value in module.__dict__.values():
             if isinstance(value, Tensor) and not value.is_leaf:
@@ -39,5 +39,5 @@ def copy_model(model: nn.Module, spare: Iterable[Tensor | nn.Module] = ()) -> nn
         raise ModelTypeError(
             f"this {type(model).__name__} cannot be copied ({type(error).__name__}: {error}): pass inplace=True"
         ) from error
-    check_copy(model, model_copy, {id(value) for value in spare})
+    check_copy(model, model_copy, {id(value) for value in shared})
     return model_copy

@@ -14,6 +14,7 @@ from torch import nn
 
 __all__ = [
     "MODULE_INTERNALS",
+    "closure_contents",
     "held_objects",
     "is_filled",
     "is_opaque",
@@ -82,7 +83,7 @@ def is_opaque(value: Any) -> bool:
 
 
 def parts_of(value: Any) -> Iterable[Any]:
-    """Return the objects that a value holds, as far as a deep copy follows them, and the contents of closures."""
+    """Return the objects that a deep copy of a value copies with it, and the contents of closures."""
     if isinstance(value, dict):
         return (*dict.keys(value), *dict.values(value))
     if isinstance(value, (list, tuple, set, frozenset, deque)):
@@ -92,9 +93,14 @@ def parts_of(value: Any) -> Iterable[Any]:
     if isinstance(value, MethodType):
         return (value.__self__, value.__func__)
     if isinstance(value, FunctionType):
-        return tuple(cell.cell_contents for cell in value.__closure__ or () if is_filled(cell))
+        return closure_contents(value)
     attributes = getattr(value, "__dict__", None)
     return tuple(attributes.values()) if isinstance(attributes, dict) else ()
+
+
+def closure_contents(function: Any) -> list[Any]:
+    """Return the contents of a function's closure, without cells that are still empty."""
+    return [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if is_filled(cell)]
 
 
 def is_filled(cell: CellType) -> bool:

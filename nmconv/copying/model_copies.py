@@ -21,7 +21,7 @@ from nmconv.copying.held_objects import (
     tensor_names,
     tensors_and_modules,
 )
-from nmconv.copying.tensor_copies import ClonedTensors, MetaTensors, SameTensors
+from nmconv.copying.tensor_copies import ClonedTensors, MetaTensors, SharedTensors
 
 __all__ = ["Copy", "copy_sharing_tensors", "copy_with_tensors", "meta_copy"]
 
@@ -59,7 +59,7 @@ def copy_with_tensors(model: nn.Module) -> Copy:
 
 def copy_sharing_tensors(model: nn.Module) -> Copy:
     """Return a copy like that of :func:`meta_copy`, with the tensors themselves."""
-    return _copy_model(model, SameTensors)
+    return _copy_model(model, SharedTensors)
 
 
 def _copy_model(model: nn.Module, mode: type[ClonedTensors]) -> Copy:

@@ -1,4 +1,4 @@
-"""Function modes that decide what stands for each tensor while a model is deep-copied."""
+"""Function modes that decide what takes the place of each tensor while a model is deep-copied."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["ClonedTensors", "MetaTensors", "SameTensors"]
+__all__ = ["ClonedTensors", "MetaTensors", "SharedTensors"]
 
 
 class ClonedTensors(TorchFunctionMode):
     """Clones each tensor that a deep copy meets; tensors that share a storage do so in the copy, too.
 
     Args:
-        tensors: The tensors to copy at once.
+        tensors: Tensors by id, copied immediately.
 
     Attributes:
         memo: The memo of ``copy.deepcopy``: each copy by the id of its original.
@@ -63,7 +63,7 @@ class ClonedTensors(TorchFunctionMode):
         return new.set_(self._storage_copies[storage], value.storage_offset(), value.shape, value.stride())
 
 
-class SameTensors(ClonedTensors):
+class SharedTensors(ClonedTensors):
     """Puts the tensors themselves into the copy."""
 
     def copy(self, value: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ class SameTensors(ClonedTensors):
 
 
 class MetaTensors(ClonedTensors):
-    """Puts a tensor of the same shape, strides and dtype on the meta device in each one's place."""
+    """Puts a meta tensor of the same shape, strides and dtype in the place of each tensor."""
 
     def _new_tensor(self, value: torch.Tensor) -> torch.Tensor:
         if not _is_strided(value):

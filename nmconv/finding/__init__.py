@@ -15,7 +15,7 @@ from nmconv.finding.run_elements import (
     elements_from_json,
     elements_to_json,
     steps_of,
-    without_end,
+    without_trailing_identities,
 )
 from nmconv.finding.runs import linear_runs
 from nmconv.finding.structure_assembly import structure_of
@@ -42,5 +42,5 @@ __all__ = [
     "residuals",
     "steps_of",
     "structure_of",
-    "without_end",
+    "without_trailing_identities",
 ]

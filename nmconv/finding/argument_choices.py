@@ -21,8 +21,8 @@ def deciding_arguments(module: nn.Module, *, conditions: bool) -> frozenset[str]
 
     Args:
         module: The module.
-        conditions: Whether conditions on optional arguments count, and not only indices, arguments of helpers, and
-            conditions on arguments without a default: no linear run extends over conditions on optional arguments.
+        conditions: Whether conditions on optional arguments count, too; linear runs do not extend over these. Indices,
+            arguments of helpers, and conditions on required arguments always count.
     """
     forward = module.__dict__.get("forward", getattr(type(module), "forward", None))
     names: frozenset[str] = frozenset()
@@ -59,7 +59,7 @@ def _deciding_arguments(code: CodeType, with_conditions: bool) -> frozenset[str]
 
 
 def _sources_of_variables(function: ast.FunctionDef, names: list[str], self_name: str) -> dict[str, set[str]]:
-    """Return for each variable that holds an argument or a part of one the names of these arguments."""
+    """Return the arguments that each variable holds whole or in part, by the variable's name."""
     sources = {name: {name} for name in names}
     for node in ast.walk(function):
         if isinstance(node, ast.Assign) and not _computes(node.value, self_name):
@@ -78,7 +78,7 @@ def _arguments_in(expression: ast.AST, sources: dict[str, set[str]]) -> set[str]
 
 
 def _computes(value: ast.expr, self_name: str) -> bool:
-    """Return whether an expression calls a module or computes; its result is then no part of an argument."""
+    """Return whether an expression calls a module or computes; its result is then not part of an argument."""
     return any(
         isinstance(part, ast.BinOp) or (isinstance(part, ast.Call) and is_attribute_of(part.func, self_name))
         for part in ast.walk(value)
@@ -86,7 +86,7 @@ def _computes(value: ast.expr, self_name: str) -> bool:
 
 
 def _other_choices(function: ast.FunctionDef, self_name: str, in_tests: set[int]) -> Iterator[ast.AST]:
-    """Yield the expressions besides conditions that decide something; ``in_tests`` are the parts of conditions."""
+    """Yield the deciding expressions that are not conditions; ``in_tests`` holds the ids of the parts of conditions."""
     for node in ast.walk(function):
         if id(node) in in_tests:
             continue

@@ -1,4 +1,4 @@
-"""Find branch points between two values of a forward: where other arguments or settings may lead another way."""
+"""Find branch points between two values of a forward: where other arguments or settings may take another path."""
 
 from __future__ import annotations
 
@@ -23,21 +23,24 @@ _EXITS = (ast.Return, ast.Break, ast.Continue)
 _ARITHMETIC = (ast.BinOp, ast.UnaryOp, ast.AugAssign)
 
 
-def may_diverge_between(value: FlowNode, node: FlowNode, *, sized: bool) -> bool:
-    """Return whether a forward may take another way between a value and a node that reads it.
+def may_diverge_between(value: FlowNode, node: FlowNode, *, count_variables: bool) -> bool:
+    """Return whether a forward may take another path between a value and a node that reads it.
 
-    Recordings show what depends on sizes, modes and contexts. The rest are branch points of the innermost forward that
-    computes both: those that depend on an optional argument, and those that may exit the forward depending on a flag (a
-    bool, a number or a text on the module). :func:`flags_between` returns the other flags. A module's choice between
-    submodules that it has or lacks does not depend on the call.
+    Recordings show what depends on sizes, modes and contexts. What remains are branch points of the innermost forward
+    that computes both: those that depend on an optional argument, and those that may exit the forward depending on a
+    flag (a bool, number or string attribute of the module). :func:`flags_between` returns the other flags. A module's
+    choice between submodules that it has or lacks does not depend on the call.
 
     Args:
         value: The value that is read.
         node: The node that reads it.
-        sized: Whether branch points that depend on variables count, too: these may hold numbers computed from sizes.
+        count_variables: Whether branch points that depend on variables, which may hold numbers computed from sizes,
+            count, too.
     """
     frame, points = _points_between(value, node)
-    return frame is not None and any(point.may_diverge(frame.module, sized=sized) for point in points)
+    return frame is not None and any(
+        point.may_diverge(frame.module, count_variables=count_variables) for point in points
+    )
 
 
 def flags_between(value: FlowNode, node: FlowNode) -> tuple[tuple[str, str], ...]:
@@ -60,7 +63,7 @@ def _points_between(value: FlowNode, node: FlowNode) -> tuple[ModuleCall | None,
     shared = next((frame for frame in node_frames if any(frame is other for other in value_frames)), None)
     if shared is None:
         return None, []
-    return shared, _points_on_way(_lines_in(shared, value, value_frames), _lines_in(shared, node, node_frames))
+    return shared, _points_on_path(_lines_in(shared, value, value_frames), _lines_in(shared, node, node_frames))
 
 
 def _lines_in(frame: ModuleCall, node: FlowNode, frames: list[ModuleCall]) -> Lines:
@@ -73,7 +76,7 @@ def _lines_in(frame: ModuleCall, node: FlowNode, frames: list[ModuleCall]) -> Li
     return lines
 
 
-def _points_on_way(first: Lines, then: Lines) -> list[_BranchPoint]:
+def _points_on_path(first: Lines, then: Lines) -> list[_BranchPoint]:
     """Return the branch points between two places in a module's methods."""
     level = 0
     points: list[_BranchPoint] = []
@@ -132,7 +135,7 @@ class _BranchPoint:
     is_handler: bool = False
 
     def is_between(self, first: int, then: int) -> bool:
-        """Return whether it affects the way from one line to another that is not an earlier one."""
+        """Return whether it affects the path from one line to the same or a later one."""
         if self.is_handler:
             return self.start <= then and first <= self.end
         if first == then:
@@ -140,9 +143,13 @@ class _BranchPoint:
         decides_first = self.by_argument and self.start <= first <= self.end < then
         return decides_first or first < self.start <= then
 
-    def may_diverge(self, module: nn.Module, *, sized: bool) -> bool:
-        """Return whether calls of this module may take another way."""
-        return self.by_argument or (sized and self.by_variable) or any(_is_flag(module, n) for n in self.exit_flags)
+    def may_diverge(self, module: nn.Module, *, count_variables: bool) -> bool:
+        """Return whether calls of this module may take another path."""
+        return (
+            self.by_argument
+            or (count_variables and self.by_variable)
+            or any(_is_flag(module, n) for n in self.exit_flags)
+        )
 
 
 @lru_cache(maxsize=1024)
@@ -216,7 +223,7 @@ def _condition(node: Any, test: ast.expr, scope: _Scope) -> _BranchPoint:
 
 
 def _is_identity_test(test: ast.expr) -> bool:
-    """Return whether a condition only compares by ``is`` or ``is not``, with None, for instance."""
+    """Return whether a condition only compares by ``is`` or ``is not``, such as with None."""
     return isinstance(test, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in test.ops)
 
 

@@ -30,8 +30,8 @@ class ValueLocation:
 
     Attributes:
         owner: Qualified name of the module whose forward makes the call.
-        label: The called child's relative name (if it is no child, its qualified name after ``/``), a function's name
-            with ``()``, :data:`SUM` or :data:`NORM`.
+        label: The called child's relative name (its qualified name after ``/`` if it is not a child), a function's
+            name with ``()``, :data:`SUM` or :data:`NORM`.
         number: Which call of that label it is in one forward of the owner, from 1.
         total: How many there are; 0 where that does not matter.
     """
@@ -204,7 +204,7 @@ class _FlowDefUse:
         origins, todo = {index}, [index]
         while todo:
             node = self._nodes[todo.pop()]
-            new = {*node.inputs, *node.sides} - origins
+            new = {*node.inputs, *node.side_inputs} - origins
             origins |= new
             todo += new
         return origins
@@ -214,7 +214,7 @@ class _FlowDefUse:
         if len(self._readers[index]) != 1 or self._nodes[index].exposed:
             return None
         reader = self._nodes[self._readers[index][0]]
-        return None if reader.sides or reader.frame is None else reader
+        return None if reader.side_inputs or reader.frame is None else reader
 
     def _can_be_located(self, node: FlowNode) -> bool:
         """Return whether the call can be told from others while the model runs."""

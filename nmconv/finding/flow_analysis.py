@@ -21,7 +21,7 @@ class AnalyzedFlow:
     Attributes:
         flow: The flow.
         ownership: Its chains.
-        copies: Indices of activations whose replacement must copy its input, lest two readers share memory.
+        copies: Indices of activations whose replacement must copy its input, or two readers would share memory.
     """
 
     flow: Flow
@@ -30,12 +30,12 @@ class AnalyzedFlow:
 
 
 def flows_of(model: nn.Module, recordings: Recordings, *, training: bool = False, linear: bool = False) -> list[Flow]:
-    """Return the flow of a model in one mode; if it does not run in it, the flows of the parts that do.
+    """Return the flow of a model in one mode; if it does not run in that mode, the flows of the parts that do.
 
     Args:
         model: The model that was recorded.
         recordings: Its recordings.
-        training: Whether train mode is meant.
+        training: Whether the mode is train mode.
         linear: Whether linear layers count as convolutions.
     """
     return [lower(model, run, linear=linear) for run in recordings.of_mode(training=training)]

@@ -28,7 +28,7 @@ class InsertionPoints:
         for node in reversed(flow.nodes):
             continues = self._reaches_output[node.index] and node.op not in (Op.CONV, Op.DEAD)
             if node.op is Op.OUTPUT or continues:
-                for source in (*node.inputs, *node.sides):
+                for source in (*node.inputs, *node.side_inputs):
                     self._reaches_output[source] = True
 
     def place(self, conv: int) -> tuple[Place | None, str]:
@@ -63,7 +63,7 @@ class InsertionPoints:
                 return self._end_at_sum(end, reader.index)
             if reader.op not in _PART_OF_UNIT and not (reader.op is Op.GATED and reader.inputs[0] == end):
                 break
-            # A dropout of the next block may return its very input: other readers then seem to read the dropout.
+            # A dropout of the next block may return its input itself: other readers then seem to read the dropout.
             in_frame_of_end = any(reader.frame is frame for frame in ancestors(flow.nodes[end].frame))
             if reader.op in (Op.DROP, Op.PASS) and not in_frame_of_end:
                 break

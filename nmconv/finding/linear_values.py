@@ -11,7 +11,7 @@ from nmconv.finding.control_flow import flags_between, may_diverge_between
 from nmconv.finding.def_use import is_plain_sum
 from nmconv.finding.module_users import ModuleUsers
 from nmconv.finding.run_elements import Element, ParallelSum, Step, steps_of
-from nmconv.flow import SUMS, Flow, FlowNode, ModuleCall, Op, argument_structure
+from nmconv.flow import SUMS, Flow, FlowNode, Op, forward_argument_structures
 
 __all__ = ["LinearValue", "linear_values"]
 
@@ -27,7 +27,7 @@ class LinearValue:
         source: Index of the value that the elements are applied to.
         elements: In order of execution.
         nodes: Indices of the nodes that compute it from the source.
-        flags: Flags by which control flow may take another way inside; see :func:`flags_between`.
+        flags: Flags on which control flow inside depends; see :func:`flags_between`.
     """
 
     source: int
@@ -37,26 +37,26 @@ class LinearValue:
 
 
 def linear_values(
-    flow: Flow, users: ModuleUsers, lost: Sequence[int], *, pools: bool = False
+    flow: Flow, users: ModuleUsers, lost_sizes: Sequence[int], *, pools: bool = False
 ) -> dict[int, LinearValue]:
     """Return the values of a flow that are linear in an earlier value, by their index.
 
     Args:
         flow: Any flow; it is linked.
         users: Tells which modules can be replaced.
-        lost: Positions in the recording at which a size became a plain number; see
+        lost_sizes: Positions in the recording at which a size became a plain number; see
             :class:`nmconv.recording.Recordings`.
         pools: Whether an average pool counts as an element; it is the last of its run.
     """
     flow.link()
-    return _LinearValues(flow, users, lost, pools).find()
+    return _LinearValues(flow, users, lost_sizes, pools).find()
 
 
 class _LinearValues:
-    def __init__(self, flow: Flow, users: ModuleUsers, lost: Sequence[int], pools: bool) -> None:
+    def __init__(self, flow: Flow, users: ModuleUsers, lost_sizes: Sequence[int], pools: bool) -> None:
         self._flow = flow
         self._users = users
-        self._lost = lost
+        self._lost_sizes = lost_sizes
         self._pools = pools
         self._position = {node: position for position, node in enumerate(flow.recording.facts)}
         self._forwards = Counter(id(frame.module) for frame in flow.frames)
@@ -75,11 +75,11 @@ class _LinearValues:
     def _step(self, node: FlowNode) -> LinearValue | None:
         """Return a node's value if it is one linear operation on its only input."""
         kind = self._kind(node)
-        if kind is None or len(node.inputs) != 1 or node.sides:
+        if kind is None or len(node.inputs) != 1 or node.side_inputs:
             return None
         elements: list[Element] = []
         if node.module is not None:
-            why = "" if kind == "pass" else self._users.why_not(node.name)
+            why = "" if kind == "pass" else self._users.why_not_replaceable(node.name)
             if kind == "drop" and why:  # an identity in eval mode: it may stay for its other callers
                 kind, why = "pass", ""
             elements = [Step(kind, node.name, why)]
@@ -115,9 +115,9 @@ class _LinearValues:
         one, two = (() if branch is None else tuple(branch.elements) for branch in branches)
         if not any(step.kind == "conv" for step in steps_of((*one, *two))):
             return None
-        parallel = ParallelSum(
-            (one, two), node.frame.path, node.label, node.number, self._takes(node.frame), self._why_fixed(node)
-        )
+        owner = node.frame.path
+        arguments = forward_argument_structures([self._flow], [owner])[owner]
+        parallel = ParallelSum((one, two), owner, node.label, node.number, arguments, self._why_not_rewritable(node))
         computed = [branch for branch in branches if branch is not None]
         nodes = [*(index for branch in computed for index in branch.nodes), node.index]
         readers = self._readers[source]
@@ -143,11 +143,7 @@ class _LinearValues:
             return False
         return not any(index in self._values and self._may_diverge(index, node.index) for index in node.inputs)
 
-    def _takes(self, frame: ModuleCall) -> str:
-        calls = (other for other in self._flow.frames if other.path == frame.path)
-        return "" if frame.path in self._flow.odd else argument_structure(calls)
-
-    def _why_fixed(self, node: FlowNode) -> str:
+    def _why_not_rewritable(self, node: FlowNode) -> str:
         """Return why the forward that computes a sum cannot be rewritten, or ""."""
         frame = node.frame
         assert frame is not None
@@ -162,19 +158,19 @@ class _LinearValues:
     def _extensible(self, index: int) -> LinearValue | None:
         """Return the linear value at an index unless it ends in a pool, which starts something new."""
         value = self._values.get(index)
-        return None if value is None or (value.elements and value.elements[-1].pools) else value
+        return None if value is None or (value.elements and value.elements[-1].is_pool) else value
 
     def _has_one_reader(self, index: int) -> bool:
         """Return whether one node reads the value, none its shape, and no attribute keeps it."""
         return len(self._readers[index]) == 1 and not self._flow.nodes[index].exposed
 
     def _may_diverge(self, index: int, reader: int) -> bool:
-        """Return whether control flow may take another way between a value and its reader."""
+        """Return whether control flow may take another path between a value and its reader."""
         value, node = self._flow.nodes[index], self._flow.nodes[reader]
         first, last = self._position[value.origin], self._position[node.origin]
-        if any(first < position <= last for position in self._lost):
+        if any(first < position <= last for position in self._lost_sizes):
             return True
-        return may_diverge_between(value, node, sized=bool(self._lost))
+        return may_diverge_between(value, node, count_variables=bool(self._lost_sizes))
 
     def _flags(self, index: int, reader: int) -> set[tuple[str, str]]:
         return set(flags_between(self._flow.nodes[index], self._flow.nodes[reader]))

@@ -24,7 +24,7 @@ def same_flows(first: Sequence[Flow], second: Sequence[Flow]) -> bool:
 def _facts_of(node: FlowNode) -> tuple[Any, ...]:
     path = node.frame.path if node.frame is not None else ""
     call = node.op, node.name, node.kind, node.number, node.method, path, node.lines, node.shape
-    return *call, node.inputs, node.sides, node.exposed, node.inplace, node.view, node.partial
+    return *call, node.inputs, node.side_inputs, node.exposed, node.inplace, node.view, node.partial
 
 
 def differing_modules(first: Iterable[Flow], second: Iterable[Flow]) -> set[str]:
@@ -66,7 +66,7 @@ def _local_hash(flow: Flow, activation: FlowNode, frame: ModuleCall, *, near: bo
     stack = [activation.index]
     while stack:
         node = flow.nodes[stack[-1]]
-        sources = [source for source in (*node.inputs, *node.sides) if source >= first]
+        sources = [source for source in (*node.inputs, *node.side_inputs) if source >= first]
         if near and node is not activation and node.op not in _BETWEEN_LAYERS:
             sources = []
         missing = [source for source in sources if source not in hashes]

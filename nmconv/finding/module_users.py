@@ -18,7 +18,7 @@ from nmconv.recording import Fact, ModelRaised, NeedsData, Recording, record_aga
 
 __all__ = ["CallsSeen", "Holders", "ModuleUsers", "inspected_modules"]
 
-_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)  # of every module: children, tensors and hooks
+_MODULE_INTERNALS = frozenset(nn.Module().__dict__)  # of every module: children, tensors and hooks
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ModuleUsers:
     """Tells whether replacing a module changes one call of it and nothing else.
 
     Args:
-        model: The model whose modules are meant; not modified.
+        model: The model that the modules belong to; not modified.
         seen: The calls in its flows, in all modes.
         inspected: Names of modules that a forward inspects; see :func:`inspected_modules`.
         not_run: Names of parts that do not run in some mode.
@@ -84,7 +84,7 @@ class ModuleUsers:
                 module = id(self._modules[name])
                 self._calls[module] = max(self._calls[module], calls)
 
-    def why_not(self, name: str) -> str:
+    def why_not_replaceable(self, name: str) -> str:
         """Return why the module cannot be replaced, or ""."""
         module = self._modules[name]
         if self._calls[id(module)] != 1:
@@ -113,7 +113,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def inspected_modules(model: nn.Module, runs: Iterable[Recording], names: Iterable[str]) -> frozenset[str]:
-    """Return those of the named modules of which a forward reads settings, parameters or the class.
+    """Return those of the named modules whose settings, parameters or class a forward reads.
 
     Each run is recorded again with the modules disguised: if nothing changes, no forward has inspected them. Modules
     that make a difference are found by bisection.
@@ -162,7 +162,7 @@ class Holders:
         for module in model.modules():
             self._slots.update(id(child) for child in module._modules.values() if child is not None)
             for name, value in module.__dict__.items():
-                if name not in _MODULE_ATTRIBUTES:
+                if name not in _MODULE_INTERNALS:
                     self._add_modules_in(value)
 
     def _add_modules_in(self, value: Any) -> None:
@@ -178,11 +178,11 @@ class Holders:
                 todo += _parts(value)
 
     def count(self, module: nn.Module) -> int:
-        """Return in how many slots of the model the module is registered."""
+        """Return the number of slots of the model in which the module is registered."""
         return self._slots[id(module)]
 
     def slots(self, path: str, module: nn.Module) -> int:
-        """Return in how many slots of the module at ``path`` it is registered."""
+        """Return the number of slots of the module at ``path`` in which it is registered."""
         return sum(child is module for child in self._model.get_submodule(path)._modules.values())
 
     def is_kept_elsewhere(self, module: nn.Module) -> bool:

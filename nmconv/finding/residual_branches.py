@@ -77,13 +77,13 @@ def _branch_nodes(nodes: Sequence[FlowNode], readers: list[list[int]], add: Flow
         if not nodes[index].inputs or index < start:
             return set()
         inside.add(index)
-        todo += [*nodes[index].inputs, *nodes[index].sides]
+        todo += [*nodes[index].inputs, *nodes[index].side_inputs]
     outside = {reader for index in inside for reader in readers[index]} - inside - {add.index}
     return set() if outside else inside
 
 
 def copied_sums(flows: Iterable[Flow], sums: Iterable[ReplacedSum]) -> frozenset[ReplacedSum]:
-    """Return those sums that a copy of the kept operand must replace, lest two readers share memory.
+    """Return the sums that a copy of the kept operand must replace, or two readers would share memory.
 
     Args:
         flows: Of the model.

@@ -16,7 +16,7 @@ __all__ = [
     "elements_from_json",
     "elements_to_json",
     "steps_of",
-    "without_end",
+    "without_trailing_identities",
 ]
 
 
@@ -36,12 +36,12 @@ class Step:
     why: str = ""
 
     @property
-    def quiet(self) -> bool:
+    def is_identity(self) -> bool:
         """Whether it is the identity in eval mode."""
         return self.kind in ("pass", "drop")
 
     @property
-    def pools(self) -> bool:
+    def is_pool(self) -> bool:
         """Whether it is an average pool."""
         return self.kind == "pool"
 
@@ -67,12 +67,12 @@ class ParallelSum:
     why: str = ""
 
     @property
-    def quiet(self) -> bool:
+    def is_identity(self) -> bool:
         """Whether it is the identity in eval mode: never."""
         return False
 
     @property
-    def pools(self) -> bool:
+    def is_pool(self) -> bool:
         """Whether it is an average pool: never."""
         return False
 
@@ -119,10 +119,10 @@ def argument_structures(elements: Iterable[Element]) -> dict[str, str]:
     return argument_structure
 
 
-def without_end(elements: Sequence[Element]) -> Sequence[Element]:
+def without_trailing_identities(elements: Sequence[Element]) -> Sequence[Element]:
     """Return the elements without the identities at their end."""
     end = len(elements)
-    while end and elements[end - 1].quiet:
+    while end and elements[end - 1].is_identity:
         end -= 1
     return elements[:end]
 
@@ -147,12 +147,12 @@ def elements_from_json(text: str) -> tuple[Element, ...]:
     """Read the text that :func:`elements_to_json` returned.
 
     Raises:
-        ValueError: If the text is something else.
+        ValueError: If the text is anything else.
     """
     try:
         return _from_plain(json.loads(text))
     except (TypeError, RecursionError, KeyError, IndexError) as error:
-        raise ValueError(f"these are no factors: {error}") from error
+        raise ValueError(f"not the elements of a run: {error}") from error
 
 
 def _from_plain(rows: Any) -> tuple[Element, ...]:

@@ -52,17 +52,17 @@ def linear_runs(
     )
     links = None
     if not same_flows(eval_flows, train_flows):
-        lost = recordings.lost[:1]  # the others are positions among the nodes of eval mode
+        lost_sizes = recordings.lost_sizes[:1]  # the others are positions among the nodes of eval mode
         links = {
             link
             for flow in train_flows
-            for value in linear_values(flow, users, lost, pools=pools).values()
+            for value in linear_values(flow, users, lost_sizes, pools=pools).values()
             for link in _links(value.elements)
         }
     return tuple(
         run
         for flow in eval_flows
-        for run in _runs(flow, linear_values(flow, users, recordings.lost, pools=pools), links, sizes)
+        for run in _runs(flow, linear_values(flow, users, recordings.lost_sizes, pools=pools), links, sizes)
     )
 
 
@@ -89,7 +89,7 @@ def _runs(flow: Flow, values: dict[int, LinearValue], train_links: _Links | None
 
 
 def _crossed_modules(flow: Flow, value: LinearValue) -> tuple[str, ...]:
-    """Return the names of modules that begin or end inside of a value's computation."""
+    """Return the names of modules that begin or end within a value's computation."""
     paths = [[frame.path for frame in ancestors(flow.nodes[index].frame)] for index in value.nodes]
     common = set(paths[0]).intersection(*paths[1:])
     return tuple(dict.fromkeys(path for above in paths for path in above if path not in common))
@@ -142,7 +142,7 @@ def _links(elements: Iterable[Element]) -> Iterator[tuple[str, str]]:
     before = ""
     for element in elements:
         if isinstance(element, Step):
-            if element.quiet:
+            if element.is_identity:
                 continue
             name = element.name
         else:
@@ -167,5 +167,5 @@ def _split(elements: list[Element], train_links: _Links | None) -> Iterator[list
             yield part
             part = []
         part.append(element)
-        last = last if element.quiet else [element]
+        last = last if element.is_identity else [element]
     yield part

@@ -31,10 +31,10 @@ class CollectedCall:
     """One activation call.
 
     Attributes:
-        activation: What is known of it.
+        activation: The facts that planning needs.
         order: Its position in the order of execution.
         module: The module that is called; None for a functional call.
-        skip: Why it is no site, or "".
+        skip: Why it is not a site, or "".
     """
 
     activation: Activation
@@ -113,7 +113,7 @@ class SiteCollector:
                 self._add_single_conv(name)
 
     def share_with_train(self) -> None:
-        """Let all that eval mode has shown hold for train mode, too."""
+        """Mark everything found in eval mode as found in both modes."""
         for call in self.calls.values():
             act = call.activation
             call.activation = replace(act, modes="both", train_call=act.call, train_step=act.step)
@@ -199,7 +199,7 @@ class SiteCollector:
             self._add_chain(links, chain.pre, mode)
 
     def _add_chain(self, links: _ChainLinks, pre: bool, mode: str) -> None:
-        """Add a chain without the convolutions that are in another chain already; what is owned stays so."""
+        """Add a chain without the convolutions that are in another chain; owned activations keep their owner."""
         is_new = [item.convs not in self._convs for item, _ in links]
         keys = [key for _, key in links if key is not None]
         if not any(is_new):
@@ -223,7 +223,7 @@ class SiteCollector:
         self.chains.append(CollectedChain(links, pre, mode))
 
     def _owned_differently(self, links: _ChainLinks) -> set[SiteKey]:
-        """Return the activations by which a chain of known convolutions differs from the one that has them."""
+        """Return the activations in which a chain differs from the known chain of the same convolutions."""
         convs, keys = zip(*((item.convs, key) for item, key in links), strict=True)
         for other in self.chains:
             if tuple(item.convs for item, _ in other.links) == convs:

@@ -1,4 +1,4 @@
-"""Assemble what both modes show of a model to the plain data that planning needs."""
+"""Assemble what both modes show of a model into the plain data that planning needs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from nmconv.recording import Failure, Recordings
 __all__ = ["structure_of"]
 
 _Method = str | tuple[str, str]  # a module's qualified name, for its forward; or that and a method's name
-_ONE_DECISION = "its module is called in surroundings that differ, and one decision must serve all"
+_ONE_DECISION = "its module is called in different surroundings, and one decision must fit all of them"
 
 
 def structure_of(model: nn.Module, recordings: Recordings, *, linear: bool = False) -> Structure:
@@ -60,8 +60,8 @@ class _Assembler:
         self._sites = sites
         self._holders = Holders(model)
         self._arguments = _arguments_by_method(flows)
-        # Modules of which a child returns something else than one tensor; a single call of a child may not show it.
-        self._odd = frozenset[str]().union(*(flow.odd for flow in flows))
+        # In all flows, since a single call of a child may not show it.
+        self._non_tensor_parents = frozenset[str]().union(*(flow.non_tensor_parents for flow in flows))
 
     def structure(self, failures: Sequence[Failure]) -> Structure:
         sites = self._sites
@@ -129,7 +129,7 @@ class _Assembler:
     def _argument_structure(self, owner: str, method: str) -> str:
         """Return the structure of a method's arguments, or "" if its calls differ."""
         key: _Method = owner if method == "forward" else (owner, method)
-        return "" if owner in self._odd else argument_structure(self._arguments.get(key, ()))
+        return "" if owner in self._non_tensor_parents else argument_structure(self._arguments.get(key, ()))
 
     def _how(self, call: CollectedCall) -> str:
         """Return ``swap`` if replacing one submodule changes this call and no other, else ``rewrite``."""
@@ -150,7 +150,7 @@ class _Assembler:
     # -- activation modules that are not called -----------------------------------------------------------------------
 
     def _uncalled(self, failures: Iterable[Failure]) -> Iterator[Activation]:
-        """Yield the activation modules that no recording shows a call of."""
+        """Yield the activation modules without a call in any recording."""
         called = {id(call.module) for call in self._sites.calls.values()}
         for name, module in self._model.named_modules():
             if is_activation(module) and id(module) not in called:
@@ -176,7 +176,7 @@ class _Assembler:
     def _why_uncalled(self, name: str, not_run: Sequence[str]) -> str:
         parents = [path for path in not_run if not path or name.startswith(f"{path}.")]
         if parents:
-            return f"{max(parents, key=len) or 'the model'} calls it or not: it does not run"
+            return f"{max(parents, key=len) or 'the model'}, which may call it, does not run"
         layer = self._enclosing_leaf(name)
         return f"a part of {layer}, which is one indivisible layer" if layer else "the forward never calls it"
 
@@ -195,7 +195,7 @@ def _arguments_by_method(flows: Iterable[Flow]) -> dict[_Method, list[ModuleCall
     for flow in flows:
         for frame in flow.frames:
             arguments[frame.path].append(frame)
-        for (caller, method), args in flow.recording.helped.items():
+        for (caller, method), args in flow.recording.helper_arguments.items():
             arguments[caller.path, method].append(Arguments(args, {}))
     return arguments
 

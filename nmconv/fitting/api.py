@@ -108,7 +108,7 @@ def fit(
     _check_reference(reference, model, plan)
     images = read_images(data, model, holdout=holdout, key=key)
     recorded = _witness(model, images) if witness else None
-    work = WorkingCopy(model, inplace=inplace, numbers=True)
+    work = WorkingCopy(model, inplace=inplace, changes_values=True)
     result = work.model
     with torch.no_grad(), eval_mode(result, reference):
         fitter = Fitter(result, reference, images, ridges, loss=loss, keep_norms=keep_norms, downstream=downstream)

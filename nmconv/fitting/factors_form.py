@@ -115,7 +115,7 @@ def _last_convolution(elements: tuple[Element, ...]) -> Any:
     for step in steps:
         if step.kind == "pad":
             raise Refusal(f"{step.name} stands behind its last convolution")
-        if step.why and not step.quiet:
+        if step.why and not step.is_identity:
             raise Refusal(f"{step.name}: {step.why}")
     return steps
 

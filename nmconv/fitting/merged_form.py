@@ -141,7 +141,7 @@ class MergedForm:
         for step in steps_of(self._task.elements):
             if step.kind == "conv" and ":" in step.name:
                 raise Refusal(f"{step.name}: {step.why}")
-            if step.why and not step.quiet:
+            if step.why and not step.is_identity:
                 raise Refusal(f"{step.name}: {step.why}")
             if hooks_of(self._model.get_submodule(step.name)):
                 raise Refusal(f"{step.name} has a hook, which would not run any more: remove it first")

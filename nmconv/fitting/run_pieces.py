@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from nmconv.finding import DefUse, Element, ParallelSum, steps_of, without_end
+from nmconv.finding import DefUse, Element, ParallelSum, steps_of, without_trailing_identities
 from nmconv.planning import Kernel
 
 __all__ = ["convs_of", "pieces_of", "without_last_sum"]
@@ -57,7 +57,7 @@ def without_last_sum(elements: tuple[Element, ...]) -> tuple[Element, ...]:
         branches = [branch for branch in elements[-1].branches if convs_of(branch)]
         if len(branches) != 1:
             return elements
-        elements = tuple(without_end((*elements[:-1], *branches[0])))
+        elements = tuple(without_trailing_identities((*elements[:-1], *branches[0])))
     return elements
 
 
@@ -101,7 +101,10 @@ def _precedes_activation(elements: list[Element], reference_uses: DefUse) -> boo
     *_, block = _blocks(tuple(elements))
     try:
         return any(
-            use.kind == "act" for element in block if not element.quiet for use in reference_uses.uses_after(element)
+            use.kind == "act"
+            for element in block
+            if not element.is_identity
+            for use in reference_uses.uses_after(element)
         )
     except KeyError:
         return True
@@ -111,6 +114,6 @@ def _trimmed(elements: list[Element], kernel: Kernel | None) -> Iterator[Piece]:
     """Yield the piece from its first convolution on, without trailing identities and dropout, if anything is left."""
     while elements and not convs_of(elements[:1]):
         elements = elements[1:]
-    kept = tuple(without_end(elements))
+    kept = tuple(without_trailing_identities(elements))
     if kept:
         yield kept, kernel

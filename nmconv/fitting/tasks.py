@@ -190,7 +190,7 @@ def _sum_owners(elements: Iterable[Element]) -> Iterator[str]:
 def _acts_inside(elements: tuple[Element, ...], reference_uses: DefUse) -> Iterator[ActivationCall]:
     """Yield the reference's activations directly after an element that is not the last."""
     for element in elements[:-1]:
-        if element.quiet:
+        if element.is_identity:
             continue
         with suppress(KeyError):  # only the converted model makes this call
             yield from (use.act for use in reference_uses.uses_after(element) if use.act is not None)

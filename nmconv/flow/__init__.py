@@ -23,7 +23,7 @@ from nmconv.flow.expressions import (
 from nmconv.flow.flow_graph import ActCall, Flow, FlowNode, ModuleCall, ancestors
 from nmconv.flow.gates import resolve_gates
 from nmconv.flow.gradual_ops import GRADUAL, held, mixed, mixed_into
-from nmconv.flow.leaves import LEAF, THROUGH, act_kind, hooks_of, is_activation, is_conv, is_sequential, leaf_op
+from nmconv.flow.leaves import LEAF, PASS_THROUGH, act_kind, hooks_of, is_activation, is_conv, is_sequential, leaf_op
 from nmconv.flow.lowering import lower
 from nmconv.flow.ops import ACT_KINDS, PLAIN_ACTS, SUMS, Op, is_inplace
 from nmconv.flow.probed_modules import crop_of_module
@@ -37,9 +37,9 @@ __all__ = [
     "ATOMS",
     "GRADUAL",
     "LEAF",
+    "PASS_THROUGH",
     "PLAIN_ACTS",
     "SUMS",
-    "THROUGH",
     "ZOOS",
     "ActCall",
     "Arguments",

@@ -66,7 +66,7 @@ class _AliasGraph:
             bases, shares = _possible_bases(node), node.op is Op.ACT or node.view or node.partial
             if kept and node.index in kept:
                 bases, shares = [kept[node.index]], True
-            for source in {*node.inputs, *node.sides}:
+            for source in {*node.inputs, *node.side_inputs}:
                 if shares and source in bases:
                     self._bases[node.index].append(source)
                     self._aliases[source].append(node.index)
@@ -99,7 +99,7 @@ class _AliasGraph:
 
 def _possible_bases(node: FlowNode) -> list[int]:
     """Return the values that may be the call's first operand; gate resolution has lost the order of a product's."""
-    return [*node.inputs, *node.sides] if node.op is Op.GATED else node.inputs[:1]
+    return [*node.inputs, *node.side_inputs] if node.op is Op.GATED else node.inputs[:1]
 
 
 def _reachable(start: set[int], edges: list[list[int]]) -> set[int]:

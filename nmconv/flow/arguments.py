@@ -88,11 +88,11 @@ def argument_structure(calls: Iterable[ModuleCall | Arguments]) -> str:
 
 
 def forward_argument_structures(flows: Sequence[Flow], owners: Iterable[str]) -> dict[str, str]:
-    """Return :func:`argument_structure` all calls of each module's forward, by the modules' qualified names."""
-    odd = frozenset[str]().union(*(flow.odd for flow in flows))
+    """Return the :func:`argument_structure` of all calls of each module's forward, by the modules' names."""
+    unknown = frozenset[str]().union(*(flow.non_tensor_parents for flow in flows))
     frames = [frame for flow in flows for frame in flow.frames]
     return {
-        owner: "" if owner in odd else argument_structure(frame for frame in frames if frame.path == owner)
+        owner: "" if owner in unknown else argument_structure(frame for frame in frames if frame.path == owner)
         for owner in dict.fromkeys(owners)
     }
 
@@ -105,16 +105,16 @@ def parse_arguments(text: str) -> Arguments:
     """
     if not text:
         raise RewriteError(
-            "it is called with arguments that differ from call to call or are no tensors or numbers, or a child of it "
-            "returns something else than one tensor"
+            "it is called with arguments that differ from call to call or are neither tensors nor numbers, or one of "
+            "its children returns something other than one tensor"
         )
     try:
         args, kwargs = json.loads(text)
         arguments = Arguments(tuple(map(_decode, args)), {key: _decode(value) for key, value in kwargs.items()})
     except (TypeError, ValueError, AttributeError, LookupError, RecursionError) as error:
-        raise RewriteError(f"what the plan says of its arguments cannot be read ({text[:80]})") from error
+        raise RewriteError(f"the structure of its arguments cannot be read ({text[:80]})") from error
     if not all(name.isidentifier() and not keyword.iskeyword(name) for name in kwargs):  # they become source
-        raise RewriteError(f"it is called with keywords that are no names: {', '.join(map(repr, kwargs))}")
+        raise RewriteError(f"it is called with keywords that are not identifiers: {', '.join(map(repr, kwargs))}")
     return arguments
 
 

@@ -29,7 +29,7 @@ def crop_of_call(label: str, args: Sequence[Any], shape: Sequence[int]) -> Crop 
 
 
 def _slices(label: str, args: Sequence[Any], shape: Sequence[int]) -> list[Any] | None:
-    """Return a slice for each of the first axes, or None if the call is no slicing; other indices are kept."""
+    """Return a slice for each of the first axes, or None if the call does not slice; other indices stay."""
     slices: list[Any]
     if label == "getitem" and len(args) == 2:
         slices = list(args[1]) if isinstance(args[1], tuple) else [args[1]]

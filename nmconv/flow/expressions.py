@@ -35,7 +35,7 @@ class Expression:
 
     Attributes:
         kind: The known function that it equals, or :data:`EXPRESSION`.
-        base: The value that it is an expression in.
+        base: The value that it is computed from.
         inner: The calls between that value and the result; nothing else reads what they return.
         overwrites: Whether the result is written to the memory of ``base``.
     """
@@ -107,7 +107,7 @@ def expressions_in(operations: Mapping[Node, Operation | None], kept: Container[
     Args:
         operations: For each node, in the order of execution, its operation; None for nodes that cannot be part of an
             expression.
-        kept: Nodes that are read by more than their users.
+        kept: Nodes that are read by something besides their users.
     """
     search = _Search(operations, kept)
     expressions: dict[Node, Expression] = {}

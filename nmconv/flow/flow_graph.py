@@ -51,7 +51,17 @@ def ancestors(frame: ModuleCall | None) -> Iterator[ModuleCall]:
 
 @dataclass(frozen=True)
 class ActCall:
-    """What identifies one activation call; the attributes are those of :class:`nmconv.Site`."""
+    """What identifies one activation call.
+
+    Attributes:
+        frame: The module call that makes it.
+        method: The method that makes it.
+        module: The activation module; None for a function.
+        name: As in :class:`nmconv.planning.Activation`.
+        function: As there.
+        call: As there, in the recording's mode.
+        step: As there, in the recording's mode.
+    """
 
     frame: ModuleCall
     method: str
@@ -70,7 +80,7 @@ class FlowNode:
         index: Position in the order of execution.
         op: The kind of operation.
         inputs: Indices of its operands on the main path.
-        sides: Indices of operands that only modulate it (gates); filled in by gate resolution.
+        side_inputs: Indices of operands that only modulate it (gates); filled in by gate resolution.
         origin: The recording's node.
         name: For a convolution its qualified name, otherwise a description.
         frame: The module call in which it runs.
@@ -86,9 +96,9 @@ class FlowNode:
         view: Whether the value may share memory with the first input.
         partial: Whether the value is only a part of the first input (a slice).
         learned: For a PARAM, whether it depends on a parameter.
-        exposed: Whether the model asks for the value's shape, or keeps it in an attribute.
+        exposed: Whether the model reads the value's shape, or keeps the value in an attribute.
         members: Names of the convolutions folded into it.
-        why: For an activation, why it is no site; for a product, what could not be determined.
+        why: For an activation or a part of one, why it is not a site.
     """
 
     index: int
@@ -96,7 +106,7 @@ class FlowNode:
     inputs: list[int]
     origin: Node
     name: str = ""
-    sides: list[int] = field(default_factory=list)
+    side_inputs: list[int] = field(default_factory=list)
     frame: ModuleCall | None = None
     module: nn.Module | None = None
     method: str = "forward"
@@ -123,8 +133,8 @@ class Flow:
         nodes: The values.
         frames: All calls of modules that are not leaves.
         recording: The recording.
-        odd: Names of the modules with a child that returned something else than one tensor.
-        readers: For each value, its readers on the main path; set by :meth:`link`, once gates are resolved.
+        non_tensor_parents: Names of the modules with a child that returned something other than one tensor.
+        readers: For each value, its readers on the main path; set by :meth:`link` after gate resolution.
         main: For each value, whether it is on the main path; set by :meth:`link`.
         gating: For each value, whether it reaches the main path through a gate; set by :meth:`link`.
     """
@@ -132,13 +142,13 @@ class Flow:
     nodes: list[FlowNode]
     frames: list[ModuleCall]
     recording: Recording
-    odd: frozenset[str]
+    non_tensor_parents: frozenset[str]
     readers: list[list[int]] = field(default_factory=list)
     main: list[bool] = field(default_factory=list)
     gating: list[bool] = field(default_factory=list)
 
     def link(self) -> None:
-        """(Re)compute which values are on the main path (reach an output) and their readers there."""
+        """Compute anew which values are on the main path (reach an output), and their readers there."""
         self.main = [False] * len(self.nodes)
         for node in reversed(self.nodes):
             if node.op is Op.OUTPUT:
@@ -149,7 +159,7 @@ class Flow:
         self.gating = [False] * len(self.nodes)
         for node in reversed(self.nodes):
             if self.main[node.index] or self.gating[node.index]:
-                for source in node.sides if self.main[node.index] else (*node.inputs, *node.sides):
+                for source in node.side_inputs if self.main[node.index] else (*node.inputs, *node.side_inputs):
                     self.gating[source] = True
         self.readers = [[] for _ in self.nodes]
         for node in self.nodes:
@@ -162,9 +172,9 @@ class Flow:
         return len(self.readers[index]) == 1
 
     def all_readers(self) -> list[list[int]]:
-        """Return the readers of each value, off the main path, too."""
+        """Return the readers of each value, including those off the main path."""
         readers: list[list[int]] = [[] for _ in self.nodes]
         for node in self.nodes:
-            for source in {*node.inputs, *node.sides}:
+            for source in {*node.inputs, *node.side_inputs}:
                 readers[source].append(node.index)
         return readers

@@ -16,11 +16,11 @@ _KEEPS_EXTENT = {Op.CONV, Op.NORM, Op.ACT, Op.DROP, Op.PASS, Op.PAD, Op.SCALE, O
 
 
 def resolve_gates(flow: Flow) -> None:
-    """Turn every gated product or sum into GATED, with the main path as its input and the gate at its side.
+    """Turn every gated product or sum into GATED, with the main path in its inputs and the gate in its side inputs.
 
     The gate is the bounded operand (sigmoid, softmax, ...), or else the operand that is broadcast. In a product with
-    neither, it is the activation that feeds the product directly. Shapes are consulted only where the operations leave
-    it open. Sets the flow's readers.
+    neither, it is the activation that feeds the product directly. Shapes are consulted only where the kinds of
+    operation do not decide. The flow is linked.
     """
     full = [False] * len(flow.nodes)
     for node in flow.nodes:
@@ -39,7 +39,7 @@ def _resolve(flow: Flow, node: FlowNode, full: list[bool]) -> None:
     gates = _gates(flow, node, full)
     if gates:
         node.op = Op.GATED
-        node.sides = [*node.sides, *gates]
+        node.side_inputs = [*node.side_inputs, *gates]
         node.inputs = [source for source in node.inputs if source not in gates]
     elif node.op is Op.MUL:
         _gate_by_activation(flow, node)
@@ -63,7 +63,7 @@ def _gates(flow: Flow, node: FlowNode, full: list[bool]) -> list[int]:
 
 
 def _gate_by_activation(flow: Flow, node: FlowNode) -> None:
-    """Let the activations that feed a product directly be its gates; their branches stay on the main path."""
+    """Make the activations that feed a product directly its gates; their branches stay on the main path."""
     activated = []
     for source in node.inputs:
         *_, producer = _path_up(flow, source, {Op.LAYOUT, Op.PASS, Op.DROP})
@@ -90,7 +90,7 @@ def _is_hard_sigmoid(flow: Flow, index: int) -> bool:
 
 
 def _path_up(flow: Flow, index: int, through: set[Op]) -> list[FlowNode]:
-    """Return the value and its producers, up to the first that is none of ``through`` or has several inputs."""
+    """Return the value and its producers, up to the first that is not in ``through`` or has several inputs."""
     path = [flow.nodes[index]]
     while path[-1].op in through and len(path[-1].inputs) == 1:
         path.append(flow.nodes[path[-1].inputs[0]])

@@ -14,12 +14,13 @@ GRADUAL = "_nmconv_gradual"  # attribute of a module that is one activation, mix
 def held(x: Tensor, slope: Tensor, off: int) -> Tensor:
     """Return the activation's input: a copy of ``x``, or ones if the slope is ``off``.
 
-    So an activation that is not selected has a finite derivative, and its zero gradients stay zero (0 · inf is NaN).
+    So an activation whose output is not selected has a finite derivative, and its zero gradient stays zero (0 · inf is
+    NaN).
 
     Args:
         x: Any shape.
         slope: A scalar, ``[]``.
-        off: The slope at which the activation is not selected.
+        off: The slope at which the activation's output is not selected.
     """
     if _is_overridden(x, slope):
         overridden: Tensor = handle_torch_function(held, (x, slope), x, slope, off)

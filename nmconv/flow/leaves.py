@@ -12,25 +12,35 @@ from nmconv.flow.ops import ACT_MODULES, MODULES, Op, has_torch_forward
 from nmconv.flow.probed_modules import is_crop, is_handwritten_activation
 from nmconv.flow.registry import registered_op
 
-__all__ = ["LEAF", "THROUGH", "act_kind", "hooks_of", "is_activation", "is_conv", "is_sequential", "leaf_op", "slot_of"]
+__all__ = [
+    "LEAF",
+    "PASS_THROUGH",
+    "act_kind",
+    "hooks_of",
+    "is_activation",
+    "is_conv",
+    "is_sequential",
+    "leaf_op",
+    "slot_of",
+]
 
 # Attributes that nmconv sets: on a class or module that is one convolution whatever its forward, and on a module that
 # passes its input on.
 LEAF = "_nmconv_leaf"
-THROUGH = zoo.THROUGH
+PASS_THROUGH = zoo.PASS_THROUGH
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def leaf_op(module: nn.Module) -> Op | None:
-    """Return the module's kind, or None if it is no leaf.
+    """Return the module's kind, or None if it is not a leaf.
 
-    A subclass with its own forward is no leaf, since it may do more than its base, unless it is known from timm or
-    torchvision or is a handwritten activation. Registered classes are leaves: those of :func:`nmconv.register` of the
-    registered kind, those of timm's ``register_notrace_module`` of no particular kind.
+    A subclass with its own forward is not a leaf, since it may do more than its base, unless it is known from timm or
+    torchvision or is a handwritten activation. Registered classes are leaves: :func:`nmconv.register` states their
+    kind; with timm's ``register_notrace_module`` it is OTHER.
     """
     cls = type(module)
-    if THROUGH in module.__dict__:
+    if PASS_THROUGH in module.__dict__:
         return None
     if GRADUAL in module.__dict__:
         return Op.ACT
@@ -83,7 +93,7 @@ def hooks_of(module: nn.Module) -> list[Any]:
 
 
 def slot_of(owner: nn.Module, child: nn.Module, path: str) -> str:
-    """Return the child's name relative to ``owner``, or ``/path`` if it is no submodule of it."""
+    """Return the child's name relative to ``owner``, or ``/path`` if it is not a submodule of it."""
     for slot, module in owner._modules.items():
         if module is child:
             return slot

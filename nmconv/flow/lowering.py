@@ -16,7 +16,7 @@ from nmconv.flow.leaves import act_kind, is_conv, leaf_op, slot_of
 from nmconv.flow.memory_state import MemoryState
 from nmconv.flow.ops import ACT_KINDS, CALLS, MAKES_NEW, READS_SHAPE, Op, is_inplace
 from nmconv.flow.probed_modules import is_crop
-from nmconv.recording import Fact, Frame, Recording, hook_sees, unknown
+from nmconv.recording import Fact, Frame, Recording, unknown, user_hook
 
 __all__ = ["lower"]
 
@@ -86,7 +86,7 @@ class _Lowering:
         self.memory.resolve(reads)
         returned = dict.fromkeys(current[node] for node, _ in reads if node in current)
         # Where data decides what runs, another branch might have returned any unused value.
-        end = len(self.values) if self.recording.asked else self.reachable
+        end = len(self.values) if self.recording.data_dependent_calls else self.reachable
         used = {source for value in self.values for source in value.inputs}
         returned |= dict.fromkeys(
             value.index for value in self.values[:end] if value.index not in used and value.inputs
@@ -96,20 +96,20 @@ class _Lowering:
             self.memory.add(FlowNode(0, Op.OUTPUT, list(returned), output))
 
     def _expose(self) -> None:
-        for node in (*self.recording.sized, *(node for node, _ in self.recording.stored.values())):
+        for node in (*self.recording.sizes_read, *(node for node, _ in self.recording.stored.values())):
             self.memory.expose(node)
         for value in self.values[: self.reachable]:
             value.exposed = True
 
     def _end_frames(self) -> set[str]:
         """Set what each frame returned; return the names of modules with a child that did not return one tensor."""
-        odd: set[str] = set()
+        non_tensor_parents: set[str] = set()
         for frame, call in self.frames.items():
             if frame.result is not None:
                 call.result = self.memory.results.get(frame.result)
             elif call.parent is not None:
-                odd.add(call.parent.path)
-        return odd
+                non_tensor_parents.add(call.parent.path)
+        return non_tensor_parents
 
     # -- one call -----------------------------------------------------------------------------------------------------
 
@@ -123,7 +123,7 @@ class _Lowering:
         module = self.modules[fact.label] if node.op == "call_module" else None
         expression = self.expressions.get(node)
         op = Op.ACT if expression is not None else self._op(node, fact, module)
-        if node.target is hook_sees:
+        if node.target is user_hook:
             return
         # each call of an activation module is counted, even if its input depends on no data
         if fact.label in READS_SHAPE or not (sources or (op is Op.ACT and module is not None)):
@@ -131,7 +131,7 @@ class _Lowering:
                 memory.expose(source)
             return
         frame = self.frames.get(fact.frame)
-        if frame is not None and self._is_part_of_norm(frame, node, sources):
+        if frame is not None and self._add_to_norm(frame, node, sources):
             return
         value = self._value(node, fact, op, frame, module, sources)
         constant = all(self.values[index].op is Op.PARAM for index in value.inputs)
@@ -163,7 +163,7 @@ class _Lowering:
     def _value(
         self, node: Node, fact: Fact, op: Op, frame: ModuleCall | None, module: nn.Module | None, sources: list[Node]
     ) -> FlowNode:
-        """Return a call's value, with its first operand, or what it overwrites, as the first input."""
+        """Return a call's value, with the operand that it overwrites, or else its first operand, as the first input."""
         current, expression = self.memory.current, self.expressions.get(node)
         if expression is not None:
             inputs, inplace = [current[expression.base[0]]], expression.overwrites
@@ -181,14 +181,14 @@ class _Lowering:
         )  # fmt: skip
 
     def _absorb(self, expression: Expression) -> None:
-        """Remove the calls inside an activation's expression from the network."""
+        """Mark the calls inside an activation's expression as DEAD."""
         for node in expression.inner:
             inner = self.values[self.memory.results[node]]
             inner.op, inner.inputs = Op.DEAD, []
-            inner.why = "inside an activation that the forward works out by hand"
+            inner.why = "inside a handwritten activation"
 
-    def _is_part_of_norm(self, frame: ModuleCall, node: Node, sources: list[Node]) -> bool:
-        """Return whether the call is part of the norm in one of timm's norm + act, which is a single value."""
+    def _add_to_norm(self, frame: ModuleCall, node: Node, sources: list[Node]) -> bool:
+        """Add a call to the norm's value if it is part of the norm in timm's norm + act; return whether it is."""
         current = self.memory.current
         if node.op == "call_module":
             module = self.modules[self.recording.facts[node].label]
@@ -292,7 +292,7 @@ class _Lowering:
         if index is None or not self._depends_on_parameter(index):
             value.op = Op.OTHER if value.op is Op.LINEAR else Op.POOL  # a fixed filter: blur
             return
-        value.inputs, value.sides = value.inputs[:1], value.inputs[1:]
+        value.inputs, value.side_inputs = value.inputs[:1], value.inputs[1:]
 
     def _depends_on_parameter(self, index: int) -> bool:
         """Return whether a parameter is among what a value is computed from."""

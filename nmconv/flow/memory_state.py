@@ -42,7 +42,7 @@ class MemoryState:
         return value.index
 
     def alias(self, node: Node, index: int) -> None:
-        """Let a node return an existing value."""
+        """Note that a node returns an existing value."""
         self.results[node] = self.current[node] = index
 
     def expose(self, node: Node) -> None:
@@ -51,7 +51,7 @@ class MemoryState:
             self.values[self.results[node]].exposed = True
 
     def resolve(self, reads: Iterable[Read]) -> None:
-        """Let data-free tensors that data was written to hold what was written."""
+        """Let data-free tensors hold the data that was written to them."""
         for node, writer in reads:
             if node in self.results or writer not in self.results:
                 continue
@@ -62,7 +62,7 @@ class MemoryState:
             self.current[node] = self._filled[node, writer]
 
     def note_aliasing(self, node: Node, value: FlowNode) -> None:
-        """Note whose memory a node's result shares; if the call is in-place, update all its aliases."""
+        """Note whose memory a node's result shares; after an in-place call, let all aliases hold the new value."""
         base = next((other for other in node.all_input_nodes if other in self.current), None)
         out = node.kwargs.get("out")
         if isinstance(out, Node) and out in self.current:

@@ -18,7 +18,7 @@ from nmconv.recording import Answers, Call, ModelRaised, NeedsData, Recording, S
 __all__ = ["crop_of_module", "is_crop", "is_handwritten_activation", "is_plain"]
 
 _CONSTANTS = (bool, int, float, str, type(None))
-_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
+_MODULE_INTERNALS = frozenset(nn.Module().__dict__)
 _SHAPE = (2, 3, 4, 5)  # that handwritten activations are probed with
 # The spatial sizes that croppings are probed with: two for each rank, larger than what is usually cut off.
 _CROP_SIZES = {1: ((4099,), (5003,)), 2: ((257, 263), (307, 311)), 3: ((67, 71, 73), (79, 83, 89))}
@@ -95,8 +95,8 @@ def is_plain(value: Any) -> bool:
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...] | None:
-    """Return what distinguishes a module from others of its class; None unless that is constants and such children."""
-    settings = {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
+    """Return what distinguishes a module from others of its class; None if that is more than constants and children."""
+    settings = {name: value for name, value in vars(module).items() if name not in _MODULE_INTERNALS}
     if module._buffers or module._forward_hooks or "forward" in settings:
         return None
     if not all(isinstance(value, _CONSTANTS) for value in settings.values()):

@@ -34,16 +34,16 @@ def record_model(
     methods: Mapping[str, Any] | None = None,
     call: Signature | None = None,
 ) -> Recordings:
-    """Record a model in eval and train mode, at two sizes, and in each context that its code asks for.
+    """Record a model in eval and train mode, at two sizes, and in each context that its code queries.
 
-    A model without convolutions that no guess fits is not recorded, since nothing of it could change.
+    A model without convolutions that no guess fits is not recorded, since nothing in it could change.
 
     Args:
         model: The model; only read.
         example_inputs: Its inputs; None for a guess.
         linear: Whether models with linear layers alone count.
         both_sizes: Whether to record at a second size and in the contexts, too.
-        choices: Whether to record with other truth values and enum members, and at other entry points, too.
+        choices: Whether to record with other bools and enum members as arguments, and at other entry points, too.
         methods: Further methods to record, each with its example inputs.
         call: A plan's call signature, used instead of a guess.
 
@@ -59,7 +59,7 @@ def record_model(
         except OptionError as error:
             first = first or error
     if first is not None and example_inputs is None and call is not None:
-        raise PlanError(f"{first} (that is what the plan says that its model is called with)") from first
+        raise PlanError(f"{first} (the input is the one that the plan states)") from first
     if first is not None and (linear or example_inputs is not None or any(map(is_conv, model.modules()))):
         raise first
     return Recordings()

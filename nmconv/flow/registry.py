@@ -80,11 +80,11 @@ def register(cls: type[nn.Module], kind: str) -> Registration:
     """
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
         what = f"an object of {type(cls).__name__}" if isinstance(cls, nn.Module) else repr(cls)
-        raise OptionError(f"{what} is no class of modules: register the class itself, a subclass of nn.Module")
+        raise OptionError(f"{what} is not a class of modules: register the class itself, a subclass of nn.Module")
     if not isinstance(kind, str) or kind not in _KINDS:
-        raise OptionError(f"kind is {kind!r}; give one of {', '.join(map(repr, _KINDS))}")
+        raise OptionError(f"kind={kind!r}: give one of {', '.join(map(repr, _KINDS))}")
     if cls in _CONTAINERS:
-        raise OptionError(f"{cls.__name__} is what other modules are made of: register a class of your own")
+        raise OptionError(f"{cls.__name__} is a container of other modules: register a class of your own")
     known = _built_in_op(cls)
     if known not in (None, _KINDS[kind]):
         name = next((name for name, op in _KINDS.items() if op is known), known.name.lower())
@@ -93,8 +93,8 @@ def register(cls: type[nn.Module], kind: str) -> Registration:
         before, count = _registered.get(cls, (kind, 0))
         if before != kind:
             raise OptionError(
-                f"{_name_of(cls)} is registered as {before!r} already, and cannot be {kind!r} too: leave the context "
-                "of the first registration before"
+                f"{_name_of(cls)} is registered as {before!r} already, and cannot be {kind!r}, too: end the first "
+                "registration first"
             )
         _registered[cls] = (kind, count + 1)
     return Registration(cls)
@@ -116,7 +116,7 @@ def registered_op(module: nn.Module) -> Op | None:
 
 
 def registered_names(model: nn.Module) -> tuple[tuple[str, str], ...]:
-    """Return the qualified names and kinds of all registered classes in a model, sorted."""
+    """Return the sorted qualified names and kinds of the registered classes in a model."""
     return tuple(sorted({(_name_of(type(part)), kind) for part in model.modules() if (kind := registered_kind(part))}))
 
 

@@ -13,7 +13,7 @@ _BEFORE_CONV = {Op.PAD, Op.PASS, Op.DROP}
 
 
 def summands(flow: Flow, add: int) -> list[int]:
-    """Return the operands of a sum; an operand that is itself a sum with no other reader is flattened into its own."""
+    """Return the operands of a sum; a sum among them that has no other reader is replaced by its operands."""
     return _flatten(flow, add)[0]
 
 
@@ -68,7 +68,11 @@ def _flatten(flow: Flow, add: int) -> tuple[list[int], list[int]]:
 
 
 def _path_up(flow: Flow, index: int, through: set[Op]) -> tuple[int, list[int]]:
-    """Return the first value above, itself included, that is not a singly read result of ``through``; and the rest."""
+    """Return the first value, from ``index`` up, whose kind is not in ``through`` or that has several readers.
+
+    Returns:
+        The value, and those that were passed on the way.
+    """
     passed = []
     while flow.nodes[index].op in through and flow.single(index):
         passed.append(index)

@@ -16,7 +16,7 @@ from nmconv.errors import OptionError
 from nmconv.flow.ops import Op
 
 __all__ = [
-    "THROUGH",
+    "PASS_THROUGH",
     "ZOOS",
     "act_kind",
     "builders",
@@ -32,7 +32,7 @@ __all__ = [
     "takes_list_of_images",
 ]
 
-THROUGH = "_nmconv_through"  # attribute of a module that only passes its input on, whatever its class
+PASS_THROUGH = "_nmconv_through"  # attribute of a module that only passes its input on, whatever its class
 
 _TIMM_ACTS = {
     "Swish": "SiLU",
@@ -110,7 +110,7 @@ def module_op(cls: type[nn.Module]) -> Op | None:
 def is_opaque(cls: type[nn.Module]) -> bool:
     """Return whether a class outside timm and torchvision was given to timm's ``register_notrace_module``.
 
-    timm registers its own classes since fx cannot trace them; a recording can look into them.
+    timm registers its own classes because torch.fx cannot trace them; a recording can look into them.
     """
     if cls.__module__.partition(".")[0] in ("timm", "torchvision"):
         return False
@@ -125,7 +125,7 @@ def act_kind(cls: type[nn.Module]) -> str | None:
 
 def is_norm_act(module: nn.Module) -> bool:
     """Return whether the module is one of timm's that apply a norm, then ``drop``, then ``act``."""
-    if THROUGH in module.__dict__:
+    if PASS_THROUGH in module.__dict__:
         return False
     return _name_of(type(module)) in _NORM_ACTS and isinstance(getattr(module, "act", None), nn.Module)
 
@@ -201,5 +201,5 @@ def builders(zoo: str) -> tuple[Callable[..., Any], dict[str, Callable[..., Any]
         by_name, registry = (getattr(sys.modules[module], name) for module, name in _BUILDERS[zoo])
     except (KeyError, AttributeError) as error:
         version = getattr(sys.modules[zoo], "__version__", "")
-        raise OptionError(f"{zoo} {version} has no {error}: nmconv knows newer versions of it") from error
+        raise OptionError(f"{zoo} {version} has no {error}: install a version that nmconv supports") from error
     return by_name, registry

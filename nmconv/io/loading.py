@@ -85,7 +85,7 @@ def load(
     name = os.fspath(path)
     try:
         with opened(path) as file:
-            work, readers = _load(model, file, inplace, example_inputs, witness)
+            work, used = _load(model, file, inplace, example_inputs, witness)
     except WitnessError as error:
         raise WitnessError(f"{name}: {_shortened(error)}", error.module, error.first, error.second) from error
     except DamagedFile as error:
@@ -98,8 +98,8 @@ def load(
         advice = "give the model that was saved as it was before nmconv.convert and nmconv.merge"
         raise FileError(f"{name}: {_shortened(error)}; {advice}") from error
     result = work.finish()
-    if readers is not None:
-        readers.freeze_unread(result)
+    if used is not None:
+        used.freeze_unused(result)
     return result
 
 
@@ -127,9 +127,9 @@ def _load(
     if recordings is not None and owners:
         flows = [flow for training in (False, True) for flow in flows_of(model, recordings, training=training)]
         argument_structure = forward_argument_structures(flows, owners)
-    work, readers = WorkingCopy(model, inplace=inplace, numbers=True), None
+    work, used = WorkingCopy(model, inplace=inplace, changes_values=True), None
     if resolved is not None and recordings is not None and not content.merges:
-        readers = UsedParameters(model, resolved.changes, recordings)
+        used = UsedParameters(model, resolved.changes, recordings)
     devices = replay(work.model, content, resolved, argument_structure)
     sources = sources_of(state_of(work.model), file, content.aliases)
     if recorded is not None:
@@ -138,7 +138,7 @@ def _load(
     fill(work.model, file, sources, devices)
     if content.slopes:
         set_slope(work.model, dict(content.slopes))
-    return work, readers
+    return work, used
 
 
 def _shortened(error: Exception) -> str:

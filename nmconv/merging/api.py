@@ -210,7 +210,7 @@ def find_runs(
     merger.choose(price, fold=True, fewest=False)
     if merger.why_no_convs:
         warn_user(f"no run of this {type(model).__name__}: {merger.why_no_convs}", NoEffectWarning)
-    runs = [nodes for nodes in merger.runs if sum(len(node.convs) for node in nodes) > 1 or nodes[-1].element.pools]
+    runs = [nodes for nodes in merger.runs if sum(len(node.convs) for node in nodes) > 1 or nodes[-1].element.is_pool]
     return tuple(describe_run(model.get_submodule, nodes, price) for nodes in runs)
 
 
@@ -267,16 +267,16 @@ def _check_methods(model: nn.Module, methods: object) -> None:
             raise OptionError(f"methods: this {type(model).__name__} has no method {name!r}")
 
 
-def _check_model(model: nn.Module, todo: str) -> None:
+def _check_model(model: nn.Module, action: str) -> None:
     """Raise ModelTypeError for other than a plain model that has run, and MergeError for a gradual model."""
-    check_plain(model, todo)
+    check_plain(model, action)
     check_initialized(model)
     check_finished(model, MergeError)
 
 
-def _check_eval_mode(model: nn.Module, todo: str) -> None:
+def _check_eval_mode(model: nn.Module, action: str) -> None:
     """Raise as :func:`_check_model` does, and MergeError for a model in train mode."""
-    _check_model(model, todo)
+    _check_model(model, action)
     if model.training:
         raise MergeError(
             f"this {type(model).__name__} is in train mode, where norms depend on the batch: call model.eval() first"

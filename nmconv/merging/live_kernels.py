@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from nmconv.algebra import Affine, Geometry, affine_of, apply
+from nmconv.algebra import Affine, Geometry, affine_of, apply_conv
 from nmconv.errors import RewriteError
 from nmconv.finding import steps_of
-from nmconv.flow import LEAF, THROUGH, is_norm_act
+from nmconv.flow import LEAF, PASS_THROUGH, is_norm_act
 from nmconv.merging.folded_norms import WarnedKinds, folded_kind, mark
 from nmconv.merging.node_affines import ToAffine, affine_of_nodes
 from nmconv.merging.nodes import RunNode
@@ -53,7 +53,7 @@ def live_forward(module: nn.Module, input: Tensor) -> Tensor:
     has_autocast = torch.amp.is_autocast_available(device)
     with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
         affine = live.affine().dense()
-    return apply(input, live.geometry, affine.weight, affine.bias, affine.border)
+    return apply_conv(input, live.geometry, affine.weight, affine.bias, affine.border)
 
 
 def base_train(module: Any, mode: bool) -> Any:
@@ -120,7 +120,7 @@ def make_live(
             module.__dict__.update({LIVE: live, LEAF: True, "geometry": geometry})
         else:
             methods = (_NORM_ACT if norm_act else _THROUGH,)
-            module.__dict__[THROUGH] = "act" if norm_act else "all"
+            module.__dict__[PASS_THROUGH] = "act" if norm_act else "all"
         if kind:
             mark(module, kind, warned)
             methods = (*methods, _TRAIN)

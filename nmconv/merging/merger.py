@@ -181,7 +181,7 @@ class Merger:
 
     def working_copy(self, *, inplace: bool = False) -> WorkingCopy:
         """Return a copy of the model to carry out the merges on."""
-        return WorkingCopy(self._model, inplace=inplace, spare=() if inplace else self._replaced())
+        return WorkingCopy(self._model, inplace=inplace, shared=() if inplace else self._replaced())
 
     def _replaced(self) -> Iterator[Tensor | nn.Module]:
         """Yield what the merged model will not have: modules, and parameters of modules whose children stay."""

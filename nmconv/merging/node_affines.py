@@ -15,11 +15,11 @@ from nmconv.algebra import (
     add_affines,
     add_geometries,
     affine_in_double,
+    affine_of_average,
+    affine_of_identity,
     compose,
     compose_geometries,
-    identity,
-    of_average,
-    of_identity,
+    identity_geometry,
 )
 from nmconv.finding import ParallelSum
 from nmconv.merging.nodes import RunNode
@@ -66,12 +66,12 @@ def affine_of_nodes(
         elif isinstance(node.geometry, Refusal):
             raise node.geometry
         elif element.kind == "pad":
-            parts.append(Affine(node.geometry, of_identity(like, width, rank).weight, diagonal=True))
+            parts.append(Affine(node.geometry, affine_of_identity(like, width, rank).weight, diagonal=True))
         elif element.kind == "pool":
-            parts.append(of_average(like, node.geometry))
-        elif not element.quiet:
+            parts.append(affine_of_average(like, node.geometry))
+        elif not element.is_identity:
             parts.append(to_affine(module(element.name), element.kind, node.geometry))
-    return reduce(partial(compose, exact=exact), parts) if parts else of_identity(like, channels, rank)
+    return reduce(partial(compose, exact=exact), parts) if parts else affine_of_identity(like, channels, rank)
 
 
 def interior_affine(
@@ -98,7 +98,7 @@ def interior_geometry(nodes: Sequence[RunNode], channels: int, rank: int) -> Geo
     Raises:
         Refusal: If there is none, with the reason.
     """
-    total = identity(channels, rank)
+    total = identity_geometry(channels, rank)
     for node in nodes:
         if isinstance(node.element, ParallelSum):
             _check_rewritable(node.element)

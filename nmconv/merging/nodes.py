@@ -10,7 +10,15 @@ from functools import reduce
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from nmconv.algebra import Geometry, Refusal, add_geometries, check_hooks, compose_geometries, geometry_of, identity
+from nmconv.algebra import (
+    Geometry,
+    Refusal,
+    add_geometries,
+    check_hooks,
+    compose_geometries,
+    geometry_of,
+    identity_geometry,
+)
 from nmconv.finding import Element, ParallelSum, Step, steps_of
 
 __all__ = ["RunNode", "conv_names", "geometry_of_nodes", "nodes_of", "refuse_all"]
@@ -76,7 +84,7 @@ def geometry_of_nodes(nodes: Sequence[RunNode], channels: int, rank: int) -> Geo
         if isinstance(node.geometry, Refusal):
             raise node.geometry
         parts.append(node.geometry)
-    return reduce(compose_geometries, parts) if parts else identity(channels, rank)
+    return reduce(compose_geometries, parts) if parts else identity_geometry(channels, rank)
 
 
 def nodes_of(
@@ -123,12 +131,12 @@ def _node_of_step(
     padding: Callable[[str, Geometry], Geometry],
 ) -> RunNode:
     rank = len(sizes)
-    if step.quiet:
+    if step.is_identity:
         try:
             check_hooks(named(step.name), step.name)
         except Refusal as refusal:
             return RunNode(step, refusal, sizes, sizes, 0)
-        return RunNode(step, identity(channels, rank), sizes, sizes, 0)
+        return RunNode(step, identity_geometry(channels, rank), sizes, sizes, 0)
     try:
         if ":" in step.name:
             raise Refusal(step.why)

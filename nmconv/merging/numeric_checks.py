@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from nmconv.algebra import Affine, apply, copy_in_float64
+from nmconv.algebra import Affine, apply_conv, copy_in_float64
 from nmconv.errors import MergeError
 from nmconv.finding import ParallelSum
 from nmconv.flow import is_norm_act
@@ -48,7 +48,9 @@ def check_segment(model: nn.Module, segment: Segment, affine: Affine) -> None:
         for sizes in _test_sizes(segment):
             x = torch.randn(2, channels, *sizes, generator=generator, dtype=torch.float64, device="cpu")
             expected, problem = _attempt(lambda x=x: original.run(segment.nodes, x))
-            actual, problem2 = _attempt(lambda x=x: apply(x, dense.geometry, dense.weight, dense.bias, dense.border))
+            actual, problem2 = _attempt(
+                lambda x=x: apply_conv(x, dense.geometry, dense.weight, dense.bias, dense.border)
+            )
             if actual is None and (expected is None or not expected.numel()):  # an empty crop raises, too
                 continue
             if expected is None or actual is None:
@@ -193,7 +195,7 @@ class _Float64Modules:
                 if one.shape != two.shape:
                     raise MergeError(f"{element.owner}: summed branches differ in their shapes")
                 x = one + two
-            elif not element.quiet:
+            elif not element.is_identity:
                 x = self._call(element.name, x)
         return x
 

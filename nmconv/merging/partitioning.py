@@ -51,7 +51,7 @@ class Segment:
     def is_fold(self) -> bool:
         """Whether it is a single convolution that only absorbs norms and padding."""
         return len(self.convs) == 1 and not any(
-            isinstance(node.element, ParallelSum) or node.element.pools for node in self.nodes
+            isinstance(node.element, ParallelSum) or node.element.is_pool for node in self.nodes
         )
 
 
@@ -112,7 +112,7 @@ def partition(nodes: Sequence[RunNode], price: Price, *, fold: bool, fewest: boo
         options = [best[end - 1].then(_unmerged(nodes[end - 1], price, fold, fewest))]
         for start in range(end - 1, -1, -1):
             part = tuple(nodes[start:end])
-            if part[0].element.quiet or part[-1].element.quiet or not any(node.convs for node in part):
+            if part[0].element.is_identity or part[-1].element.is_identity or not any(node.convs for node in part):
                 continue
             try:
                 segment = Segment(part, _segment_geometry(part))
@@ -142,5 +142,5 @@ def _segment_geometry(nodes: Sequence[RunNode]) -> Geometry:
         Refusal: If there is none.
     """
     geometry = geometry_of_nodes(nodes, 0, 0)
-    pools_first = nodes[-1].element.pools and geometry_of_nodes(nodes[:-1], 0, 0).pointwise
+    pools_first = nodes[-1].element.is_pool and geometry_of_nodes(nodes[:-1], 0, 0).pointwise
     return replace(geometry, pooled=True) if pools_first else geometry

@@ -18,7 +18,7 @@ from nmconv.algebra import (
 )
 from nmconv.errors import RewriteError
 from nmconv.finding import elements_from_json
-from nmconv.flow import THROUGH, is_norm_act
+from nmconv.flow import PASS_THROUGH, is_norm_act
 from nmconv.merging.call_guards import guard_calls
 from nmconv.merging.folded_norms import AfterNorm, FoldedDropout, FoldedNorm, WarnedKinds, folded_kind, warned_kinds
 from nmconv.merging.live_kernels import LIVE, make_live
@@ -153,7 +153,7 @@ def _remainder(module: nn.Module, warned: WarnedKinds, keeps_norm: bool) -> nn.M
     remainder: nn.Module = nn.Identity()
     warned_norms = WarnedKinds(norm=True) if keeps_norm else warned
     kind = folded_kind(module)
-    if is_norm_act(module) or module.__dict__.get(THROUGH) == "act":
+    if is_norm_act(module) or module.__dict__.get(PASS_THROUGH) == "act":
         after = AfterNorm(module, warned_norms)
         is_identity = isinstance(after.act, nn.Identity) and isinstance(after.drop, nn.Identity)
         remainder = FoldedNorm(warned_norms) if is_identity else after

@@ -72,10 +72,10 @@ class Activation:
         modes: When the call is made: ``both``, ``eval`` or ``train``.
         kind: The activation's name, such as ``ReLU``.
         inplace: Whether the call overwrites its input.
-        copy: Whether the identity that replaces it must copy its input, lest two readers share memory.
+        copy: Whether the identity that replaces it must copy its input, or two readers would share memory.
         how: ``swap`` if replacing a submodule is enough, ``rewrite`` if the method must be rewritten.
         movable: Whether it can move to the unit's end; with parameters, it cannot.
-        skip: Why it is no site, or "".
+        skip: Why it is not a site, or "".
     """
 
     name: str

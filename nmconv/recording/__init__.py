@@ -3,12 +3,12 @@
 from nmconv.recording.answers import Answers, ModelRaised, NeedsData
 from nmconv.recording.call_recording import record_again, record_call
 from nmconv.recording.context import context_restored, current_context, is_recording
-from nmconv.recording.function_code import NoSource, closure_contents, conditions, is_branchless, syntax_tree, unwrapped
+from nmconv.recording.function_code import NoSource, conditions, is_branchless, syntax_tree, unwrapped
 from nmconv.recording.inputs import Inputs, given_inputs, guessed_inputs
 from nmconv.recording.model_recordings import ENTRY_POINTS, Failure, Recordings, record
-from nmconv.recording.nodes import TENSOR, hook_sees, unknown
+from nmconv.recording.nodes import TENSOR, unknown, user_hook
 from nmconv.recording.recording import Call, Fact, Frame, Lines, Read, Recording
-from nmconv.recording.rng_state import RngState, draws_randomness, rng_restored
+from nmconv.recording.rng_state import RngState, is_rng, rng_restored
 from nmconv.recording.tensors import Spec
 from nmconv.recording.torch_functions import label_of
 
@@ -30,16 +30,14 @@ __all__ = [
     "Recordings",
     "RngState",
     "Spec",
-    "closure_contents",
     "conditions",
     "context_restored",
     "current_context",
-    "draws_randomness",
     "given_inputs",
     "guessed_inputs",
-    "hook_sees",
     "is_branchless",
     "is_recording",
+    "is_rng",
     "label_of",
     "record",
     "record_again",
@@ -48,4 +46,5 @@ __all__ = [
     "syntax_tree",
     "unknown",
     "unwrapped",
+    "user_hook",
 ]

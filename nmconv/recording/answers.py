@@ -1,4 +1,4 @@
-"""Results that depend on data: meta tensors hold none, so one real run on a copy provides them."""
+"""Results that depend on data, taken from one real run on a copy, since meta tensors hold no data."""
 
 from __future__ import annotations
 

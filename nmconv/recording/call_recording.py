@@ -71,7 +71,7 @@ def record_call(model: nn.Module, call: Call, path: str, is_leaf: IsLeaf, answer
 
 
 def _is_patched_by_fx(error: Exception) -> bool:
-    """Return whether another thread was tracing with torch.fx, which patches ``nn.Module`` for all threads."""
+    """Return whether an error arose because another thread was tracing with torch.fx, which patches ``nn.Module``."""
     return isinstance(error, NameError) and "is not installed as a submodule" in str(error)
 
 
@@ -106,14 +106,14 @@ def record_with_data(model: nn.Module, call: Call, path: str, is_leaf: IsLeaf, r
         return record_call(model, call, path, is_leaf, Answers())
     except NeedsData as error:
         if any(value.is_meta for value in model.parameters()):
-            text = f"{error} decides what it does, and a model on the meta device has no data"
+            text = f"{error} depends on data, and a model on the meta device has none: load its weights first"
             raise ModelRaised(RuntimeError(text)) from None
         with rng_seeded(), uncompiled():
             answers = _run_for_answers(model, call, path, is_leaf, real)
         try:
             return record_call(model, call, path, is_leaf, answers)
         except NeedsData as again:
-            raise ModelRaised(RuntimeError(f"{again} asks for data otherwise each time it is called")) from None
+            raise ModelRaised(RuntimeError(f"{again} depends on data that differ from call to call")) from None
 
 
 def _run_for_answers(model: nn.Module, call: Call, path: str, is_leaf: IsLeaf, real: RealArguments | None) -> Answers:

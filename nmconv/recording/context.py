@@ -92,7 +92,7 @@ _QUERIES = {
 
 
 def context_queries(codes: Iterable[CodeType], model: nn.Module) -> frozenset[str]:
-    """Return ``grad`` and ``autocast`` if the functions that ran, or functions that these name, query them.
+    """Return which of ``grad`` and ``autocast`` are queried by the functions that ran or by functions that these name.
 
     Args:
         codes: Code of the functions that ran.

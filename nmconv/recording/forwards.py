@@ -1,4 +1,4 @@
-"""Forwards of a copy's modules: intercepted, disguised, and the stack of those that are running."""
+"""Intercepting and disguising the forwards of a copy's modules, and the stack of running forwards."""
 
 from __future__ import annotations
 
@@ -157,9 +157,9 @@ class FrameStack:
                 lines.append((code, frame.f_lineno))
             if not method and _is_method(cls, code):
                 method = code.co_name
-                if method != "forward" and (current, method) not in self._recording.helped:
+                if method != "forward" and (current, method) not in self._recording.helper_arguments:
                     arguments = tuple(frame.f_locals.get(name) for name in code.co_varnames[1 : code.co_argcount])
-                    self._recording.helped[current, method] = map_tensors(arguments, spec_of)
+                    self._recording.helper_arguments[current, method] = map_tensors(arguments, spec_of)
         return method or "forward", innermost, offset, tuple(reversed(lines))
 
     def _python_frames(self, frame: FrameType | None, is_module: bool) -> Iterator[FrameType]:

@@ -1,4 +1,4 @@
-"""Python functions: what decorators wrap, what closures hold, and their syntax trees."""
+"""Python functions: what decorators wrap, and syntax trees."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import dis
 import inspect
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
 
-__all__ = ["NoSource", "closure_contents", "conditions", "is_branchless", "method_codes", "syntax_tree", "unwrapped"]
+from nmconv.copying import closure_contents
+
+__all__ = ["NoSource", "conditions", "is_branchless", "method_codes", "syntax_tree", "unwrapped"]
 
 
-# -- decorators and closures ------------------------------------------------------------------------------------------
+# -- decorators -------------------------------------------------------------------------------------------------------
 
 
 def method_codes(cls: type) -> frozenset[CodeType]:
@@ -55,13 +56,6 @@ def unwrapped(method: Any) -> Iterator[Any]:
         )
 
 
-def closure_contents(function: Any) -> Iterator[Any]:
-    """Yield the contents of a function's closure, without cells that are still empty."""
-    for cell in getattr(function, "__closure__", None) or ():
-        with suppress(ValueError):  # an empty cell
-            yield cell.cell_contents
-
-
 # -- syntax trees -----------------------------------------------------------------------------------------------------
 
 
@@ -76,7 +70,7 @@ def syntax_tree(code: CodeType) -> ast.FunctionDef:
     if it compiles to exactly this code, at these lines.
 
     Raises:
-        NoSource: If it does not, or if the code is not a function's.
+        NoSource: If it does not, or if the code is not that of a function.
     """
     try:
         lines, _ = inspect.findsource(code)
@@ -87,7 +81,7 @@ def syntax_tree(code: CodeType) -> ast.FunctionDef:
         tree, compiled_code = compiled
         if compiled_code == code and list(compiled_code.co_lines()) == list(code.co_lines()):
             return tree
-    raise NoSource(f"{code.co_name}: its file says something else than what is loaded")
+    raise NoSource(f"{code.co_name}: its file does not match the loaded code")
 
 
 @lru_cache(maxsize=8)  # the trees are large, and callers cache what they derive from them

@@ -89,7 +89,7 @@ def _image_inputs(model: nn.Module, shape: tuple[int, ...]) -> Inputs:
 
 
 def other_sizes(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
-    """Yield names and arguments of another size and batch size, then of only one of both, to try in turn."""
+    """Yield names and arguments with another size and batch size, then with only one of the two, to try in turn."""
     for name, size, batch in (("other size", True, True), ("other size", True, False), ("other batch", False, True)):
         resize = partial(_resized, size=size, batch=batch)
         yield name, Inputs(map_tensors(inputs.args, resize), map_tensors(inputs.kwargs, resize))

@@ -61,7 +61,7 @@ _cache: Outcomes = {}
 
 
 def cached_outcomes() -> Outcomes:
-    """Return the outcomes of this process, by keys that hold everything they depend on."""
+    """Return this process's cache, by keys that contain everything that an outcome depends on."""
     if len(_cache) > _MAX_CACHED:
         _cache.clear()
     return _cache

@@ -70,7 +70,7 @@ class MetaDevice:
         return _cheap_recurrent(func, args) if func in _RECURRENT else func(*args, **kwargs)
 
     def redirect_result(self, func: Any, value: Any) -> Any:
-        """Return a call's result, or the meta tensor for a tensor that was made of numbers."""
+        """Return a call's result; for a tensor that was made of numbers, a meta tensor."""
         if func not in FROM_VALUES or not isinstance(value, Tensor) or value.is_meta:
             return value
         meta = value.detach().to("meta").requires_grad_(value.requires_grad)
@@ -82,7 +82,7 @@ class MetaDevice:
         return id(value) in self._constants
 
     def known_value(self, name: str, value: Tensor) -> tuple[Any] | None:
-        """Return the number that a meta tensor stands for, in a tuple, as a method reads it; None if it is unknown."""
+        """Return, in a tuple, what a method such as ``item`` reads from a tensor; None if its value is unknown."""
         original = self._originals.get(id(value), self._constants.get(id(value)))
         if original is None or original.is_meta:
             return None

@@ -44,13 +44,13 @@ class Recordings:
 
     Attributes:
         runs: In the order in which they were made.
-        lost: The number of nodes in eval mode each time that a size became a plain number or a string, so that it is
-            unknown what depends on it.
+        lost_sizes: The number of nodes in eval mode each time that a size became a plain number or a string, after
+            which it is unknown what depends on the size.
         failures: Parts that do not run in one of the modes, and have no parts that could be recorded instead.
     """
 
     runs: list[Recording] = field(default_factory=list)
-    lost: tuple[int, ...] = ()
+    lost_sizes: tuple[int, ...] = ()
     failures: list[Failure] = field(default_factory=list)
 
     def of_mode(self, *, training: bool) -> list[Recording]:
@@ -79,8 +79,8 @@ def record(
         inputs: The arguments.
         is_leaf: Whether a module is one node.
         both_sizes: Whether to record another input size and the contexts, too.
-        choices: Whether to record calls with each bool among the arguments inverted and with other members of enums,
-            the entry points besides forward, and the paths that other sizes may take, too.
+        choices: Whether to record, too, calls with one bool inverted or another enum member among the arguments, other
+            entry points than forward, and the paths that other sizes may take.
         methods: Further methods to record, and their arguments.
 
     Raises:
@@ -102,7 +102,7 @@ def record(
         _record_parts(recordings, model, whole[not training], "", error, is_leaf)
     if both_sizes:
         for run in whole.values():
-            if not run.asked:
+            if not run.data_dependent_calls:
                 _record_other_size(recordings, model, run.call, inputs, is_leaf)
         for run in whole.values():
             for call in _contexts(run, model):
@@ -192,21 +192,23 @@ def _record_flipped_comparisons(recordings: Recordings, model: nn.Module, run: R
     """
     names = [f"{run.call.name}, {name}" for name in ("other size", "other batch")]
     resized = next((each for each in recordings.runs if each.call.name in names), None)
-    recordings.lost = (0,) if run.asked else ()
-    if run.asked or resized is None:
+    recordings.lost_sizes = (0,) if run.data_dependent_calls else ()
+    if run.data_dependent_calls or resized is None:
         return
     tracking = replace(run.call, track_sizes=True)
     one, two = (
         record_call(model, replace(each.call, track_sizes=True), "", is_leaf, Answers()) for each in (run, resized)
     )
-    is_same = one.lost == two.lost  # then a lost size with known sources does not depend on the input's size
-    recordings.lost = tuple(position for position, sources in one.lost if not is_same or not sources)
+    is_same = (
+        one.lost_sizes == two.lost_sizes
+    )  # then a lost size with known sources does not depend on the input's size
+    recordings.lost_sizes = tuple(position for position, sources in one.lost_sizes if not is_same or not sources)
     known = dict.fromkeys((*one.comparisons, *two.comparisons))
     todo = [frozenset([place]) for place in known if one.comparisons.get(place) != two.comparisons.get(place)]
     while todo:
         flipped = todo.pop(0)
         functions = ", ".join(sorted({code.co_name for code, _ in flipped}))
-        call = replace(tracking, name=f"{tracking.name}, other sizes in {functions}", other_way=flipped)
+        call = replace(tracking, name=f"{tracking.name}, other sizes in {functions}", flipped=flipped)
         with suppress(ModelRaised, NeedsData):
             recordings.runs.append(record_call(model, call, "", is_leaf, Answers()))
             new = [place for place in recordings.runs[-1].comparisons if place not in known]
@@ -222,7 +224,7 @@ def _choices(
     ``forward_head`` gets what ``forward_features`` returned, so each call must be recorded before the next is drawn.
     """
     for name, other in other_choices(model, inputs):
-        yield replace(run.call, name=f"eval, {name}", args=other.args, kwargs=other.kwargs, optional=True)
+        yield replace(run.call, name=f"eval, {name}", args=other.args, kwargs=other.kwargs, may_raise=True)
     for name in ENTRY_POINTS:
         if name in recorded or not callable(getattr(model, name, None)):
             continue
@@ -239,7 +241,7 @@ def _choices(
             args=args,
             kwargs=kwargs,
             method=name,
-            optional=True,
+            may_raise=True,
             closable=name == "forward_intermediates",
         )
 
@@ -250,7 +252,7 @@ def _cannot_be_called(model: nn.Module, inputs: Inputs, error: Exception, method
     name = f"{method} of this {type(model).__name__}" if method else f"this {type(model).__name__}"
     arguments = f"a guessed input of {shapes!r:.80}" if is_guess else f"example_inputs of {shapes!r:.80}"
     cause = f"{type(error).__name__}: {_first_line(error, 300)}"
-    remedy = "pass example_inputs that it can be called with" if is_guess else "give others"
+    remedy = "pass example_inputs that it can be called with" if is_guess else "pass others"
     return OptionError(f"{name} cannot be called with {arguments} ({cause}): {remedy}")
 
 

@@ -15,14 +15,14 @@ from nmconv.recording.forwards import FrameStack
 from nmconv.recording.recording import Fact, Read, Recording
 from nmconv.recording.tensors import PLAIN_TYPES, Spec, held_tensors, leaf_tensors, memory_of, tensor_paths
 
-__all__ = ["TENSOR", "NodeBuilder", "ReachesModel", "hook_sees", "unknown"]
+__all__ = ["TENSOR", "NodeBuilder", "ReachesModel", "unknown", "user_hook"]
 
 TENSOR = "\0tensor"  # stands for a tensor in a form
 _REPR_TYPES = (torch.dtype, torch.device, torch.memory_format, torch.layout, type, range, bytes, int, float, str)
 _OWN_REFERENCES = 4  # to a tensor that only the recorder holds
 
 
-def hook_sees(*_: Any) -> None:
+def user_hook(*_: Any) -> None:
     """Target of nodes that stand for a user's hook; their arguments are the tensors that it was given."""
 
 
@@ -95,7 +95,7 @@ class NodeBuilder:
         fact = self._facts[node]
         if written:
             memories = dict.fromkeys(map(memory_of, written))
-            fact.before = tuple(map(self._writers.get, memories))
+            fact.previous_writers = tuple(map(self._writers.get, memories))
             self._writers.update(dict.fromkeys(memories, node))
         shapes: list[tuple[int, ...]] = []
         for value, path in tensor_paths(returned):
@@ -166,7 +166,7 @@ class NodeBuilder:
     # -- tensors ------------------------------------------------------------------------------------------------------
 
     def set_node(self, value: Tensor, node: Node) -> None:
-        """Let a tensor be the result of a node."""
+        """Note that a tensor is the result of a node."""
         self._results[id(value)] = (value, node, ())
 
     def is_written(self, value: Tensor) -> bool:
@@ -244,7 +244,7 @@ class ReachesModel(Exception):
     def __init__(self, name: str, path: str) -> None:
         super().__init__(
             f"a copy of the model reaches {name!r} of the model itself, in the forward of {path or 'the model'} (a "
-            "global, or something that copying shares): hold it as a submodule or parameter, or pass witness=False"
+            "global, or something that copying shares): register it as a submodule or parameter, or pass witness=False"
         )
 
 

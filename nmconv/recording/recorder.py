@@ -23,7 +23,7 @@ from nmconv.recording.context import recording_marked
 from nmconv.recording.forwards import FrameStack, disguise, intercept_calls
 from nmconv.recording.leaf_outcomes import Outcome, Outcomes, batch_norm_outcome, function_key, module_key
 from nmconv.recording.meta_device import MetaDevice
-from nmconv.recording.nodes import NodeBuilder, ReachesModel, hook_sees
+from nmconv.recording.nodes import NodeBuilder, ReachesModel, user_hook
 from nmconv.recording.recording import Call, Recording
 from nmconv.recording.tensors import leaf_tensors, map_tensors, tensors_in
 from nmconv.recording.torch_functions import (
@@ -83,9 +83,9 @@ class Recorder(TorchFunctionMode):
         self._sizes: SizeTracker | None = None
         if call.track_sizes:
             self._sizes = SizeTracker(
-                call.other_way, lambda: None if self._node_depth else self._frames.current, lambda: len(self._facts)
+                call.flipped, lambda: None if self._node_depth else self._frames.current, lambda: len(self._facts)
             )
-            self.recording.comparisons, self.recording.lost = self._sizes.comparisons, self._sizes.lost
+            self.recording.comparisons, self.recording.lost_sizes = self._sizes.comparisons, self._sizes.lost_sizes
         self._call_counts: Counter[tuple[str, str]] = Counter()
         # Errors are kept, since the model's code may catch them.
         self._internal_error: BaseException | None = None
@@ -160,8 +160,8 @@ class Recorder(TorchFunctionMode):
                     frame.result = self._nodes.node_of(returned)
         if any(not isinstance(hook, (WeightNorm, SpectralNorm)) for hook in _hooks_of(module)):
             with self._internals():
-                node = self._nodes.add_function(hook_sees, f"a hook on {path}", (args, kwargs, returned), {})
-                self.recording.seen.append(node)
+                node = self._nodes.add_function(user_hook, f"a hook on {path}", (args, kwargs, returned), {})
+                self.recording.hook_nodes.append(node)
         return returned
 
     def _call_leaf(self, module: nn.Module, path: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -235,7 +235,7 @@ class Recorder(TorchFunctionMode):
 
     def _note_size_read(self, value: Tensor) -> None:
         with self._internals():
-            self.recording.sized.add(self._nodes.node_of(value))
+            self.recording.sizes_read.add(self._nodes.node_of(value))
 
     def _track_sizes(self, value: Any) -> Any:
         return value if self._sizes is None else self._sizes.track_queried(value)
@@ -286,7 +286,7 @@ class Recorder(TorchFunctionMode):
         self._call_counts[key] += 1
         with self._internals():
             answer = self._answers.get((*key, self._call_counts[key]))
-            self.recording.asked.append(key)
+            self.recording.data_dependent_calls.append(key)
             if answer is None:
                 self._needs_data = f"{fact.label} in {fact.frame.path or 'the model'}"
         if answer is None:

@@ -33,11 +33,11 @@ class Call:
         method: Name of the method that is called.
         grad: Whether gradients are enabled.
         autocast: The device type for which autocast is on, or "".
-        optional: Whether a converted model may raise an NmconvError in this call instead.
+        may_raise: Whether a converted model may raise an NmconvError in this call instead.
         closable: Whether ``merge`` may make the method raise where it would read an intermediate value of a merged
             run, instead of ending the run there.
         track_sizes: Whether sizes record what they are compared with.
-        other_way: Where comparisons of sizes give the opposite result. Such a run only shows further paths.
+        flipped: Where comparisons of sizes give the opposite result. Such a run only reveals further paths.
         disguised: Names of modules that are hidden from the model's code, see ``forwards.disguise``.
     """
 
@@ -48,10 +48,10 @@ class Call:
     method: str = "forward"
     grad: bool = True
     autocast: str = ""
-    optional: bool = False
+    may_raise: bool = False
     closable: bool = False
     track_sizes: bool = False
-    other_way: frozenset[CodeLocation] = frozenset()
+    flipped: frozenset[CodeLocation] = frozenset()
     disguised: frozenset[str] = frozenset()
 
 
@@ -99,7 +99,7 @@ class Fact:
         reads: The tensors among the arguments, in order.
         context: The result of :func:`nmconv.recording.current_context` at the call.
         shapes: Shapes of the returned tensors; for an input or an attribute, its own.
-        before: The previous writer of each memory that the node wrote to.
+        previous_writers: The previous writer of each memory that the node wrote to.
         passes: Whether the node returned an input tensor itself, unchanged.
     """
 
@@ -115,7 +115,7 @@ class Fact:
     reads: tuple[Read, ...] = ()
     context: tuple[Any, ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
-    before: tuple[Node | None, ...] = ()
+    previous_writers: tuple[Node | None, ...] = ()
     passes: bool = False
 
 
@@ -130,15 +130,16 @@ class Recording:
         facts: The facts about each node of the graph.
         output: The form of the returned value, and the tensors in it.
         written: The final value of each parameter, buffer, other tensor and input that was written to, by name.
-        stored: The tensor that each attribute holds at the end, where that is another one than at the beginning.
-        seen: Nodes of the values that the user's hooks were given.
+        stored: The tensor that each attribute holds at the end, if it is not the one from the beginning.
+        hook_nodes: For each call of a user's hook, the node that reads what the hook was given.
         frames: All calls of forwards, in order; the first is the model's.
-        helped: The arguments of each method besides forward in which anything was recorded, by frame and method name.
+        helper_arguments: The arguments of each method besides forward in which anything was recorded, by frame and
+            method name.
         comparisons: For each place in the code that compared sizes, their sources, if ``call.track_sizes``.
-        lost: For each size that became a plain number, the number of nodes at that time and the size's sources.
-        sized: Nodes whose sizes the model's code has read.
+        lost_sizes: For each size that became a plain number, the number of nodes at that time and the size's sources.
+        sizes_read: Nodes whose sizes the model's code has read.
         codes: The functions that were running when nodes were recorded, without torch's.
-        asked: The calls whose results depended on data: the label and the calling module's path.
+        data_dependent_calls: The calls whose results depended on data: the label and the calling module's path.
         answers: The results of those calls.
         names: The first name of each module that is registered more than once, by its other names.
     """
@@ -150,13 +151,13 @@ class Recording:
     output: tuple[Any, tuple[Read, ...]] = ((), ())
     written: dict[str, Read] = field(default_factory=dict)
     stored: dict[str, Read] = field(default_factory=dict)
-    seen: list[Node] = field(default_factory=list)
+    hook_nodes: list[Node] = field(default_factory=list)
     frames: list[Frame] = field(default_factory=list)
-    helped: dict[tuple[Frame, str], tuple[Any, ...]] = field(default_factory=dict)
+    helper_arguments: dict[tuple[Frame, str], tuple[Any, ...]] = field(default_factory=dict)
     comparisons: dict[CodeLocation, list[Sources]] = field(default_factory=dict)
-    lost: list[tuple[int, Sources]] = field(default_factory=list)
-    sized: set[Node] = field(default_factory=set)
+    lost_sizes: list[tuple[int, Sources]] = field(default_factory=list)
+    sizes_read: set[Node] = field(default_factory=set)
     codes: set[CodeType] = field(default_factory=set)
-    asked: list[tuple[str, str]] = field(default_factory=list)
+    data_dependent_calls: list[tuple[str, str]] = field(default_factory=list)
     answers: Answers = field(default_factory=Answers)
     names: dict[str, str] = field(default_factory=dict)

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["RngState", "draws_randomness", "rng_restored", "rng_seeded"]
+__all__ = ["RngState", "is_rng", "rng_restored", "rng_seeded"]
 
 _Accessors = tuple[Callable[[], Any], Callable[[Any], Any]]  # the getter and the setter of a generator's state
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__)
 _seeding = threading.RLock()
 
 
-def draws_randomness(value: Any) -> bool:
+def is_rng(value: Any) -> bool:
     """Return whether an object is a random number generator."""
     return _is_generator_type(type(value))  # type: ignore[arg-type]
 
@@ -42,11 +42,11 @@ class RngState:
         ]
         self._initial = _get_states(self._accessors)
 
-    def moved(self) -> bool:
+    def changed(self) -> bool:
         """Return whether anything has been drawn since."""
         return not all(map(_are_equal, self._initial, _get_states(self._accessors)))
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Restore the initial states."""
         _set_states(self._accessors, self._initial)
 
@@ -58,14 +58,14 @@ def rng_restored(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        state.put_back()
+        state.restore()
 
 
 @contextmanager
 def rng_seeded() -> Iterator[None]:
-    """Seed Python's and numpy's global generators, and restore them on exit; nothing on the meta device draws torch's.
+    """Seed Python's and numpy's global generators, and restore them on exit; meta tensors do not draw from torch's.
 
-    The generators belong to all threads, so only one recording at a time has them.
+    The generators belong to all threads, so only one recording at a time may use them.
     """
     with _seeding:
         accessors = list(_python_and_numpy())
@@ -107,7 +107,7 @@ def _held_generators(model: nn.Module) -> Iterator[_Accessors]:
     """Yield the accessors of generators that modules hold."""
     for module in model.modules():
         for key, value in module.__dict__.items():
-            if key in _MODULE_INTERNALS or not draws_randomness(value):
+            if key in _MODULE_INTERNALS or not is_rng(value):
                 continue
             if isinstance(value, random.Random):
                 yield value.getstate, value.setstate

@@ -31,15 +31,15 @@ class SizeTracker:
 
     Attributes:
         comparisons: For each place in the code, the sources of what was compared there, in order.
-        lost: The number of nodes each time that a size became a plain number, a string or a hash, so that its further
-            use is unknown, and its sources.
+        lost_sizes: The number of nodes each time that a size became a plain number, a string or a hash, after which its
+            use is unknown; and the size's sources.
     """
 
     def __init__(
         self, flipped: frozenset[CodeLocation], current_frame: Callable[[], Any], node_count: Callable[[], int]
     ) -> None:
         self.comparisons: dict[CodeLocation, list[Sources]] = defaultdict(list)
-        self.lost: list[tuple[int, Sources]] = []
+        self.lost_sizes: list[tuple[int, Sources]] = []
         self._node_count = node_count
         self._flipped = flipped
         self._current_frame = current_frame
@@ -64,11 +64,11 @@ class SizeTracker:
         if self._current_frame() is not None:
             code, _ = _current_location()
             if not _UNTRACKED.isdisjoint(code.co_names):
-                self.lost.append((self._node_count(), ()))
+                self.lost_sizes.append((self._node_count(), ()))
         return self.track(sizes)
 
     def compare(self, result: bool, *compared: Any) -> bool:
-        """Record a comparison; return its result, or the opposite where that is asked for."""
+        """Record a comparison; return its result, or the opposite where it is flipped."""
         frame = self._current_frame()
         if frame is None:
             return result
@@ -82,7 +82,7 @@ class SizeTracker:
     def read_length(self, value: int) -> int:
         """Return the result of ``len(tensor)``, which Python requires to be a plain int.
 
-        It is recorded as a comparison with 1: flipped, it is 2 in the place of 1, and 1 in the place of others.
+        It is recorded as a comparison with 1. Where that is flipped, 1 becomes 2, and any other length becomes 1.
         """
         if self._current_frame() is None:
             return value
@@ -93,7 +93,7 @@ class SizeTracker:
     def lose(self, value: Any) -> None:
         """Record that the further use of a size is unknown."""
         if self._current_frame() is not None:
-            self.lost.append((self._node_count(), _sources_of(value)))
+            self.lost_sizes.append((self._node_count(), _sources_of(value)))
 
 
 def _current_location() -> CodeLocation:

@@ -117,12 +117,12 @@ class BlockFinder:
         return {site.id for act in acts if (site := self._sites.get(act))} <= set(self._inside(parallel))
 
     def _block(self, nodes: list[RunNode]) -> Block:
-        while nodes[-1].element.quiet:
+        while nodes[-1].element.is_identity:
             nodes = nodes[:-1]
         inner = [site for node in nodes if isinstance(node.element, ParallelSum) for site in self._inside(node.element)]
         cut: Block | None = None
         for at, node in enumerate(nodes[:-1]):
-            behind = "" if node.element.quiet else self._id_behind(node.element)
+            behind = "" if node.element.is_identity else self._id_behind(node.element)
             if behind:
                 cut = cut or Block(tuple(nodes[: at + 1]), tuple(inner), behind)
                 inner.append(behind)
@@ -133,7 +133,7 @@ class BlockFinder:
             for element in branch:
                 if isinstance(element, ParallelSum):
                     yield from self._inside(element)
-                if not element.quiet:
+                if not element.is_identity:
                     behind = self._id_behind(element)
                     if behind:
                         yield behind

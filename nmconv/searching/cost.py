@@ -98,7 +98,7 @@ class Stopwatch:
                 modules.append(conv_module(node.geometry, self._image))
             # Dropped activations are quiet elements themselves: they are found after the element before them.
             is_last = number + 1 == len(nodes)
-            act = None if node.element.quiet or is_last else self._space.activation_behind(node.element)
+            act = None if node.element.is_identity or is_last else self._space.activation_behind(node.element)
             if act is not None:
                 modules.append(copy.deepcopy(act))
         return nn.Sequential(*modules)

@@ -9,7 +9,7 @@ from nmconv.surgery.plans import ResolvedPlan, resolve_plan
 from nmconv.surgery.restoring import restore
 from nmconv.surgery.rewritten_classes import RewrittenMethod, rewritten_class
 from nmconv.surgery.slopes import check_finished, check_gradual, check_slope, get_slopes, is_slope, set_slope
-from nmconv.surgery.unread_parameters import UsedParameters
+from nmconv.surgery.unused_parameters import UsedParameters
 from nmconv.surgery.witness import Witness
 from nmconv.surgery.working_copy import WorkingCopy, structure_only_copy
 

@@ -16,7 +16,7 @@ from nmconv.surgery.checks import FROZEN, PLAN, check_examples, check_initialize
 from nmconv.surgery.gradual import check_can_be_gradual, check_hoists_nothing
 from nmconv.surgery.plans import ResolvedPlan, draft_plan, hoists_after, resolve_plan
 from nmconv.surgery.restoring import original_of, unconvert
-from nmconv.surgery.unread_parameters import UsedParameters, thaw
+from nmconv.surgery.unused_parameters import UsedParameters, unfreeze
 from nmconv.surgery.witness import Witness
 from nmconv.surgery.working_copy import WorkingCopy
 
@@ -38,7 +38,7 @@ def make_plan(
     """Decide which activations of a model stay, without touching it.
 
     Args:
-        model: Any module. Of a converted one, the original is planned for.
+        model: Any module. For a converted one, the plan is for its original.
         ratio: As for :func:`convert`, like all arguments that follow.
         keep: Which activations a unit keeps.
         relocate: Whether to move kept activations to their unit's end.
@@ -51,7 +51,7 @@ def make_plan(
     Returns:
         The plan: print it, edit it, save it as JSON.
 
-    Raises: as :func:`convert` does; but a converted model is no error, unless it was merged, fitted in merged form or
+    Raises: as :func:`convert` does, but a converted model is allowed unless it was merged, fitted in merged form or
         converted in part.
 
     Example:
@@ -90,7 +90,7 @@ def apply_plan(
     inplace: bool = False,
     witness: bool = True,
 ) -> nn.Module:
-    """Convert a model as a plan says, or take a converted model from its plan to another one.
+    """Convert a model by a plan; a converted model changes from its own plan to this one.
 
     A converted model gets the original's structure back first: the new plan alone decides what is dropped or moved.
     Weights, buffers, heads and settings stay as they are, and parameters stay the same objects. What
@@ -138,14 +138,14 @@ def apply_plan(
     check_examples(example_inputs)
     _check_flags(gradual=gradual, inplace=inplace, witness=witness)
     if not isinstance(plan, Plan):
-        raise PlanError(f"{type(plan).__name__} is no Plan; make one with nmconv.make_plan or Plan.from_json")
+        raise PlanError(f"{type(plan).__name__} is not a Plan: make one with nmconv.make_plan or Plan.from_json")
     original = original_of(model)
-    seen, recordings = _record(original, example_inputs, witness, plan.linear, plan.call)
+    checker, recordings = _record(original, example_inputs, witness, plan.linear, plan.call)
     resolved = resolve_plan(original, plan, recordings, "make a plan for this model with nmconv.make_plan")
     if gradual:
         check_can_be_gradual(original, plan, resolved.changes)
     _check_hoists(original, plan, resolved, example_inputs)
-    return _converted(model, original, plan, resolved, {}, gradual, inplace, seen, recordings)
+    return _converted(model, original, plan, resolved, {}, gradual, inplace, checker, recordings)
 
 
 def convert(
@@ -230,11 +230,11 @@ def convert(
     check_model(model)
     options.check()
     check_hoists_nothing(gradual and options.hoist)
-    seen, recordings = _record(model, example_inputs, witness, options.linear)
+    checker, recordings = _record(model, example_inputs, witness, options.linear)
     plan, resolved, cache = draft_plan(model, options, example_inputs, recordings)
     if gradual:
         check_can_be_gradual(model, plan, resolved.changes)
-    return _converted(model, model, plan, resolved, cache, gradual, inplace, seen, recordings)
+    return _converted(model, model, plan, resolved, cache, gradual, inplace, checker, recordings)
 
 
 def _options(
@@ -270,10 +270,10 @@ def _check_flags(**flags: object) -> None:
 def _record(
     model: nn.Module, example_inputs: Any, witness: bool, linear: bool, call: Signature | None = None
 ) -> tuple[Witness | None, Recordings]:
-    """Return a witness of a model, if there is to be one, and the model's recordings."""
+    """Return a witness of a model, None if ``witness`` is False, and the model's recordings."""
     if witness:
-        seen = Witness(model, example_inputs, linear=linear, call=call, options=("exclude", "witness"))
-        return seen, seen.recordings
+        checker = Witness(model, example_inputs, linear=linear, call=call, options=("exclude", "witness"))
+        return checker, checker.recordings
     return None, record_model(model, example_inputs, both_sizes=False, linear=linear, call=call)
 
 
@@ -285,7 +285,10 @@ def _check_hoists(original: nn.Module, plan: Plan, resolved: ResolvedPlan, examp
     possible = {hoist.convs for hoist in hoists if not hoist.why}
     for convs in resolved.changes.hoists:
         if convs not in possible:
-            raise PlanError(f"the plan moves padding to {convs[0]} from {', '.join(convs[1:])}: that is no linear run")
+            raise PlanError(
+                f"the plan moves padding to {convs[0]} from {', '.join(convs[1:])}, which are not a linear run of this "
+                "model: make a plan for it with nmconv.make_plan"
+            )
 
 
 def _converted(
@@ -304,15 +307,15 @@ def _converted(
         why = "every unit has few enough activations" if has_units else "the patterns given leave everything alone"
         warn_user(f"nothing to change in this {type(model).__name__} at {plan.ratio}: {why}", NoEffectWarning)
     work, frozen = WorkingCopy(model, inplace=inplace), vars(model).get(FROZEN, ())
-    readers = UsedParameters(original, resolved.changes, recordings)
+    used = UsedParameters(original, resolved.changes, recordings)
     unconvert(work.model)
     make_changes(work.model, plan, resolved, cache, gradual=gradual)
     if witness is not None and (plan.changes_any or original is not model):
         witness.check(work.model, resolved.changes)
     result = work.finish()
-    thaw(result, frozen)
+    unfreeze(result, frozen)
     if not gradual:
-        readers.freeze_unread(result)
+        used.freeze_unused(result)
     return result
 
 

@@ -196,7 +196,7 @@ class Surgery:
             self._edit(place.owner, place.method, place.argument_structure).insert.append((place, name))
 
     def _must_change_in_place(self, act: nn.Module) -> bool:
-        """Return whether an activation has state, and a single slot, so that it must stay the same object."""
+        """Return whether an activation must stay the same object, since it has state and a single slot."""
         if not has_state(act):
             return False
         return sum(child is act for module in self._model.modules() for child in module._modules.values()) == 1
@@ -208,12 +208,17 @@ class Surgery:
         try:
             return self._model.get_submodule(name)
         except AttributeError as error:
-            raise PlanError(f"the model has no module {name!r} that the plan names") from error
+            raise PlanError(
+                f"the plan names {name!r}, which the model does not have: make a plan for this model"
+            ) from error
 
     def _activation(self, call: Activation) -> nn.Module:
         module = self._module(call.name)
         if not is_activation(module):
-            raise PlanError(f"{call.name!r} is a {type(module).__name__}, no activation, yet the plan changes it")
+            raise PlanError(
+                f"the plan changes {call.name!r}, which is a {type(module).__name__} and not an activation: make a "
+                "plan for this model"
+            )
         return module
 
 

@@ -1,4 +1,4 @@
-"""Checks of the user's models and inputs before anything is changed, and the plan that a model carries."""
+"""Checks of the user's models and inputs before anything is changed, and the plan that a model was converted by."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
     "plan_of",
 ]
 
-# Attributes that record on a model what was done to it.
+# Attributes on a model that record what was done to it.
 PLAN = "_nmconv_plan"
 MERGED = "_nmconv_merges"  # the merges, one tuple per call of merge
 FITTED = "_nmconv_fit"  # the report of a fit
@@ -73,16 +73,16 @@ def plan_of(module: nn.Module) -> Plan | None:
 def check_is_module(model: Any) -> nn.Module:
     """Return the model, or raise ModelTypeError if it is not a module."""
     if not isinstance(model, nn.Module):
-        raise ModelTypeError(f"{type(model).__name__} is no nn.Module: give the model itself")
+        raise ModelTypeError(f"{type(model).__name__} is not an nn.Module: pass the model itself")
     return model
 
 
-def check_plain(model: Any, todo: str, *, compiled: bool = False) -> nn.Module:
+def check_plain(model: Any, action: str, *, compiled: bool = False) -> nn.Module:
     """Return the model if it is a plain module.
 
     Args:
         model: What the user passed.
-        todo: What the caller does with it, for the message: ``convert``.
+        action: What the caller does with it, for the message: ``convert``.
         compiled: Whether a model that was compiled in place is allowed.
 
     Raises:
@@ -94,11 +94,11 @@ def check_plain(model: Any, todo: str, *, compiled: bool = False) -> nn.Module:
         for base in type(module).__mro__:
             hint = _WRAPPERS.get(base.__name__) if base.__module__.startswith("torch.") else None
             if hint:
-                raise ModelTypeError(f"{where} is a {base.__name__}: {todo} {hint}")
+                raise ModelTypeError(f"{where} is a {base.__name__}: {action} {hint}")
         if isinstance(module, torch.jit.ScriptModule):
-            raise ModelTypeError(f"{where} is scripted: {todo} it before torch.jit.script or torch.jit.trace")
+            raise ModelTypeError(f"{where} is scripted: {action} it before torch.jit.script or torch.jit.trace")
         if module.__dict__.get("_compiled_call_impl") is not None and not compiled:
-            raise ModelTypeError(f"{where} is compiled: {todo} it before module.compile()")
+            raise ModelTypeError(f"{where} is compiled: {action} it before module.compile()")
     return root
 
 
@@ -121,23 +121,23 @@ def check_examples(example_inputs: Any) -> None:
         )
 
 
-def check_model(model: Any, todo: str = "convert") -> nn.Module:
-    """Return the model if it is an original, which can be converted.
+def check_model(model: Any, action: str = "convert") -> nn.Module:
+    """Return the model if it is neither converted nor merged.
 
     Args:
         model: What the user passed.
-        todo: What the caller does with it, for the message.
+        action: What the caller does with it, for the message.
 
     Raises:
         ModelTypeError: If it is not a module, is wrapped, compiled or scripted, or has lazy modules without weights.
         AlreadyConvertedError: If it or a part of it is already converted or merged.
     """
-    root = check_plain(model, todo)
+    root = check_plain(model, action)
     instead = (
         "a second conversion would count from what the first has left; go on with nmconv.apply_plan(model, "
         "nmconv.make_plan(model, ...)), which count from the original, or call nmconv.restore first"
-        if todo == "convert"
-        else f"{todo} the original: build it anew, or let nmconv.restore give it"
+        if action == "convert"
+        else f"{action} the original: build it anew, or get it from nmconv.restore"
     )
     check_initialized(root)
     for name, module in root.named_modules():
@@ -149,7 +149,7 @@ def check_model(model: Any, todo: str = "convert") -> nn.Module:
             )
         if MERGED in module.__dict__:
             raise AlreadyConvertedError(
-                f"{where} was merged already (nmconv.get_merges tells how): {todo} the original"
-                f"{', then merge' * (todo == 'convert')}"
+                f"{where} was merged already (nmconv.get_merges tells how): {action} the original"
+                f"{', then merge' * (action == 'convert')}"
             )
     return root

@@ -59,7 +59,7 @@ def _function(name: str, tracer: MethodTracer, namespace: dict[str, Any]) -> str
     code = graph.python_code("self")
     for key, value in code.globals.items():
         if key in namespace and namespace[key] is not value:
-            raise RewriteError(f"two meanings of the name {key}")
+            raise RewriteError(f"the name {key} has two meanings in it")
         namespace[key] = value
     lines = [line for line in code.src.strip("\n").split("\n") if line.strip()]
     start = next(index for index, line in enumerate(lines) if line.startswith("def "))
@@ -159,7 +159,7 @@ class _Head:
 
 
 def return_changed_lists(module: nn.Module, method: str, trace: MethodTrace) -> list[str]:
-    """Return the names of list arguments that the method mutates, and let the graphs return the lists' new content.
+    """Return the names of the list arguments that the method mutates, and make the graphs return their new content.
 
     Raises:
         RewriteError: If it mutates a list in one mode only, or any other container in its arguments.

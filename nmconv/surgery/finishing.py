@@ -1,24 +1,23 @@
-"""Finishing a gradual model: it becomes what a hard conversion leaves."""
+"""Finishing a gradual model: turning it into the hard conversion."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from nmconv.flow import GRADUAL, record_model
-from nmconv.planning import Site
 from nmconv.surgery.checks import check_plain, plan_of
 from nmconv.surgery.placeholders import REPLACED, has_state, identity_class, identity_for
 from nmconv.surgery.plans import resolve_plan
 from nmconv.surgery.restoring import original_of
 from nmconv.surgery.rewritten_classes import rewritten_class
 from nmconv.surgery.slopes import HARD_METHODS, remove_slopes, slopes_of
-from nmconv.surgery.unread_parameters import UsedParameters
+from nmconv.surgery.unused_parameters import UsedParameters, has_parameters
 
 __all__ = ["finish"]
 
 
 def finish(model: nn.Module) -> None:
-    """Turn a gradual model into what a hard conversion leaves, in place, whatever the slopes are.
+    """Turn a gradual model into the hard conversion, in place, at any slopes.
 
     Args:
         model: A gradual model, or a module that contains one.
@@ -31,10 +30,10 @@ def finish(model: nn.Module) -> None:
         _finish_module(model, module)
     for converted in list(model.modules()):
         plan = plan_of(converted)
-        if plan is not None and any(_may_have_parameters(converted, site) for site in plan.changes):
+        if plan is not None and any(has_parameters(converted, site) for site in plan.changes):
             original = original_of(converted)
             recordings = record_model(original, both_sizes=False, linear=plan.linear, call=plan.call)
-            UsedParameters(original, resolve_plan(original, plan, recordings).changes, recordings).freeze_unread(
+            UsedParameters(original, resolve_plan(original, plan, recordings).changes, recordings).freeze_unused(
                 converted
             )
 
@@ -62,9 +61,3 @@ def _replace(model: nn.Module, module: nn.Module, other: nn.Module) -> None:
         for slot, child in parent._modules.items():
             if child is module:
                 parent._modules[slot] = other
-
-
-def _may_have_parameters(model: nn.Module, site: Site) -> bool:
-    """Return whether a changed activation may have parameters; a functional PReLU takes them as an argument."""
-    path = site.id.rpartition("#")[0]
-    return site.kind == "PReLU" or (":" not in path and next(model.get_submodule(path).parameters(), None) is not None)

@@ -148,7 +148,7 @@ def check_hoists_nothing(hoists: bool) -> None:
     """Raise OptionError if a gradual conversion is to hoist padding."""
     if hoists:
         raise OptionError(
-            "gradual=True with hoist_padding=True: padding moves at once, so that at slope 0 the model would not "
+            "gradual=True with hoist_padding=True: padding moves at once, and at slope 0 the model would not "
             "be the original; convert, or make the plan, with hoist_padding=False"
         )
 
@@ -158,8 +158,8 @@ def check_can_be_gradual(model: nn.Module, plan: Plan, changes: Changes) -> None
     check_hoists_nothing(bool(changes.hoists))
     if plan.branches:
         raise OptionError(
-            f"gradual=True and a plan that removes the branch of {', '.join(plan.branches[0].convs)}: a branch goes at "
-            "once; apply the plan without gradual=True"
+            f"gradual=True and a plan that removes the branch of {', '.join(plan.branches[0].convs)}: a branch is "
+            "removed at once; apply the plan without gradual=True"
         )
     for change in changes.made:
         call = change.call
@@ -167,6 +167,6 @@ def check_can_be_gradual(model: nn.Module, plan: Plan, changes: Changes) -> None
         names = {call.kind, *(base.__name__ for base in type(module).__mro__)}
         if any(name.lower() in _RANDOM for name in names):
             raise OptionError(
-                f"{call.id} is a {call.kind}, which draws random numbers: at slope 1 others would be drawn behind it "
+                f"{call.id} is a {call.kind}, which draws random numbers: at slope 1, later calls would draw others "
                 "than in the hard conversion; exclude it, or convert without gradual=True"
             )

@@ -57,11 +57,11 @@ def _hoists_in(model: nn.Module, sequence: list[Step]) -> Iterator[Hoist]:
     """Yield the hoists of one sequence; steps other than plain convolutions and norms divide it."""
     convs: list[tuple[str, Geometry]] = []
     for step in sequence:
-        if step.quiet:
+        if step.is_identity:
             continue
         try:
             if step.why or step.kind == "pad":
-                raise Refusal(step.why or "it pads by itself")
+                raise Refusal(step.why or "it is a padding module")
             module = model.get_submodule(step.name)
             geometry = geometry_of(module, step.kind, 0, 0)
             check_hooks(module, step.name)

@@ -116,8 +116,11 @@ def _calls_by_step(tracer: MethodTracer, site: Activation, model: nn.Module) -> 
 
 
 def _node_of(tracer: MethodTracer, site: Activation, training: bool, model: nn.Module) -> Node | None:
-    step = site.train_step if training or site.modes == "train" else site.step
-    return _calls_by_step(tracer, site, model).get(step or 0)
+    return _calls_by_step(tracer, site, model).get(_step_of(site, training) or 0)
+
+
+def _step_of(site: Activation, training: bool) -> int | None:
+    return site.train_step if training or site.modes == "train" else site.step
 
 
 def _check_calls_are_known(
@@ -131,7 +134,7 @@ def _check_calls_are_known(
     """Raise RewriteError unless a graph calls an activation as often as the plan knows."""
     key = (site.owner, site.method, site.name, site.function)
     known_steps = {
-        (other.train_step if training or other.modes == "train" else other.step)
+        _step_of(other, training)
         for other, action in ((change.call, change.action) for change in calls)
         if (other.owner, other.method, other.name, other.function) == key
         and other.modes in modes
@@ -149,9 +152,9 @@ def _remove_or_mix(tracer: MethodTracer, site: Activation, training: bool, model
     node = _node_of(tracer, site, training, model)
     if node is None:
         raise RewriteError(f"{site.id} is not in {site.owner or 'the model'}.{site.method}: was the model changed?")
-    value = tracer.given_to(node)
+    value = tracer.input_of(node)
     if not isinstance(value, Node):
-        raise RewriteError(f"{site.id} is called on something that is no tensor")
+        raise RewriteError(f"{site.id} is called on something that is not a tensor")
     if site.id in edit.mixing:
         _mix(tracer, node, value, edit.mixing[site.id], into=site.inplace)
         return

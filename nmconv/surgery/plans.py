@@ -49,8 +49,8 @@ def resolve_plan(model: nn.Module, plan: Plan, recordings: Recordings, way_out: 
     missing = [pair for pair in plan.registered if pair not in registered_names(model)]
     for name, kind in missing[:1]:
         raise PlanError(
-            f"the plan was made with {name} registered as {kind!r}, which it is not here, or the model has none: call "
-            f"nmconv.register({name.rpartition('.')[2]}, {kind!r}) first"
+            f"the plan was made with {name} registered as {kind!r}, but it is not registered now, or the model has "
+            f"none: call nmconv.register({name.rpartition('.')[2]}, {kind!r}) first"
         )
     structure = structure_of(model, recordings, linear=plan.linear)
     model_fingerprint = fingerprint(model, structure)
@@ -65,7 +65,7 @@ def resolve_plan(model: nn.Module, plan: Plan, recordings: Recordings, way_out: 
             try:
                 model.get_submodule(name.partition(":")[0])
             except AttributeError as error:
-                raise PlanError(f"the model has no module {name!r} of which the plan makes a kernel") from error
+                raise PlanError(f"the plan makes a kernel of {name!r}, which the model does not have") from error
     if not plan.branches:
         return ResolvedPlan(changes_of(plan, structure))
     sums = [branch.sum for branch in plan.branches]
@@ -122,7 +122,7 @@ def hoists_after(
 
 
 def _feasible_plan(model: nn.Module, structure: Structure, options: Options) -> tuple[Plan, MethodCache]:
-    """Return a plan that keeps each activation whose method cannot be rewritten, and the methods rewritten for it."""
+    """Return a plan that keeps all activations in methods that cannot be rewritten, and the rewritten methods."""
     model_fingerprint = fingerprint(model, structure)
     locked: dict[int, str] = {}  # maps indices of activations that must stay to the reasons
     cache: MethodCache = {}
@@ -142,7 +142,7 @@ def _feasible_plan(model: nn.Module, structure: Structure, options: Options) -> 
     all_dropped = _drop_in_untouched_methods(changes)
     if all_dropped is None:
         return plan, cache
-    # Lock what cannot be dropped even if the plan keeps it, so that users who edit the plan see that.
+    # Lock what the plan keeps but could not drop, so that users who edit the plan see that.
     failures = Surgery(model, all_dropped, {}, {}).failures()
     for index, change in enumerate(changes.calls):
         call = change.call
@@ -152,7 +152,7 @@ def _feasible_plan(model: nn.Module, structure: Structure, options: Options) -> 
 
 
 def _drop_in_untouched_methods(changes: Changes) -> Changes | None:
-    """Return the changes with every site dropped whose method would stay as it is, or None if there is no such site."""
+    """Return the changes with all sites in unchanged methods dropped, too, or None if there are no such sites."""
     touched = {(change.call.owner, change.call.method) for change in changes.made}
     calls = tuple(
         replace(change, action="drop")
@@ -165,7 +165,7 @@ def _drop_in_untouched_methods(changes: Changes) -> Changes | None:
     return None if calls == changes.calls else replace(changes, calls=calls)
 
 
-# How a reason begins, and what to say of one activation and of several that stay for it.
+# The beginning of a reason to keep an activation, and its summary for one activation and for several.
 _REASONS = (
     ("gate", "is a gate", "are gates"),
     ("it activates a linear layer", "follows a linear layer", "follow linear layers"),
@@ -175,7 +175,7 @@ _REASONS = (
     ("nothing that is returned", "reaches no output", "reach no output"),
     ("stands before a chain", "stands before a chain", "stand before chains"),
     ("the forward never calls it", "is never called", "are never called"),
-    ("inside an activation", "is a part of another activation", "are parts of other activations"),
+    ("inside a handwritten activation", "is a part of another activation", "are parts of other activations"),
     ("a part of", "is a part of one indivisible layer", "are parts of indivisible layers"),
 )
 
@@ -196,8 +196,8 @@ def _no_sites_message(structure: Structure, advises_linear: bool) -> str:
         for reason, count in counts.items()
     ]
     summary = ", ".join(summaries) or (
-        "it calls none that nmconv knows; of those that a forward works out by hand, such as x * torch.sigmoid(x), it "
-        "knows expressions in one value, within one forward, of which nobody reads a part; nmconv.register tells it of "
-        "activation modules"
+        "it calls none that nmconv knows; a handwritten one, such as x * torch.sigmoid(x), must be an expression in "
+        "one value, within one forward, and nothing else may read a part of it; declare activation modules with "
+        "nmconv.register"
     )
     return f"{text}: {summary}{'; linear=True counts linear layers as well' * advises_linear}"

@@ -15,7 +15,7 @@ from nmconv.surgery.placeholders import ADDED, REPLACED
 from nmconv.surgery.plans import resolve_plan
 from nmconv.surgery.rewritten_classes import is_rewritten
 from nmconv.surgery.slopes import check_finished
-from nmconv.surgery.unread_parameters import thaw
+from nmconv.surgery.unused_parameters import unfreeze
 from nmconv.surgery.witness import Witness
 from nmconv.surgery.working_copy import WorkingCopy, structure_only_copy
 
@@ -62,7 +62,7 @@ def restore(model: nn.Module, *, example_inputs: Any = None, inplace: bool = Fal
     work, frozen = WorkingCopy(model, inplace=inplace), vars(model).get(FROZEN, ())
     unconvert(work.model)
     result = work.finish()
-    thaw(result, frozen)
+    unfreeze(result, frozen)
     return result
 
 
@@ -83,7 +83,7 @@ def original_of(model: nn.Module) -> nn.Module:
         if MERGED in module.__dict__:
             if name:
                 raise AlreadyConvertedError(
-                    f"{name!r} in the model was merged by itself: restore the whole before merging"
+                    f"{name!r} in the model was merged by itself: begin with the model as it was before that"
                 )
             is_fitted = FITTED in module.__dict__
             error = FitError if is_fitted else MergeError

@@ -16,7 +16,7 @@ def check(value: Any, expected: Any, method: str, name: str) -> None:
     if not _is_same(value, expected):
         raise RewriteError(
             f"{method} was rewritten by nmconv for {name}={expected!r} and finds {value!r}: convert the original model "
-            "anew, with the attribute set or with example_inputs that call it like this"
+            "anew, with this value set or passed in example_inputs"
         )
 
 
@@ -36,7 +36,7 @@ def check_tensor(value: Any, method: str, name: str) -> None:
     if value is None or isinstance(value, (bool, int, float, str, list, tuple, dict)):
         raise RewriteError(
             f"{method} was rewritten by nmconv for a tensor as {name} and is given {value!r}: convert the original "
-            "model with example_inputs that call it like this"
+            "model with example_inputs that pass this value"
         )
 
 

@@ -142,7 +142,7 @@ def get_slopes(model: nn.Module) -> dict[str, float]:
 def set_slope(model: nn.Module, s: float | Mapping[str, float]) -> None:
     """Set the slopes of a gradual model, in place.
 
-    Compiled and wrapped models are accepted, and are not recompiled.
+    The model may be compiled or wrapped; it is not recompiled.
 
     Args:
         model: The result of ``nmconv.convert(..., gradual=True)``, or a module that contains it.
@@ -167,7 +167,9 @@ def set_slope(model: nn.Module, s: float | Mapping[str, float]) -> None:
     for site, value in new.items():
         if site not in current:
             examples = ", ".join(list(current)[:5])
-            raise OptionError(f"{site!r} is no gradual site of this {type(model).__name__}: give one of {examples}, …")
+            raise OptionError(
+                f"{site!r} is not a gradual site of this {type(model).__name__}: give one of {examples}, …"
+            )
         check_slope(value)
     with torch.no_grad():
         for module, name, site, _ in list(slopes_of(model)):
@@ -183,12 +185,12 @@ def check_slope(value: Any) -> None:
         raise OptionError(f"a slope of {value!r}: give a number from 0, the original, to 1, the hard conversion")
 
 
-def check_gradual(model: nn.Module, todo: str, *, or_unchanged: bool = False) -> dict[str, float]:
+def check_gradual(model: nn.Module, action: str, *, or_unchanged: bool = False) -> dict[str, float]:
     """Return a gradual model's slopes.
 
     Args:
         model: What the user passed.
-        todo: What the caller does with it, for the message: ``set the slope of``.
+        action: What the caller does with it, for the message: ``set the slope of``.
         or_unchanged: Whether a model whose plan changes nothing, and which has no slopes, is allowed.
 
     Raises:
@@ -206,7 +208,8 @@ def check_gradual(model: nn.Module, todo: str, *, or_unchanged: bool = False) ->
                 "slope to set: convert at another ratio"
             )
         raise OptionError(
-            f"this {type(model).__name__} has no gradual sites: {todo} what nmconv.convert(..., gradual=True) returned"
+            f"this {type(model).__name__} has no gradual sites: {action} what nmconv.convert(..., gradual=True) "
+            "returned"
         )
     return slopes
 

@@ -24,10 +24,10 @@ class Witness:
         model: Recorded now, in both modes and at two sizes; read only.
         example_inputs: What it is called with; None: a guess.
         linear: Whether it may consist of linear layers alone.
-        choices: Whether to record it with other truth values among its arguments and at other entry points, too.
+        choices: Whether to record it with other bools and enum members as arguments, and at other entry points, too.
         methods: Maps further methods to record to their example inputs.
         call: The call signature that a plan states, to be used instead of a guess.
-        options: Which of the options ``exclude`` and ``witness`` the user's function has, for the advice in errors.
+        options: Which of the options ``exclude`` and ``witness`` the user's function has; errors advise these.
 
     Attributes:
         recordings: The recordings.
@@ -67,7 +67,7 @@ class Witness:
             result: The changed model.
             changes: What a plan has changed, or None.
             groups: What has been merged.
-            closed: Methods that raise on purpose now.
+            closed: Methods that now raise on purpose.
 
         Raises:
             WitnessError: If it differs in any other way; the text states the first difference.
@@ -76,18 +76,18 @@ class Witness:
         slopes = self._slopes_to_compare(result, changes)
         gradual = frozenset(name for name, module in result.named_modules() if is_dropping(module))
         for before in self.recordings.runs:
-            if before.call.method in closed or before.call.other_way:
+            if before.call.method in closed or before.call.flipped:
                 continue
             try:
                 after = record_again(result, before, is_leaf)
             except ModelRaised as raised:
                 error = raised.error
-                if before.call.optional and isinstance(error, NmconvError):
+                if before.call.may_raise and isinstance(error, NmconvError):
                     continue  # the changed model rejects this call on purpose
                 difference = Difference(f"it raises {type(error).__name__}: {error}")
                 raise self._error(before, difference) from error
             except NeedsData as asked:
-                raise self._error(before, Difference(f"it asks for other numbers: {asked}")) from asked
+                raise self._error(before, Difference(f"it depends on other data: {asked}")) from asked
             for slope in slopes:
                 found = compare(before, after, allowed, slope, gradual)
                 if found is not None:
@@ -124,16 +124,16 @@ class Witness:
 
     def _error(self, before: Recording, difference: Difference) -> WitnessError:
         if self._is_nondeterministic(before):
-            text = "the model itself runs otherwise each time it is called, so that nothing can be checked"
+            text = "the model itself runs differently each time it is called, so that nothing can be checked"
         else:
             text = f"the result differs from what was asked for ({before.call.name}): {difference.text}"
         advice = "report it, unless one of the two was changed by hand"
         if "witness" in self._options:
             excludes = "exclude" in self._options and difference.first  # the difference is in the original
             advice = (
-                f"exclude the activations that {difference.module or 'the model'} asks for" if excludes else "report it"
+                f"exclude the activations that {difference.module or 'the model'} inspects" if excludes else "report it"
             )
-            advice = f"it is as it was: {advice}, or pass witness=False if you know better"
+            advice = f"nothing was changed: {advice}, or pass witness=False to skip the check"
         return WitnessError(
             f"this {type(self._model).__name__}: {text}; {advice}",
             difference.module,

@@ -1,4 +1,4 @@
-"""The copy of a model on which all changes are made and checked, before the model itself gets any of them."""
+"""The copy of a model on which all changes are made and checked before the model itself changes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CHANGED_SETTINGS = (*SETTINGS, "geometry", "_non_persistent_buffers_set")
 
 
 def structure_only_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of the modules alone, for analysis and not for running: tensors are the model's own."""
+    """Return a copy of the modules that shares the model's tensors: to be analyzed, not run."""
     return copy_sharing_tensors(model).model
 
 
@@ -33,9 +33,9 @@ class WorkingCopy:
     Args:
         model: Not touched before :meth:`finish`.
         inplace: Whether :meth:`finish` changes the model itself, instead of returning the copy.
-        numbers: Whether the values of parameters and buffers will change, too. Otherwise a copy for a change in place
-            shares its tensors with the model.
-        spare: As for :func:`copy_model`.
+        changes_values: Whether the values of parameters and buffers will change, too. If not, a copy for a change in
+            place shares its tensors with the model.
+        shared: As for :func:`copy_model`.
 
     Attributes:
         model: The copy.
@@ -49,17 +49,17 @@ class WorkingCopy:
         model: nn.Module,
         *,
         inplace: bool,
-        numbers: bool = False,
-        spare: Iterable[Tensor | nn.Module] = (),
+        changes_values: bool = False,
+        shared: Iterable[Tensor | nn.Module] = (),
     ) -> None:
         self._original = model
         self._inplace = inplace
-        self._numbers = numbers
+        self._changes_values = changes_values
         with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode could never be trained
             if not inplace:
-                self.model = copy_model(model, spare)
+                self.model = copy_model(model, shared)
                 return
-            result = copy_with_tensors(model) if numbers else copy_sharing_tensors(model)
+            result = copy_with_tensors(model) if changes_values else copy_sharing_tensors(model)
         self.model = result.model
         self._pairs = [
             _Pair(original, twin, dict(vars(original)), dict(vars(twin)))
@@ -93,7 +93,7 @@ class WorkingCopy:
         return self._original
 
     def _transfer(self) -> None:
-        """Prepare all changes to the model, then make them in one step, no part of which can fail."""
+        """Prepare all changes to the model, then make them in one step that cannot fail."""
         counterparts: dict[int, Any] = {}  # maps the ids of the copy's objects to the model's
         for pair in self._pairs:
             counterparts |= {
@@ -119,7 +119,7 @@ class WorkingCopy:
                         vars(pair.original).pop(key, None)
                 if type(pair.twin) is not type(pair.original):
                     object.__setattr__(pair.original, "__class__", type(pair.twin))
-            for twin_tensor, tensor in self._tensors if self._numbers else ():
+            for twin_tensor, tensor in self._tensors if self._changes_values else ():
                 if not tensor.is_meta and not torch.equal(twin_tensor, tensor):
                     tensor.copy_(twin_tensor)
 

@@ -1,4 +1,4 @@
-"""Which attributes a forward has written to."""
+"""Detecting the attributes that a forward has written to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Python call stack shows of the code that a tracer runs."""
+"""The Python call stack of the code that a tracer runs."""
 
 from __future__ import annotations
 

@@ -14,23 +14,24 @@ from torch import nn
 from torch.fx import Proxy
 from torch.overrides import TorchFunctionMode
 
+from nmconv.copying import closure_contents
 from nmconv.errors import RewriteError
-from nmconv.recording import closure_contents, draws_randomness
+from nmconv.recording import is_rng
 
 __all__ = ["NoFrozenTensors", "check_returned", "frozen_attributes"]
 
 _SCALARS = (bool, int, float, str, type(None))
 _DRAWS = "it draws random numbers that tracing would freeze"
-# Names in the code that ask what no proxy can answer, and bytecode instructions that do.
+# Names and bytecode instructions that need what a proxy cannot give, each with the reason for refusing the method.
 _REFUSED = {
-    "__class__": "it asks for the class of what it was given",
-    "is_grad_enabled": "it asks whether gradients are wanted",
-    "is_inference_mode_enabled": "it asks whether gradients are wanted",
-    "is_autocast_enabled": "it asks for autocast",
+    "__class__": "it reads the class of an argument",
+    "is_grad_enabled": "it queries the gradient mode",
+    "is_inference_mode_enabled": "it queries the gradient mode",
+    "is_autocast_enabled": "it queries autocast",
     "set_grad_enabled": "it enters a context",
 }
 _REFUSED_INSTRUCTIONS = {
-    "MATCH_CLASS": "it asks for the class of what it was given",
+    "MATCH_CLASS": "it reads the class of an argument",
     "BEFORE_WITH": "it enters a context",
     "SETUP_WITH": "it enters a context",
     "LOAD_SPECIAL": "it enters a context",
@@ -56,13 +57,13 @@ def frozen_attributes(module: nn.Module, method: str) -> dict[str, Any]:
 
     They are found in the bytecode of the method, of the methods it calls and of the functions it names. The result may
     list more than is read. Numbers are not in it: a trace reads them anew, or reports that it did not. Neither is
-    ``training``, since rewritten methods ask for it anew.
+    ``training``, since rewritten methods read it anew.
 
     Returns:
         From ``self.name``, ``self.child.name`` or ``len(self.list)`` to the value.
 
     Raises:
-        RewriteError: If the code asks for classes in a way that proxies cannot answer, or draws random numbers.
+        RewriteError: If the code asks for what proxies cannot give, or draws random numbers.
     """
     frozen: dict[str, Any] = {}
     done: set[CodeType] = set()
@@ -76,8 +77,8 @@ def frozen_attributes(module: nn.Module, method: str) -> dict[str, Any]:
         _check_instructions(code)
         todo += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
         namespace = getattr(function, "__globals__", {})
-        named = [namespace[name] for name in code.co_names if name in namespace] + list(closure_contents(function))
-        if any(map(draws_randomness, named)):
+        named = [namespace[name] for name in code.co_names if name in namespace] + closure_contents(function)
+        if any(map(is_rng, named)):
             raise RewriteError(_DRAWS)
         todo += [getattr(value, "__code__", None) for value in named]
         for chain in _attribute_chains(code):
@@ -101,7 +102,7 @@ def _frozen_in_chain(module: nn.Module, chain: tuple[str, ...]) -> dict[str, Any
         owner, value = value, _attribute(value, name)
         if value is _MISSING:
             break
-        if draws_randomness(value):
+        if is_rng(value):
             raise RewriteError(_DRAWS)
         expression = f"self.{'.'.join(chain[:depth])}"
         read_anew = isinstance(owner, nn.Module) and type(value) in (int, float)
@@ -160,16 +161,15 @@ class NoFrozenTensors(TorchFunctionMode):
         if func in _VALUE_READS and not any(isinstance(value, Proxy) for value in args):
             name = getattr(getattr(func, "__self__", func), "__name__", str(func))
             raise RewriteError(
-                f"it reads {name} off a tensor that is no input, which would be frozen (a random number or another)"
+                f"it reads {name} from a tensor that is not an input, and tracing would freeze the value"
             )
         return func(*args, **(kwargs or {}))
 
 
 def check_returned(value: Any) -> None:
-    """Check that fx rebuilds the returned containers with their own classes.
+    """Raise RewriteError if fx would not rebuild the returned containers with their own classes.
 
-    Raises:
-        RewriteError: For a subclass of list, tuple or dict that is not a named tuple.
+    It does so for lists, tuples, dicts and named tuples, and not for other subclasses of these.
     """
     if isinstance(value, Proxy) or value is None:
         return

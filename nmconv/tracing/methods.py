@@ -28,7 +28,7 @@ class MethodTrace:
 
     Attributes:
         eval: The trace in eval mode.
-        train: The trace in train mode; the same object if the method never asks for the mode.
+        train: The trace in train mode; the same object if the method never reads the mode.
         arguments: The arguments that the method was traced with.
         constants: The attributes of the module whose values the traces freeze.
     """
@@ -89,15 +89,15 @@ def _trace(method: MethodSpec, stubs: Stubs) -> MethodTrace | RewriteError:
 
 def _trace_in_modes(method: MethodSpec, stubs: Stubs) -> MethodTrace:
     if method.name in method.module.__dict__:
-        raise RewriteError("it is set on the object itself, not on its class")
+        raise RewriteError("it is set on the module itself, not on its class")
     arguments = parse_arguments(method.argument_structure)
     constants = frozen_attributes(method.module, method.name)
-    stubs.asked.clear()
+    stubs.mode_queries.clear()
     in_eval = _trace_in_contexts(method, stubs, training=False)
-    if not stubs.asked:
+    if not stubs.mode_queries:
         return MethodTrace(in_eval, in_eval, arguments, constants)
-    if stubs.asked != {id(stubs.model.get_submodule(method.path))}:
-        raise RewriteError("it asks for the mode of another module")
+    if stubs.mode_queries != {id(stubs.model.get_submodule(method.path))}:
+        raise RewriteError("it reads the mode of another module")
     return MethodTrace(in_eval, _trace_in_contexts(method, stubs, training=True), arguments, constants)
 
 
@@ -109,7 +109,7 @@ def _trace_in_contexts(method: MethodSpec, stubs: Stubs, *, training: bool) -> M
     with torch.set_grad_enabled(not grad), torch.autocast("cpu", enabled=not autocast):
         other = _trace_without_randomness(method, stubs)
     if str(tracer.graph) != str(other.graph):
-        raise RewriteError("it asks for the context it is called in, which tracing would freeze")
+        raise RewriteError("it queries the gradient mode or autocast, which tracing would freeze")
     return tracer
 
 
@@ -118,9 +118,9 @@ def _trace_without_randomness(method: MethodSpec, stubs: Stubs) -> MethodTracer:
     for _ in range(_ATTEMPTS):
         rng_state = RngState(root)
         tracer = _trace_once(method, stubs, root)
-        if not rng_state.moved():
+        if not rng_state.changed():
             return tracer
-        rng_state.put_back()
+        rng_state.restore()
     raise RewriteError("it draws random numbers that tracing would freeze")
 
 

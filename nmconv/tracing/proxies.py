@@ -1,4 +1,4 @@
-"""Proxies for fx that record in-place operators as such, and ask the tracer for known values."""
+"""Proxies for fx that record in-place operators as such, and get known values from the tracer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _KnownValues:
     tracer: Any
 
     def __iter__(self) -> Iterator[Any]:
-        """Unpacking works as in fx."""
+        """Unpack any value, as fx does; else iterate over a known value."""
         caller = sys._getframe(1)
         instructions = dis.get_instructions(caller.f_code)
         current = next((each for each in instructions if each.offset == caller.f_lasti), None)

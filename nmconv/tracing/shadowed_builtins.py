@@ -18,9 +18,9 @@ __all__ = ["ShadowedBuiltins"]
 class ShadowedBuiltins:
     """Copies functions, each once, with other builtins.
 
-    A forward that asks whether its input is a tensor would silently take the wrong branch on a proxy. Only Python code
-    sees the other builtins: torch's C++ asks by itself, and must get true answers. Functions that a copied function
-    names are copied as well, except torch's.
+    A forward that checks whether its input is a tensor would silently take the wrong branch on a proxy. Only Python
+    code sees the other builtins: torch's C++ code checks types itself and must see the proxy. Functions that a copied
+    function names are copied as well, except torch's.
     """
 
     def __init__(self) -> None:

@@ -34,14 +34,14 @@ class Stubs:
 
     Attributes:
         model: The copy.
-        tracer: What calls and reads of tensors are reported to; if None, modules behave as usual.
-        asked: Ids of the modules that were asked for their mode.
+        tracer: To whom modules report calls and reads of tensors and numbers; if None, they behave as usual.
+        mode_queries: Ids of the modules whose mode was read.
         activations: Ids of the modules that are activations.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.tracer: MethodTracer | None = None
-        self.asked: set[int] = set()
+        self.mode_queries: set[int] = set()
         self._shadows = ShadowedBuiltins()
         self.model = meta_copy(model).model
         self.activations = frozenset(id(module) for module in self.model.modules() if is_activation(module))
@@ -83,7 +83,7 @@ class Stubs:
             return self.tracer.setting(module, name, value)
 
         def get_mode(module: Any) -> bool:
-            self.asked.add(id(module))
+            self.mode_queries.add(id(module))
             return bool(module.__dict__[_MODE])
 
         def set_mode(module: Any, value: bool) -> None:

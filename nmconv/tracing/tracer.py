@@ -58,7 +58,7 @@ class MethodAct:
 
 
 class MethodTracer(Tracer):
-    """Traces one method; raises on control flow that depends on tensors or shapes, and on contexts that it enters.
+    """Traces one method; raises TraceError if its control flow depends on tensors or shapes, or if it enters a context.
 
     Args:
         root: The module whose method is traced. Each of its parts must report its calls to :meth:`call_part`, reads of
@@ -70,7 +70,7 @@ class MethodTracer(Tracer):
     Attributes:
         labels: From each call on data to its label and which call of that label it is, from 1.
         acts: The activation calls.
-        first_calls: The calls of each activation before any was edited; filled in by who edits the trace.
+        first_calls: The numbers of each activation's calls before the first edit; filled in by ``method_edits``.
         known: The values of known numbers, see :class:`Numbers`.
         guards: The arguments and settings that the trace depends on, see :class:`Numbers`.
         inputs: The arguments, with proxies.
@@ -103,7 +103,7 @@ class MethodTracer(Tracer):
         self._name_tensors()
         function = getattr(type(root), method, None)
         if not isinstance(function, FunctionType):
-            raise TraceError(f"{method} is a {type(function).__name__}, no function")
+            raise TraceError(f"{method} is a {type(function).__name__}, not a plain function")
         self._function = function
         self.inputs = self._placeholders(arguments)
         self.containers = list(containers(self.inputs))
@@ -131,7 +131,7 @@ class MethodTracer(Tracer):
         try:
             bound = inspect.signature(self._function).bind(self.root, *arguments.args, **arguments.kwargs)
         except TypeError as error:
-            raise TraceError(f"it does not take what it is said to be called with ({error})") from error
+            raise TraceError(f"it does not take the arguments that it is said to be called with ({error})") from error
         bound.apply_defaults()
         self_argument, *others = bound.arguments.items()
         bound.arguments = dict([self_argument, *((name, map_leaves(value, placeholder)) for name, value in others)])
@@ -165,7 +165,7 @@ class MethodTracer(Tracer):
                 steps[act] += 1
                 self.acts[node] = replace(act, step=steps[act])
 
-    def given_to(self, node: Node) -> Any:
+    def input_of(self, node: Node) -> Any:
         """Return the input of an activation call."""
         parts = {node, *self._inner.get(node, ())}
         if len(parts) == 1:
@@ -190,7 +190,7 @@ class MethodTracer(Tracer):
         """Record the call of a part as one node."""
         name = self._names.get(id(part))
         if not name:
-            raise TraceError(f"a {type(part).__name__} is called that is no submodule")
+            raise TraceError(f"it calls a {type(part).__name__} that is not a submodule")
         proxy = self.create_proxy("call_module", name, args, kwargs)
         self._label(proxy.node, name)
         self._methods[proxy.node] = running_method(self.root)
@@ -225,7 +225,7 @@ class MethodTracer(Tracer):
         return TensorProxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        """Return the argument as fx stores it; raise if it is a tensor that the forward has made."""
+        """Return the argument as fx stores it; raise TraceError for a tensor that the forward has made."""
         if type(a) is TensorProxy or type(a) is AttributeProxy:
             return a.node
         if isinstance(a, torch.Tensor):
@@ -235,7 +235,7 @@ class MethodTracer(Tracer):
         return super().create_arg(a)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Proxy:
-        """Return a proxy of a new node; raise if the forward has entered a context."""
+        """Return a proxy of a new node; raise TraceError if the forward has entered a context."""
         if kind.startswith("call_"):
             if current_context() != self._context:
                 raise TraceError("the forward enters a context (autocast, no_grad, ...) that rewriting would lose")

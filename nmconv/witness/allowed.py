@@ -1,4 +1,4 @@
-"""What a result may differ in: a plan's changes and the merges, located in a recording of the original."""
+"""The allowed differences of a result: a plan's changes and the merges, located in a recording of the original."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class MergedGroup:
     Attributes:
         head: Qualified name of the convolution whose place it takes; identifies the group.
         members: Names of all modules in it, including the head and a norm that stays in place.
-        sums: The additions in it, each with the number of the round in which it is removed. Its own number does not
-            count the additions that earlier rounds have removed.
+        sums: The additions in it, each with the number of the round in which it is removed. ``ReplacedSum.number``
+            does not count the additions that earlier rounds have removed.
     """
 
     head: str
@@ -155,7 +155,7 @@ def is_moved(classes: Mapping[str, frozenset[str]], node: Node, fact: Fact) -> b
     Args:
         classes: From the names of the modules that may be moved activations to their possible classes.
         node: The call.
-        fact: What is known of it.
+        fact: The facts about it.
     """
     expected = classes.get(fact.label) if node.op == "call_module" else None
     return expected is not None and fact.settings[1] in expected

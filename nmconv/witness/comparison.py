@@ -1,4 +1,4 @@
-"""Compares a recording of a result with the original's, to which the plan's changes and the merges are applied."""
+"""Compare a recording of a result with the original's, to which the plan's changes and the merges are applied."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def compare(
     Args:
         original: The recording before.
         result: The recording after.
-        allowed: What was to be done.
+        allowed: The changes that were to be made.
         slope: For a gradual result, the slope at which it is compared: at 0 with the original, at 1 with the original
             after a hard conversion.
         gradual: Names of the result's modules that are gradual activations.
@@ -62,7 +62,7 @@ def compare(
     broken = {**actual.broken, **expected.broken}
     if broken:
         head, reason = next(iter(broken.items()))
-        return Difference(f"the convolution merged at {head} is none here: {reason}")
+        return Difference(f"the group merged at {head} is not one convolution: {reason}")
     missing = _missing_call(original, allowed)
     if missing:
         return Difference(f"the model never makes the call {missing} that the plan changes")
@@ -72,7 +72,7 @@ def compare(
 
 
 def broken_groups(recording: Recording, allowed: AllowedDifferences) -> Mapping[str, str]:
-    """Return the groups that are not one convolution in a recording of the original: from their heads to the reason."""
+    """Return why groups are not one convolution in a recording of the original, by their heads."""
     return expected_values(recording, allowed, {}, {}).broken
 
 
@@ -118,8 +118,8 @@ def _first_difference(
     before, after = map(_describe, facts)
     module = next(fact.frame.path for fact in reversed(facts) if fact is not None)
     return Difference(
-        f"in the forward of {module or 'the model'} the result does {after or 'nothing'} where "
-        f"{before or 'nothing'} was to be done",
+        f"in the forward of {module or 'the model'}, the result runs {after or 'nothing'} where "
+        f"{before or 'nothing'} was expected",
         module,
         before,
         after,
@@ -167,7 +167,7 @@ def _shape_difference(
         shape = shapes.get(expected.numbers[node], fact.shapes)
         if shape != fact.shapes and node not in hoisted:
             text = (
-                f"{fact.label} gives {shape} instead of {fact.shapes}, though it is no part of a run whose padding "
+                f"{fact.label} gives {shape} instead of {fact.shapes}, though it is not part of a run whose padding "
                 "moved"
             )
             return Difference(text, fact.frame.path, _describe(fact), _describe(fact))

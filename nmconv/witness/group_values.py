@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from nmconv.recording import Fact, Read, Recording, hook_sees, unknown
+from nmconv.recording import Fact, Read, Recording, unknown, user_hook
 from nmconv.witness.allowed import MergedGroup, by_member
 
 __all__ = ["Content", "GroupValues", "Table", "number_of"]
@@ -19,7 +19,7 @@ Content = tuple[int, "int | None"]
 
 
 def number_of(table: Table, key: Any) -> int:
-    """Return the number of the value that ``key`` identifies; a new one if there is none."""
+    """Return the number of the value that ``key`` identifies, a new one for a new key."""
     return table.setdefault(key, len(table))
 
 
@@ -55,7 +55,7 @@ class GroupValues:
 
     def _group_of(self, node: Node, fact: Fact) -> MergedGroup | None:
         """Return the group of a module's call, or of a call in the forward of a member (a norm)."""
-        if node in self._constants or fact.passes or node.target is hook_sees:
+        if node in self._constants or fact.passes or node.target is user_hook:
             return None
         return self._by_module.get(fact.label if node.op == "call_module" else fact.frame.path)
 
@@ -102,9 +102,9 @@ class GroupValues:
                 broken[head] = f"{repeated} is called {labels.count(repeated)} times"
             elif len(self._entries[head]) != 1:
                 reader = list(self._entries[head].values())[-1]
-                broken[head] = f"{self._facts[reader].label} is given something else than what comes before it gives"
+                broken[head] = f"{self._facts[reader].label} is given something other than what comes before it returns"
             elif len(nodes) > 1 and nodes[0] in readable:
-                broken[head] = "something out of sight, such as a scripted function, may read a value inside of it"
+                broken[head] = "unrecorded code, such as a scripted function, may read a value inside of it"
         return broken
 
     def _readable_by_unknown(self) -> set[Node]:

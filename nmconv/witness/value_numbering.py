@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from nmconv.flow import mixed_into
 from nmconv.planning import ReplacedSum
-from nmconv.recording import TENSOR, Fact, Read, Recording, hook_sees, unknown
+from nmconv.recording import TENSOR, Fact, Read, Recording, unknown, user_hook
 from nmconv.witness.allowed import (
     AllowedDifferences,
     MergedGroup,
@@ -38,7 +38,7 @@ class NumberedValues:
         numbers: The number of each node's value; nodes that are removed have none.
         live: The nodes, in order, that anything returned, stored, written or shown to a hook depends on.
         results: What is compared in the end, by kind and name.
-        broken: By the heads of groups that are not one convolution in this recording, why.
+        broken: Why groups are not one convolution in this recording, by their heads.
         moved: From the input of each moved activation to the number of its result.
     """
 
@@ -62,7 +62,7 @@ def values_of(
 
     Args:
         recording: A recording of the result.
-        allowed: What was done to the original.
+        allowed: The changes that were made to the original.
         table: The table that is shared with the other recording.
         added: From the names of modules that are moved activations to their possible classes.
         names: The aliases in the original's recording: a module that is registered several times may have lost its
@@ -81,7 +81,7 @@ def expected_values(
 
     Args:
         recording: A recording of the original.
-        allowed: What was to be done.
+        allowed: The changes that were to be made.
         table: The table that is shared with the result's recording.
         moved: The result's moved activations, see :class:`NumberedValues`.
     """
@@ -96,7 +96,7 @@ class _Numbering:
 
     Args:
         recording: The recording.
-        allowed: What was done, or is to be done.
+        allowed: The changes that were made, or were to be made.
         table: The shared table.
         dropped: The calls that are removed, each with what replaces its result.
         sums: The additions of which one operand remains.
@@ -204,14 +204,14 @@ class _Numbering:
         return (self._moved[content], None) if content in self._moved else content
 
     def _last_write(self, node: Node | None) -> Node | None:
-        """Return the last write, among a node and the writes before, that is not removed."""
+        """Return the last write that is not removed, among a node and the writes before it."""
         while node is not None and (node in self._passing or node in self._sums):
-            before = self._facts[node].before
+            before = self._facts[node].previous_writers
             node = before[0] if before else None
         return node
 
     def _has_read(self, node: Node, write: Node) -> bool:
-        """Return whether a node has read what a write left, as a view does that is made after it."""
+        """Return whether a node has read the result of a write, as a view that is made after it does."""
         while self._facts[node].form[:1] == ("item",):  # a part of what a call returned
             node = self._facts[node].reads[0][0]
         reads = self._facts[node].reads
@@ -225,7 +225,7 @@ class _Numbering:
 
     def _passes_on(self, node: Node, fact: Fact) -> bool:
         """Return whether a call returns its input, a copy of it, or its sum with zero."""
-        if not fact.reads or node in self._groups or node.target is hook_sees:
+        if not fact.reads or node in self._groups or node.target is user_hook:
             return False
         if is_moved(self._added, node, fact):
             return False
@@ -249,8 +249,8 @@ class _Numbering:
         for name, read in recording.stored.items():
             if not self._groups.owns(name):
                 results["stored", name] = self._content(read)
-        for index, node in enumerate(recording.seen):
-            results["seen", f"{self._facts[node].label} ({index})"] = self._values.numbers[node]
+        for index, node in enumerate(recording.hook_nodes):
+            results["passed to hooks", f"{self._facts[node].label} ({index})"] = self._values.numbers[node]
 
     def _only_in_removed_branches(self) -> set[Node]:
         """Return the nodes that only the removed operands of sums need."""
@@ -277,14 +277,14 @@ class _Numbering:
             else:
                 remaining = self._dropped.get(node, fact.reads)
             todo += [source for read in remaining for source in read if source is not None]
-            todo += [source for source in fact.before if source is not None]
+            todo += [source for source in fact.previous_writers if source is not None]
         return dependencies
 
     def _find_live(self) -> None:
         recording, numbers = self._recording, self._values.numbers
         written = [read for name, read in recording.written.items() if ("written", name) in self._values.results]
-        seen: list[Read] = [(node, None) for node in recording.seen]
-        live = self._dependencies([*recording.output[1], *written, *recording.stored.values(), *seen])
+        hooks: list[Read] = [(node, None) for node in recording.hook_nodes]
+        live = self._dependencies([*recording.output[1], *written, *recording.stored.values(), *hooks])
         self._values.live = [
             node
             for node in self._facts
@@ -313,5 +313,5 @@ class _Numbering:
 
 
 def _is_dropout(fact: Fact) -> bool:
-    """Return whether a module drops values in train mode, which a merged convolution does not, as its warning says."""
+    """Return whether a module drops values in train mode; merged convolutions do not, as FoldedNormWarning says."""
     return bool(fact.settings) and ("Drop" in fact.settings[1] or fact.settings[1] == "StochasticDepth")

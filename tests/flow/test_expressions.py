@@ -175,7 +175,7 @@ def test_what_is_inside_is_listed_with_a_reason():
     plan = plan_of(net(OTHERS["hardswish"]["six behind"]))
     inner = next(site for site in plan.sites if site.function == "relu6")
     assert inner.action == "skip"
-    assert inner.reason == "inside an activation that the forward works out by hand"
+    assert inner.reason == "inside a handwritten activation"
 
 
 def overwritten(s, x):
@@ -257,7 +257,7 @@ def test_a_scale_behind_an_expression_of_no_known_kind_stays():
 
 
 def test_the_error_says_which_expressions_are_known():
-    with pytest.raises(nmconv.NoSitesError, match="expressions in one value"):
+    with pytest.raises(nmconv.NoSitesError, match="expression in one value"):
         nmconv.make_plan(Net(NONE["overwritten"]), "2:1", example_inputs=X)
 
 

@@ -279,7 +279,7 @@ def test_another_kind_is_refused(kind):
 
 @pytest.mark.parametrize("cls", [Act(), "Act", torch.Tensor, F.relu, None, int, list[int]])
 def test_what_is_no_class_of_modules_is_refused(cls):
-    with pytest.raises(nmconv.OptionError, match="is no class of modules"):
+    with pytest.raises(nmconv.OptionError, match="is not a class of modules"):
         nmconv.register(cls, "activation")
 
 

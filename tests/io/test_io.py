@@ -384,7 +384,7 @@ def test_save_refuses(path):
         (sparse, "sparse"),
         (wide, "complex128"),
         (nn.DataParallel(Net()), "DataParallel"),
-        ("net", "no nn.Module"),
+        ("net", "not an nn.Module"),
     ):
         with pytest.raises(nmconv.ModelTypeError, match=text):
             nmconv.save(model, path)  # type: ignore[arg-type]

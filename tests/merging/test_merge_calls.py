@@ -201,7 +201,7 @@ def test_contexts_that_a_forward_asks_for_end_a_run():
         assert close(merged(X), net(X))
     assert close(merged(X), net(X))
     (run,) = nmconv.find_runs(net, example_inputs=X)
-    assert run.why == "b is given something else than what comes before it gives (eval, no_grad)"
+    assert run.why == "b is given something other than what comes before it returns (eval, no_grad)"
 
 
 @pytest.mark.parametrize("way", ["merged", "live", "loaded", "fitted"])

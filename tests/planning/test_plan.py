@@ -805,7 +805,7 @@ def test_example_inputs_win_over_the_call():
     model = staged()
     plan = nmconv.make_plan(model, keep="boundary")
     strange = dataclasses.replace(plan, call=nmconv.planning.Signature((nmconv.planning.TensorSpec((1, 9, 8, 8)),), {}))
-    with pytest.raises(PlanError, match=r"9, 8, 8.*what the plan says"):
+    with pytest.raises(PlanError, match=r"9, 8, 8.*the one that the plan states"):
         nmconv.apply_plan(model, strange)
     assert nmconv.get_plan(nmconv.apply_plan(model, strange, example_inputs=torch.zeros(1, 4, 8, 8))) == plan
     odd = dataclasses.replace(

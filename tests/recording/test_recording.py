@@ -120,7 +120,7 @@ def test_where_data_decide_one_real_run_tells_and_the_places_are_noted():
         return s.b(y[:, :, :1][x[:, :, :1] > -1].view_as(y[:, :, :1]))
 
     run = runs(Net(forward))["eval"]
-    assert ("__bool__", "") in run.asked
+    assert ("__bool__", "") in run.data_dependent_calls
     assert labels(run)[:3] == ["a", "mean", "gt"]
     big = runs(Net(forward), X + 10)["eval"]
     assert "mul" in labels(big)
@@ -204,9 +204,9 @@ def test_classes_whose_copies_are_none_are_converted_in_place():
             raise TypeError("there is one of it")
 
     texts = {
-        Same: "shares the whole",
-        Anew: "has another structure than itself",
-        Numbers: "has other numbers in 'a.weight'",
+        Same: "shares everything",
+        Anew: "has another structure than the model",
+        Numbers: "has other values in 'a.weight'",
         Raises: r"cannot be copied \(TypeError: there is one of it\)",
     }
     for cls, text in texts.items():

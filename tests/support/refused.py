@@ -20,5 +20,5 @@ def not_plain(model, images):
         (scripted, "the model is scripted"),
         (nn.DataParallel(model), "the model is a DataParallel"),
         (nn.Sequential(nn.LazyConv2d(3, 3), nn.ReLU()), "without weights yet"),
-        ("resnet", "str is no nn.Module"),
+        ("resnet", "str is not an nn.Module"),
     )

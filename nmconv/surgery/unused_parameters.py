@@ -11,12 +11,12 @@ from torch import nn
 
 from nmconv.errors import RestoredParametersWarning, warn_user
 from nmconv.flow import is_leaf
-from nmconv.planning import Activation, Changes
+from nmconv.planning import Activation, Changes, Site
 from nmconv.recording import Recording, Recordings, record_again
 from nmconv.surgery.checks import FROZEN
 from nmconv.surgery.placeholders import is_identity
 
-__all__ = ["UsedParameters", "thaw"]
+__all__ = ["UsedParameters", "has_parameters", "unfreeze"]
 
 
 class UsedParameters:
@@ -29,12 +29,12 @@ class UsedParameters:
     """
 
     def __init__(self, original: nn.Module, changes: Changes, recordings: Recordings) -> None:
-        is_affected = changes.sums or any(_has_parameters(original, change.call) for change in changes.made)
+        is_affected = changes.sums or any(has_parameters(original, change.call) for change in changes.made)
         self._runs = [run for mode in (False, True) for run in recordings.of_mode(training=mode)] if is_affected else []
         self._used = _used_parameters(original, self._runs)
 
-    def freeze_unread(self, result: nn.Module) -> None:
-        """Stop the parameters that the changed model does not use any more from requiring gradients."""
+    def freeze_unused(self, result: nn.Module) -> None:
+        """Let the parameters that the changed model no longer uses require no gradients."""
         used = _used_parameters(result, [record_again(result, run, is_leaf) for run in self._runs])
         parameters = dict(result.named_parameters(remove_duplicate=False))
         frozen = tuple(sorted(name for name in self._used - used if parameters[name].requires_grad))
@@ -44,7 +44,7 @@ class UsedParameters:
             vars(result)[FROZEN] = frozen
 
 
-def thaw(model: nn.Module, names: Iterable[str]) -> None:
+def unfreeze(model: nn.Module, names: Iterable[str]) -> None:
     """Let frozen parameters require gradients again.
 
     Warns:
@@ -52,21 +52,23 @@ def thaw(model: nn.Module, names: Iterable[str]) -> None:
     """
     vars(model).pop(FROZEN, None)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    thawed = [name for name in names if name in parameters and not parameters[name].requires_grad]
-    for name in thawed:
+    unfrozen = [name for name in names if name in parameters and not parameters[name].requires_grad]
+    for name in unfrozen:
         parameters[name].requires_grad_(True)
-    if thawed:
+    if unfrozen:
         warn_user(
-            f"{len(thawed)} parameters of this {type(model).__name__} are read again and require gradients "
-            f"({', '.join(thawed[:3])}{', …' if len(thawed) > 3 else ''}): add them to an optimizer that was made "
-            "without",
+            f"{len(unfrozen)} parameters of this {type(model).__name__} are read again and require gradients "
+            f"({', '.join(unfrozen[:3])}{', …' if len(unfrozen) > 3 else ''}): add them to an optimizer that was made "
+            "without them",
             RestoredParametersWarning,
         )
 
 
-def _has_parameters(model: nn.Module, call: Activation) -> bool:
-    module = model.get_submodule(call.name)
-    return call.kind == "PReLU" or (not call.function and next(module.parameters(), None) is not None)
+def has_parameters(model: nn.Module, act: Activation | Site) -> bool:
+    """Return whether an activation has parameters, or is a functional PReLU, which takes them as an argument."""
+    if act.kind == "PReLU":
+        return True
+    return not act.function and next(model.get_submodule(act.name).parameters(), None) is not None
 
 
 def _used_parameters(model: nn.Module, runs: Iterable[Recording]) -> set[str]:
