@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nmconv.analysis.observed_model import to_home
+from nmconv.analysis.observed_model import to_device_and_dtype
 from nmconv.analysis.observed_sites import ObservedSite, channel_axes, observed_sites
 from nmconv.analysis.site_watch import SiteWatch
 from nmconv.errors import FitError, NoSitesError, OptionError
@@ -34,8 +34,10 @@ class LayerFeatures:
 
     def __init__(self, model: nn.Module, layers: Sequence[str] | None, images: Tensor) -> None:
         self._model = model
-        self._home = device_and_dtype_of(model)
-        recordings = record_model(model, to_home(images, self._home, copy=True), both_sizes=False)
+        self._device_and_dtype = device_and_dtype_of(model)
+        recordings = record_model(
+            model, to_device_and_dtype(images, self._device_and_dtype, copy=True), both_sizes=False
+        )
         sites = {site.id: site for site in observed_sites(model, recordings)[False]}
         if layers is None:
             layers = [site_id for site_id, site in sites.items() if site.is_site]
@@ -59,7 +61,7 @@ class LayerFeatures:
                 one row per image.
         """
         self._batch = {}
-        images = to_home(images, self._home, copy=True)
+        images = to_device_and_dtype(images, self._device_and_dtype, copy=True)
         count = len(images)
         watch = SiteWatch(self._model, self._sites, on_output=self._keep_activation)
         with ExitStack() as hooks, torch.no_grad(), input_errors_as_fit_errors(self._model, images):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nmconv.observing import eval_mode
 from nmconv.recording import rng_restored
 
-__all__ = ["state_preserved", "to_home"]
+__all__ = ["state_preserved", "to_device_and_dtype"]
 
 
 @contextmanager
@@ -33,13 +33,15 @@ def state_preserved(model: nn.Module) -> Iterator[None]:
                     value.copy_(before)
 
 
-def to_home(images: Tensor, home: tuple[torch.device, torch.dtype], *, copy: bool = False) -> Tensor:
+def to_device_and_dtype(
+    images: Tensor, device_and_dtype: tuple[torch.device, torch.dtype], *, copy: bool = False
+) -> Tensor:
     """Move images to a model's device, and floating-point images to its dtype.
 
     Args:
         images: ``[images, ...]``.
-        home: The model's device and dtype, from :func:`nmconv.observing.device_and_dtype_of`.
+        device_and_dtype: The model's device and dtype, from :func:`nmconv.observing.device_and_dtype_of`.
         copy: Whether to copy them in any case, as some models overwrite their input.
     """
-    device, dtype = home
+    device, dtype = device_and_dtype
     return images.to(device, dtype if images.is_floating_point() else images.dtype, copy=copy)

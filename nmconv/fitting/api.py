@@ -179,9 +179,9 @@ def _check_reference(reference: nn.Module, model: nn.Module, plan: Plan) -> None
     except (PlanError, OptionError) as error:
         raise FitError(f"the reference is another model than the one that was converted: {error}") from error
     if device_and_dtype_of(reference) != device_and_dtype_of(model):
-        reference_home, model_home = (" in ".join(map(str, device_and_dtype_of(each))) for each in (reference, model))
+        reference_place, model_place = (" in ".join(map(str, device_and_dtype_of(each))) for each in (reference, model))
         raise FitError(
-            f"the reference is on {reference_home}, and the model on {model_home}: move one to the other with .to()"
+            f"the reference is on {reference_place}, and the model on {model_place}: move one to the other with .to()"
         )
 
 

@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from nmconv.errors import FitError
-from nmconv.finding import DefUse, Element, ParallelSum, ValueLocation, linear_runs, steps_of
+from nmconv.finding import DefUse, Element, ParallelSum, ValueLocation, conv_names, linear_runs, steps_of
 from nmconv.fitting.missing_additions import MissingAdditions
-from nmconv.fitting.run_pieces import convs_of, pieces_of, without_last_sum
+from nmconv.fitting.run_pieces import pieces_of, without_last_sum
 from nmconv.planning import Kernel, Plan, ReplacedSum, Site
 
 __all__ = ["FitTask", "FitTasks", "lost_sites"]
@@ -88,7 +88,7 @@ class FitTasks:
         self._additions = MissingAdditions(branch.sum for branch in plan.branches)
         reference_runs = linear_runs(reference, example_inputs=example_inputs, sizes=False)
         self._reference_run = {
-            conv: index for index, run in enumerate(reference_runs) for conv in convs_of(run.elements)
+            conv: index for index, run in enumerate(reference_runs) for conv in conv_names(run.elements)
         }
         self._runs = linear_runs(model, example_inputs=example_inputs, sizes=False)
         self.flags = tuple(dict.fromkeys(flag for run in self._runs for flag in run.flags))
@@ -165,7 +165,7 @@ class FitTasks:
                     target, acts = use.location, (use.act,)
                 break
         first = next(step.name for step in steps_of(model_elements))
-        return FitTask(model_elements, convs_of(model_elements), first, output, residual_sum, target, kernel, acts)
+        return FitTask(model_elements, conv_names(model_elements), first, output, residual_sum, target, kernel, acts)
 
 
 def lost_sites(plan: Plan, tasks: Iterable[FitTask]) -> Iterator[Site]:

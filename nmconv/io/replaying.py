@@ -60,13 +60,15 @@ def _merge(
     for error in failed.values():
         raise error
     convs: dict[str, nn.Module] = {}
-    last = is_channels_last(model)
+    channels_last = is_channels_last(model)
     for merge in merges:
         if merge.live:  # its factors stay in place
             continue
         head: Any = model.get_submodule(merge.head)
         like = reference_tensor(head)
-        conv = in_memory_format(conv_module(merge.geometry, torch.empty(0, dtype=like.dtype, device="meta")), last)
+        conv = in_memory_format(
+            conv_module(merge.geometry, torch.empty(0, dtype=like.dtype, device="meta")), channels_last
+        )
         conv.requires_grad_(any_requires_grad(model.get_submodule, (merge.head, *merge.removed)))
         conv.training = head.training
         devices[conv] = devices.pop(head, like.device)

@@ -111,7 +111,7 @@ def merge(
     elif gate == "multiply_adds":
         price = _multiply_adds_price(min_gain, batch_size(example_inputs) if live else None)
     else:
-        price = _price_of_anything
+        price = _always_pays
     merger.choose(price, fold=not live, fewest=gate == "always")
     merger.check_eval_mode()
     gains = "is one exact convolution" if gate == "always" else f"gains {min_gain}"
@@ -120,7 +120,7 @@ def merge(
         trial = merger.carry_out(merger.working_copy())
         if is_slower(_folded(model, recorded).model, trial.model, example_inputs, backend):
             why = f"together, the runs that gain {min_gain} each make it slower on {backend}"
-            merger.choose(_price_of_nothing, fold=True, fewest=False)
+            merger.choose(_never_pays, fold=True, fewest=False)
             merger.check_eval_mode()
         elif not inplace:
             return trial.finish()
@@ -218,7 +218,7 @@ def _folded(
     model: nn.Module, witness: Witness | None, inplace: bool = False, example_inputs: Any = None
 ) -> WorkingCopy:
     merger = Merger(model, example_inputs, False, witness, compare_outputs=False)
-    merger.choose(_price_of_nothing, fold=True, fewest=False)
+    merger.choose(_never_pays, fold=True, fewest=False)
     merger.check_eval_mode()
     return merger.carry_out(merger.working_copy(inplace=inplace))
 
@@ -227,17 +227,17 @@ def _multiply_adds_price(min_gain: float, batch: int | None = None) -> Price:
     """Return the price by multiply-adds per image; those of composing a live kernel are shared by ``batch`` images."""
 
     def price(segment: Segment) -> float | None:
-        merged = segment.merged_cost + (segment.composing / batch if batch else 0)
+        merged = segment.merged_cost + (segment.composition_cost / batch if batch else 0)
         return merged if segment.cost >= min_gain * merged else None
 
     return price
 
 
-def _price_of_anything(segment: Segment) -> float | None:
+def _always_pays(segment: Segment) -> float | None:
     return segment.merged_cost
 
 
-def _price_of_nothing(segment: Segment) -> float | None:
+def _never_pays(segment: Segment) -> float | None:
     return None
 
 

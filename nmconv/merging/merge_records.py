@@ -12,7 +12,7 @@ from nmconv.merging.partitioning import Segment
 from nmconv.merging.report import Merge
 from nmconv.planning import ReplacedSum
 
-__all__ = ["any_requires_grad", "merge_of_segment", "norms_behind"]
+__all__ = ["any_requires_grad", "merge_of_segment", "norms_after"]
 
 
 def merge_of_segment(segment: Segment, trainable: bool, live: bool) -> Merge:
@@ -37,15 +37,15 @@ def merge_of_segment(segment: Segment, trainable: bool, live: bool) -> Merge:
     )
 
 
-def any_requires_grad(named: Callable[[str], nn.Module], names: Iterable[str]) -> bool:
+def any_requires_grad(get_module: Callable[[str], nn.Module], names: Iterable[str]) -> bool:
     """Return whether any parameter of these modules requires gradients, without those of their children."""
-    modules = map(named, names)
+    modules = map(get_module, names)
     return any(value.requires_grad for module in modules for value in module.parameters(recurse=False))
 
 
-def norms_behind(segment: Segment) -> tuple[str, ...]:
+def norms_after(segment: Segment) -> tuple[str, ...]:
     """Return the norms that the merged convolution's output passes through, in order of execution."""
-    return tuple(_Roles(segment.nodes).norms_behind)
+    return tuple(_Roles(segment.nodes).norms_after)
 
 
 class _Roles:
@@ -57,14 +57,14 @@ class _Roles:
     Attributes:
         head: The module whose place the merged convolution takes.
         removed: All other modules that are not identities.
-        norms_behind: Those of them that are norms on the path from the head to the output.
+        norms_after: Those of them that are norms on the path from the head to the output.
         sums: The additions that are removed, innermost first.
     """
 
     def __init__(self, nodes: Sequence[RunNode]) -> None:
         self.head = ""
         self.removed: list[str] = []
-        self.norms_behind: list[str] = []
+        self.norms_after: list[str] = []
         self.sums: list[ReplacedSum] = []
         self._add(nodes)
 
@@ -78,7 +78,7 @@ class _Roles:
             elif element.kind != "pass":
                 self.removed.append(element.name)
                 if element.kind == "norm" and self.head:
-                    self.norms_behind.append(element.name)
+                    self.norms_after.append(element.name)
 
     def _add_sum(self, parallel: ParallelSum, node: RunNode) -> None:
         if self.head:  # the merged value comes in: it leaves by the shortest branch, the identity if there is one

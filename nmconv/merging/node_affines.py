@@ -31,7 +31,7 @@ ToAffine: TypeAlias = Callable[[nn.Module, str, Geometry], Affine]  # from a mod
 
 def affine_of_nodes(
     nodes: Sequence[RunNode],
-    module: Callable[[str], nn.Module],
+    get_module: Callable[[str], nn.Module],
     to_affine: ToAffine,
     like: Tensor,
     channels: int,
@@ -43,7 +43,7 @@ def affine_of_nodes(
 
     Args:
         nodes: Of a run or of a branch of one.
-        module: Returns the module of a qualified name.
+        get_module: Returns the module of a qualified name.
         to_affine: Reads one module as an affine map.
         like: A tensor with the dtype and device of identities and pools.
         channels: Number of input channels.
@@ -60,7 +60,8 @@ def affine_of_nodes(
         if isinstance(element, ParallelSum):
             _check_rewritable(element)
             branches = [
-                affine_of_nodes(branch, module, to_affine, like, width, rank, exact=exact) for branch in node.branches
+                affine_of_nodes(branch, get_module, to_affine, like, width, rank, exact=exact)
+                for branch in node.branches
             ]
             parts.append(add_affines(branches))
         elif isinstance(node.geometry, Refusal):
@@ -70,18 +71,18 @@ def affine_of_nodes(
         elif element.kind == "pool":
             parts.append(of_average(like, node.geometry))
         elif not element.quiet:
-            parts.append(to_affine(module(element.name), element.kind, node.geometry))
+            parts.append(to_affine(get_module(element.name), element.kind, node.geometry))
     return reduce(partial(compose, exact=exact), parts) if parts else of_identity(like, channels, rank)
 
 
 def interior_affine(
-    nodes: Sequence[RunNode], module: Callable[[str], nn.Module], channels: int, rank: int, like: Tensor
+    nodes: Sequence[RunNode], get_module: Callable[[str], nn.Module], channels: int, rank: int, like: Tensor
 ) -> Affine:
     """Return the nodes as one convolution in float64 that equals them away from the border, as if padding were hoisted.
 
     Args:
         nodes: Of a run or of a branch of one.
-        module: Returns the module of a qualified name.
+        get_module: Returns the module of a qualified name.
         channels: Number of input channels.
         rank: Number of spatial axes.
         like: A tensor with the device of the result.
@@ -89,7 +90,7 @@ def interior_affine(
     Raises:
         Refusal: If there is none, with the reason.
     """
-    return affine_of_nodes(nodes, module, affine_in_double, like, channels, rank, exact=False)
+    return affine_of_nodes(nodes, get_module, affine_in_double, like, channels, rank, exact=False)
 
 
 def interior_geometry(nodes: Sequence[RunNode], channels: int, rank: int) -> Geometry:

@@ -39,11 +39,11 @@ class Segment:
     @property
     def merged_cost(self) -> int:
         """Multiply-adds of the one convolution, and of adding its border term if there is one."""
-        positions = math.prod(self.nodes[-1].result)
+        positions = math.prod(self.nodes[-1].output_sizes)
         return (self.geometry.weights + (self.geometry.out_channels if self.geometry.bounded else 0)) * positions
 
     @property
-    def composing(self) -> int:
+    def composition_cost(self) -> int:
         """Multiply-adds of composing the kernel from its factors, independent of the input size; norms do not count."""
         return _composition_cost(self.nodes)
 
@@ -76,25 +76,25 @@ class Partition:
 
     Attributes:
         cost: Total cost in the unit of the gate's price.
-        left: Number of operations that remain.
+        operations: Number of operations that remain.
         segments: What becomes one convolution each.
     """
 
     cost: float = 0
-    left: int = 0
+    operations: int = 0
     segments: tuple[Segment, ...] = ()
 
     def by_cost(self) -> tuple[float, int]:
         """Return the sort key for the lowest cost."""
-        return self.cost, self.left
+        return self.cost, self.operations
 
     def by_operations(self) -> tuple[int, float]:
         """Return the sort key for the fewest operations."""
-        return self.left, self.cost
+        return self.operations, self.cost
 
     def then(self, other: Partition) -> Partition:
         """Return both, one after the other."""
-        return Partition(self.cost + other.cost, self.left + other.left, (*self.segments, *other.segments))
+        return Partition(self.cost + other.cost, self.operations + other.operations, (*self.segments, *other.segments))
 
 
 def partition(nodes: Sequence[RunNode], price: Price, *, fold: bool, fewest: bool = False) -> Partition:

@@ -78,7 +78,9 @@ class RunDivider:
                 why = "" if last is None else self._between.get((_key(last), _key(node)), "")
                 if why:
                     assert last is not None
-                    result.append(RunNode(_identity_step(last.element), Refusal(why), node.sizes, node.sizes, 0))
+                    result.append(
+                        RunNode(_identity_step(last.element), Refusal(why), node.input_sizes, node.input_sizes, 0)
+                    )
                 last = node
             result.append(node)
         return tuple(result)

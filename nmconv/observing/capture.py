@@ -115,7 +115,7 @@ class Capture(ForwardTracker):
 
     def _add_input_hook(self, module: nn.Module, key: ValueLocation | str) -> None:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            if not self._runs:
+            if not self._is_running:
                 return None
             name = next(iter(kwargs), "")
             value = args[0] if args else kwargs[name]
@@ -129,7 +129,7 @@ class Capture(ForwardTracker):
 
     def _output_hook(self, location: ValueLocation) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, result: Any) -> Any:
-            if not self._runs:
+            if not self._is_running:
                 return None
             caller = self._stack[-1] if self._stack else ""
             if caller == location.owner and self._count(location.owner, location.label) == location.number:

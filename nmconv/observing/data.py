@@ -28,7 +28,7 @@ __all__ = [
 _BATCH = 64  # images
 _MAX_BYTES = 4 * 2**30  # of images in memory; beyond that they are read again by index, where the data allows that
 _EMPTY = "data holds no images: give a loader or an iterable that has not been read to its end"
-Home = tuple[torch.device, torch.dtype]
+DeviceAndDtype = tuple[torch.device, torch.dtype]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,13 +39,13 @@ class Images:
         source: Returns an iterator over pairs of a batch and whether it is held out.
         count: Number of images that are fitted.
         held: Number of images that are held out.
-        home: The device of the batches, and the dtype of floating-point batches.
+        device_and_dtype: The device of the batches, and the dtype of floating-point batches.
     """
 
     source: Callable[[], Iterator[tuple[Tensor, bool]]]
     count: int
     held: int
-    home: Home
+    device_and_dtype: DeviceAndDtype
 
     def batches(self, held: bool | None = None) -> Iterator[tuple[Tensor, bool]]:
         """Yield copies of the batches on the model's device and in its dtype, and whether each is held out.
@@ -53,7 +53,7 @@ class Images:
         Args:
             held: Only the images held out (True), or only those fitted (False); None for all.
         """
-        device, dtype = self.home
+        device, dtype = self.device_and_dtype
         for batch, is_held in self.source():
             if held is None or is_held is held:
                 # Copied, since some models overwrite their input.
@@ -65,7 +65,7 @@ class Images:
         return batch[:1]
 
 
-def device_and_dtype_of(model: nn.Module) -> Home:
+def device_and_dtype_of(model: nn.Module) -> DeviceAndDtype:
     """Return device and dtype of a model's first floating-point parameter or buffer."""
     for value in (*model.parameters(), *model.buffers()):
         if value.is_floating_point():
@@ -91,7 +91,7 @@ def read_images(data: Any, model: nn.Module, *, holdout: float = 0.0, key: str |
     """
     if isinstance(data, Images):
         return data
-    home = device_and_dtype_of(model)
+    device_and_dtype = device_and_dtype_of(model)
     split = _HoldoutSplit(holdout)
     memory = _ImagesInMemory()
     data = _in_batches(data)
@@ -100,7 +100,7 @@ def read_images(data: Any, model: nn.Module, *, holdout: float = 0.0, key: str |
         for part, held in split.of_batch(batch):
             memory.add(part, held)
         if memory.size > _MAX_BYTES and read_again is not None:
-            return read_again(holdout, home)
+            return read_again(holdout, device_and_dtype)
     if not split.count:
         raise OptionError(_EMPTY)
     batches = memory.batches()
@@ -110,7 +110,7 @@ def read_images(data: Any, model: nn.Module, *, holdout: float = 0.0, key: str |
         raise OptionError(
             f"data holds {split.count} images of shape {shape}, too few to hold out {holdout} of them: {advice}"
         )
-    return Images(lambda: iter(batches), split.count - split.held, split.held, home)
+    return Images(lambda: iter(batches), split.count - split.held, split.held, device_and_dtype)
 
 
 def read_batches(data: Any, key: str | None = None) -> Iterator[tuple[Tensor, Any]]:
@@ -219,7 +219,7 @@ class _ImagesInMemory:
         return [(torch.cat(parts) if len(parts) > 1 else parts[0], held) for parts, held in self._batches]
 
 
-def _reader_by_index(data: Any, key: str | None) -> Callable[[float, Home], Images] | None:
+def _reader_by_index(data: Any, key: str | None) -> Callable[[float, DeviceAndDtype], Images] | None:
     """Return a function that makes images which read a loader's data set by index; None where that is impossible."""
     if not isinstance(data, DataLoader) or data.collate_fn is None or isinstance(data.dataset, IterableDataset):
         return None
@@ -231,7 +231,7 @@ def _reader_by_index(data: Any, key: str | None) -> Callable[[float, Home], Imag
     if not hasattr(dataset, "__getitem__"):
         return None
 
-    def images_by_index(holdout: float, home: Home) -> Images:
+    def images_by_index(holdout: float, device_and_dtype: DeviceAndDtype) -> Images:
         indices: tuple[list[int], list[int]] = ([], [])  # fitted, held out
         for number, index in enumerate(sorted(itertools.chain.from_iterable(sampler))):
             indices[_is_held(number, holdout)].append(index)
@@ -243,7 +243,7 @@ def _reader_by_index(data: Any, key: str | None) -> Callable[[float, Home], Imag
                     yield _images_of(collate([dataset[index] for index in part[start : start + size]]), key), held
 
         _check_repeatable(read, min(size, len(indices[0]) or len(indices[1])), dataset)
-        return Images(read, len(indices[0]), len(indices[1]), home)
+        return Images(read, len(indices[0]), len(indices[1]), device_and_dtype)
 
     return images_by_index
 

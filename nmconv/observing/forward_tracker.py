@@ -50,7 +50,7 @@ class ForwardTracker:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._hooks = ExitStack()  # removes all hooks, even if removing one of them fails
-        self._runs = False
+        self._is_running = False
         self._stack: list[str] = []
         self._counts: dict[tuple[str, str], int] = {}
 
@@ -69,12 +69,12 @@ class ForwardTracker:
     def running(self) -> Iterator[None]:
         """Track one forward."""
         self._stack, self._counts = [], {}
-        self._runs = True
+        self._is_running = True
         try:
             with _FunctionCalls(self):
                 yield
         finally:
-            self._runs = False
+            self._is_running = False
 
     def calling(self, name: str, args: Any, kwargs: Any) -> None:
         """Handle the call of a function of this name in the active forward, before it runs."""
@@ -96,7 +96,7 @@ class ForwardTracker:
 
     def _entering(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
-            if not self._runs:
+            if not self._is_running:
                 return
             self._stack.append(name)
             for key in [key for key in self._counts if key[0] == name]:

@@ -15,8 +15,6 @@ from nmconv.planning.structure import Activation, Chain, Item, Structure
 
 __all__ = ["Options", "decide"]
 
-_NONE_LOCKED: Mapping[int, str] = {}
-
 
 @dataclass(frozen=True)
 class Options:
@@ -54,7 +52,7 @@ class Options:
         return tuple((name, str(value)) for name, value in values.items())
 
 
-def decide(structure: Structure, options: Options, fingerprint: str, locked: Mapping[int, str] = _NONE_LOCKED) -> Plan:
+def decide(structure: Structure, options: Options, fingerprint: str, locked: Mapping[int, str] = {}) -> Plan:
     """Make a plan: decide for every activation.
 
     Args:

@@ -35,7 +35,7 @@ class Budget:
         """Return the bound in the cost's unit, for an original of this cost."""
         return self.amount * total if self.is_fraction else self.amount
 
-    def named(self) -> str:
+    def text(self) -> str:
         """Return the text that stands for it in a plan: ``"0.75"``, ``"300000000"`` or ``"8 ms"``."""
         if isinstance(self.value, str):
             return " ".join(self.value.split())

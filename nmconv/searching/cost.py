@@ -62,8 +62,8 @@ class Stopwatch:
         assert isinstance(segment.geometry, Geometry)
         original = self._modules(nodes)
         replacements = [conv_module(segment.replacement(size), self._image) for size in sizes]
-        key = (repr(original), nodes[0].sizes, tuple(sizes), segment.geometry)
-        shape = (segment.geometry.in_channels, *nodes[0].sizes)
+        key = (repr(original), nodes[0].input_sizes, tuple(sizes), segment.geometry)
+        shape = (segment.geometry.in_channels, *nodes[0].input_sizes)
         return self._time_modules(key, [original, *replacements], shape)
 
     def branch_seconds(self, segment: CandidateSegment) -> float:
@@ -72,8 +72,8 @@ class Stopwatch:
         if not nodes or not isinstance(nodes[0].geometry, Geometry):
             return math.nan
         branch = self._modules(nodes)
-        shape = (nodes[0].geometry.in_channels, *nodes[0].sizes)
-        (seconds,) = self._time_modules((repr(branch), nodes[0].sizes), [branch], shape)
+        shape = (nodes[0].geometry.in_channels, *nodes[0].input_sizes)
+        (seconds,) = self._time_modules((repr(branch), nodes[0].input_sizes), [branch], shape)
         return seconds
 
     def _time_models(self, *models: nn.Module) -> list[Timing]:
@@ -98,7 +98,7 @@ class Stopwatch:
                 modules.append(conv_module(node.geometry, self._image))
             # Dropped activations are quiet elements themselves: they are found after the element before them.
             is_last = number + 1 == len(nodes)
-            act = None if node.element.quiet or is_last else self._space.activation_behind(node.element)
+            act = None if node.element.quiet or is_last else self._space.activation_after(node.element)
             if act is not None:
                 modules.append(copy.deepcopy(act))
         return nn.Sequential(*modules)

@@ -188,12 +188,12 @@ class JointSearch:
         best = min(within, key=lambda choice: (choice.loss, choice.cost))
         options = (
             *best.plan.options,
-            ("search", f"{self._cost} {budget.named()}"),
+            ("search", f"{self._cost} {budget.text()}"),
             ("reached", f"{best.cost / self._total:.4f}"),
             ("loss", f"{best.loss:.6g}"),
         )
         of = "of its" if budget.is_fraction else "of"
-        return replace(best.plan, ratio=f"{budget.named()} {of} {self._cost}", options=options)
+        return replace(best.plan, ratio=f"{budget.text()} {of} {self._cost}", options=options)
 
     def _out_of_reach(self, budget: Budget, most: float) -> str:
         least, unit = self._total - most, "seconds of latency" if self._cost == "latency" else self._cost

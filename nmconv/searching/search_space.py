@@ -99,9 +99,9 @@ class SearchSpace:
         self._apply(copy, plan)
         return copy
 
-    def activation_behind(self, element: Element) -> nn.Module | None:
+    def activation_after(self, element: Element) -> nn.Module | None:
         """Return the droppable activation directly after an element of a run, as a module."""
-        site = self._finder.droppable_behind(element)
+        site = self._finder.droppable_after(element)
         if site is None:
             return None
         if site.function:  # a module with default settings stands for a function
@@ -134,7 +134,7 @@ class SearchSpace:
                 if len(convs) > self.max_convs or any(":" in conv for conv in convs):
                     break  # functional convolutions are no modules that could be replaced
                 sites = [site for block in blocks for site in block.inner]
-                sites += [block.behind for block in blocks[:-1] if block.behind]
+                sites += [block.after for block in blocks[:-1] if block.after]
                 if sites and len(convs) > 1 and all(conv in self._position for conv in convs):
                     yield self._segment(blocks, convs, tuple(dict.fromkeys(sites)))
 
@@ -146,7 +146,7 @@ class SearchSpace:
         positions = [self._position[conv] for conv in convs]
         channels = getattr(self.model.get_submodule(convs[0]), "in_channels", 0)
         try:
-            geometry: Geometry | str = interior_geometry(nodes, channels, len(nodes[0].sizes))
+            geometry: Geometry | str = interior_geometry(nodes, channels, len(nodes[0].input_sizes))
         except Refusal as refusal:
             geometry = str(refusal)
         return CandidateSegment(
@@ -158,7 +158,7 @@ class SearchSpace:
             geometry=geometry,
             first=min(positions),
             last=max(positions),
-            positions=math.prod(nodes[-1].result),
+            positions=math.prod(nodes[-1].output_sizes),
             **self._costs(convs, sites),
         )
 

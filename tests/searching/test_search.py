@@ -338,7 +338,7 @@ def test_latency_is_measured(net, images):
 def test_a_budget_with_its_unit(given, seconds):
     (budget,) = budgets_of(given, "latency")
     assert budget.of(0.5) == pytest.approx(seconds, rel=1e-12) and not budget.is_fraction
-    assert budgets_of(budget.named(), "latency")[0].amount == budget.amount  # as it is written in a plan
+    assert budgets_of(budget.text(), "latency")[0].amount == budget.amount  # as it is written in a plan
 
 
 def test_a_latency_in_milliseconds(net, images):
