@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from nmconv.analysis.ensemble import Ensemble
 from nmconv.analysis.member_outputs import MemberAverages, MemberModel, Slopes
-from nmconv.analysis.observed_model import state_preserved, to_device_and_dtype
+from nmconv.analysis.observed_model import state_preserved
 from nmconv.errors import NoSitesError, OptionError
-from nmconv.observing import device_and_dtype_of, read_batches
+from nmconv.observing import device_and_dtype_of, read_batches, to_device_and_dtype
 from nmconv.planning import Plan, Site
 from nmconv.surgery import check_model, check_slope, plan_to_keep_all
 

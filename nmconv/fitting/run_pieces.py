@@ -1,4 +1,4 @@
-"""Linear runs cut into the pieces that are fitted one by one."""
+"""Cut linear runs into the pieces that are fitted one by one."""
 
 from __future__ import annotations
 

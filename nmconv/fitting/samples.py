@@ -14,11 +14,11 @@ from nmconv.fitting.ridge_regression import Regression
 
 __all__ = ["UnitSamples", "is_direct"]
 
-_MAX_COLUMNS = 6144  # of a convolution without groups whose moments are kept: 288 MiB
+_MAX_COLUMNS = 6144  # of a convolution without groups; its moments then take 288 MiB
 
 
 class UnitSamples:
-    """Collects batches of inputs and targets: as moments, or as they are where moments would take too much memory.
+    """Collect batches of inputs and targets: as moments, or as they are if moments would take too much memory.
 
     Args:
         geometry: The geometry with the largest kernel.

@@ -66,14 +66,14 @@ def from_text(text: str) -> FileContent:
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DamagedFile(f"its metadata is no JSON: {error}") from error
+        raise DamagedFile(f"its metadata is not JSON: {error}") from error
     if not isinstance(data, dict) or type(data.get("format")) is not int:
-        raise DamagedFile("its metadata names no format")
+        raise DamagedFile("its metadata has no format")
     if data["format"] != _FORMAT:
         raise UnreadFormat(f"it has format {data['format']}, and this nmconv reads {_FORMAT}{_writer(data)}")
     expected = {"format", "nmconv", "model", "plan", "merges", "aliases"}
     if data.keys() - {"slopes"} != expected:
-        raise DamagedFile(f"its metadata has other fields than {', '.join(sorted(expected))}")
+        raise DamagedFile(f"its metadata has missing or unknown fields: expected are {', '.join(sorted(expected))}")
     try:
         plan = None if data["plan"] is None else Plan.from_json(json.dumps(data["plan"]))
         return FileContent(

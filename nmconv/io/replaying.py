@@ -28,7 +28,7 @@ def replay(
 
     Args:
         model: A working copy of a pristine model.
-        content: What is to be done.
+        content: The plan and the merges.
         resolved: Its plan, resolved for the model.
         argument_structure: By owner of a sum that is removed, the call signature of its forward.
 
@@ -37,7 +37,7 @@ def replay(
 
     Raises:
         ForeignFile: If it cannot be done with this model, which is left half changed.
-        DamagedFile: If it could be done with no model.
+        DamagedFile: If it cannot be done with any model.
     """
     devices: TargetDevices = {}
     try:

@@ -52,12 +52,12 @@ class _Roles:
     """The roles of a segment's modules and sums.
 
     Args:
-        nodes: Of the segment.
+        nodes: The segment's nodes.
 
     Attributes:
         head: The module whose place the merged convolution takes.
         removed: All other modules that are not identities.
-        norms_after: Those of them that are norms on the path from the head to the output.
+        norms_after: The norms on the path from the head to the output.
         sums: The additions that are removed, innermost first.
     """
 
@@ -81,7 +81,9 @@ class _Roles:
                     self.norms_after.append(element.name)
 
     def _add_sum(self, parallel: ParallelSum, node: RunNode) -> None:
-        if self.head:  # the merged value comes in: it leaves by the shortest branch, the identity if there is one
+        if (
+            self.head
+        ):  # the merged value is the input of the sum: keep the shortest branch, the identity if there is one
             keep = min((0, 1), key=lambda index: len(parallel.branches[index]))
         else:  # the merged value is computed in the first branch with a convolution
             keep = [any(step.kind == "conv" for step in steps_of(branch)) for branch in parallel.branches].index(True)

@@ -128,7 +128,7 @@ class Merger:
 
     @property
     def why_no_convs(self) -> str:
-        """The reason why no run has a convolution although the recordings show calls of convolutions, or ""."""
+        """Why no run has a convolution although the recordings show calls of convolutions, or ""."""
         recorded = [] if self._witness is None else self._witness.recordings.runs
         if not recorded or any(conv_names(run.elements) for run in self._linear_runs):
             return ""
@@ -150,7 +150,7 @@ class Merger:
         return LatencyGate(like, batch, backend, min_gain, self._unhoisted, channels_last).price
 
     def choose(self, price: Price, *, fold: bool, fewest: bool) -> None:
-        """Choose segments; choose again without the sums whose forwards turn out not to be rewritable.
+        """Choose segments, and choose again without sums whose forwards cannot be rewritten.
 
         Args:
             price: As for :func:`nmconv.merging.partitioning.partition`.
@@ -188,7 +188,7 @@ class Merger:
         return WorkingCopy(self._model, inplace=inplace, spare=() if inplace else self._replaced())
 
     def _replaced(self) -> Iterator[Tensor | nn.Module]:
-        """Yield what the merged model will not have: modules, and parameters of modules whose children stay."""
+        """Yield what the merged model will not contain: modules, and parameters of modules whose children stay."""
         for merge in self._merges:
             for name in () if merge.live else (merge.head, *merge.removed):
                 module = self._get_module(name)

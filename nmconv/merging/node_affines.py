@@ -42,13 +42,13 @@ def affine_of_nodes(
     """Return consecutive nodes as one convolution.
 
     Args:
-        nodes: Of a run or of a branch of one.
+        nodes: Nodes of a run or of a branch.
         get_module: Returns the module of a qualified name.
         to_affine: Reads one module as an affine map.
         like: A tensor with the dtype and device of identities and pools.
         channels: Number of input channels.
         rank: Number of spatial axes.
-        exact: If False, equality holds away from the border only; padding and output sizes are right all the same.
+        exact: If False, the convolution is equal only away from the border; padding and output sizes are right.
 
     Raises:
         Refusal: If there is no such convolution, with the reason.
@@ -81,14 +81,14 @@ def interior_affine(
     """Return the nodes as one convolution in float64 that equals them away from the border, as if padding were hoisted.
 
     Args:
-        nodes: Of a run or of a branch of one.
+        nodes: Nodes of a run or of a branch.
         get_module: Returns the module of a qualified name.
         channels: Number of input channels.
         rank: Number of spatial axes.
         like: A tensor with the device of the result.
 
     Raises:
-        Refusal: If there is none, with the reason.
+        Refusal: If there is no such convolution, with the reason.
     """
     return affine_of_nodes(nodes, get_module, affine_in_double, like, channels, rank, exact=False)
 
@@ -97,7 +97,7 @@ def interior_geometry(nodes: Sequence[RunNode], channels: int, rank: int) -> Geo
     """Return the geometry of :func:`interior_affine`, without computing weights.
 
     Raises:
-        Refusal: If there is none, with the reason.
+        Refusal: If there is no such convolution, with the reason.
     """
     total = identity(channels, rank)
     for node in nodes:

@@ -20,7 +20,7 @@ class Segment:
 
     Attributes:
         nodes: The nodes.
-        geometry: Of the one convolution.
+        geometry: The geometry of the one convolution.
     """
 
     nodes: tuple[RunNode, ...]
@@ -44,7 +44,7 @@ class Segment:
 
     @property
     def composition_cost(self) -> int:
-        """Multiply-adds of composing the kernel from its factors, independent of the input size; norms do not count."""
+        """Multiply-adds of composing the kernel from its factors, without norms; independent of the input size."""
         return _composition_cost(self.nodes)
 
     @property
@@ -56,7 +56,7 @@ class Segment:
 
 
 def _composition_cost(nodes: Sequence[RunNode]) -> int:
-    """Count for each weight of a kernel the weights of the next kernel that read its channel."""
+    """Return, summed over the weights of each kernel, how many weights of the next kernel read their channel."""
     cost, kernel = 0, None
     for node in nodes:
         assert isinstance(node.geometry, Geometry)
@@ -93,7 +93,7 @@ class Partition:
         return self.operations, self.cost
 
     def then(self, other: Partition) -> Partition:
-        """Return both, one after the other."""
+        """Return both choices as one."""
         return Partition(self.cost + other.cost, self.operations + other.operations, (*self.segments, *other.segments))
 
 
@@ -101,9 +101,9 @@ def partition(nodes: Sequence[RunNode], price: Price, *, fold: bool, fewest: boo
     """Return the best choice of segments.
 
     Args:
-        nodes: Of a run, or of a branch of one.
-        price: Returns the cost of a segment as one convolution in the unit of :attr:`Node.cost`, or None if it does not
-            pay.
+        nodes: Nodes of a run or of a branch.
+        price: Returns the cost of a segment as one convolution, in the unit of :attr:`RunNode.cost`, or None if it does
+            not pay.
         fold: Whether single convolutions absorb the norms next to them.
         fewest: Whether few operations count more than a low cost.
     """

@@ -145,7 +145,7 @@ def _remainder(module: nn.Module, warned: WarnedKinds, keeps_norm: bool) -> nn.M
 
     Args:
         module: The module.
-        warned: The model's record of warnings given.
+        warned: The model's WarnedKinds.
         keeps_norm: Whether a norm stays after the merged convolution, so that training needs no warning.
     """
     remainder: nn.Module = nn.Identity()

@@ -23,10 +23,11 @@ __all__ = [
     "input_errors_as_fit_errors",
     "read_batches",
     "read_images",
+    "to_device_and_dtype",
 ]
 
 _BATCH = 64  # images
-_MAX_BYTES = 4 * 2**30  # of images in memory; beyond that they are read again by index, where the data allows that
+_MAX_BYTES = 4 * 2**30  # of images in memory; beyond that, they are read again by index where possible
 _EMPTY = "data holds no images: give a loader or an iterable that has not been read to its end"
 DeviceAndDtype = tuple[torch.device, torch.dtype]
 
@@ -53,11 +54,9 @@ class Images:
         Args:
             held: Only the images held out (True), or only those fitted (False); None for all.
         """
-        device, dtype = self.device_and_dtype
         for batch, is_held in self.source():
             if held is None or is_held is held:
-                # Copied, since some models overwrite their input.
-                yield batch.to(device, dtype if batch.is_floating_point() else batch.dtype, copy=True), is_held
+                yield to_device_and_dtype(batch, self.device_and_dtype, copy=True), is_held
 
     def first(self) -> Tensor:
         """Return one image, as a batch."""
@@ -71,6 +70,18 @@ def device_and_dtype_of(model: nn.Module) -> DeviceAndDtype:
         if value.is_floating_point():
             return value.device, value.dtype
     return torch.device("cpu"), torch.float32
+
+
+def to_device_and_dtype(images: Tensor, device_and_dtype: DeviceAndDtype, *, copy: bool = False) -> Tensor:
+    """Move images to a device, and floating-point images to a dtype.
+
+    Args:
+        images: ``[images, ...]``.
+        device_and_dtype: From :func:`device_and_dtype_of`.
+        copy: Whether to copy them in any case, as some models overwrite their input.
+    """
+    device, dtype = device_and_dtype
+    return images.to(device, dtype if images.is_floating_point() else images.dtype, copy=copy)
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -148,7 +159,7 @@ def _collate(items: Any) -> Any:
         return default_collate(items)
     except TypeError as error:
         raise OptionError(
-            f"data's items cannot be put into batches ({error}): give transforms that make tensors of them"
+            f"data's items cannot be put into batches ({error}): add a transform that turns them into tensors"
         ) from error
 
 
@@ -220,7 +231,7 @@ class _ImagesInMemory:
 
 
 def _reader_by_index(data: Any, key: str | None) -> Callable[[float, DeviceAndDtype], Images] | None:
-    """Return a function that makes images which read a loader's data set by index; None where that is impossible."""
+    """Return a function that returns Images which read a loader's data set by index; None where that is impossible."""
     if not isinstance(data, DataLoader) or data.collate_fn is None or isinstance(data.dataset, IterableDataset):
         return None
     sampler = data.batch_sampler
@@ -253,13 +264,13 @@ def _check_repeatable(read: Callable[[], Iterator[tuple[Tensor, bool]]], count: 
     first, again = (next(read())[0] for _ in range(2))
     if len(first) != count:
         raise OptionError(
-            f"data is too large to keep, and its collate_fn makes {len(first)} images of {count}: give one that "
-            "makes one of each, or fewer images"
+            f"data is too large to keep in memory, and its collate_fn makes {len(first)} images of {count}: give a "
+            "collate_fn that makes one image of each, or fewer images"
         )
     if not torch.equal(first, again):
         raise OptionError(
-            f"data is too large to keep, and its data set gives other images each time ({type(dataset).__name__}): "
-            "give it transforms that draw nothing at random, or fewer images"
+            f"data is too large to keep in memory, and its {type(dataset).__name__} returns other images each time: "
+            "give it transforms without randomness, or fewer images"
         )
 
 
@@ -290,4 +301,7 @@ def check_accepts(model: nn.Module, images: Images) -> None:
 def check_finite(values: Tensor, what: str) -> None:
     """Raise FitError if a value is infinite or NaN."""
     if not is_finite(values):
-        raise FitError(f"{what} is not finite on these images")
+        raise FitError(
+            f"{what} is not finite on these images: look for infinities and NaN in the images and the weights, or use "
+            "a dtype with a larger range"
+        )

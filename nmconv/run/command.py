@@ -95,7 +95,9 @@ def _converter(args: argparse.Namespace) -> Callable[[nn.Module], Plan]:
     witness = not args.no_witness
     if args.plan is not None:
         if options:
-            raise OptionError(f"--plan has decided what --{next(iter(options)).replace('_', '-')} asks for: give one")
+            raise OptionError(
+                f"--plan and --{next(iter(options)).replace('_', '-')} exclude each other: give one of them"
+            )
         plan = Plan.from_json(Path(args.plan).read_text(encoding="utf-8"))
         return partial(_convert_and_get_plan, partial(apply_plan, plan=plan, witness=witness, inplace=True))
     if "keep" in options:

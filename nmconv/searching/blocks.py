@@ -1,4 +1,4 @@
-"""Linear runs cut into blocks, with the droppable activations inside and between them."""
+"""Cut linear runs into blocks, with the droppable activations inside and between them."""
 
 from __future__ import annotations
 

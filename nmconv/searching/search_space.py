@@ -76,7 +76,7 @@ class SearchSpace:
         """Return the plan that makes some segments linear.
 
         Args:
-            segments: Segments that share no convolution, each with its kernel's size, or "" for none.
+            segments: Segments that share no convolution, each with its kernel's size, or "" for no kernel.
         """
         actions: dict[str, str] = {}
         kernels: list[Kernel] = []
@@ -94,7 +94,7 @@ class SearchSpace:
         return replace(self.plan, sites=sites, kernels=tuple(kernels), branches=tuple(branches))
 
     def converted(self, plan: Plan) -> nn.Module:
-        """Return a copy of the model converted by one of its plans, without a check."""
+        """Return a copy of the model converted by one of its plans, without a witness."""
         copy = copy_model(self.model)
         self._apply(copy, plan)
         return copy
@@ -104,7 +104,7 @@ class SearchSpace:
         site = self._finder.droppable_after(element)
         if site is None:
             return None
-        if site.function:  # a module with default settings stands for a function
+        if site.function:  # return a module with default settings for a function
             return PLAIN_ACTS.get(site.kind, nn.SiLU)()
         return self.model.get_submodule(site.name)
 
@@ -132,7 +132,7 @@ class SearchSpace:
                 blocks = (*all_blocks[start : end - 1], last.cut or last)
                 convs = tuple(conv for block in blocks for conv in block.convs)
                 if len(convs) > self.max_convs or any(":" in conv for conv in convs):
-                    break  # functional convolutions are no modules that could be replaced
+                    break  # functional convolutions are not modules, and cannot be replaced
                 sites = [site for block in blocks for site in block.inner]
                 sites += [block.after for block in blocks[:-1] if block.after]
                 if sites and len(convs) > 1 and all(conv in self._position for conv in convs):
@@ -188,7 +188,7 @@ class SearchSpace:
             blocks=(),
             residual=residual,
             task=None,
-            geometry="a branch that goes",
+            geometry="a residual branch is removed",
             first=min(positions),
             last=max(positions),
             positions=0,
@@ -211,7 +211,7 @@ class SearchSpace:
 
 
 def _without_duplicates(segments: list[CandidateSegment]) -> tuple[CandidateSegment, ...]:
-    """Return the segments without those that a plan cannot tell from another, since it names only convolutions.
+    """Return the segments without those that a plan cannot distinguish from others, as it names only convolutions.
 
     The convolutions of a branch and those of the whole sum can be the same: the sum is kept if it can be one
     convolution.

@@ -309,7 +309,7 @@ def test_other_channels_each_time() -> None:
             return self.act(x)
 
     model = nn.Sequential(conv(3, 4), inner := Inner(), conv(4, 5), inner)
-    with pytest.raises(nmconv.FitError, match=r"1\.act#1 is called with 5 channels, and was called with 4"):
+    with pytest.raises(nmconv.FitError, match=r"1\.act#1 is called with 5 channels, after a call with 4"):
         nmconv.activation_stats(model, torch.randn(2, 3, 8, 8))
     assert_no_hooks(model)
 
@@ -473,13 +473,13 @@ WRONG: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
     "few": (lambda model: nmconv.cka(model, model, torch.zeros(3, 3, 8, 8)), nmconv.OptionError, "data holds 3 images"),
     "layer": (
         lambda model: nmconv.cka(model, model, torch.zeros(4, 3, 8, 8), ["relu"]),
-        nmconv.OptionError, "layer 'relu' is no module or activation of this Sequential",
+        nmconv.OptionError, "layer 'relu' is not a module or activation of this Sequential",
     ),
     "layers": (lambda model: nmconv.cka(model, model, torch.zeros(4, 3, 8, 8), "0"), nmconv.OptionError, "layers='0'"),
     "none": (lambda model: nmconv.cka(model, model, torch.zeros(4, 3, 8, 8), []), nmconv.OptionError, r"layers=\[\]"),
     "every": (lambda model: nmconv.ActivationRecorder(model, every=0), nmconv.OptionError, "every=0"),
     "true": (lambda model: nmconv.ActivationRecorder(model, every=True), nmconv.OptionError, "every=True"),
-    "step": (lambda model: nmconv.ActivationRecorder(model).step(), nmconv.OptionError, "within the with"),
+    "step": (lambda model: nmconv.ActivationRecorder(model).step(), nmconv.OptionError, "outside of the with"),
     "inputs": (
         lambda model: nmconv.ActivationRecorder(model, example_inputs=torch.zeros(2, 5, 8, 8)),
         nmconv.OptionError, "cannot be called",
@@ -745,13 +745,13 @@ def test_tables(tmp_path: Path) -> None:
     loaded = nmconv.CKA.load(tmp_path / "cka.json")
     assert torch.equal(loaded.matrix, found.matrix) and loaded.rows() == found.rows() and len(found.rows()) == 4
     for load, name in ((nmconv.ActivationStats.load, "cka.json"), (nmconv.CKA.load, "stats.json")):
-        with pytest.raises(nmconv.FileError, match="is no table of nmconv"):
+        with pytest.raises(nmconv.FileError, match="is not a table of nmconv"):
             load(tmp_path / name)
     (tmp_path / "cka.json").write_text("{")
-    with pytest.raises(nmconv.FileError, match=r"is no table of nmconv\.cka"):
+    with pytest.raises(nmconv.FileError, match=r"is not a table of nmconv\.cka"):
         nmconv.CKA.load(tmp_path / "cka.json")
     text = (tmp_path / "stats.json").read_text()
-    for old, new, said in (('_stats": 1', '_stats": 99', "another version"), ('"rank"', '"rang"', "is no table")):
+    for old, new, said in (('_stats": 1', '_stats": 99', "of version 99"), ('"rank"', '"rang"', "is not a table")):
         assert old in text
         (tmp_path / "stats.json").write_text(text.replace(old, new))
         with pytest.raises(nmconv.FileError, match=said):
