@@ -85,7 +85,7 @@ def sizes(seeds: int = 2) -> list[Trial]:
     ]
 
 
-# One short run each, so that every family of the paper has a row. AlexNet has no norms, and diverges at a higher rate.
+# One short run for each family of the paper. AlexNet has no norms, and diverges at a higher learning rate.
 SHORT = Recipe(epochs=3, lr=0.1, precision="bf16")
 FAMILIES = {
     "AlexNet": {"model": "cifar_alexnet", "recipe": replace(SHORT, lr=0.02)},
@@ -97,7 +97,7 @@ FAMILIES = {
 
 
 def families() -> list[Trial]:
-    """Return the other families at 1:1, and at 2:1 with either end; Inception's branches hold one activation each."""
+    """Return the other families at 1:1, and at 2:1 with either `keep`; Inception drops one branch's activations."""
     trials = []
     for name, family in FAMILIES.items():
         ends = [{"ratio": "2:1", "keep": keep} for keep in ("first", "boundary")]
@@ -106,7 +106,7 @@ def families() -> list[Trial]:
     return trials
 
 
-def looked_into() -> list[Trial]:
+def with_insights() -> list[Trial]:
     """Return the trials whose activations and members are measured."""
     return [trial for trial in ratios() if trial.ratio == "2:1" or not trial.drop]
 

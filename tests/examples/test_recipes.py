@@ -331,7 +331,7 @@ def test_networks_with_auxiliary_heads(folder):
     [
         (["cifar_resnet8", "--plan", "none.json"], "none.json"),
         (["cifar_resnet8", "--weights", "none.pth"], "none.pth: no such file"),
-        (["cifar_resnet8", "--dataset", "folder"], "'folder' is no data set"),
+        (["cifar_resnet8", "--dataset", "folder"], "'folder' is not a data set"),
         (["nope:f"], "nope"),
         (["cifar_resnet8", "--accumulate", "0"], "accumulate=0"),
         (["cifar_resnet8", "--epochs", "0"], "epochs=0"),
