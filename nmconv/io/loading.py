@@ -17,7 +17,7 @@ from nmconv.finding import flows_of
 from nmconv.flow import forward_argument_structures, record_model
 from nmconv.io.content import from_text
 from nmconv.io.content_checks import check_content
-from nmconv.io.problems import DamagedFile, ForeignFile, UnreadFormat
+from nmconv.io.problems import DamagedFile, ForeignFile, UnsupportedFormat
 from nmconv.io.replaying import replay
 from nmconv.io.state import fill, sources_of, state_of
 from nmconv.io.tensor_file import File, opened
@@ -90,7 +90,7 @@ def load(
         raise WitnessError(f"{name}: {_shortened(error)}", error.module, error.first, error.second) from error
     except DamagedFile as error:
         raise FileError(f"{name}: {_shortened(error)}; copy it again, or save the model again") from error
-    except UnreadFormat as error:
+    except UnsupportedFormat as error:
         raise FileError(
             f"{name}: {_shortened(error)}; install the version of nmconv that wrote it, or save the model again"
         ) from error

@@ -133,7 +133,7 @@ def get_merges(model: nn.Module) -> tuple[tuple[Merge, ...], ...]:
         (('0', '1'), (3, 3))
     """
     if not isinstance(model, nn.Module):
-        raise ModelTypeError(f"{type(model).__name__} is not an nn.Module: give the model itself")
+        raise ModelTypeError(f"{type(model).__name__} is no nn.Module: give the model itself")
     rounds: tuple[tuple[Merge, ...], ...] = model.__dict__.get(MERGED, ())
     return rounds
 

@@ -118,4 +118,4 @@ def check_sites(sites: Sequence[Site]) -> None:
         if site.action == "drop" and site.locked:
             raise ValueError(f"{site.id} cannot be dropped: {site.locked}")
     if len({site.id for site in sites}) != len(sites):
-        raise ValueError("it has two sites of the same id")
+        raise ValueError("it has a site twice")

@@ -12,7 +12,7 @@ from torch import nn
 from nmconv.algebra import Refusal
 from nmconv.deprecation import renamed_arguments
 from nmconv.errors import OptionError
-from nmconv.fitting import Loss, NotFiniteError, check_loss, is_direct
+from nmconv.fitting import Loss, NotFiniteError, check_loss, has_small_moments
 from nmconv.observing import Images, check_accepts, eval_mode, read_images
 from nmconv.searching.ablation import Ablation, MeasuredSegment
 from nmconv.searching.cost import Stopwatch, multiply_adds_of
@@ -186,7 +186,7 @@ def _promising_sizes(segment: CandidateSegment, min_reduction: float) -> list[tu
         size
         for size in segment.sizes()
         if segment.multiply_adds >= min_reduction * segment.replacement_multiply_adds(size)
-        and is_direct(segment.replacement(size))
+        and has_small_moments(segment.replacement(size))
     ]
 
 

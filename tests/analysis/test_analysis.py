@@ -604,7 +604,7 @@ def test_recorder_comes_off() -> None:
         assert torch._C._len_torch_function_stack() == depth
         assert_no_hooks(model)
         failing.fails = None
-        with pytest.raises(nmconv.OptionError, match="entered already"), recorder, recorder:
+        with pytest.raises(nmconv.OptionError, match="already entered"), recorder, recorder:
             pass
         with recorder:  # goes on
             model(images)
@@ -661,7 +661,7 @@ def naive_cka(x: Tensor, y: Tensor) -> float:
 @pytest.mark.parametrize("count", [4, 5, 10])
 @pytest.mark.parametrize("rows", [1, 3, 2**20])
 def test_cka_naive(count: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nmconv.analysis.hsic._NUMBERS", rows * count * 5)
+    monkeypatch.setattr("nmconv.analysis.hsic._MAX_VALUES", rows * count * 5)
     one, two = small().eval(), small().eval()
     for value in two.parameters():
         value.data += 0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1))

@@ -47,7 +47,7 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, keep, cap
     assert checkpoint.read(path, torch.device("cpu"))["step"] == 1
     assert "damaged" in capsys.readouterr().out
     checkpoint.previous(path).write_bytes(whole[:keep])
-    with pytest.raises(ValueError, match="to begin anew"):
+    with pytest.raises(ValueError, match="to start again"):
         checkpoint.read(path, torch.device("cpu"))
 
 

@@ -138,7 +138,7 @@ def test_a_loader_that_repeats_images_cannot_be_read_again(monkeypatch):
 
 
 def test_what_cannot_be_put_into_batches():
-    with pytest.raises(nmconv.OptionError, match="make tensors"):
+    with pytest.raises(nmconv.OptionError, match="into tensors"):
         nmconv.recalibrate_norms(small(True), Objects())
 
 

@@ -250,7 +250,7 @@ def test_a_file_that_is_no_table_is_refused(net, images, tmp_path):
     path = tmp_path / "table.json"
     for text in ("", "{}", "[1]", '{"nmconv_sensitivity": 99}', '{"nmconv_sensitivity": 1, "candidates": [{"a": 1}]}'):
         path.write_text(text)
-        with pytest.raises(nmconv.FileError, match="measure anew"):
+        with pytest.raises(nmconv.FileError, match="measure again"):
             nmconv.sensitivity(net, images, path=path)
 
 
@@ -471,7 +471,7 @@ def test_options_that_are_none(net, images, bad):
 
 
 def test_another_networks_table_is_refused(net, images, table):
-    with pytest.raises(nmconv.FileError, match="measure this network"):
+    with pytest.raises(nmconv.FileError, match="measure this one"):
         nmconv.search(nn.Sequential(*net.stem, *copy.deepcopy(net.stem)[:0], nn.Conv2d(8, 8, 1), nn.ReLU()), images,
                       budget=0.5, cost="multiply_adds", sensitivity=table)  # fmt: skip
 
