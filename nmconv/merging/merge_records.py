@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import nn
 
-from nmconv.finding import Element, ParallelSum, elements_to_json, steps_of
+from nmconv.finding import Element, ParallelSum, conv_names, elements_to_json, steps_of
 from nmconv.merging.nodes import RunNode
 from nmconv.merging.partitioning import Segment
 from nmconv.merging.report import Merge
@@ -81,12 +81,10 @@ class _Roles:
                     self.norms_after.append(element.name)
 
     def _add_sum(self, parallel: ParallelSum, node: RunNode) -> None:
-        if (
-            self.head
-        ):  # the merged value is the input of the sum: keep the shortest branch, the identity if there is one
+        if self.head:  # the sum reads the merged value: keep the shortest branch, the identity if there is one
             keep = min((0, 1), key=lambda index: len(parallel.branches[index]))
         else:  # the merged value is computed in the first branch with a convolution
-            keep = [any(step.kind == "conv" for step in steps_of(branch)) for branch in parallel.branches].index(True)
+            keep = [bool(conv_names(branch)) for branch in parallel.branches].index(True)
         self._add(node.branches[keep])
         dropped = parallel.branches[1 - keep]
         self.removed += [step.name for step in steps_of(dropped) if step.kind != "pass"]
