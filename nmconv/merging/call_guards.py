@@ -161,8 +161,8 @@ def check_argument(value: Any, expected: Any, owner: str, name: str) -> None:
             f"{name} is now {shown}: set it back to {expected!r}, or set it before merging"
         )
     raise MergeError(
-        f"{owner or 'the model'} was merged by nmconv for {name}={expected!r}, on which a merged part depends, and "
-        f"is called with {shown}: call the model that was not merged, or merge it with example_inputs of such a call"
+        f"{owner or 'the model'} was merged by nmconv for {name}={expected!r} and is called with {shown}, and a merged "
+        "part depends on it: call the model that was not merged, or merge it with example_inputs of such a call"
     )
 
 

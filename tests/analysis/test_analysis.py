@@ -717,7 +717,7 @@ def test_cka_layers_that_give_nothing() -> None:
     model = net(forward, pair=pair, whole=net(lambda self, x: x[:1]), act=nn.ReLU(), idle=conv(3, 3))
     images = torch.randn(5, 3, 4, 4)
     for name, text in (
-        ("pair", "'pair' gives a tuple"),
+        ("pair", "'pair' returns a tuple"),
         ("whole", "'whole' gives 1 rows for 5 images"),
         ("idle", "'idle' does not run"),
     ):
