@@ -87,8 +87,8 @@ def divergence(outputs: Outputs, reference: Outputs, loss: Loss | None) -> Diver
             agreeing = math.nan
     if not math.isfinite(total):
         raise NotFiniteError(
-            f"the {'divergence' if loss is None else 'loss'} is {total / images} on these images, which is not finite: look "
-            "for infinities and NaN in the outputs"
+            f"the {'divergence' if loss is None else 'loss'} is {total / images} on these images, not finite: look for "
+            "infinities and NaN in the outputs"
         )
     return Divergence(total / images, agreeing / images)
 
