@@ -127,7 +127,7 @@ def load_data(
     images = images or len(train_split) - held_back
     if not 0 < images <= len(train_split) - held_back:
         raise ValueError(
-            f"{root}: {images} pictures to train on and {held_back} held back, of {len(train_split)}: give other numbers"
+            f"{root}: {images} pictures to train on and {held_back} held back, of {len(train_split)}: give fewer"
         )
     valid = train_split.after(len(train_split) - held_back) if held_back else None
     return Data(train_split.first(images), splits[1], tuple(map(str, train.classes)), valid)

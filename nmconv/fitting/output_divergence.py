@@ -86,9 +86,9 @@ def divergence(outputs: Outputs, reference: Outputs, loss: Loss | None) -> Diver
         else:
             agreeing = math.nan
     if not math.isfinite(total):
+        what = "divergence" if loss is None else "loss"
         raise NotFiniteError(
-            f"the {'divergence' if loss is None else 'loss'} is {total / images} on these images, not finite: look for "
-            "infinities and NaN in the outputs"
+            f"the {what} is {total / images} on these images, not finite: look for infinities and NaN in the outputs"
         )
     return Divergence(total / images, agreeing / images)
 
