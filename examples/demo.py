@@ -1,4 +1,4 @@
-"""Train a network on real pictures at 1:1 and at N:M, side by side, and merge what training leaves linear.
+"""Train a network on real pictures at 1:1 and at N:M, side by side, and merge its linear runs.
 
     python examples/demo.py                               # scikit-learn's handwritten digits: nothing is downloaded
     python examples/demo.py --ratio 2:1 3:1 --seeds 5
@@ -111,7 +111,7 @@ def merged(run: Run, data: Data, args: argparse.Namespace) -> Run:
 
 
 def deployed(runs: list[Run]) -> nn.Module:
-    """Return the first seed's network with its norms folded; merging has already folded those of a merged one."""
+    """Return the first seed's network with its norms folded, as merging has already done."""
     return runs[0].model if runs[0].difference is not None else nmconv.fold_norms(runs[0].model)
 
 
@@ -161,7 +161,7 @@ def plot(rows: list[list[Run]], args: argparse.Namespace) -> None:
     figure.savefig(args.out, dpi=120)
 
 
-def counted(number: int, what: str) -> str:
+def pluralized(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
@@ -201,12 +201,12 @@ def parse() -> argparse.Namespace:
     name = args.model
     if name == "resnet18" and not args.model_kwargs:
         name, args.model_kwargs = "resnet18, a quarter as wide", SMALL
-    args.title = f"{name}: {counted(args.epochs, 'epoch')}, {counted(args.seeds, 'seed')}"
+    args.title = f"{name}: {pluralized(args.epochs, 'epoch')}, {pluralized(args.seeds, 'seed')}"
     return args
 
 
 def recipe(args: argparse.Namespace, seed: int) -> Recipe:
-    """Return AdamW with a cosine schedule. Digits are not augmented, as a shift or a mirror can change their class."""
+    """Return AdamW with a cosine schedule. Digits are not augmented: a shift or reflection can change their class."""
     options: dict[str, Any] = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seed": seed}
     augment = "none" if args.data_dir is None else "shift"
     warmup = min(2, args.epochs - 1)

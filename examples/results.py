@@ -48,12 +48,12 @@ class Case:
     model: str
     size: int
     images: int  # number of train pictures for the original training, 0 for all
-    training: Recipe  # of the original training
+    training: Recipe  # for the original training
     fitting: slice  # the train pictures for fitting
     units: str  # pattern of the modules that are the units of the uniform choice
-    tune: Recipe
-    tuned_images: int
-    wanted: tuple[str, ...]
+    tune: Recipe  # for the training after the conversion
+    tuned_images: int  # number of train pictures for it
+    default_cases: tuple[str, ...]  # names of methods of Run
 
 
 CASES = {
@@ -81,14 +81,14 @@ BUDGETS = {
 }
 COMPARED = (0.9, 0.8, 0.7)  # budgets at which uniform and random choices are measured, too
 TUNED = {"lite0": (), "resnet20": (0.78, 0.66, 0.5), "resnet20-30": (0.78, 0.66, 0.5)}
-RANDOM = 5
+RANDOM_DRAWS = 5
 
 
 # Measurements
 
 
-def answers(model: nn.Module, pictures: Tensor, batch: int = 250) -> Tensor:
-    """Return the network's outputs, computed in onnxruntime, which is several times as fast as eager on a CPU."""
+def network_outputs(model: nn.Module, pictures: Tensor, batch: int = 250) -> Tensor:
+    """Return the network's outputs, computed in onnxruntime: on a CPU several times as fast as eager."""
     import onnxruntime
 
     model = nmconv.fold_norms(copy.deepcopy(model).eval().to(memory_format=torch.contiguous_format))
@@ -112,11 +112,11 @@ def answers(model: nn.Module, pictures: Tensor, batch: int = 250) -> Tensor:
 
 def accuracy(model: nn.Module, split: Decoded) -> float:
     """Return the top-1 accuracy in percent."""
-    return 100 * float((answers(model, split.images).argmax(1) == split.labels).double().mean())
+    return 100 * float((network_outputs(model, split.images).argmax(1) == split.labels).double().mean())
 
 
-def chosen(plan: nmconv.Plan) -> dict[str, Any]:
-    """Describe a plan for a row."""
+def plan_columns(plan: nmconv.Plan) -> dict[str, Any]:
+    """Return the columns of a row that describe a plan."""
     parts = [f"{kernel.convs[0]}…{kernel.convs[-1]}: {kernel.size}" for kernel in plan.kernels]
     parts += [f"{branch.convs[0]}…{branch.convs[-1]}: gone" for branch in plan.branches]
     return {"activations": [plan.counts.activations_before, plan.counts.activations_after], "plan": parts}
@@ -137,7 +137,7 @@ def units_of(table: nmconv.Sensitivity, pattern: str) -> list[list[nmconv.Candid
     return sorted(longest, key=lambda kernels: kernels[0].first)
 
 
-def uniform(table: nmconv.Sensitivity, pattern: str, needed: float) -> list[nmconv.Candidate]:
+def uniform_choice(table: nmconv.Sensitivity, pattern: str, needed: float) -> list[nmconv.Candidate]:
     """Choose evenly spaced units until they save enough, each as the largest kernel that halves its multiply-adds."""
     units = []
     for kernels in units_of(table, pattern):
@@ -151,8 +151,8 @@ def uniform(table: nmconv.Sensitivity, pattern: str, needed: float) -> list[nmco
     raise SystemExit(f"all {len(units)} units together save less than {needed:.0f} multiply-adds")
 
 
-def randomly(table: nmconv.Sensitivity, needed: float, seed: int) -> list[nmconv.Candidate]:
-    """Draw compatible candidates at random until they save enough; start again if none is left before."""
+def random_choice(table: nmconv.Sensitivity, needed: float, seed: int) -> list[nmconv.Candidate]:
+    """Draw compatible candidates at random until they save enough; start again if no candidate is left before that."""
     candidates = [each for each in table.candidates if each.size != "none" and each.saves("multiply_adds") > 0]
     rng = np.random.default_rng(seed)
     for _ in range(1000):
@@ -220,7 +220,7 @@ class Run:
         report = nmconv.get_fit(model)
         assert report is not None
         values = {"multiply_adds": self.cost(model), "accuracy": self.accuracy(model), "kl": report.returned.loss}
-        return {**values, **chosen(plan)}
+        return {**values, **plan_columns(plan)}
 
     def tuned(self, model: nn.Module) -> float:
         """Train the model, distilling from the original, and return its accuracy."""
@@ -284,11 +284,20 @@ class Run:
             if budget not in COMPARED:
                 continue
             needed = (1 - row["multiply_adds"]) * total
-            plan = plan_of(self.net, self.image, uniform(table, self.case.units, needed))
+            plan = plan_of(self.net, self.image, uniform_choice(table, self.case.units, needed))
             self.row("uniform", f"{budget}", lambda plan=plan: self.measured(plan))
-            for draw in range(RANDOM):
-                plan = plan_of(self.net, self.image, randomly(table, needed, draw))
+            for draw in range(RANDOM_DRAWS):
+                plan = plan_of(self.net, self.image, random_choice(table, needed, draw))
                 self.row("random", f"{budget}, draw {draw}", lambda plan=plan: self.measured(plan))
+
+    def search(self, path: Path, images: Tensor, **options: Any) -> tuple[nmconv.Plan, float]:
+        """Search for a plan, store it in a file, and return it with the seconds that the search took."""
+        clock = time.perf_counter()
+        plan = nmconv.search(self.net, images, **options, quiet=True)
+        took = round(time.perf_counter() - clock, 1)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(plan.to_json())
+        return plan, took
 
     def search_row(
         self, case: str, name: str, table: nmconv.Sensitivity, budget: float, cost: str
@@ -297,11 +306,7 @@ class Run:
         path = self.args.rows.parent / f"plans/{self.args.net}-{self.args.seed}-{cost}-{budget:.2g}.json"
 
         def measure() -> dict[str, Any]:
-            clock = time.perf_counter()
-            plan = nmconv.search(self.net, self.images[::2], budget=budget, cost=cost, sensitivity=table, quiet=True)
-            took = round(time.perf_counter() - clock, 1)
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(plan.to_json())
+            plan, took = self.search(path, self.images[::2], budget=budget, cost=cost, sensitivity=table)
             reached = float(dict(plan.options)["reached"])
             return {"took": took, "reached": reached, **self.measured(plan)}
 
@@ -383,7 +388,7 @@ class Run:
         self.row("time", "fit of all units", measure)
 
 
-class FromNothing(Run):
+class WholeSearch(Run):
     """Measures a whole search of an ImageNet network: its time, and the agreement on other pictures."""
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -401,12 +406,8 @@ class FromNothing(Run):
         path = self.args.rows.parent / f"plans/imagenet-{self.args.seed}-latency-0.75.json"
 
         def searched() -> dict[str, Any]:
-            clock = time.perf_counter()
-            plan = nmconv.search(self.net, self.images, budget=0.75, cost="latency", quiet=True)
-            took = round(time.perf_counter() - clock, 1)
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(plan.to_json())
-            return {"took": took, "threads": torch.get_num_threads(), **self.agreement(plan), **chosen(plan)}
+            plan, took = self.search(path, self.images, budget=0.75, cost="latency")
+            return {"took": took, "threads": torch.get_num_threads(), **self.agreement(plan), **plan_columns(plan)}
 
         self.row("from nothing", "search at 0.75 of the latency", searched)
 
@@ -515,7 +516,7 @@ def _budgets(net_rows: Rows) -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for name in sorted(names, reverse=True):
         draws: dict[int, list[float]] = {}
-        for draw in range(RANDOM):
+        for draw in range(RANDOM_DRAWS):
             rows = net_rows.of("random", f"{name}, draw {draw}")
             for seed, lost in zip(rows, net_rows.lost("random", f"{name}, draw {draw}"), strict=True):
                 draws.setdefault(seed, []).append(lost)
@@ -604,15 +605,15 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-EVERY = ("original", "multiply_adds", "latency", "alone", "activations", "cost_of_time", "downstream",
+ALL_CASES = ("original", "multiply_adds", "latency", "alone", "activations", "cost_of_time", "downstream",
          "from_scratch")  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=Path("docs/results.jsonl"))
-    parser.add_argument("--table", action="store_true", help="print what is there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what is there")
+    parser.add_argument("--table", action="store_true", help="print the rows of --rows as tables")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the rows of --rows")
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10 as an ImageFolder")
     parser.add_argument("--net", choices=[*CASES, "imagenet"])
     parser.add_argument("--seed", type=int, default=0)
@@ -620,7 +621,9 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder for the decoded pictures [beside the pictures]")
     parser.add_argument("--tables", type=Path, help="folder for the sensitivity tables [beside --rows]")
     parser.add_argument("--scratch", type=Path, help="folder for the checkpoints of from_scratch [none]")
-    parser.add_argument("--only", nargs="+", choices=EVERY, help="some of the cases [those that docs/results.md shows]")
+    parser.add_argument(
+        "--only", nargs="+", choices=ALL_CASES, help="some of the cases [those that docs/results.md shows]"
+    )
     args = parser.parse_args()
     if args.table:
         print("\n".join(markdown(read(args.rows))))
@@ -629,14 +632,14 @@ def main() -> None:
     if args.table or args.plot:
         return
     if not (args.data_dir and args.net and args.weights):
-        parser.error("--data-dir, --net and --weights are needed, or --table or --plot")
+        parser.error("give --data-dir, --net and --weights, or --table or --plot")
     warnings.simplefilter("ignore")
     if args.net == "imagenet":
-        FromNothing(args).measure()
+        WholeSearch(args).measure()
         return
     torch.set_num_threads(1)
     run = Run(args)
-    for case in args.only or run.case.wanted:
+    for case in args.only or run.case.default_cases:
         getattr(run, case)()
 
 

@@ -9,9 +9,8 @@
     python examples/sweep.py study --rows docs/study --doc docs/study.md
 
 Each result is a row: a file named by the hash of its configuration. Ray only schedules the trials. The same command
-resumes an interrupted sweep, and the trial in which it was interrupted. Failed trials are listed at the end, with their
-tracebacks in files beside the rows, and run again by the next call. On a cluster, all paths must be on a file system
-that its machines share.
+resumes an interrupted sweep and the interrupted trial. Failed trials are listed at the end, with their tracebacks in
+files beside the rows, and are run again by the next call. On a cluster, all paths must be on a shared file system.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     train.add_argument("--seeds", type=int, default=3, help="how many [3]")
     train.add_argument("--size", type=int, default=32)
     train.add_argument("--images", type=int, default=0, help="pictures to train on, 0 for all but those held back [0]")
-    train.add_argument("--held-back", type=int, default=5000, help="pictures to choose by [5000]")
+    train.add_argument("--held-back", type=int, default=5000, help="train pictures to hold back for choices [5000]")
     train.add_argument("--cores", type=int, default=1, help="of a trial [1]")
     train.add_argument("--gpus", type=float, default=0, help="of a trial [0]")
     train.add_argument("--address", help="of a Ray cluster [this machine]")
@@ -65,21 +64,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     report.add_argument("--column", choices=("test", "held_back"), default="held_back", help="[held_back]")
     report.add_argument("--latency", action="store_true", help="time the merged networks, too: now, on this machine")
     report.add_argument("--plot", type=Path, help="a file, .svg or .png")
-    inside = commands.add_parser("insights", help="measure what is inside of the study's networks")
+    inside = commands.add_parser("insights", help="measure the activations and members of the study's networks")
     inside.add_argument("--data-dir", type=Path, required=True)
     inside.add_argument("--rows", type=Path, required=True, help="folder for these rows")
     inside.add_argument("--work", type=Path, default=Path("out/work"), help="where `run` left the networks [out/work]")
-    weights = commands.add_parser("weights", help="keep the networks that were trained longer")
+    weights = commands.add_parser("weights", help="write the weights of the study's longer trainings")
     weights.add_argument("--work", type=Path, default=Path("out/work"), help="where `run` left them [out/work]")
     weights.add_argument("--out", type=Path, required=True)
-    tables = commands.add_parser("study", help="make the tables of docs/study.md anew")
+    tables = commands.add_parser("study", help="update the tables of docs/study.md")
     tables.add_argument("--rows", type=Path, required=True)
     tables.add_argument("--doc", type=Path, required=True)
     return parser.parse_args(argv)
 
 
 def trials(args: argparse.Namespace) -> list[Trial]:
-    """Return all requested trials, each once: at 1:1 the choice of activations makes no difference."""
+    """Return all requested trials, each once: at 1:1, options of the conversion make no difference."""
     if args.study:
         from recipes.study import STUDIES
 
@@ -159,9 +158,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(1 if schedule(args) else 0)
     if args.command == "insights":
         from recipes.insight import insights
-        from recipes.study import looked_into
+        from recipes.study import with_insights
 
-        for trial in looked_into():
+        for trial in with_insights():
             if (args.work / trial.name / f"epoch-{trial.recipe.epochs}.pt").exists():
                 insights(trial, args.data_dir.expanduser(), args.rows, args.work)
         return
@@ -172,17 +171,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         keep_weights(long(), args.work, args.out)
         return
     if args.command == "study":
-        from recipes.study_tables import written
+        from recipes.study_tables import with_tables
 
-        args.doc.write_text(written(args.doc.read_text(), args.rows))
+        args.doc.write_text(with_tables(args.doc.read_text(), args.rows))
         return
-    from recipes.report import plot, printed, read_rows, table
+    from recipes.report import as_markdown, plot, read_rows, table
 
     rows = read_rows(args.rows)
     if not rows:
-        raise SystemExit(f"{args.rows} holds no rows")
+        raise SystemExit(f"{args.rows} holds no rows: give the --rows of a run")
     lines = table(rows, args.column, args.latency)
-    print(printed(lines))
+    print(as_markdown(lines))
     if args.plot:
         plot(lines, args.plot)
 

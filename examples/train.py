@@ -1,4 +1,4 @@
-"""Train a network, original or converted, on an ImageFolder or a data set of torchvision, as done for our tables.
+"""Train a network, original or converted, on an ImageFolder or a data set of torchvision.
 
     python examples/train.py cifar_resnet20 --data-dir ~/data/cifar10 --ratio 2:1 --out runs/2to1
     python examples/train.py resnet50 --data-dir ~/data/imagenet --size 224 --augment timm --workers 8 --out runs/r50
@@ -8,8 +8,8 @@
     python examples/train.py cifar_resnet20 --data-dir ~/data/cifar10 --weights runs/1/model.safetensors \
         --plan plan.json --teacher runs/1/model.safetensors --epochs 2 --lr 0.01 --out runs/tuned
 
-The same command resumes a run that was killed at any moment from its last checkpoint, and ends with bitwise equal
-weights: an update depends only on the state before it and on (seed, step).
+The same command resumes a killed run from its last checkpoint, and ends with bitwise equal weights: an update depends
+only on the state before it and on (seed, step).
 """
 
 from __future__ import annotations
@@ -44,18 +44,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, model.safetensors, result.json")
     parser.add_argument("--cache", type=Path, help="folder for the decoded pictures [beside the pictures]")
     parser.add_argument("--images", type=int, default=0, help="pictures to train on, 0 for all [0]")
-    parser.add_argument("--held-back", type=int, default=0, help="pictures to choose by, instead of the test ones [0]")
+    parser.add_argument(
+        "--held-back", type=int, default=0, help="train pictures to hold back for choices, instead of the test ones [0]"
+    )
     parser.add_argument("--size", type=int, help="side of the pictures [32; with --augment timm the model's own]")
     parser.add_argument("--weights", type=Path, help="to start with: a state dict, or what nmconv.save wrote [random]")
 
     nm = parser.add_argument_group("N:M")
     nm.add_argument("--ratio", default="1:1", help="convolutions to activations [1:1]")
-    nm.add_argument("--keep", default="first", help="which activations of a unit stay [first]")
+    nm.add_argument(
+        "--keep", default="first", help="which activations of a unit stay: first, boundary or spread [first]"
+    )
     nm.add_argument("--relocate", action="store_true", help="move kept activations to the ends of their units")
     nm.add_argument("--hoist-padding", action="store_true", help="move padding to each linear run's first convolution")
     nm.add_argument("--plan", type=Path, help="a file of Plan.to_json, instead of a ratio")
-    nm.add_argument("--gradual", action="store_true", help="drop activations by degrees")
-    nm.add_argument("--end", type=float, default=0.6, help="with --gradual: at which part they are dropped [0.6]")
+    nm.add_argument("--gradual", action="store_true", help="drop activations gradually")
+    nm.add_argument(
+        "--end", type=float, default=0.6, help="with --gradual: fraction of the training at which they are gone [0.6]"
+    )
 
     parser.add_argument("--teacher", type=Path, help="weights of the network to distil from, as for --weights [none]")
     parser.add_argument("--device", default="", help="cpu, or the best there is")
@@ -92,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     result = args.out / "result.json"
     if result.exists():
-        print(f"{result} is there: nothing to do")
+        print(f"{result} exists: nothing to do")
         return
     torch.set_num_threads(args.threads)
     main_process = PartialState(cpu=args.device == "cpu").is_main_process

@@ -1,4 +1,4 @@
-"""Batches that depend on (seed, epoch, index) only: not on workers, processes, or earlier random numbers."""
+"""Batches that depend only on (seed, epoch, index): not on workers, processes, or earlier random numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Share:
 
 
 @contextmanager
-def chance(*numbers: int) -> Iterator[None]:
+def seeded(*numbers: int) -> Iterator[None]:
     """Seed all generators from the numbers; on exit, restore the state of those on the CPU."""
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -99,7 +99,7 @@ class Transformed(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         picture, label = self.dataset[index]
-        with chance(*self.numbers, index):
+        with seeded(*self.numbers, index):
             return self.transform(picture.convert("RGB")), label
 
 
@@ -115,7 +115,7 @@ def transformed(
     dataset = Transformed(pictures, transform, recipe.seed if recipe else 0, epoch)
     device = next(model.parameters()).device
     pin = device.type == "cuda"
-    with chance(0):  # the loader draws a seed
+    with seeded(0):  # the loader draws a seed
         loader = DataLoader(dataset, batch_sampler=rows, num_workers=workers, pin_memory=pin)
         batches = iter(loader)
     for images, labels in batches:
@@ -142,5 +142,5 @@ def mixed(images: Tensor, labels: Tensor, recipe: Recipe, classes: int, *numbers
     if not recipe.mixup and not recipe.cutmix:
         return images, labels
     mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
-    with chance(recipe.seed, *numbers):
+    with seeded(recipe.seed, *numbers):
         return mix(images.clone(), labels)  # in place

@@ -35,7 +35,7 @@ def previous(path: Path) -> Path:
 def write(path: Path, state: dict[str, Any]) -> None:
     """Write the state's SHA-256 and the state, and keep the existing file as the previous one.
 
-    If the process is killed at any moment, there is a whole file at `path` or at `previous(path)`.
+    Whenever the process is killed, there is a complete file at `path` or at `previous(path)`.
     """
     content = io.BytesIO()
     torch.save(state, content)
@@ -63,17 +63,19 @@ def digest(state: Mapping[str, torch.Tensor]) -> str:
 
 
 def read(path: Path, device: torch.device) -> dict[str, Any] | None:
-    """Return the newest whole state, or None if there is no file.
+    """Return the newest complete state, or None if there is no file.
 
     Raises:
-        ValueError: If there are files, but none is whole.
+        ValueError: If there are files, but no complete one.
     """
     files = [each for each in (path, previous(path)) if each.exists()]
     for file in files:
         content = file.read_bytes()
         if is_whole(content):
             return torch.load(io.BytesIO(content[DIGEST:]), map_location=device, weights_only=True)
-        print(f"{file} is damaged, and not used", flush=True)
+        print(f"{file} is damaged and is not used", flush=True)
     if files:
-        raise ValueError(f"no checkpoint in {path.parent} is whole: delete {', '.join(map(str, files))} to begin anew")
+        raise ValueError(
+            f"no checkpoint in {path.parent} is complete: delete {', '.join(map(str, files))} to start again"
+        )
     return None

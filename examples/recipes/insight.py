@@ -18,7 +18,7 @@ import nmconv
 from .batches import inputs
 from .networks import build
 from .pictures import Data
-from .trial import Trial, kept
+from .trial import Trial, load_or_make
 
 SEEN = 1000  # held-back pictures to measure on
 CALIBRATED = 1000  # train pictures to recalibrate the members' norms with
@@ -56,7 +56,9 @@ def keep_weights(trials: Iterable[Trial], work: Path, out: Path) -> None:
 def row(trial: Trial, kind: str, epoch: int, rows: Path, measure: Callable[[], Any]) -> dict[str, Any]:
     """Return a measurement's row, read from the folder `rows` or measured and written there."""
     path = rows / f"{trial.name}-{kind.replace(' ', '-')}-{epoch}.json"
-    return kept(path, lambda: {"name": trial.name, "trial": asdict(trial), "kind": kind, "epoch": epoch, **measure()})
+    return load_or_make(
+        path, lambda: {"name": trial.name, "trial": asdict(trial), "kind": kind, "epoch": epoch, **measure()}
+    )
 
 
 def activations(model: nn.Module, data: Data) -> dict[str, Any]:

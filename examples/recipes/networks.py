@@ -139,8 +139,8 @@ def create(name: str, classes: int, **options: Any) -> nn.Module:
     if name in torchvision.models.list_models():
         return torchvision.models.get_model(name, num_classes=classes, **options)
     raise ValueError(
-        f"{name!r} is no network of timm's or torchvision's, nor one of {', '.join(CIFAR_NETWORKS)}: "
-        "a function of your own is package.module:function"
+        f"{name!r} is not a network of timm's or torchvision's, nor one of {', '.join(CIFAR_NETWORKS)}: "
+        "name a function of your own as package.module:function"
     )
 
 
@@ -164,7 +164,9 @@ def build(name: str, classes: int, weights: Path | None = None, seed: int = 0, *
         raise ValueError(f"{weights}: no such file")
     own, state = model.state_dict(), load_state_dict(str(weights))
     if len(state) != len(own):
-        raise ValueError(f"{weights} holds {len(state)} tensors, and {name} has {len(own)}: weights of another network")
+        raise ValueError(
+            f"{weights} holds {len(state)} tensors, and {name} has {len(own)}: give weights of this network"
+        )
     if state.keys() != own.keys():
         state = dict(zip(own, state.values(), strict=True))
     reshaped = {key for key in own if own[key].shape != state[key].shape}

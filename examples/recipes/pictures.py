@@ -18,7 +18,7 @@ from torchvision.datasets import ImageFolder
 
 from .checkpoint import replacing
 
-HELD_OUT = ("test", "val", "valid")  # names of the test folder or split, in order of preference
+TEST_NAMES = ("test", "val", "valid")  # names of the test folder or split, in order of preference
 
 
 @dataclass(frozen=True)
@@ -126,16 +126,18 @@ def load_data(
     train_split = splits[0]
     images = images or len(train_split) - held_back
     if not 0 < images <= len(train_split) - held_back:
-        raise ValueError(f"{root}: {images} pictures to train on and {held_back} held back, of {len(train_split)}")
+        raise ValueError(
+            f"{root}: {images} pictures to train on and {held_back} held back, of {len(train_split)}: give fewer"
+        )
     valid = train_split.after(len(train_split) - held_back) if held_back else None
     return Data(train_split.first(images), splits[1], tuple(map(str, train.classes)), valid)
 
 
 def image_folders(root: Path) -> tuple[ImageFolder, ImageFolder]:
-    held_out = next((name for name in HELD_OUT if (root / name).is_dir()), None)
-    if held_out is None or not (root / "train").is_dir():
-        raise ValueError(f"{root}: an ImageFolder with train/ and test/ (or val/) is wanted")
-    return ImageFolder(str(root / "train")), ImageFolder(str(root / held_out))
+    test_name = next((name for name in TEST_NAMES if (root / name).is_dir()), None)
+    if test_name is None or not (root / "train").is_dir():
+        raise ValueError(f"{root}: give an ImageFolder with train/ and test/ (or val/)")
+    return ImageFolder(str(root / "train")), ImageFolder(str(root / test_name))
 
 
 def torchvision_data(name: str, root: Path) -> tuple[Any, Any]:
@@ -143,7 +145,7 @@ def torchvision_data(name: str, root: Path) -> tuple[Any, Any]:
     cls = getattr(torchvision.datasets, name, None)
     if not (isinstance(cls, type) and issubclass(cls, Dataset)):
         raise ValueError(
-            f"{name!r} is no data set of torchvision: give a name of torchvision.datasets, such as CIFAR10"
+            f"{name!r} is not a data set of torchvision: give a name of torchvision.datasets, such as CIFAR10"
         )
     parameters = inspect.signature(cls).parameters
     if "train" in parameters:
@@ -151,7 +153,7 @@ def torchvision_data(name: str, root: Path) -> tuple[Any, Any]:
     elif "split" in parameters:
         pair = cls(root, split="train"), first_split(cls, root)
     else:
-        raise ValueError(f"torchvision's {name} has no splits to train and to test on")
+        raise ValueError(f"torchvision's {name} has no splits to train and to test on: give another data set")
     if not hasattr(pair[0], "classes"):
         for split in pair:
             split.classes = [str(label) for label in np.unique(labels_of(pair[0]))]
@@ -160,12 +162,12 @@ def torchvision_data(name: str, root: Path) -> tuple[Any, Any]:
 
 def first_split(cls: Any, root: Path) -> Any:
     messages = []
-    for name in HELD_OUT:
+    for name in TEST_NAMES:
         try:
             return cls(root, split=name)
         except ValueError as error:  # raised by torchvision for an unknown split
             messages.append(str(error))
-    raise ValueError(f"{cls.__name__} has no split to test on: {messages[0]}")
+    raise ValueError(f"{cls.__name__} has no split to test on ({messages[0]}): give another data set")
 
 
 def labels_of(source: Any) -> np.ndarray:
@@ -202,14 +204,14 @@ def decoded(source: Any, size: int, cache: Path | None, name: str) -> np.ndarray
     mode = "L" if source[0][0].mode == "L" else "RGB"
     pixels = np.empty((len(source), size, size, len(mode)), dtype=np.uint8)
     for row, (picture, _) in zip(pixels, (source[i] for i in range(len(source))), strict=True):
-        row[:] = np.asarray(middle(picture.convert(mode), size)).reshape(row.shape)
+        row[:] = np.asarray(center_square(picture.convert(mode), size)).reshape(row.shape)
     if path is not None:
         with replacing(path) as file:
             np.save(file, pixels)
     return pixels
 
 
-def middle(picture: Image.Image, size: int) -> Image.Image:
+def center_square(picture: Image.Image, size: int) -> Image.Image:
     """Resize the picture's short side to `size` and crop the center to a square."""
     scale = size / min(picture.size)
     width, height = (max(size, round(side * scale)) for side in picture.size)

@@ -36,20 +36,22 @@ class Recipe:
         if self.epochs < 1 or self.accumulate < 1:
             raise ValueError(f"epochs={self.epochs}, accumulate={self.accumulate}: give 1 or more")
         if teacher != (self.distill > 0):
-            raise ValueError("distillation needs both: a teacher, and a weight above 0 in the recipe")
+            raise ValueError(f"distill={self.distill}: distillation needs a teacher and a weight above 0, or neither")
         if pictures < self.batch_size:
-            raise ValueError(f"{pictures} pictures do not fill a batch of {self.batch_size}")
+            raise ValueError(f"{pictures} pictures do not fill a batch of {self.batch_size}: give a smaller batch_size")
         parts = processes * self.accumulate
         if self.batch_size % parts:
             raise ValueError(f"batch_size={self.batch_size} is not divisible by {parts} forward passes an update")
         if self.batch_size // parts % 2 and (self.mixup or self.cutmix):
-            raise ValueError(f"timm mixes pairs of pictures: an even batch size, not {self.batch_size // parts}")
+            raise ValueError(f"timm mixes pairs of pictures: give an even batch size, not {self.batch_size // parts}")
         if self.augment not in ("shift", "timm", "none"):
             raise ValueError(f"augment={self.augment!r}: give 'shift', 'timm' or 'none'")
         if self.augment != "timm" and (self.auto_augment or self.erase):
-            raise ValueError(f"auto_augment and erase are timm's: augment='timm', not {self.augment!r}")
+            raise ValueError(f"auto_augment and erase need augment='timm', not {self.augment!r}")
         if self.precision == "bf16" and device.type == "cpu" and not fast_bf16():
-            raise ValueError("precision='bf16': this CPU has no instructions for it, and is many times slower with it")
+            raise ValueError(
+                "precision='bf16': this CPU has no instructions for it, which makes it many times slower: give 'no'"
+            )
 
 
 def fast_bf16() -> bool:

@@ -39,7 +39,7 @@ class Group:
         trial = self.trial
         parts = [trial.model, *(f"{key}={value}" for key, value in trial.options.items()), trial.ratio]
         if trial.drop:
-            parts[-1] = f"{self.rows_first['convolutions'] / self.rows_first['activations']:.2g}:1 by hand"
+            parts[-1] = f"{self.first_row['convolutions'] / self.first_row['activations']:.2g}:1 by hand"
         elif trial.ratio != "1:1":
             parts.append(trial.keep)
         words = {"relocate": "relocate", "hoist_padding": "hoisted", "gradual": "gradual"}
@@ -47,7 +47,7 @@ class Group:
         return " ".join([*parts, *([f"Leaky ReLU {trial.slope:g}"] if trial.slope else [])])
 
     @property
-    def rows_first(self) -> Row:
+    def first_row(self) -> Row:
         return next(iter(self.rows.values()))
 
     def values(self, column: str) -> list[float]:
@@ -121,7 +121,7 @@ def table(rows: Iterable[Row], column: str = "test", latency: bool = False) -> l
     configurations = groups(rows)
     lines = []
     for group in configurations:
-        values, first = group.values(column), group.rows_first
+        values, first = group.values(column), group.first_row
         line = {
             "label": group.label,
             "seeds": len(values),
@@ -158,7 +158,7 @@ def latency_of(trial: Trial, original: Trial) -> float:
     return latencies(models, inputs(models[0], picture))[1]
 
 
-def printed(lines: Iterable[dict[str, Any]]) -> str:
+def as_markdown(lines: Iterable[dict[str, Any]]) -> str:
     """Return the table as Markdown."""
     cells = []
     for line in lines:
@@ -209,7 +209,7 @@ def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
         points = [(cost(line), line["mean"]) for line in lines]
         for line, (x, y) in zip(lines, points, strict=True):
             axes.errorbar(x, y, line["sd"] if line["seeds"] > 1 else None, marker="o", capsize=3, label=line["label"])
-        if index:  # the ratio is no cost, and has no front
+        if index:  # the ratio is not a cost
             front = [points[i] for i in pareto(points)]
             axes.plot(*zip(*front, strict=True), color="grey", linewidth=1, zorder=0)
         axes.set(xlabel=name, ylabel="accuracy, %" if index == 0 else None)

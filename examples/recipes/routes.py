@@ -19,12 +19,12 @@ from .training import Log, evaluate, train
 
 PICTURES = 2048  # unlabeled pictures to fit with
 STAGES = 3
-Arrival = tuple[nn.Module, Log]
+TrainedModel = tuple[nn.Module, Log]
 
 
 @dataclass(frozen=True)
 class Start:
-    """What all routes start from and share. The original is the teacher.
+    """What all routes have in common. The original is the teacher.
 
     A log's `untrained` is the accuracy before training, in percent, on the pictures held back (or else the test split).
     """
@@ -36,24 +36,24 @@ class Start:
     out: Path
     device: str
 
-    def longer(self) -> Arrival:
-        """Train the original, as the baseline."""
+    def longer(self) -> TrainedModel:
+        """Train the original for as long, as the baseline."""
         return self._trained(copy.deepcopy(self.model))
 
-    def at_once(self) -> Arrival:
+    def at_once(self) -> TrainedModel:
         """Drop all activations of the plan before training."""
         return self._trained(nmconv.apply_plan(self.model, self.plan))
 
-    def gradually(self) -> Arrival:
+    def gradually(self) -> TrainedModel:
         """Drop all activations of the plan gradually, during the first 60 % of the training."""
         return self._trained(nmconv.apply_plan(self.model, self.plan, gradual=True), gradual={})
 
-    def fitted(self) -> Arrival:
+    def fitted(self) -> TrainedModel:
         """Drop all activations of the plan, fit the linear runs to the original, then train."""
         return self._trained(self._fitted(nmconv.apply_plan(self.model, self.plan)))
 
-    def iteratively(self, fit: bool = False) -> Arrival:
-        """Drop a third of the plan's activations, evenly spread over the network, and train; then the next third.
+    def iteratively(self, fit: bool = False) -> TrainedModel:
+        """Drop a third of the plan's activations, evenly spaced over the network, and train; then the next third.
 
         As in EASIER (ECML 2024), but in a fixed order. Each stage has a third of the epochs and its own schedule.
         """
@@ -68,11 +68,11 @@ class Start:
             log = {key: log[key] + stage_log[key] for key in log}
         return model, log
 
-    def fitted_iteratively(self) -> Arrival:
-        """Do the same, and fit the linear runs before each stage."""
+    def fitted_iteratively(self) -> TrainedModel:
+        """Do what `iteratively` does, and fit the linear runs before each stage."""
         return self.iteratively(fit=True)
 
-    def _trained(self, model: nn.Module, **options: Any) -> Arrival:
+    def _trained(self, model: nn.Module, **options: Any) -> TrainedModel:
         options |= {"out": self.out, "teacher": self.model, "device": self.device}
         untrained = evaluate(model, self.data.valid or self.data.test)
         return model, {"untrained": untrained, **train(model, self.data, self.recipe, **options)}
@@ -82,7 +82,7 @@ class Start:
         return nmconv.fit(model, inputs(self.model, pictures), reference=self.model)
 
 
-ROUTES: dict[str, Callable[[Start], Arrival]] = {
+ROUTES: dict[str, Callable[[Start], TrainedModel]] = {
     "longer": Start.longer,
     "at once": Start.at_once,
     "gradual": Start.gradually,

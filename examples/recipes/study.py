@@ -86,7 +86,7 @@ def sizes(seeds: int = 2) -> list[Trial]:
     ]
 
 
-# One short run each, so that every family of the paper has a row. AlexNet has no norms, and diverges at a higher rate.
+# One short run for each family of the paper. AlexNet has no norms, and diverges at a higher learning rate.
 SHORT = Recipe(epochs=3, lr=0.1, precision="bf16")
 FAMILIES = {
     "AlexNet": {"model": "cifar_alexnet", "recipe": replace(SHORT, lr=0.02)},
@@ -112,7 +112,7 @@ def families() -> list[Trial]:
     return trials
 
 
-def looked_into() -> list[Trial]:
+def with_insights() -> list[Trial]:
     """Return the trials whose activations and members are measured."""
     return [trial for trial in ratios() if not trial.drop and not trial.hoist_padding]
 

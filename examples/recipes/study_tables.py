@@ -16,7 +16,7 @@ from .trial import Trial, trial_from
 Tables = dict[str, Callable[[Sequence[Row], Sequence[Row]], str]]
 
 
-def written(doc: str, rows: Path) -> str:
+def with_tables(doc: str, rows: Path) -> str:
     """Return the document with the text between each `<!-- NAME -->` and `<!-- / -->` replaced by a new table."""
     trials, insights = read_rows(rows), read_rows(rows / "insights")
 
@@ -66,7 +66,7 @@ def ratios(trials: Sequence[Row], insights: Sequence[Row]) -> str:
     lines, tested = [], []
     for name in study.RATIOS:
         for group in (group for group in configurations if name_of(group.trial) == name):
-            first = group.rows_first
+            first = group.first_row
             line = [name, len(group.rows), first["activations"], f"{first['activation_values'] / 1e3:.0f} k"]
             line += [spread(group.values("held_back")), spread(group.values("test"))]
             if group is original:
@@ -129,7 +129,7 @@ def sizes(trials: Sequence[Row], insights: Sequence[Row]) -> str:
         for group in found:
             values = [spread(group.values(column)) for column in ("held_back", "test")]
             against = "" if original in (None, group) else interval(difference(group, original, "test"))
-            first = group.rows_first
+            first = group.first_row
             lines.append([name, name_of(group.trial), len(group.rows), first["activations"], *values, against])
     columns = ["network", "ratio", "seeds", "activations", "held back, %", "test, %", "test against 1:1"]
     return markdown(columns, lines) if lines else "Not measured yet."

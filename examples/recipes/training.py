@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import nmconv
 
 from . import checkpoint
-from .batches import Share, batches, chance, in_order, mixed
+from .batches import Share, batches, in_order, mixed, seeded
 from .pictures import Data, Pictures
 from .recipe import Recipe
 
@@ -33,7 +33,7 @@ ALONE = Share()
 
 
 class Wrapped(nn.Module):
-    """Wraps the model, as accelerate replaces the forward of the module that it prepares."""
+    """Wraps the model, since accelerate replaces the forward of the module that it prepares."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -247,7 +247,7 @@ class _Run:
             images, labels = next(parts)
             numbers = (self.step, part, share.rank)
             images, mixed_labels = mixed(images, labels, recipe, self.classes, *numbers)
-            with chance(recipe.seed, 1, *numbers), accelerator.accumulate(self.prepared):  # seeds dropout and the like
+            with seeded(recipe.seed, 1, *numbers), accelerator.accumulate(self.prepared):  # seeds dropout and the like
                 with torch.no_grad(), accelerator.autocast():
                     targets = None if self.teacher is None else self.teacher(images).float()
                 logits = self.prepared(images)
@@ -285,7 +285,7 @@ class _Run:
             return
         if saved["task"] != self._task:
             changed = sorted(key for key, value in self._task.items() if saved["task"].get(key) != value)
-            raise ValueError(f"{self._path} is of another run, with other {', '.join(changed)}: give another folder")
+            raise ValueError(f"{self._path} is of another run (other {', '.join(changed)}): give another folder")
         for name, part in self._parts().items():
             part.load_state_dict(saved[name])
         self.step, self.total, self.log = saved["step"], saved["total"], saved["log"]

@@ -39,7 +39,7 @@ class Trial:
     model: str = "cifar_resnet20"
     options: dict[str, Any] = field(default_factory=dict)  # arguments of the model's builder, such as {"width": 0.5}
     ratio: str = "1:1"
-    keep: str = "boundary"  # the names of committed rows rest on this default
+    keep: str = "boundary"  # the names of committed rows depend on this default
     relocate: bool = False
     hoist_padding: bool = False
     gradual: bool = False
@@ -104,11 +104,11 @@ def run(trial: Trial, root: Path, rows: Path, work: Path, device: str = "cpu") -
 
     Checkpoints and the network after each epoch go to `work / trial.name`. An interrupted trial is resumed.
     """
-    return kept(rows / f"{trial.name}.json", lambda: trained(trial, root, work, device))
+    return load_or_make(rows / f"{trial.name}.json", lambda: trained(trial, root, work, device))
 
 
-def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return the row in a file; if there is none, make and write it."""
+def load_or_make(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the row in a file; if the file does not exist, make and write it."""
     if path.exists():
         return json.loads(path.read_text())
     row = make()
@@ -137,7 +137,7 @@ def trained(trial: Trial, root: Path, work: Path, device: str) -> dict[str, Any]
             model = nmconv.apply_plan(model, plan, gradual=trial.gradual, inplace=True)
         gradual = {} if trial.gradual else None
         log = train(model, data, trial.recipe, out=out, gradual=gradual, after_step=snapshot, device=device)
-    return {"name": trial.name, "trial": asdict(trial), **measured(model, data, plan), **log, **made_on()}
+    return {"name": trial.name, "trial": asdict(trial), **measured(model, data, plan), **log, **provenance()}
 
 
 def measured(model: nn.Module, data: Data, plan: nmconv.Plan) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def measured(model: nn.Module, data: Data, plan: nmconv.Plan) -> dict[str, Any]:
     }
 
 
-def made_on() -> dict[str, Any]:
+def provenance() -> dict[str, Any]:
     """Describe the code and the machine."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],

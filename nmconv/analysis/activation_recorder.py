@@ -22,12 +22,12 @@ __all__ = ["ActivationRecorder"]
 
 
 class ActivationRecorder:
-    """Context manager that measures a model's activations at regular training steps.
+    """A context manager that measures a model's activations at regular training steps.
 
     In a recorded step, every forward with gradients enabled counts, in the model's current mode; forwards without
-    gradients (validation) do not. Steps that are not recorded cost next to nothing. The model carries hooks only within
-    the ``with``. If torch.distributed is initialized, sums are added up over all processes, so that each process must
-    use a recorder in the same way.
+    gradients (validation) do not. Steps that are not recorded take almost no time. The model carries hooks only within
+    the ``with``. If torch.distributed is initialized, sums are reduced over all processes, so each process must use a
+    recorder in the same way.
 
     Args:
         model: A module that is not wrapped, compiled or scripted: with ``DistributedDataParallel``, give
@@ -80,7 +80,7 @@ class ActivationRecorder:
 
     def __enter__(self) -> ActivationRecorder:
         if self._entered:
-            raise OptionError("this ActivationRecorder is entered already: make another one")
+            raise OptionError("this ActivationRecorder is already entered: make another one")
         self._entered = True
         self._accumulators.clear()
         self._hooks.enter_context(self._accumulators.watch)
@@ -103,7 +103,9 @@ class ActivationRecorder:
             OptionError: If called outside of the ``with``.
         """
         if not self._entered:
-            raise OptionError("step() is for within the with: with ActivationRecorder(model) as recorder: ...")
+            raise OptionError(
+                "step() is called outside of the with block: with ActivationRecorder(model) as recorder: ..."
+            )
         if self._records_step():
             accumulators = self._accumulators
             device, _ = device_and_dtype_of(self._model)

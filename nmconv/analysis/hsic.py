@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["debiased_cka"]
 
-_NUMBERS = 2**25  # values of all Gram matrices' rows in memory at a time
+_MAX_VALUES = 2**25  # of all Gram matrices' rows, in memory at a time
 
 
 def debiased_cka(features_a: Sequence[Tensor], features_b: Sequence[Tensor]) -> Tensor:
@@ -32,7 +32,7 @@ def debiased_cka(features_a: Sequence[Tensor], features_b: Sequence[Tensor]) -> 
     count = len(layers[0])
     sums = [_off_diagonal_sums(layer) for layer in layers]
     products = layers[0].new_zeros(len(layers), len(layers))
-    step = max(1, _NUMBERS // (count * len(layers)))
+    step = max(1, _MAX_VALUES // (count * len(layers)))
     for start in range(0, count, step):
         rows = torch.stack(
             [

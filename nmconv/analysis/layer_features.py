@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nmconv.analysis.observed_model import to_home
 from nmconv.analysis.observed_sites import ObservedSite, channel_axes, observed_sites
 from nmconv.analysis.site_watch import SiteWatch
 from nmconv.errors import FitError, NoSitesError, OptionError
 from nmconv.flow import record_model
-from nmconv.observing import device_and_dtype_of, input_errors_as_fit_errors
+from nmconv.observing import device_and_dtype_of, input_errors_as_fit_errors, to_device_and_dtype
 
 __all__ = ["LayerFeatures"]
 
 
 class LayerFeatures:
-    """Collects the features of a model's layers batch by batch.
+    """Collect the features of a model's layers batch by batch.
 
     Args:
         model: A module in eval mode.
@@ -34,8 +33,10 @@ class LayerFeatures:
 
     def __init__(self, model: nn.Module, layers: Sequence[str] | None, images: Tensor) -> None:
         self._model = model
-        self._home = device_and_dtype_of(model)
-        recordings = record_model(model, to_home(images, self._home, copy=True), both_sizes=False)
+        self._device_and_dtype = device_and_dtype_of(model)
+        recordings = record_model(
+            model, to_device_and_dtype(images, self._device_and_dtype, copy=True), both_sizes=False
+        )
         sites = {site.id: site for site in observed_sites(model, recordings)[False]}
         if layers is None:
             layers = [site_id for site_id, site in sites.items() if site.is_site]
@@ -59,7 +60,7 @@ class LayerFeatures:
                 one row per image.
         """
         self._batch = {}
-        images = to_home(images, self._home, copy=True)
+        images = to_device_and_dtype(images, self._device_and_dtype, copy=True)
         count = len(images)
         watch = SiteWatch(self._model, self._sites, on_output=self._keep_activation)
         with ExitStack() as hooks, torch.no_grad(), input_errors_as_fit_errors(self._model, images):
@@ -87,7 +88,7 @@ class LayerFeatures:
     def _module_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, value: Any) -> None:
             if not isinstance(value, Tensor):
-                raise FitError(f"{name!r} gives a {type(value).__name__}, no tensor: name a module inside of it")
+                raise FitError(f"{name!r} returns a {type(value).__name__}, not a tensor: name a module inside of it")
             with torch._C.DisableTorchFunction():
                 self._keep(name, value, self._axes.get(name, 1))
 
@@ -109,4 +110,4 @@ def _check_names(model: nn.Module, layers: Iterable[str], sites: Iterable[str]) 
         if name not in known:
             similar = sorted(each for each in known if name in each)[:5]
             hint = f"did you mean {', '.join(similar)}?" if similar else f"it has {', '.join(sorted(known)[1:6])}, ..."
-            raise OptionError(f"layer {name!r} is no module or activation of this {type(model).__name__}: {hint}")
+            raise OptionError(f"layer {name!r} is not a module or activation of this {type(model).__name__}: {hint}")

@@ -101,8 +101,8 @@ class MapMoments:
     def _check_channels(self, before: Tensor, now: Tensor) -> None:
         if before.shape != now.shape:
             raise FitError(
-                f"{self.name} is called with {len(now)} channels, and was called with {len(before)} before: it has no "
-                "statistics of channels; give images of one kind, or a model that does not share the module around it"
+                f"{self.name} is called with {len(now)} channels, after a call with {len(before)}: statistics need one "
+                "number of channels; give images of one kind, or a model that does not share the module around it"
             )
 
 
@@ -162,7 +162,7 @@ def _common_channels(all_moments: Sequence[MapMoments], device: torch.device) ->
 
 
 def _pack(moments: MapMoments, channels: int, device: torch.device) -> Tensor:
-    """Return what is additive: the counts, then per channel the positive inputs and the sum of outputs."""
+    """Return the additive part: the counts, then per channel the positive inputs and the sum of outputs."""
     counts = [
         moments.input_positions,
         moments.output_positions,
@@ -177,7 +177,7 @@ def _pack(moments: MapMoments, channels: int, device: torch.device) -> Tensor:
 
 
 def _unpack(moments: MapMoments, channels: int, packed: Tensor) -> Tensor:
-    """Take over the sums of all processes; return this process's scatter matrix about the mean of all processes."""
+    """Store the sums of all processes; return this process's scatter matrix about the mean of all processes."""
     head, positive, total = packed.split([5, channels, channels])
     positions = int(head[1])
     mean = total / positions

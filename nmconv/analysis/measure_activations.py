@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from nmconv.analysis.observed_model import state_preserved, to_home
+from nmconv.analysis.observed_model import state_preserved
 from nmconv.analysis.observed_sites import observed_sites
 from nmconv.analysis.site_accumulators import SiteAccumulators
 from nmconv.analysis.statistics import ActivationStats
 from nmconv.errors import FitError, OptionError
 from nmconv.flow import record_model
-from nmconv.observing import device_and_dtype_of, input_errors_as_fit_errors, read_batches
+from nmconv.observing import device_and_dtype_of, input_errors_as_fit_errors, read_batches, to_device_and_dtype
 from nmconv.surgery import check_initialized, check_plain
 
 __all__ = ["activation_stats"]
@@ -65,17 +65,17 @@ def activation_stats(model: nn.Module, data: Any, *, loss: Any = None, key: str 
     check_initialized(model)
     if loss is not None and not callable(loss):
         raise OptionError(f"loss={loss!r:.80}: give a function of (output, y) or of the output, or None")
-    home = device_and_dtype_of(model)
-    device, _ = home
+    device_and_dtype = device_and_dtype_of(model)
+    device, _ = device_and_dtype
     with state_preserved(model):
         batches = read_batches(data, key)
         first_images, first_target = next(batches)
         with_target = loss is not None and _takes_target(loss, first_target)
-        example = to_home(first_images[:2], home)
+        example = to_device_and_dtype(first_images[:2], device_and_dtype)
         accumulators = SiteAccumulators(model, observed_sites(model, record_model(model, example, both_sizes=False)))
         with accumulators.watch:
             for batch, target in itertools.chain([(first_images, first_target)], batches):
-                images = to_home(batch, home, copy=True)
+                images = to_device_and_dtype(batch, device_and_dtype, copy=True)
                 accumulators.images += len(images)
                 if loss is None:
                     with torch.no_grad(), input_errors_as_fit_errors(model, images), accumulators.watch.running():
@@ -112,8 +112,8 @@ def _run_with_gradients(
         value = loss(output, *loss_args)
         if not isinstance(value, Tensor) or not value.requires_grad:
             raise FitError(
-                f"loss gives {'a tensor without gradient' if isinstance(value, Tensor) else type(value).__name__}: it "
-                "is to give a tensor computed from the output: the mean over the batch, or a number for each image"
+                f"loss gives {'a tensor without gradient' if isinstance(value, Tensor) else type(value).__name__}: "
+                "return a tensor computed from the output: the mean over the batch, or a number for each image"
             )
         inputs = [leaf] if leaf.requires_grad else [each for each in model.parameters() if each.requires_grad]
         torch.autograd.grad(value.mean(), inputs, allow_unused=True)

@@ -1,4 +1,4 @@
-"""Run a model only to observe it: without changing it, on inputs that fit it."""
+"""Run a model without changing it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nmconv.observing import eval_mode
 from nmconv.recording import rng_restored
 
-__all__ = ["state_preserved", "to_home"]
+__all__ = ["state_preserved"]
 
 
 @contextmanager
@@ -31,15 +31,3 @@ def state_preserved(model: nn.Module) -> Iterator[None]:
             for value, version, before in saved:
                 if value._version != version:
                     value.copy_(before)
-
-
-def to_home(images: Tensor, home: tuple[torch.device, torch.dtype], *, copy: bool = False) -> Tensor:
-    """Move images to a model's device, and floating-point images to its dtype.
-
-    Args:
-        images: ``[images, ...]``.
-        home: The model's device and dtype, from :func:`nmconv.observing.device_and_dtype_of`.
-        copy: Whether to copy them in any case, as some models overwrite their input.
-    """
-    device, dtype = home
-    return images.to(device, dtype if images.is_floating_point() else images.dtype, copy=copy)

@@ -1,4 +1,4 @@
-"""Where a model calls activations, as plain data by which each call is found again while the model runs."""
+"""A model's activation calls, as plain data that identifies each call while the model runs."""
 
 from __future__ import annotations
 

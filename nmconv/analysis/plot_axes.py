@@ -14,7 +14,7 @@ __all__ = ["axes_for_plot"]
 
 @contextmanager
 def axes_for_plot(where: Any, *, width: float, height: float = 4.0) -> Iterator[Any]:
-    """Yield axes; if ``where`` is a path, save their figure there on exit.
+    """Yield axes, and save their figure on exit if ``where`` is a path.
 
     Args:
         where: A path, matplotlib axes, or None for new axes.

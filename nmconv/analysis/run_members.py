@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from nmconv.analysis.ensemble import Ensemble
 from nmconv.analysis.member_outputs import MemberAverages, MemberModel, Slopes
-from nmconv.analysis.observed_model import state_preserved, to_home
+from nmconv.analysis.observed_model import state_preserved
 from nmconv.errors import NoSitesError, OptionError
-from nmconv.observing import device_and_dtype_of, read_batches
+from nmconv.observing import device_and_dtype_of, read_batches, to_device_and_dtype
 from nmconv.planning import Plan, Site
 from nmconv.surgery import check_model, check_slope, plan_to_keep_all
 
@@ -119,7 +119,7 @@ def _labeled_batches(
     data: Any, model: nn.Module, key: str | None, label_key: str | None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield images and their labels, if there are any, on the model's device."""
-    home = device_and_dtype_of(model)
+    device_and_dtype = device_and_dtype_of(model)
     for images, y in read_batches(data, key):
         if isinstance(y, Mapping):
             if label_key is not None and label_key not in y:
@@ -127,7 +127,7 @@ def _labeled_batches(
                 raise OptionError(f"batches are dicts with {names}: name the labels' by label_key=")
             y = None if label_key is None else y[label_key]
         are_labels = isinstance(y, Tensor) and not y.is_floating_point() and y.shape == images.shape[:1]
-        yield to_home(images, home), y.to(home[0]) if are_labels else None
+        yield to_device_and_dtype(images, device_and_dtype), y.to(device_and_dtype[0]) if are_labels else None
 
 
 def _plan_to_drop(model: nn.Module, images: Tensor, sites: Iterable[str | Site] | None) -> Plan:

@@ -77,7 +77,7 @@ class CKA:
             matrix = torch.tensor(values, dtype=torch.float64).reshape(len(layers_a), len(layers_b))
             return cls(matrix, layers_a, layers_b, int(data["n"]))
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise FileError(f"{os.fspath(path)} is no table of nmconv.cka ({error}): measure anew") from error
+            raise FileError(f"{os.fspath(path)} is not a table of nmconv.cka ({error}): measure again") from error
 
     def plot(self, where: Any = None) -> Any:
         """Plot the matrix as an image. Needs matplotlib.

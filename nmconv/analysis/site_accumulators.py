@@ -18,7 +18,7 @@ __all__ = ["SiteAccumulators"]
 
 _RELUS = ("ReLU", "ReLU6")  # constant wherever the input is not positive
 _DEAD_VARIANCE = 1e-12  # a channel's variance over the mean of all channels' variances
-_ROUNDING = 1e-24  # variance over squared mean of a constant, as it comes out in float64
+_ROUNDING = 1e-24  # variance over squared mean of a constant, as computed in float64
 
 
 class SiteAccumulators:

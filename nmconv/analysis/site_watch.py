@@ -57,14 +57,14 @@ class SiteWatch(ForwardTracker):
 
     def _pre_hook(self, label: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if self._runs and len(self._stack) > 1:  # the top of the stack is the called module itself
+            if self._is_running and len(self._stack) > 1:  # the top of the stack is the called module itself
                 self._observe_input(self._stack[-2], label, args, kwargs)
 
         return hook
 
     def _post_hook(self, label: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, result: Any) -> None:
-            if self._runs and self._stack:
+            if self._is_running and self._stack:
                 self._observe_output(self._stack[-1], label, result)
 
         return hook

@@ -89,8 +89,8 @@ class ActivationStats:
         The column ``dead`` is the number of dead channels.
 
         Args:
-            beside: The statistics of another model. There is then one row for each activation of either model, with
-                each number twice, as ``rank_a`` and ``rank_b``; NaN where a model lacks the activation.
+            beside: The statistics of another model. The table then has one row for each activation of either model,
+                with each number twice, such as ``rank_a`` and ``rank_b``; NaN where a model lacks the activation.
         """
         rows = [{"model": self.model, **asdict(stats), "dead": len(stats.dead)} for stats in self.sites]
         if beside is None:
@@ -127,7 +127,7 @@ class ActivationStats:
             sites = tuple(_read_site(row) for row in data.pop("sites"))
             return cls(**data, sites=sites)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise FileError(f"{os.fspath(path)} is no table of {_MADE_BY} ({error}): measure anew") from error
+            raise FileError(f"{os.fspath(path)} is not a table of {_MADE_BY} ({error}): measure again") from error
 
     def plot(self, where: Any = None, *, column: str = "rank", beside: ActivationStats | None = None) -> Any:
         """Plot one column over the activations, in the order of execution. Needs matplotlib.

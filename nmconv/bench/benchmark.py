@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -25,90 +26,48 @@ __all__ = ["run"]
 _CALIBRATION_IMAGES = 4
 
 
-def run(
-    model: str | nn.Module,
-    *,
-    ratio: str = "2:1",
-    relocate: bool = False,
-    hoist_padding: bool = False,
-    gate: str = "multiply_adds",
-    min_gain: float = 1.05,
-    backends: Sequence[str] | None = None,
-    batches: Sequence[int] = (1, 8),
-    size: int = 224,
-    threads: int = 1,
-    rounds: int = 11,
-    seconds: float = 0.2,
-    device: str = "cpu",
-    weights: str = "",
-    channels_last: bool = False,
-    progress: Callable[[str], None] = lambda message: None,
-) -> Result:
+def run(model: str | nn.Module, settings: Settings, progress: Callable[[str], None] = lambda message: None) -> Result:
     """Time the original, converted and merged network interleaved, all three with norms folded where possible.
 
     Args:
         model: A timm name, ``torchvision:`` and a name, or a module in eval mode, which is left unchanged. A network
             built by name without weights gets randomized norms.
-        ratio: The ratio to convert to; ``"none"`` merges the original network.
-        relocate: As in :func:`nmconv.convert`.
-        hoist_padding: As in :func:`nmconv.convert`.
-        gate: As in :func:`nmconv.merge`. With ``"latency"``, the network is merged separately for each backend and
-            batch size.
-        min_gain: As in :func:`nmconv.merge`.
-        backends: Backends of :func:`nmconv.timing.make_runner`; None stands for all, and reports those not installed.
-        batches: Batch sizes.
-        size: Height and width of the images, in pixels.
-        threads: Number of threads.
-        rounds: Number of samples of each timing.
-        seconds: Minimum duration of a sample.
-        device: torch's name of the device.
-        weights: Path of a state dict for a network built by name.
-        channels_last: Whether all networks and images use ``memory_format=torch.channels_last``.
+        settings: What to measure, and how.
         progress: Called with a message at the start of each stage.
 
     Returns:
         The result. A cell that could not be measured holds the reason.
 
     Raises:
-        OptionError: If an option is invalid, the model is unknown, a requested backend is not installed, or the
+        OptionError: If a setting is invalid, the model is unknown, a requested backend is not installed, or the
             network does not run on images of this size.
         FileError: If the weights do not fit.
         NmconvError: As raised by :func:`nmconv.convert` and :func:`nmconv.merge`.
     """
-    settings = Settings(
-        ratio=ratio,
-        relocate=relocate,
-        hoist_padding=hoist_padding,
-        gate=gate,
-        min_gain=min_gain,
-        backends=tuple(dict.fromkeys(BACKENDS if backends is None else backends)),
-        batches=tuple(dict.fromkeys(batches)),
-        size=size,
-        threads=threads,
-        rounds=rounds,
-        seconds=seconds,
-        device=device,
-        weights=weights,
-        channels_last=channels_last,
-    )
-    for backend in backends or ():
+    for backend in settings.backends:
         check_backend(backend)
+    settings = replace(
+        settings,
+        backends=tuple(dict.fromkeys(settings.backends or BACKENDS)),
+        batches=tuple(dict.fromkeys(settings.batches)),
+    )
+    rounds, seconds, gate = settings.rounds, settings.seconds, settings.gate
     time_interleaved([], rounds=rounds, seconds=seconds)  # only checks rounds and seconds
     torch_device = _check_settings(settings)
     notes: list[str] = []
-    with thread_count(threads), _no_effect_warnings_as(notes):
+    with thread_count(settings.threads), _no_effect_warnings_as(notes):
         name = model if isinstance(model, str) else type(model).__name__
         progress(f"building {name}")
         original = _build_and_check(model, settings, torch_device)
         progress(f"converting {name}")
-        converted = original if ratio == "none" else _convert(original, settings)
+        converted = original if settings.ratio == "none" else _convert(original, settings)
         activations = count_activations(original), count_activations(converted)
         folded = fold_norms(original), fold_norms(converted)
         image = _random_images(1, settings, torch_device)
         sizes = [network_size(module, image, count) for module, count in zip(folded, activations, strict=True)]
 
         def merge_for(backend: str, images: Tensor) -> nn.Module:  # also folds the norms of what is not merged
-            return merge(converted, gate=gate, min_gain=min_gain, backend=backend, example_inputs=(images,))
+            return merge(converted, gate=gate, min_gain=settings.min_gain, backend=backend, example_inputs=(images,))
 
         progress(f"merging {name}")
         merged_once = None if gate == "latency" else merge_for("eager", image)
@@ -168,7 +127,9 @@ def _build_and_check(model: str | nn.Module, settings: Settings, device: torch.d
     if isinstance(model, str):
         module = build(model, settings.weights).to(device)
     elif settings.weights:
-        raise OptionError("weights are for a network built by name: load them into the module instead")
+        raise OptionError(
+            f"weights={settings.weights!r} are for a network built by name: load them into this {type(model).__name__}"
+        )
     else:
         module = copy_model(model) if settings.channels_last else model
     if settings.channels_last:

@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from nmconv.atomic_files import check_folder
 from nmconv.bench.benchmark import run
-from nmconv.bench.results import Cell, NetworkSize, Result
+from nmconv.bench.results import Cell, NetworkSize, Result, Settings
 from nmconv.errors import NmconvError
 from nmconv.timing import BACKENDS, Spread, Timing
 
@@ -50,19 +51,18 @@ def bench(
 ) -> None:
     """Time the original, converted and merged network side by side, all three with norms folded."""
     screen, errors = Console(width=None if sys.stdout.isatty() else 120), Console(stderr=True)
-    if json is not None and not json.parent.is_dir():
-        _fail(errors, f"{json}: there is no folder {json.parent}: make it first")
     try:
+        if json is not None:
+            check_folder(json)
         with errors.status("") as status:
-            result = run(
-                model,
+            settings = Settings(
                 ratio=ratio,
                 relocate=relocate,
                 hoist_padding=hoist,
                 gate=gate,
                 min_gain=min_gain,
-                backends=backend,
-                batches=batch or (1, 8),
+                backends=tuple(backend or ()),
+                batches=tuple(batch or (1, 8)),
                 size=size,
                 threads=threads,
                 rounds=rounds,
@@ -70,8 +70,8 @@ def bench(
                 device=device,
                 weights=weights,
                 channels_last=channels_last,
-                progress=lambda message: status.update(message),
             )
+            result = run(model, settings, lambda message: status.update(message))
     except NmconvError as error:
         _fail(errors, str(error))
     screen.print(_table(result))
@@ -80,7 +80,7 @@ def bench(
     if json is not None:
         try:
             result.save(json)
-        except OSError as error:
+        except (NmconvError, OSError) as error:
             _fail(errors, f"{json}: not written: {error}")
     if not any(cell.measured for cell in result.cells):
         raise typer.Exit(1)

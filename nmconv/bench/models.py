@@ -40,7 +40,9 @@ def build(name: str, weights: str = "") -> nn.Module:
             model.load_state_dict(_state_dict(weights))
         except Exception as error:
             reason = " ".join(str(error).split())
-            raise FileError(f"{weights}: no weights for {name} ({reason[:300]})") from error
+            raise FileError(
+                f"{weights}: no weights for {name} ({reason[:300]}): give the path of a state dict of this network"
+            ) from error
     return model.eval()
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from nmconv.atomic_files import write_atomically
 from nmconv.timing import Spread, Timing
 
 __all__ = ["Cell", "Environment", "Latencies", "NetworkSize", "Result", "Settings"]
@@ -21,36 +21,38 @@ class Settings:
     """Settings of a benchmark.
 
     Attributes:
-        ratio: ``N:M``, or ``none`` for no conversion.
+        ratio: The ratio to convert to; ``"none"`` merges the original network.
         relocate: As in :func:`nmconv.convert`.
         hoist_padding: As in :func:`nmconv.convert`.
-        gate: As in :func:`nmconv.merge`.
+        gate: As in :func:`nmconv.merge`. With ``"latency"``, the network is merged separately for each backend and
+            batch size.
         min_gain: As in :func:`nmconv.merge`.
-        backends: In the order measured.
-        batches: In the order measured.
+        backends: Backends of :func:`nmconv.timing.make_runner`, in the order measured; () stands for all, and those
+            that are not installed are reported.
+        batches: Batch sizes, in the order measured.
         size: Height and width of the images, in pixels.
         threads: Number of threads of torch and of ONNX Runtime.
         rounds: Number of samples of each timing.
         seconds: Minimum duration of a sample.
         device: torch's name of the device.
-        weights: Path of the weights, or "" if they are random.
-        channels_last: Whether networks and images use torch.channels_last.
+        weights: Path of a state dict for a network built by name; "" for random weights.
+        channels_last: Whether all networks and images use ``memory_format=torch.channels_last``.
     """
 
-    ratio: str
-    relocate: bool
-    hoist_padding: bool
-    gate: str
-    min_gain: float
-    backends: tuple[str, ...]
-    batches: tuple[int, ...]
-    size: int
-    threads: int
-    rounds: int
-    seconds: float
-    device: str
-    weights: str
-    channels_last: bool
+    ratio: str = "2:1"
+    relocate: bool = False
+    hoist_padding: bool = False
+    gate: str = "multiply_adds"
+    min_gain: float = 1.05
+    backends: tuple[str, ...] = ()
+    batches: tuple[int, ...] = (1, 8)
+    size: int = 224
+    threads: int = 1
+    rounds: int = 11
+    seconds: float = 0.2
+    device: str = "cpu"
+    weights: str = ""
+    channels_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,22 +160,10 @@ class Result:
         """Write the JSON atomically.
 
         Raises:
+            FileError: If the folder does not exist.
             OSError: If the file cannot be written.
         """
-        target = Path(path)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.to_json() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(name, 0o666 & ~umask)  # mkstemp creates files that only the owner can read
-            os.replace(name, target)
-        except BaseException:
-            os.unlink(name)
-            raise
+        write_atomically(path, lambda temporary: Path(temporary).write_text(self.to_json() + "\n", encoding="utf-8"))
 
 
 def _to_plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ __all__ = [
     "ParallelSum",
     "Step",
     "argument_structures",
+    "conv_names",
     "elements_from_json",
     "elements_to_json",
     "steps_of",
@@ -106,6 +107,11 @@ def steps_of(elements: Iterable[Element]) -> Iterator[Step]:
         else:
             for branch in element.branches:
                 yield from steps_of(branch)
+
+
+def conv_names(elements: Iterable[Element]) -> tuple[str, ...]:
+    """Return the qualified names of all convolutions in the elements, in order of execution."""
+    return tuple(step.name for step in steps_of(elements) if step.kind == "conv")
 
 
 def argument_structures(elements: Iterable[Element]) -> dict[str, str]:

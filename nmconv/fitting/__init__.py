@@ -7,7 +7,7 @@ from nmconv.fitting.normal_equations import Moments
 from nmconv.fitting.output_divergence import Loss, NotFiniteError, check_loss, divergence, outputs_by_batch
 from nmconv.fitting.report import Divergence, Fit, UnitFit
 from nmconv.fitting.ridge_regression import RIDGES, select_ridge
-from nmconv.fitting.samples import is_direct
+from nmconv.fitting.samples import has_small_moments
 from nmconv.fitting.tasks import FitTask
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "fit",
     "fit_units",
     "get_fit",
-    "is_direct",
+    "has_small_moments",
     "kernel_sizes",
     "outputs_by_batch",
     "recalibrate_norms",

@@ -15,7 +15,7 @@ from nmconv.fitting.ridge_regression import RIDGES
 from nmconv.flow import record_model
 from nmconv.merging import get_merges, merged_groups
 from nmconv.observing import Images, device_and_dtype_of, eval_mode, read_images
-from nmconv.planning import Kernel, Plan
+from nmconv.planning import Kernel, Plan, is_kernel_size
 from nmconv.surgery import FITTED, Witness, WorkingCopy, check_finished, check_plain, get_plan, resolve_plan
 
 __all__ = ["fit", "fit_units", "get_fit"]
@@ -47,7 +47,7 @@ def fit(
     Args:
         model: A converted model that was not merged.
         data: Images: a tensor ``[images, ...]``, or a loader or iterable of tensors, of (x, y) pairs (y is ignored) or
-            of dicts. Read once.
+            of dicts. It is read once.
         reference: The model before it was converted, with the weights it had then.
         kernel: None: units for which the plan names a kernel become one convolution; of the others, the last
             convolution and its norm are refitted, under their old keys. ``"exact"``, ``"auto"`` or a size such as 3:
@@ -149,39 +149,35 @@ def get_fit(model: nn.Module) -> Fit | None:
 
 def _ridges(ridge: str | float, holdout: float) -> tuple[float, ...]:
     if isinstance(holdout, bool) or not isinstance(holdout, (int, float)) or not 0 <= holdout < 1:
-        raise OptionError(f"holdout={holdout!r}: give a part of the images, from 0 to less than 1")
+        raise OptionError(f"holdout={holdout!r}: give a fraction of the images, from 0 to less than 1")
     if ridge == "auto":
         if not holdout:
             raise OptionError('ridge="auto" chooses on held-out images: give holdout=0.25, or a ridge such as 1e-3')
         return RIDGES
     if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge >= 0:
-        raise OptionError(f'ridge={ridge!r}: give "auto" or a number from 0 on')
+        raise OptionError(f'ridge={ridge!r}: give "auto" or a number, 0 or more')
     return (float(ridge),)
 
 
 def _kernel(kernel: object) -> Kernel:
-    text = str(kernel)
-    parts = text.split("x")
-    if isinstance(kernel, bool) or not (
-        text in ("exact", "auto") or all(part.isdecimal() and int(part) for part in parts)
-    ):
+    if not is_kernel_size(str(kernel)):
         raise OptionError(f'kernel={kernel!r}: give "exact", "auto" or a size such as 3')
-    return Kernel((), text)
+    return Kernel((), str(kernel))
 
 
 def _check_reference(reference: nn.Module, model: nn.Module, plan: Plan) -> None:
     """Raise FitError unless the reference is the unconverted model, on the same device and in the same dtype."""
     if get_plan(reference) is not None or model is reference:
-        raise FitError("the reference was converted itself: give the model as it was before nmconv.convert")
+        raise FitError("the reference was itself converted: give the model as it was before nmconv.convert")
     try:
         recordings = record_model(reference, both_sizes=False, linear=plan.linear, call=plan.call)
         resolve_plan(reference, plan, recordings, "give that model as it was before nmconv.convert")
     except (PlanError, OptionError) as error:
-        raise FitError(f"the reference is another model than the one that was converted: {error}") from error
+        raise FitError(f"the reference is not the model that was converted: {error}") from error
     if device_and_dtype_of(reference) != device_and_dtype_of(model):
-        reference_home, model_home = (" in ".join(map(str, device_and_dtype_of(each))) for each in (reference, model))
+        reference_place, model_place = (" in ".join(map(str, device_and_dtype_of(each))) for each in (reference, model))
         raise FitError(
-            f"the reference is on {reference_home}, and the model on {model_home}: move one to the other with .to()"
+            f"the reference is on {reference_place}, and the model on {model_place}: move one to the other with .to()"
         )
 
 

@@ -1,4 +1,4 @@
-"""Least squares by conjugate gradients, where moments would not fit in memory: every step reads all rows again."""
+"""Least squares by conjugate gradients, for moments that do not fit in memory: every step reads all rows again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_STEPS = 500  # what has not converged by then is close to the previous, lar
 
 
 class ConjugateGradients(Regression):
-    """A regression on inputs and targets as they are; its rows are made by im2col, block by block, and not kept.
+    """A regression that keeps inputs and targets, and makes its rows by im2col, block by block.
 
     Args:
         batches: Pairs of the convolution's input and its target output.
@@ -77,7 +77,7 @@ class ConjugateGradients(Regression):
             return result
 
         def solve(ridge: float) -> Tensor:
-            nonlocal solution  # each solution is the guess for the next ridge
+            nonlocal solution  # the initial solution for the next ridge
             penalty = ridge * torch.where(scale > 0, scale, 1.0)[:, None, None]
             solution = _conjugate_gradients(
                 lambda weight: normal_operator(weight) + penalty * weight,

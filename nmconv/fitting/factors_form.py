@@ -52,7 +52,9 @@ class FactorsForm:
         geometry = geometry_of(conv, "conv", 0, rank)
         self.geometry: Geometry = geometry
         if not has_plain_parameter(conv) or hasattr(conv, "parametrizations"):
-            raise Refusal(f"{name}: what it convolves with is computed from its weight (name a kernel instead)")
+            raise Refusal(
+                f"{name}: its kernel is computed from its weight, which cannot be refitted (name a kernel instead)"
+            )
         norm_names = [step.name for step in steps if step.kind == "norm"]
         norms = [model.get_submodule(norm) for norm in norm_names]
         self._norms = _combined(norms, norm_names, geometry.out_channels, conv.weight.device)
@@ -71,7 +73,7 @@ class FactorsForm:
         """Write the coefficients into the convolution and its norms.
 
         Args:
-            coefficients: What convolution and norms shall compute.
+            coefficients: What convolution and norms are to compute.
             regression: Gives the statistics of the norms' new input.
 
         Raises:
@@ -101,8 +103,8 @@ class FactorsForm:
         if bool(too_large.any()):
             least = float(self._norms.scale[too_large.flatten()].abs().min())
             raise Refusal(
-                f"{self._last_name} multiplies {int(too_large.sum())} of {too_large.numel()} channels by next to "
-                f"nothing ({least:.1g}): the weights that it takes are beyond {dtype}"
+                f"{self._last_name} multiplies {int(too_large.sum())} of {too_large.numel()} channels by almost "
+                f"zero ({least:.1g}): the weights before it would exceed the range of {dtype}"
             )
 
 
@@ -110,11 +112,11 @@ def _last_convolution(elements: tuple[Element, ...]) -> Any:
     """Return the last convolution with the steps after it."""
     last = max(at for at, element in enumerate(elements) if isinstance(element, ParallelSum) or element.kind == "conv")
     if isinstance(elements[last], ParallelSum):
-        raise Refusal("it ends in a sum of convolutions, which have no one last convolution")
+        raise Refusal("it ends in a sum of convolutions, so that it has no single last convolution")
     steps: Any = elements[last:]
     for step in steps:
         if step.kind == "pad":
-            raise Refusal(f"{step.name} stands behind its last convolution")
+            raise Refusal(f"{step.name} pads after its last convolution")
         if step.why and not step.is_identity:
             raise Refusal(f"{step.name}: {step.why}")
     return steps

@@ -21,14 +21,14 @@ from nmconv.surgery import get_plan
 __all__ = ["Fitter"]
 
 _NO_RUN = (
-    "there is no linear run around it that a fit could change (a transposed convolution, or a norm without running "
-    "statistics, ends one)"
+    "it is in no linear run that a fit could change (transposed convolutions and norms without running statistics end "
+    "runs)"
 )
 _UNKNOWN = Divergence(math.nan, math.nan)
 
 
 class Fitter:
-    """Fits a converted model to its reference, in place.
+    """Fit a converted model to its reference, in place.
 
     Args:
         model: The converted model, in eval mode.
@@ -72,7 +72,7 @@ class Fitter:
         self._reference_outputs = outputs_by_batch(self._reference, self._images, self._held)
         try:
             converted = self._divergence()
-        except NotFiniteError:  # before the fit, a network in a small dtype may overflow
+        except NotFiniteError:  # before the fit, a network in float16 may overflow
             converted = _UNKNOWN
         recalibrated, _ = self._recalibrated(keep_below=-math.inf)
         units = self.fit_units(default)
@@ -124,7 +124,7 @@ class Fitter:
         """Re-estimate the norms' statistics, and restore them unless the loss is then below ``keep_below``.
 
         Returns:
-            The divergence with new statistics, NaN where the images do not determine them; and whether they were kept.
+            The divergence with new statistics (NaN if the images do not determine them), and whether they were kept.
         """
         try:
             before = recalibrate(self._model, self._images)

@@ -33,7 +33,7 @@ from nmconv.merging import (
     interior_affine,
     merge_of_segment,
     nodes_of,
-    norms_behind,
+    norms_after,
     rewrite_forwards,
     with_attribute_guards,
 )
@@ -69,9 +69,7 @@ class MergedForm:
         rank = len(kernel_size) if isinstance(kernel_size, tuple) else 2
         self._like: Tensor = first.weight
         self._channels_last = is_channels_last(model)
-        self._nodes = nodes_of(
-            model.get_submodule, task.elements, None, (256,) * rank, lambda name, geometry: geometry, {}
-        )
+        self._nodes = nodes_of(model.get_submodule, task.elements, None, (256,) * rank)
         affine = self._composed_affine(getattr(first, "in_channels", 0), rank)
         if kernel.dense and affine.geometry.groups > 1:
             affine = _without_groups(affine)
@@ -80,12 +78,12 @@ class MergedForm:
         self.geometry: Geometry = geometry
         self.sizes = kernel_sizes(kernel, geometry)
         bias = affine.bias if affine.bias is not None else affine.weight.new_zeros(geometry.out_channels)
-        norms = norms_behind(Segment(self._nodes, geometry))
+        norms = norms_after(Segment(self._nodes, geometry))
         kept = [name for name in norms if can_be_identity(model.get_submodule(name), geometry.out_channels)]
         self._norm = kept[-1] if kept else ""
         self._composed = Affine(geometry, affine.weight.detach(), bias.detach())
-        self._takes = argument_structures(task.elements)
-        _, failed = rewrite_forwards(model, [self._record(geometry)], self._takes)
+        self._argument_structures = argument_structures(task.elements)
+        _, failed = rewrite_forwards(model, [self._record(geometry)], self._argument_structures)
         for error in failed.values():
             raise Refusal(str(error))
 
@@ -126,7 +124,7 @@ class MergedForm:
                 removed = tuple(name for name in merge.removed if name != self._norm)
                 merge = replace(merge, norm=self._norm, removed=removed)
         (merge,) = with_attribute_guards(self._model, [merge], flags)
-        methods, _ = rewrite_forwards(self._model, [merge], self._takes)
+        methods, _ = rewrite_forwards(self._model, [merge], self._argument_structures)
         install(self._model, [merge], {merge.head: self.conv(size, coefficients, merge.trainable)}, methods)
         return merge
 
@@ -144,7 +142,7 @@ class MergedForm:
             if step.why and not step.is_identity:
                 raise Refusal(f"{step.name}: {step.why}")
             if hooks_of(self._model.get_submodule(step.name)):
-                raise Refusal(f"{step.name} has a hook, which would not run any more: remove it first")
+                raise Refusal(f"{step.name} has a hook, which would no longer run: remove the hook first")
 
     def _composed_affine(self, channels: int, rank: int) -> Affine:
         like = torch.empty(0, dtype=torch.float64, device="cpu")
@@ -173,7 +171,10 @@ def kernel_sizes(kernel: Kernel, geometry: Geometry) -> list[tuple[int, ...]]:
         parts *= len(full)
     if len(parts) != len(full):
         name = f" for {kernel.convs[0]}" if kernel.convs else ""
-        raise OptionError(f"kernel={kernel.size!r}{name}, where there are {len(full)} spatial axes")
+        raise OptionError(
+            f"kernel={kernel.size!r}{name} has {len(parts)} extents for {len(full)} spatial axes: give one number, or "
+            "one for each axis"
+        )
     return [tuple(min(part, size) for part, size in zip(parts, full, strict=True))]
 
 

@@ -26,7 +26,7 @@ class MissingAdditions:
         self._missing: frozenset[_Addition] = frozenset((one.owner, one.label, one.number) for one in missing)
 
     def without(self, removed: Iterable[ReplacedSum]) -> MissingAdditions:
-        """Return the missing additions after more are removed, given with their present numbers in the model."""
+        """Return the missing additions after more are removed; those are given with their numbers in the model."""
         result = MissingAdditions(())
         result._missing = self._missing | {
             (one.owner, one.label, self._reference_number(one.owner, one.label, one.number)) for one in removed

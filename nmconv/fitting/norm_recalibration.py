@@ -1,4 +1,4 @@
-"""Batch norm statistics estimated anew: the cheapest repair of a converted network."""
+"""Re-estimate batch norm statistics: the cheapest repair of a converted network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Statistics = list[tuple[Any, list[Tensor]]]  # norms with copies of their statis
 
 
 def recalibrate_norms(model: nn.Module, data: Any, *, key: str | None = None) -> nn.Module:
-    """Estimate the running statistics of all batch norms anew, in place: the cheapest repair of a converted model.
+    """Re-estimate the running statistics of all batch norms, in place: the cheapest repair of a converted model.
 
     Every batch norm gets the mean and the variance of its input over all images, while the norms before it normalize by
     their batches' statistics; everything else runs as in eval mode.
@@ -59,7 +59,7 @@ def recalibrate_norms(model: nn.Module, data: Any, *, key: str | None = None) ->
 
 
 def recalibrate(model: nn.Module, images: Images) -> Statistics:
-    """Estimate the statistics of all batch norms anew from the fitted images; if that fails, restore them.
+    """Re-estimate the statistics of all batch norms from the fitted images; if that fails, restore them.
 
     Returns:
         The norms with the statistics that they had before, for :func:`restore_statistics`.
@@ -80,7 +80,8 @@ def recalibrate(model: nn.Module, images: Images) -> Statistics:
             for norm in norms:
                 if not all(bool(torch.isfinite(value).all()) for value in _statistics(norm)):
                     raise FitError(
-                        f"a {type(norm).__name__} of this {type(model).__name__} is given values that are not finite"
+                        f"a {type(norm).__name__} of this {type(model).__name__} gets values that are not finite: look "
+                        "for infinities and NaN in the images and the weights"
                     )
         except BaseException:
             restore_statistics(before)
@@ -143,8 +144,8 @@ def _estimate(model: nn.Module, norms: list[Any], images: Images) -> None:
 
 
 def _large_batches(images: Images) -> Iterator[Tensor]:
-    """Concatenate images of equal size into batches of at least 64; a smaller remainder joins the last batch."""
-    complete: list[Tensor] = []  # one batch, kept until it is known whether a remainder follows
+    """Yield batches of at least 64 images of equal size; add a smaller remainder to the last batch."""
+    complete: list[Tensor] = []  # one batch, held back until it is known whether a remainder follows
     parts: list[Tensor] = []
     for batch, _ in images.batches(held=False):
         if (complete or parts) and (complete or parts)[0].shape[1:] != batch.shape[1:]:

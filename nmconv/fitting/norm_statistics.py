@@ -1,4 +1,4 @@
-"""Statistics and parameters of norms after a fit: changed so that what is computed in eval mode stays the same."""
+"""Change statistics and parameters of norms after a fit, so that the output in eval mode stays the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["assign", "can_be_identity", "has_bias", "has_running_statistics", "m
 
 
 def has_running_statistics(module: nn.Module) -> bool:
-    """Return whether a module is a callable batch norm with running statistics of its own."""
+    """Return whether a module is a batch norm that is called and has running statistics of its own."""
     if not isinstance(module, _BatchNorm) or type(module).__module__.startswith("nmconv."):
         return False
     return module.running_mean is not None and module.num_batches_tracked is not None

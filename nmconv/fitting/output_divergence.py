@@ -51,7 +51,8 @@ def outputs_by_batch(model: nn.Module, images: Images, held: bool | None) -> Out
             for leaf in tree_leaves(output):
                 if isinstance(leaf, Tensor) and leaf.is_floating_point() and not is_finite(leaf):
                     raise NotFiniteError(
-                        f"this {type(model).__name__} gives values that are not finite on these images"
+                        f"this {type(model).__name__} gives values that are not finite on these images: look for "
+                        "infinities and NaN in the images and the weights, or use a dtype with a larger range"
                     )
             outputs.append((len(batch), output))
     return outputs
@@ -85,8 +86,9 @@ def divergence(outputs: Outputs, reference: Outputs, loss: Loss | None) -> Diver
         else:
             agreeing = math.nan
     if not math.isfinite(total):
+        what = "divergence" if loss is None else "loss"
         raise NotFiniteError(
-            f"the {'divergence' if loss is None else 'loss'} is {total / images} on these images: not finite"
+            f"the {what} is {total / images} on these images, not finite: look for infinities and NaN in the outputs"
         )
     return Divergence(total / images, agreeing / images)
 
@@ -95,7 +97,7 @@ def _mean_loss(value: Any) -> float:
     try:
         return float(torch.as_tensor(value).double().mean())
     except (TypeError, ValueError, RuntimeError) as error:
-        raise FitError(f"loss gives a {type(value).__name__}: it is to give a number, or one for each image") from error
+        raise FitError(f"loss gives a {type(value).__name__}: return a number, or one for each image") from error
 
 
 def _relative_squared_error(output: Any, wanted: Any) -> float:

@@ -1,13 +1,13 @@
-"""Linear runs cut into the pieces that are fitted one by one."""
+"""Cut linear runs into the pieces that are fitted one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
-from nmconv.finding import DefUse, Element, ParallelSum, steps_of, without_trailing_identities
+from nmconv.finding import DefUse, Element, ParallelSum, conv_names, without_trailing_identities
 from nmconv.planning import Kernel
 
-__all__ = ["convs_of", "pieces_of", "without_last_sum"]
+__all__ = ["pieces_of", "without_last_sum"]
 
 Piece = tuple[tuple[Element, ...], Kernel | None]
 
@@ -17,7 +17,7 @@ def pieces_of(
 ) -> Iterator[Piece]:
     """Cut a run where named kernels begin and end, and where the reference has no activation either.
 
-    The more places there are at which the reference gives a target, the less error each fit has to compensate for.
+    The more places have a target in the reference, the less error each fit has to compensate for.
 
     Args:
         elements: The run, its sums numbered as in the reference.
@@ -34,7 +34,7 @@ def pieces_of(
             yield from _trimmed(pending, None)
             pending = []
             covered = [element for block in blocks[at:end] for element in block]
-            yield from _trimmed(covered, kernels[convs_of(covered)])
+            yield from _trimmed(covered, kernels[conv_names(covered)])
             at = end
             continue
         if branches:
@@ -52,25 +52,20 @@ def pieces_of(
 
 
 def without_last_sum(elements: tuple[Element, ...]) -> tuple[Element, ...]:
-    """Cut off a final sum of which only one branch has convolutions: the run ends with that branch then."""
+    """Replace a final sum of which only one branch has convolutions by that branch."""
     while isinstance(elements[-1], ParallelSum):
-        branches = [branch for branch in elements[-1].branches if convs_of(branch)]
+        branches = [branch for branch in elements[-1].branches if conv_names(branch)]
         if len(branches) != 1:
             return elements
         elements = tuple(without_trailing_identities((*elements[:-1], *branches[0])))
     return elements
 
 
-def convs_of(elements: Iterable[Element]) -> tuple[str, ...]:
-    """Return the qualified names of the elements' convolutions, in order of execution."""
-    return tuple(step.name for step in steps_of(elements) if step.kind == "conv")
-
-
 def _blocks(elements: tuple[Element, ...]) -> Iterator[list[Element]]:
     """Yield each convolution or sum with the norms and other steps after it."""
     block: list[Element] = []
     for element in elements:
-        if convs_of([element]) and convs_of(block):
+        if conv_names([element]) and conv_names(block):
             yield block
             block = []
         block.append(element)
@@ -81,7 +76,7 @@ def _end_of_kernel(blocks: list[list[Element]], start: int, kernels: Mapping[tup
     """Return the end of the blocks, from ``start`` on, for which a kernel is named, or None."""
     convs: tuple[str, ...] = ()
     for end in range(start, len(blocks)):
-        convs += convs_of(blocks[end])
+        convs += conv_names(blocks[end])
         if convs in kernels:
             return end + 1
     return None
@@ -92,7 +87,7 @@ def _branches_with_kernels(
 ) -> list[tuple[Element, ...]]:
     """Return the branches of the block's sums if a kernel is named for a part of one."""
     branches = [branch for element in block if isinstance(element, ParallelSum) for branch in element.branches]
-    named = any(set(convs) <= set(convs_of(branch)) for convs in kernels for branch in branches)
+    named = any(set(convs) <= set(conv_names(branch)) for convs in kernels for branch in branches)
     return branches if named else []
 
 
@@ -112,7 +107,7 @@ def _precedes_activation(elements: list[Element], reference_uses: DefUse) -> boo
 
 def _trimmed(elements: list[Element], kernel: Kernel | None) -> Iterator[Piece]:
     """Yield the piece from its first convolution on, without trailing identities and dropout, if anything is left."""
-    while elements and not convs_of(elements[:1]):
+    while elements and not conv_names(elements[:1]):
         elements = elements[1:]
     kept = tuple(without_trailing_identities(elements))
     if kept:

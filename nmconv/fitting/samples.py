@@ -12,13 +12,13 @@ from nmconv.fitting.conjugate_gradients import ConjugateGradients
 from nmconv.fitting.normal_equations import Moments
 from nmconv.fitting.ridge_regression import Regression
 
-__all__ = ["UnitSamples", "is_direct"]
+__all__ = ["UnitSamples", "has_small_moments"]
 
-_MAX_COLUMNS = 6144  # of a convolution without groups whose moments are kept: 288 MiB
+_MAX_COLUMNS = 6144  # of a convolution without groups; its moments then take 288 MiB
 
 
 class UnitSamples:
-    """Collects batches of inputs and targets: as moments, or as they are where moments would take too much memory.
+    """Collect batches of inputs and targets: as moments, or as they are if moments would take too much memory.
 
     Args:
         geometry: The geometry with the largest kernel.
@@ -29,7 +29,7 @@ class UnitSamples:
 
     def __init__(self, geometry: Geometry) -> None:
         self._geometry = geometry
-        self._moments = Moments() if is_direct(geometry) else None
+        self._moments = Moments() if has_small_moments(geometry) else None
         self._batches: list[tuple[Tensor, Tensor]] = []
         self.rows = 0
 
@@ -51,7 +51,7 @@ class UnitSamples:
             return self._moments.of_columns(
                 columns_of(self._geometry, center_slices(self._geometry, size), self._moments.square.device)
             )
-        if not is_direct(geometry):
+        if not has_small_moments(geometry):
             return ConjugateGradients(self._batches, geometry)
         samples = UnitSamples(geometry)
         for input, target in self._batches:
@@ -59,7 +59,7 @@ class UnitSamples:
         return samples.regression(size)
 
 
-def is_direct(geometry: Geometry) -> bool:
+def has_small_moments(geometry: Geometry) -> bool:
     """Return whether the moments of a convolution's inputs are small enough to keep in memory."""
     columns = geometry.in_channels // geometry.groups * math.prod(geometry.kernel)
     return geometry.groups * columns**2 <= _MAX_COLUMNS**2

@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from nmconv.errors import FitError
-from nmconv.finding import DefUse, Element, ParallelSum, ValueLocation, linear_runs, steps_of
+from nmconv.finding import DefUse, Element, ParallelSum, ValueLocation, conv_names, linear_runs, steps_of
 from nmconv.fitting.missing_additions import MissingAdditions
-from nmconv.fitting.run_pieces import convs_of, pieces_of, without_last_sum
+from nmconv.fitting.run_pieces import pieces_of, without_last_sum
 from nmconv.planning import Kernel, Plan, ReplacedSum, Site
 
 __all__ = ["FitTask", "FitTasks", "lost_sites"]
@@ -33,7 +33,7 @@ class FitTask:
         target: The target, in the reference: the value at the output or at the residual add; after the activation that
             follows, if that was dropped.
         kernel: The kernel that the plan names, or None.
-        acts: Dropped activations outside of the unit that it compensates for: calls, as in the plan's sites.
+        acts: The calls of dropped activations outside of the unit that the fit compensates for.
     """
 
     elements: tuple[Element, ...]
@@ -59,7 +59,7 @@ class FitTasks:
         model: Converted by ``plan``, not merged.
         reference: The model before it was converted.
         plan: The plan of the conversion.
-        default: The kernel of units for which the plan names none; None to fit their last convolution alone.
+        default: The kernel of units for which the plan names no kernel; None fits their last convolution alone.
         example_inputs: Inputs of both models; only structure and shapes are used.
         downstream: Whether to fit everything after the first unit too, in factors form.
 
@@ -88,7 +88,7 @@ class FitTasks:
         self._additions = MissingAdditions(branch.sum for branch in plan.branches)
         reference_runs = linear_runs(reference, example_inputs=example_inputs, sizes=False)
         self._reference_run = {
-            conv: index for index, run in enumerate(reference_runs) for conv in convs_of(run.elements)
+            conv: index for index, run in enumerate(reference_runs) for conv in conv_names(run.elements)
         }
         self._runs = linear_runs(model, example_inputs=example_inputs, sizes=False)
         self.flags = tuple(dict.fromkeys(flag for run in self._runs for flag in run.flags))
@@ -130,7 +130,10 @@ class FitTasks:
         missing = set(kernels) - {task.convs for task in tasks}
         if missing:
             names = ", ".join(min(missing))
-            raise FitError(f"the plan names a kernel for {names}, which are not one linear run here, nor a part of one")
+            raise FitError(
+                f"the plan names a kernel for {names}, which are not consecutive in a linear run: drop the activations "
+                "between them with Plan.edit, or leave the kernel out of Plan.with_kernels"
+            )
         return tasks
 
     def _lost_in(self, elements: tuple[Element, ...]) -> set[ActivationCall]:
@@ -150,8 +153,8 @@ class FitTasks:
             uses = reference_uses.uses_after(elements[-1])
         except KeyError as error:
             raise FitError(
-                f"the reference makes no call {error.args[0]} that this model makes: give the model that was converted "
-                "as it was before that"
+                f"this model makes the call {error.args[0]}, and the reference does not: give the model as it was "
+                "before nmconv.convert"
             ) from error
         residual_sum: ValueLocation | None = None
         acts: tuple[ActivationCall, ...] = ()
@@ -165,7 +168,7 @@ class FitTasks:
                     target, acts = use.location, (use.act,)
                 break
         first = next(step.name for step in steps_of(model_elements))
-        return FitTask(model_elements, convs_of(model_elements), first, output, residual_sum, target, kernel, acts)
+        return FitTask(model_elements, conv_names(model_elements), first, output, residual_sum, target, kernel, acts)
 
 
 def lost_sites(plan: Plan, tasks: Iterable[FitTask]) -> Iterator[Site]:

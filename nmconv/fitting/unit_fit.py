@@ -44,7 +44,7 @@ def fit_unit(
         flags: Attributes that must keep their values, see :class:`nmconv.finding.LinearRun`.
 
     Returns:
-        The report; of a refused unit, with the reason.
+        The report; for a refused unit, with the reason.
     """
     form: FactorsForm | MergedForm
     try:
@@ -107,7 +107,7 @@ def _samples(
     geometry = form.geometry if isinstance(form, FactorsForm) else shrunk(form.geometry, max(form.sizes))
     samples = (UnitSamples(geometry), UnitSamples(geometry))
     outputs = [task.output] if task.residual_sum is None else [task.output, task.residual_sum]
-    # One full forward of each: sums are identified by their number, which is only reliable if the total matches.
+    # Sums are identified by their number, which is reliable only if their total is as recorded: run one full forward.
     for each, locations in ((model, outputs), (reference, [task.target])):
         with Capture(each, locations, full_forward=True) as capture:
             capture.run(images.first())
@@ -123,8 +123,8 @@ def _samples(
                 target = output.double() + target.double() - values[task.residual_sum]
             if target.shape != output.shape:
                 raise FitError(
-                    f"{task.convs[-1]} gives {tuple(output.shape)}, and {tuple(target.shape)} in the "
-                    "reference: it is another model's"
+                    f"{task.convs[-1]} gives {tuple(output.shape)} in this model and {tuple(target.shape)} in the "
+                    "reference: give the model that was converted as the reference"
                 )
             check_finite(input, f"{task.convs[0]}'s input in this model")
             check_finite(target, f"{task.convs[-1]}'s target in the reference")
@@ -141,9 +141,9 @@ def _smallest_good(solutions: Sequence[RidgeSolution]) -> RidgeSolution:
 def _undetermined(regression: Regression, unknowns: int) -> str:
     """Return what the images do not determine, in words, or ""."""
     if regression.rows < unknowns:
-        return f"{regression.rows} positions for {unknowns} unknowns: held by the ridge alone"
+        return f"{regression.rows} positions for {unknowns} unknowns: the ridge alone determines the rest"
     constant, dependent = regression.degenerate_columns()
     total = unknowns * len(regression.mean)
     parts = [f"{constant} of {total} inputs never change"] if constant else []
     parts += [f"{dependent} of {total} inputs follow from the others"] if dependent else []
-    return f"{' and '.join(parts)}: there the ridge decides" if parts else ""
+    return f"{' and '.join(parts)}: the ridge determines their weights" if parts else ""

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nmconv.errors import PlanError
-from nmconv.io.problems import DamagedFile, UnreadFormat
+from nmconv.io.problems import DamagedFile, UnsupportedFormat
 from nmconv.merging import Merge
 from nmconv.planning import Plan, from_plain
 
@@ -58,7 +58,7 @@ def from_text(text: str) -> FileContent:
     """Parse the result of :func:`to_text`; types are checked, values are not.
 
     Raises:
-        UnreadFormat: If it has another format version.
+        UnsupportedFormat: If it has another format version.
         DamagedFile: If it is anything else.
     """
     if len(text) > _MAX_LENGTH:
@@ -66,14 +66,14 @@ def from_text(text: str) -> FileContent:
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DamagedFile(f"its metadata is no JSON: {error}") from error
+        raise DamagedFile(f"its metadata is not JSON: {error}") from error
     if not isinstance(data, dict) or type(data.get("format")) is not int:
-        raise DamagedFile("its metadata names no format")
+        raise DamagedFile("its metadata has no format")
     if data["format"] != _FORMAT:
-        raise UnreadFormat(f"it has format {data['format']}, and this nmconv reads {_FORMAT}{_writer(data)}")
+        raise UnsupportedFormat(f"it has format {data['format']}, and this nmconv reads {_FORMAT}{_writer(data)}")
     expected = {"format", "nmconv", "model", "plan", "merges", "aliases"}
     if data.keys() - {"slopes"} != expected:
-        raise DamagedFile(f"its metadata has other fields than {', '.join(sorted(expected))}")
+        raise DamagedFile(f"its metadata has missing or unknown fields: expected are {', '.join(sorted(expected))}")
     try:
         plan = None if data["plan"] is None else Plan.from_json(json.dumps(data["plan"]))
         return FileContent(

@@ -1,4 +1,4 @@
-"""Checks of a file's contents that need no model, made before anything is built from them."""
+"""Check a file's contents without a model, before anything is built from them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_content(content: FileContent) -> None:
     """Check slopes and merges; plans were checked when they were parsed.
 
     Raises:
-        DamagedFile: At the first contents that :func:`nmconv.save` never writes.
+        DamagedFile: If they are something that :func:`nmconv.save` never writes.
     """
     _check_slopes(content)
     for number, merges in enumerate(content.merges):
@@ -32,23 +32,25 @@ def check_content(content: FileContent) -> None:
 
 def _check_slopes(content: FileContent) -> None:
     for site, slope in content.slopes:
-        _require(0 <= slope <= 1, f"slopes says {slope} of {site!r}")
+        _require(0 <= slope <= 1, f"slopes gives {site!r} the slope {slope}")
     plan = content.plan
     sites = set() if plan is None else {site.id for site in plan.changes}
     same_sites = {site for site, _ in content.slopes} == sites
     _require(not content.slopes or same_sites, "slopes has other sites than the plan")
-    changes_at_once = plan is not None and (plan.branches or any(not hoist.why for hoist in plan.hoists))
-    at_once = content.merges or changes_at_once
-    _require(not (content.slopes and at_once), "it has slopes, and what happens at once")
+    has_hard_changes = plan is not None and (plan.branches or any(not hoist.why for hoist in plan.hoists))
+    _require(
+        not (content.slopes and (content.merges or has_hard_changes)),
+        "it has slopes, but also merges, hoisted padding or removed branches",
+    )
 
 
 def _check_merge(merge: Merge, where: str) -> None:
     _check_geometry(merge.geometry, where)
     names = (merge.head, *merge.removed)
     _require(len(set(names)) == len(names), f"{where} names a module twice")
-    _require(merge.head in merge.convs, f"{where} is none of its own convolutions")
+    _require(merge.head in merge.convs, f"{where} is not one of its own convolutions")
     _require(len(set(merge.convs)) == len(merge.convs), f"{where} names a convolution twice")
-    _require(set(merge.convs) <= set(names), f"{where} has convolutions that would stay")
+    _require(set(merge.convs) <= set(names), f"{where} has convolutions that it does not remove")
     _require(not merge.norm or merge.norm not in names, f"{where} keeps the norm {merge.norm!r} that it removes")
     _require(not (merge.norm and merge.live), f"{where} is live, and keeps a norm")
     max_factors = _MAX_FACTORS if merge.live else 0
@@ -59,12 +61,7 @@ def _check_merge(merge: Merge, where: str) -> None:
 
 
 def _check_geometry(geometry: Geometry, where: str) -> None:
-    """Check the values of a geometry, whose types are known to be right.
-
-    Args:
-        geometry: Of the merged convolution.
-        where: Its place in the file, for messages.
-    """
+    """Check the values of a merged convolution's geometry; the types have been checked."""
     rank = geometry.rank
     _require(1 <= rank <= 3, f"{where} has {rank} spatial axes")
     for name in ("kernel", "stride", "dilation"):
@@ -79,7 +76,7 @@ def _check_geometry(geometry: Geometry, where: str) -> None:
     _require(geometry.weights <= _MAX_WEIGHTS, f"{where} has {geometry.weights} weights")
     _check_border(geometry, where)
     inner = replace(geometry, kernel=(1,) * rank, stride=(1,) * rank, pooled=False)
-    _require(not geometry.pooled or inner.pointwise, f"{where} averages, and does more than that")
+    _require(not geometry.pooled or inner.pointwise, f"{where} averages, and its convolution is not pointwise")
     is_dilated = set(geometry.dilation) != {1}
     _require(not (geometry.pooled and is_dilated), f"{where} averages, with dilation={geometry.dilation}")
     for axis, stages in enumerate(geometry.stages):
@@ -88,7 +85,7 @@ def _check_geometry(geometry: Geometry, where: str) -> None:
 
 
 def _check_border(geometry: Geometry, where: str) -> None:
-    """Check padding, crop and what ends at the border."""
+    """Check what concerns the border: padding, crop, ``bounded`` and stages."""
     rank = geometry.rank
     bounded, stages = geometry.bounded, geometry.stages
     _require(geometry.mode in _MODES, f"{where} has mode={geometry.mode!r}")

@@ -17,7 +17,7 @@ from nmconv.finding import flows_of
 from nmconv.flow import forward_argument_structures, record_model
 from nmconv.io.content import from_text
 from nmconv.io.content_checks import check_content
-from nmconv.io.problems import DamagedFile, ForeignFile, UnreadFormat
+from nmconv.io.problems import DamagedFile, ForeignFile, UnsupportedFormat
 from nmconv.io.replaying import replay
 from nmconv.io.state import fill, sources_of, state_of
 from nmconv.io.tensor_file import File, opened
@@ -39,15 +39,15 @@ def load(
 ) -> nn.Module:
     """Turn a pristine model into the one that was saved: converted and merged as the file says, with its weights.
 
-    No decision is made again, no gain is measured, and no forward pass is run on data. The tensors take the dtype and
-    device of the model's own, as with ``load_state_dict``; those of merged convolutions take the dtype and device of
+    No decision is made again, no gain is measured, and no forward is run on data. The tensors take the dtype and device
+    of the model's own, as with ``load_state_dict``; those of merged convolutions take the dtype and device of
     the convolutions they replace. Parameters on the meta device are allocated on the CPU. The model's mode, train or
     eval, stays.
 
     Args:
         model: The model before it was converted and merged: built by the same code, with any weights.
         path: A file written by :func:`nmconv.save`.
-        example_inputs: What the model is called with, as of :func:`nmconv.convert`. None: what its plan was made with.
+        example_inputs: What the model is called with, as for :func:`nmconv.convert`. None: what its plan was made with.
         inplace: Whether to change ``model`` itself instead of a copy. A second copy of its weights is kept meanwhile,
             so that it is unchanged if anything fails.
         witness: Whether to record the model before and after, on the meta device, as :func:`nmconv.convert` does.
@@ -89,10 +89,10 @@ def load(
     except WitnessError as error:
         raise WitnessError(f"{name}: {_shortened(error)}", error.module, error.first, error.second) from error
     except DamagedFile as error:
-        raise FileError(f"{name}: {_shortened(error)}; copy it anew, or save the model again") from error
-    except UnreadFormat as error:
+        raise FileError(f"{name}: {_shortened(error)}; copy it again, or save the model again") from error
+    except UnsupportedFormat as error:
         raise FileError(
-            f"{name}: {_shortened(error)}; install the version of nmconv that wrote it, or save anew"
+            f"{name}: {_shortened(error)}; install the version of nmconv that wrote it, or save the model again"
         ) from error
     except ForeignFile as error:
         advice = "give the model that was saved as it was before nmconv.convert and nmconv.merge"

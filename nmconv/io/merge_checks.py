@@ -1,4 +1,4 @@
-"""Whether a model has the modules that a file's merges name; names are looked up, never evaluated."""
+"""Check that a model has the modules that a file's merges name; names are looked up, never evaluated."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_merges(model: nn.Module, merges: Sequence[Merge]) -> None:
 
     Raises:
         ForeignFile: If they cannot.
-        DamagedFile: If they could be made with no model.
+        DamagedFile: If they cannot be made with any model.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     merged: set[int] = set()
@@ -66,14 +66,14 @@ def _check_channels(modules: Modules, merge: Merge) -> None:
 
 
 def _check_factors(merge: Merge) -> None:
-    """Check that a live kernel is computed from modules that it replaces only."""
+    """Check that a live kernel is computed only from modules that it replaces."""
     try:
         steps = list(steps_of(elements_from_json(merge.factors)))
     except (ValueError, RecursionError) as error:
         raise DamagedFile(f"the factors of {merge.head!r} cannot be read: {error}") from error
     for step in steps:
         if step.kind != "pass" and step.name not in (merge.head, *merge.removed):
-            raise DamagedFile(f"{merge.head!r} would be computed from {step.name!r}, which it does not replace")
+            raise DamagedFile(f"{merge.head!r} is computed from {step.name!r}, which it does not replace")
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """What can be wrong with a file. :func:`nmconv.load` turns each of these into a FileError."""
 
-__all__ = ["DamagedFile", "ForeignFile", "UnreadFormat"]
+__all__ = ["DamagedFile", "ForeignFile", "UnsupportedFormat"]
 
 
 class DamagedFile(ValueError):
@@ -11,5 +11,5 @@ class ForeignFile(ValueError):
     """The file does not fit the model."""
 
 
-class UnreadFormat(ValueError):
+class UnsupportedFormat(ValueError):
     """The file has another format version."""

@@ -28,7 +28,7 @@ def replay(
 
     Args:
         model: A working copy of a pristine model.
-        content: What is to be done.
+        content: The plan and the merges.
         resolved: Its plan, resolved for the model.
         argument_structure: By owner of a sum that is removed, the call signature of its forward.
 
@@ -37,7 +37,7 @@ def replay(
 
     Raises:
         ForeignFile: If it cannot be done with this model, which is left half changed.
-        DamagedFile: If it could be done with no model.
+        DamagedFile: If it cannot be done with any model.
     """
     devices: TargetDevices = {}
     try:
@@ -60,13 +60,15 @@ def _merge(
     for error in failed.values():
         raise error
     convs: dict[str, nn.Module] = {}
-    last = is_channels_last(model)
+    channels_last = is_channels_last(model)
     for merge in merges:
         if merge.live:  # its factors stay in place
             continue
         head: Any = model.get_submodule(merge.head)
         like = reference_tensor(head)
-        conv = in_memory_format(conv_module(merge.geometry, torch.empty(0, dtype=like.dtype, device="meta")), last)
+        conv = in_memory_format(
+            conv_module(merge.geometry, torch.empty(0, dtype=like.dtype, device="meta")), channels_last
+        )
         conv.requires_grad_(any_requires_grad(model.get_submodule, (merge.head, *merge.removed)))
         conv.training = head.training
         devices[conv] = devices.pop(head, like.device)

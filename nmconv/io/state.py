@@ -23,14 +23,14 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the model's state dict with the tensors themselves instead of detached ones.
 
     Raises:
-        ModelTypeError: If it contains anything but tensors, or a tensor without a shape.
+        ModelTypeError: If it contains anything but tensors, or a lazy parameter.
     """
     state: dict[str, Any] = model.state_dict(keep_vars=True)
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise ModelTypeError(
-                f"{name!r} in the model's state dict is a {type(value).__name__}, and a safetensors file holds tensors "
-                "only: keep it apart"
+                f"{name!r} in the model's state dict is a {type(value).__name__}, and a safetensors file holds only "
+                "tensors: save it separately"
             )
         if is_lazy(value):
             raise ModelTypeError(f"{name!r} has no shape yet: run the model once before saving or loading it")
@@ -41,7 +41,7 @@ def sources_of(state: Mapping[str, Tensor], file: File, aliases: tuple[tuple[str
     """Return for every name in the state dict the name under which the file has its tensor.
 
     Args:
-        state: Of the model.
+        state: The model's state dict.
         file: The file.
         aliases: Pairs of a name in the state dict and the name in the file, where they differ.
 
@@ -52,7 +52,7 @@ def sources_of(state: Mapping[str, Tensor], file: File, aliases: tuple[tuple[str
     sources = {name: name for name in file.entries}
     for name, source in aliases:
         if name in sources or source not in file.entries:
-            raise DamagedFile(f"its metadata says that {name!r} is {source!r}, which its tensors contradict")
+            raise DamagedFile(f"its metadata says that {name!r} is {source!r}, which contradicts its tensors")
         sources[name] = source
     missing, unexpected = sorted(state.keys() - sources.keys()), sorted(sources.keys() - state.keys())
     if missing or unexpected:
@@ -82,9 +82,8 @@ def fill(model: nn.Module, file: File, sources: Mapping[str, str], devices: Targ
     """
     _materialize(model, devices)
     state: Any = OrderedDict((name, file.tensor(source)) for name, source in sources.items())
-    state._metadata = getattr(
-        model.state_dict(keep_vars=True), "_metadata", None
-    )  # the versions of the model's modules
+    # The versions of the model's modules.
+    state._metadata = getattr(model.state_dict(keep_vars=True), "_metadata", None)
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:

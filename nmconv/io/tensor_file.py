@@ -77,7 +77,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[File]:
     try:
         reader = safe_open(os.fspath(path), framework="pt")
     except Exception as error:
-        raise DamagedFile(f"it is no whole safetensors file: {error}") from error
+        raise DamagedFile(f"it is not a complete safetensors file: {error}") from error
     with reader as entered:
         yield File(entered)
 
@@ -92,5 +92,5 @@ def _text_in(reader: Any) -> str:
 def _entry(name: str, declared: Any) -> Entry:
     code = str(declared.get_dtype())
     if code not in DTYPES:
-        raise DamagedFile(f"its tensor {name!r} is of type {code}, which no state dict of ours holds")
+        raise DamagedFile(f"its tensor {name!r} is of type {code}, which nmconv.save never writes")
     return Entry(tuple(declared.get_shape()), DTYPES[code])

@@ -2,7 +2,7 @@
 
 from nmconv.merging.api import find_runs, fold_norms, merge
 from nmconv.merging.call_guards import with_attribute_guards
-from nmconv.merging.merge_records import any_requires_grad, merge_of_segment, norms_behind
+from nmconv.merging.merge_records import any_requires_grad, merge_of_segment, norms_after
 from nmconv.merging.node_affines import interior_affine, interior_geometry
 from nmconv.merging.nodes import RunNode, nodes_of
 from nmconv.merging.partitioning import Segment
@@ -26,7 +26,7 @@ __all__ = [
     "merge_of_segment",
     "merged_groups",
     "nodes_of",
-    "norms_behind",
+    "norms_after",
     "rewrite_forwards",
     "with_attribute_guards",
 ]

@@ -47,11 +47,11 @@ def merge(
 
     Args:
         model: A model in eval mode, converted or not.
-        gate: What a merge must achieve. ``"multiply_adds"``: those before over those after of at least ``min_gain``.
-            ``"latency"``: the same for time on ``backend``, for inputs of the shape of ``example_inputs`` and the
-            model's device and dtype, and all merges together must not make the model slower (not checked if ``live``,
-            nor where ``backend`` cannot run the whole model). ``"always"``: nothing; as few convolutions as possible
-            remain.
+        gate: What a merge must achieve. ``"multiply_adds"``: a ratio of multiply-adds, before over after, of at least
+            ``min_gain``. ``"latency"``: the same for time on ``backend``, for inputs of the shape of ``example_inputs``
+            and the model's device and dtype; and all merges together must not make the model slower (not checked if
+            ``live``, nor where ``backend`` cannot run the whole model). ``"always"``: nothing; as few convolutions as
+            possible remain.
         min_gain: Least ratio of before over after; at 1.05 merging breaks even in measurements.
         backend: What the latency gate times: ``"eager"``, ``"compile"``, ``"frozen"`` or ``"onnxruntime"`` (see
             :func:`nmconv.timing.make_runner`).
@@ -64,8 +64,8 @@ def merge(
             ``{"forward_intermediates": images}``: values that they read are preserved. If not listed,
             ``forward_intermediates`` raises where it would read a value inside a merged run.
         inplace: Whether to change ``model`` itself instead of a copy.
-        witness: Whether to record the model before and after, as :func:`nmconv.convert` does: parts that are no linear
-            run in every recording are not merged, and the result is compared with the original.
+        witness: Whether to record the model before and after, as :func:`nmconv.convert` does: parts that are not a
+            linear run in every recording are not merged, and the result is compared with the original.
 
     Returns:
         The merged model, of the same class. :func:`nmconv.get_merges` returns what was merged.
@@ -111,7 +111,7 @@ def merge(
     elif gate == "multiply_adds":
         price = _multiply_adds_price(min_gain, batch_size(example_inputs) if live else None)
     else:
-        price = _price_of_anything
+        price = _always_pays
     merger.choose(price, fold=not live, fewest=gate == "always")
     merger.check_eval_mode()
     gains = "is one exact convolution" if gate == "always" else f"gains {min_gain}"
@@ -120,13 +120,13 @@ def merge(
         trial = merger.carry_out(merger.working_copy())
         if is_slower(_folded(model, recorded).model, trial.model, example_inputs, backend):
             why = f"together, the runs that gain {min_gain} each make it slower on {backend}"
-            merger.choose(_price_of_nothing, fold=True, fewest=False)
+            merger.choose(_never_pays, fold=True, fewest=False)
             merger.check_eval_mode()
         elif not inplace:
             return trial.finish()
     if not live_heads and not merger.merges_any():
         warn_user(
-            f"nothing to merge in this {type(model).__name__}: {why} (nmconv.find_runs tells what there is)",
+            f"nothing to merge in this {type(model).__name__}: {why} (nmconv.find_runs lists the runs)",
             NoEffectWarning,
         )
     return merger.carry_out(work or merger.working_copy(inplace=inplace)).finish()
@@ -141,16 +141,16 @@ def fold_norms(
         model: A model in eval mode.
         example_inputs: What the model is called with; only structure and shapes are used.
         inplace: Whether to change ``model`` itself instead of a copy.
-        witness: As of :func:`nmconv.merge`.
+        witness: As for :func:`nmconv.merge`.
 
     Returns:
         The model with norms folded, of the same class.
 
     Raises:
         OptionError: If the model cannot be called with ``example_inputs`` (without them: with guessed inputs).
-        ModelTypeError: As by :func:`nmconv.merge`.
-        MergeError: As by :func:`nmconv.merge`.
-        WitnessError: As by :func:`nmconv.merge`.
+        ModelTypeError: As for :func:`nmconv.merge`.
+        MergeError: As for :func:`nmconv.merge`.
+        WitnessError: As for :func:`nmconv.merge`.
 
     Example:
         >>> import torch.nn as nn
@@ -176,7 +176,8 @@ def find_runs(
 
     Args:
         model: A model in any mode, read as if in eval mode and left as it is.
-        min_gain: Of the multiply-adds gate that determines ``Run.merges`` and ``Run.merged_multiply_adds``.
+        min_gain: The least gain of the multiply-adds gate, which determines ``Run.merges`` and
+            ``Run.merged_multiply_adds``.
         example_inputs: What the model is called with; only structure and shapes are used.
         witness: Whether to also record the model in train mode, at other sizes and with other arguments, and to divide
             runs where it behaves differently than in eval mode.
@@ -218,7 +219,7 @@ def _folded(
     model: nn.Module, witness: Witness | None, inplace: bool = False, example_inputs: Any = None
 ) -> WorkingCopy:
     merger = Merger(model, example_inputs, False, witness, compare_outputs=False)
-    merger.choose(_price_of_nothing, fold=True, fewest=False)
+    merger.choose(_never_pays, fold=True, fewest=False)
     merger.check_eval_mode()
     return merger.carry_out(merger.working_copy(inplace=inplace))
 
@@ -227,17 +228,17 @@ def _multiply_adds_price(min_gain: float, batch: int | None = None) -> Price:
     """Return the price by multiply-adds per image; those of composing a live kernel are shared by ``batch`` images."""
 
     def price(segment: Segment) -> float | None:
-        merged = segment.merged_cost + (segment.composing / batch if batch else 0)
+        merged = segment.merged_cost + (segment.composition_cost / batch if batch else 0)
         return merged if segment.cost >= min_gain * merged else None
 
     return price
 
 
-def _price_of_anything(segment: Segment) -> float | None:
+def _always_pays(segment: Segment) -> float | None:
     return segment.merged_cost
 
 
-def _price_of_nothing(segment: Segment) -> float | None:
+def _never_pays(segment: Segment) -> float | None:
     return None
 
 
@@ -268,14 +269,14 @@ def _check_methods(model: nn.Module, methods: object) -> None:
 
 
 def _check_model(model: nn.Module, action: str) -> None:
-    """Raise ModelTypeError for other than a plain model that has run, and MergeError for a gradual model."""
+    """Raise ModelTypeError unless the model is plain and has run, and MergeError if it is gradual."""
     check_plain(model, action)
     check_initialized(model)
     check_finished(model, MergeError)
 
 
 def _check_eval_mode(model: nn.Module, action: str) -> None:
-    """Raise as :func:`_check_model` does, and MergeError for a model in train mode."""
+    """Raise what :func:`_check_model` raises, and MergeError if the model is in train mode."""
     _check_model(model, action)
     if model.training:
         raise MergeError(

@@ -28,7 +28,7 @@ _PLAIN = (type(None), bool, int, float, str)
 
 
 def guarded(model: nn.Module, witness: Witness | None, merges: Sequence[Merge]) -> list[Merge]:
-    """Return merges with the arguments that forwards choose by, and with the methods that read values inside.
+    """Return merges with guards for arguments that forwards branch on, and with the methods that read values inside.
 
     Args:
         model: The model that was recorded.
@@ -76,7 +76,7 @@ def with_attribute_guards(model: nn.Module, merges: Iterable[Merge], flags: Iter
 
 
 def _closed_methods(model: nn.Module, witness: Witness, merges: Sequence[Merge]) -> dict[str, list[str]]:
-    """Return by head of a merge the methods that read values inside, or that were not recorded and may."""
+    """Return, by the head of each merge, the methods that read values inside, or may because they were not recorded."""
     runs = witness.recordings.runs
     groups = merged_groups(merges)
     closed: dict[str, list[str]] = {}
@@ -96,7 +96,7 @@ def _enclosing_frames(run: Recording, members: set[str]) -> list[tuple[Frame, bo
     """Return the forwards that call the members, up to the innermost that encloses all of them.
 
     Returns:
-        Frames, and whether each encloses only a part of the members; without the outermost frame of the call.
+        Frames without the outermost one, and whether each encloses only a part of the members.
     """
     stacks: list[list[Frame]] = []
     for node, fact in run.facts.items():
@@ -157,20 +157,18 @@ def check_argument(value: Any, expected: Any, owner: str, name: str) -> None:
     shown = repr(value) if isinstance(value, _PLAIN) else f"a {type(value).__name__}"
     if name.startswith("self."):
         raise MergeError(
-            f"{owner or 'the model'} was merged by nmconv for {name}={expected!r}, and does something else by another "
-            f"value inside of what is one convolution now: {name} is now {shown}: set it back to {expected!r}, or set "
-            "it before merging"
+            f"{owner or 'the model'} was merged by nmconv for {name}={expected!r}, on which a merged part depends, and "
+            f"{name} is now {shown}: set it back to {expected!r}, or set it before merging"
         )
     raise MergeError(
-        f"{owner or 'the model'} was merged by nmconv for {name}={expected!r} and is called with {shown}, by which it "
-        "does something else inside of what is one convolution now: call the model that was not merged, or merge it "
-        "with example_inputs that call it like this"
+        f"{owner or 'the model'} was merged by nmconv for {name}={expected!r} and is called with {shown}, and a merged "
+        "part depends on it: call the model that was not merged, or merge it with example_inputs of such a call"
     )
 
 
 @dataclass(frozen=True)
 class Closed:
-    """Replaces a method of a merged model that reads values inside of what was merged, or may, and raises.
+    """A callable that raises, in place of a method that reads values inside of what was merged, or may.
 
     Attributes:
         name: Name of the method.
@@ -182,8 +180,8 @@ class Closed:
         """Raise MergeError."""
         raise MergeError(
             f"{self.name} reads values inside of what was merged into one convolution, or was not recorded: call it on "
-            f"the model that was not merged, or merge with methods={{{self.name!r}: its inputs}}, which leaves what it "
-            "reads"
+            f"the model that was not merged, or merge with methods={{{self.name!r}: its inputs}}, which preserves what "
+            "it reads"
         )
 
 
@@ -196,7 +194,7 @@ def guard_calls(model: nn.Module, merges: Iterable[Merge], rewritten_owners: Ite
         rewritten_owners: Qualified names of modules whose forward was rewritten, which checks all of its arguments.
 
     Raises:
-        MergeError: If a forward is set on an instance, where no class can check.
+        MergeError: If a forward is set on an instance, so that no class can check its arguments.
     """
     checked = set(rewritten_owners)
     expected: dict[str, dict[str, str]] = {}
@@ -212,8 +210,8 @@ def guard_calls(model: nn.Module, merges: Iterable[Merge], rewritten_owners: Ite
             continue
         if "forward" in module.__dict__:
             raise MergeError(
-                f"{owner or 'the model'} has a forward set on the object, which chooses by {', '.join(arguments)}: "
-                "give its class that forward"
+                f"{owner or 'the model'} has a forward set on the instance, which depends on "
+                f"{', '.join(arguments)}: define that forward in its class"
             )
         methods[owner] = _checking_forward(module, owner, arguments)
     for name in closed:
@@ -249,7 +247,7 @@ def _checking_forward(module: nn.Module, owner: str, arguments: dict[str, str]) 
     for index, (name, value) in enumerate(arguments.items()):
         flag = name.removeprefix("self.")
         if name not in names and not (flag != name and flag.isidentifier() and not keyword.iskeyword(flag)):
-            raise MergeError(f"{owner or 'the model'} has no argument {name!r} that could be checked")
+            raise MergeError(f"{owner or 'the model'} has no argument or attribute {name!r} to check")
         bound[f"_expected_{index}"] = json.loads(value)
         expression = name if name in names else f"{self_name}.{flag}"
         lines.append(f"    _argument({expression}, _expected_{index}, {owner!r}, {name!r})")

@@ -1,4 +1,4 @@
-"""Running a model on example inputs."""
+"""Run a model on example inputs."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def call_model(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def outputs_of(model: nn.Module, example_inputs: Any) -> Any:
-    """Return what :func:`call_model` does, with the RNG state restored afterwards so that calls draw the same."""
+    """Return what :func:`call_model` does; restore the RNG state, so that all calls draw the same numbers."""
     with rng_restored(model):
         return call_model(model, example_inputs)
 
 
 def outputs_of_copy(model: nn.Module, example_inputs: Any) -> Any:
-    """Return the outputs of a copy, so that the model's state stays.
+    """Return the outputs of a copy, so that the model's state does not change.
 
     Raises:
         OptionError: If the model cannot be called with the example inputs.

@@ -41,7 +41,7 @@ class WarnedKinds(dict[str, bool]):
 
 
 def warned_kinds(model: nn.Module) -> WarnedKinds:
-    """Return the model's own, which all modules folded in it share."""
+    """Return the model's WarnedKinds, which all modules folded in it share."""
     warned: WarnedKinds = model.__dict__.setdefault(WARNED, WarnedKinds())
     return warned
 
@@ -83,7 +83,7 @@ class Folded(nn.Identity):
     """An identity in place of a module that is now part of a convolution.
 
     Args:
-        warned: Of the model.
+        warned: The model's WarnedKinds.
     """
 
     kind: ClassVar[str]
@@ -93,7 +93,7 @@ class Folded(nn.Identity):
         mark(self, self.kind, warned)
 
     def train(self, mode: bool = True) -> Folded:
-        """Set the mode as any module does, and warn once per model about what training lacks."""
+        """Set the mode, and warn once per model about what training lacks."""
         warn_once(self, mode)
         super().train(mode)
         return self
@@ -112,11 +112,11 @@ class FoldedDropout(Folded):
 
 
 class AfterNorm(FoldedNorm):
-    """The remainder of timm's norm + act whose norm is folded away: ``drop``, then ``act``.
+    """The remainder of timm's norm + act after its norm was folded: ``drop``, then ``act``.
 
     Args:
         norm_act: The module.
-        warned: Of the model.
+        warned: The model's WarnedKinds.
     """
 
     def __init__(self, norm_act: Any, warned: WarnedKinds) -> None:

@@ -20,19 +20,19 @@ from nmconv.timing import Summed, fixed_normal, make_runner, quotients, randomiz
 __all__ = ["LatencyGate", "is_slower"]
 
 _HOPELESS = 0.6  # multiply-adds before over after, below which no merge was ever faster (docs/merging.md)
-_BREAK_EVEN = 0.99  # time before over after of a whole model, below which it is slower however much the timings vary
+_BREAK_EVEN = 0.99  # time before over after of a whole model, below which it counts as slower despite the spread
 _SECOND = 1e18  # in multiply-adds: seconds saved outweigh all multiply-adds
 _AVERAGES = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
-_ROUNDS = (7, 15)  # what passes is timed again and only that counts, since of many candidates some are lucky once
+_ROUNDS = (7, 15)  # what passes is timed again, and only the second timing counts: of many candidates some pass by luck
 
 Unhoisted = Callable[[str, Any], Any]  # from a module's name and geometry to its geometry before hoisting
 
 
 class LatencyGate:
-    """Prices segments by measured time; equal geometries and shapes are measured once.
+    """Price segments by measured time; measure equal geometries and shapes once.
 
-    Only extents matter to time, so that both sides are built from geometries with random weights, norms folded. A
-    convolution whose padding was hoisted is timed as before.
+    Values do not affect time, so both sides are built from geometries with random weights, norms folded. A convolution
+    whose padding was hoisted is timed as before hoisting.
 
     Args:
         like: A weight of the model, with its dtype and device.
@@ -40,14 +40,14 @@ class LatencyGate:
         backend: ``eager``, ``compile``, ``frozen`` or ``onnxruntime``.
         min_gain: Least time before over time after.
         unhoisted: Returns a module's geometry before its padding was hoisted, from its name and geometry.
-        last: Whether the model's weights and inputs are ``channels_last`` in memory.
+        is_channels_last: Whether the model's weights and inputs are ``channels_last`` in memory.
     """
 
     def __init__(
-        self, like: Tensor, batch: int, backend: str, min_gain: float, unhoisted: Unhoisted, last: bool
+        self, like: Tensor, batch: int, backend: str, min_gain: float, unhoisted: Unhoisted, is_channels_last: bool
     ) -> None:
         self._like, self._batch, self._backend, self._min_gain = like, batch, backend, min_gain
-        self._unhoisted, self._last = unhoisted, last
+        self._unhoisted, self._is_channels_last = unhoisted, is_channels_last
         self._cache: dict[Any, tuple[float, float]] = {}
 
     def price(self, segment: Segment) -> float | None:
@@ -59,13 +59,13 @@ class LatencyGate:
 
     def _measured(self, segment: Segment) -> tuple[float, float]:
         """Return the seconds saved, and time before over time after."""
-        sizes = segment.nodes[0].sizes
+        sizes = segment.nodes[0].input_sizes
         key = (_geometries(segment.nodes, self._unhoisted), segment.geometry, sizes)
         if key not in self._cache:
             x = fixed_normal((self._batch, segment.geometry.in_channels, *sizes), self._like)
             before = _unmerged_modules(segment.nodes, self._like, self._unhoisted)
             after = _random_conv(segment.geometry, self._like)
-            if self._last:
+            if self._is_channels_last:
                 x = channels_last(x)
                 for conv in (each for side in (before, after) for each in side.modules() if isinstance(each, _ConvNd)):
                     in_memory_format(conv, True)
@@ -87,8 +87,8 @@ def is_slower(before: nn.Module, after: nn.Module, example_inputs: Any, backend:
     Args:
         before: A model that is not used afterwards; it is called some dozens of times.
         after: Another model; a copy of it is called.
-        example_inputs: As of ``merge``; they stay as they are.
-        backend: As of ``merge``. If it cannot run ``before`` as a whole, nothing is known, and the result is False.
+        example_inputs: As for ``merge``; they are not changed.
+        backend: As for ``merge``. If it cannot run ``before`` as a whole, the result is False.
     """
     with rng_restored(before):
         return _is_slower(before, copy_model(after), example_inputs, backend)
@@ -97,15 +97,15 @@ def is_slower(before: nn.Module, after: nn.Module, example_inputs: Any, backend:
 def _is_slower(before: nn.Module, after: nn.Module, example_inputs: Any, backend: str) -> bool:
     runners = []
     for model in (before, after):
-        for module in model.modules():  # a user's hooks are not to be timed
+        for module in model.modules():  # do not time the user's hooks
             module._forward_hooks.clear()
         try:
             call = _Call(model, example_inputs)
             runners.append(make_runner(call, call.values, backend))
-        except Exception:  # whatever a backend, or a forward that is called more than once, may raise
+        except Exception:  # a backend, or a forward that is called more than once, can raise anything
             return bool(runners)
     try:
-        # A threshold just below 1 would refuse a network at random of which little was merged and that is as fast.
+        # With a threshold just below 1, noise would decide where little was merged and the speed is the same.
         for rounds in _ROUNDS:
             gain = quotients(*time_interleaved(runners, rounds=rounds, seconds=0.02))
             if gain.upper < 1:

@@ -104,9 +104,9 @@ def make_live(
         model: The model, changed in place.
         head: Qualified name of the convolution whose place the merged one takes.
         removed: Qualified names of the other modules.
-        nodes: Of the run.
-        geometry: Of the merged convolution.
-        warned: Of the model.
+        nodes: The nodes of the run.
+        geometry: The geometry of the merged convolution.
+        warned: The model's WarnedKinds.
     """
     steps = steps_of(node.element for node in nodes)
     names = [step.name for step in steps if step.kind in ("conv", "norm")]

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import nn
 
-from nmconv.finding import Element, ParallelSum, elements_to_json, steps_of
+from nmconv.finding import Element, ParallelSum, conv_names, elements_to_json, steps_of
 from nmconv.merging.nodes import RunNode
 from nmconv.merging.partitioning import Segment
 from nmconv.merging.report import Merge
 from nmconv.planning import ReplacedSum
 
-__all__ = ["any_requires_grad", "merge_of_segment", "norms_behind"]
+__all__ = ["any_requires_grad", "merge_of_segment", "norms_after"]
 
 
 def merge_of_segment(segment: Segment, trainable: bool, live: bool) -> Merge:
@@ -37,34 +37,34 @@ def merge_of_segment(segment: Segment, trainable: bool, live: bool) -> Merge:
     )
 
 
-def any_requires_grad(named: Callable[[str], nn.Module], names: Iterable[str]) -> bool:
+def any_requires_grad(get_module: Callable[[str], nn.Module], names: Iterable[str]) -> bool:
     """Return whether any parameter of these modules requires gradients, without those of their children."""
-    modules = map(named, names)
+    modules = map(get_module, names)
     return any(value.requires_grad for module in modules for value in module.parameters(recurse=False))
 
 
-def norms_behind(segment: Segment) -> tuple[str, ...]:
+def norms_after(segment: Segment) -> tuple[str, ...]:
     """Return the norms that the merged convolution's output passes through, in order of execution."""
-    return tuple(_Roles(segment.nodes).norms_behind)
+    return tuple(_Roles(segment.nodes).norms_after)
 
 
 class _Roles:
     """The roles of a segment's modules and sums.
 
     Args:
-        nodes: Of the segment.
+        nodes: The segment's nodes.
 
     Attributes:
         head: The module whose place the merged convolution takes.
         removed: All other modules that are not identities.
-        norms_behind: Those of them that are norms on the path from the head to the output.
+        norms_after: The norms on the path from the head to the output.
         sums: The additions that are removed, innermost first.
     """
 
     def __init__(self, nodes: Sequence[RunNode]) -> None:
         self.head = ""
         self.removed: list[str] = []
-        self.norms_behind: list[str] = []
+        self.norms_after: list[str] = []
         self.sums: list[ReplacedSum] = []
         self._add(nodes)
 
@@ -78,13 +78,13 @@ class _Roles:
             elif element.kind != "pass":
                 self.removed.append(element.name)
                 if element.kind == "norm" and self.head:
-                    self.norms_behind.append(element.name)
+                    self.norms_after.append(element.name)
 
     def _add_sum(self, parallel: ParallelSum, node: RunNode) -> None:
-        if self.head:  # the merged value comes in: it leaves by the shortest branch, the identity if there is one
+        if self.head:  # the sum reads the merged value: keep the shortest branch, the identity if there is one
             keep = min((0, 1), key=lambda index: len(parallel.branches[index]))
         else:  # the merged value is computed in the first branch with a convolution
-            keep = [any(step.kind == "conv" for step in steps_of(branch)) for branch in parallel.branches].index(True)
+            keep = [bool(conv_names(branch)) for branch in parallel.branches].index(True)
         self._add(node.branches[keep])
         dropped = parallel.branches[1 - keep]
         self.removed += [step.name for step in steps_of(dropped) if step.kind != "pass"]

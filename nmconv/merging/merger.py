@@ -23,7 +23,7 @@ from nmconv.algebra import (
 )
 from nmconv.copying import copy_model
 from nmconv.errors import MergeError
-from nmconv.finding import LinearRun, ParallelSum, argument_structures, linear_runs, steps_of
+from nmconv.finding import LinearRun, ParallelSum, argument_structures, conv_names, linear_runs, steps_of
 from nmconv.flow import Op, hooks_of, leaf_op
 from nmconv.merging.call_guards import guarded, with_attribute_guards
 from nmconv.merging.example_outputs import batch_size, outputs_in_float64, outputs_of, outputs_of_copy
@@ -31,7 +31,7 @@ from nmconv.merging.latency_gate import LatencyGate
 from nmconv.merging.live_kernels import why_not_live
 from nmconv.merging.merge_records import any_requires_grad, merge_of_segment
 from nmconv.merging.node_affines import affine_of_nodes
-from nmconv.merging.nodes import RunNode, conv_names, nodes_of, refuse_all
+from nmconv.merging.nodes import RunNode, nodes_of, refuse_all
 from nmconv.merging.numeric_checks import check_model_outputs, check_segment
 from nmconv.merging.partitioning import Price, Segment, partition
 from nmconv.merging.placing import install, rewrite_forwards
@@ -61,7 +61,7 @@ class Merger:
     Attributes:
         runs: The nodes of each linear run.
         segments: The segments chosen.
-        why_not_live: The reason why the first module that cannot be a factor of a live kernel is none, or "".
+        why_not_live: The first reason why a module cannot be a factor of a live kernel, or "".
     """
 
     def __init__(
@@ -79,15 +79,17 @@ class Merger:
         model = self._model
         self._witness = witness
         self._compare_outputs = compare_outputs
-        self._module = dict(model.named_modules(remove_duplicate=False)).__getitem__
+        self._get_module = dict(model.named_modules(remove_duplicate=False)).__getitem__
         self._examples = example_inputs
         self._live = live
-        self._unhoisted = before_hoisting(self._module)
+        self._unhoisted = before_hoisting(self._get_module)
         self.why_not_live = ""
         self._unwritable: dict[str, str] = {}  # by owner of a sum, the reason why its forward cannot be rewritten
         recordings = None if witness is None or baked else witness.recordings
         self._linear_runs = linear_runs(model, example_inputs=example_inputs, recordings=recordings, pools=True)
-        self._takes = argument_structures(element for run in self._linear_runs for element in run.elements)
+        self._argument_structures = argument_structures(
+            element for run in self._linear_runs for element in run.elements
+        )
         self._divider = RunDivider(witness)
         self._divider.compare([self._nodes(run) for run in self._linear_runs])
         self.runs = [self._nodes(run) for run in self._linear_runs]
@@ -96,12 +98,12 @@ class Merger:
         self._methods: dict[str, Any] = {}  # rewritten forwards by owner
 
     def _nodes(self, run: LinearRun) -> tuple[RunNode, ...]:
-        rank = _rank(self._module, run)
+        rank = _rank(self._get_module, run)
         sizes = _input_sizes(run, rank)
-        nodes = nodes_of(self._module, run.elements, None, sizes, self._unhoisted, self._unwritable)
-        hooked = [name for name in run.crossed if hooks_of(self._module(name))]
+        nodes = nodes_of(self._get_module, run.elements, None, sizes, self._unhoisted, self._unwritable)
+        hooked = [name for name in run.crossed if hooks_of(self._get_module(name))]
         if hooked:
-            refuse_all(nodes, Refusal(f"{hooked[0]} has a hook, which would see other values: remove it first"))
+            refuse_all(nodes, Refusal(f"{hooked[0]} has a hook, which would see other values: remove the hook first"))
         if self._live:
             self._refuse_non_factors(nodes)
         return self._divider.divided(nodes)
@@ -115,21 +117,23 @@ class Merger:
                 if any(isinstance(inner.geometry, Refusal) for branch in node.branches for inner in branch):
                     node.geometry = Refusal("a branch cannot be a factor of a live kernel")
             elif node.element.kind == "pool":
-                node.geometry = Refusal(f"{node.element.name} is an average pool, no factor of a live kernel")
+                node.geometry = Refusal(
+                    f"{node.element.name} is an average pool, which cannot be a factor of a live kernel"
+                )
             elif node.element.kind != "pass" and ":" not in node.element.name:
-                why = why_not_live(self._module(node.element.name))
+                why = why_not_live(self._get_module(node.element.name))
                 if why:
                     node.geometry = Refusal(f"{node.element.name}: {why}")
                     self.why_not_live = self.why_not_live or str(node.geometry)
 
     @property
     def why_no_convs(self) -> str:
-        """The reason why no run has a convolution although the recordings show calls of convolutions, or ""."""
+        """Why no run has a convolution although the recordings show calls of convolutions, or ""."""
         recorded = [] if self._witness is None else self._witness.recordings.runs
         if not recorded or any(conv_names(run.elements) for run in self._linear_runs):
             return ""
         called = {fact.label for node, fact in recorded[0].facts.items() if node.op == "call_module"}
-        convs = [name for name in called if leaf_op(self._module(name)) is Op.CONV]
+        convs = [name for name in called if leaf_op(self._get_module(name)) is Op.CONV]
         if not convs:
             return ""
         return (
@@ -142,25 +146,25 @@ class Merger:
     def latency_price(self, min_gain: float, backend: str) -> Price:
         """Return the price by measured time."""
         like = next(iter(self._model.parameters()), torch.empty(0))
-        batch, last = batch_size(self._examples) or 1, is_channels_last(self._model)
-        return LatencyGate(like, batch, backend, min_gain, self._unhoisted, last).price
+        batch, channels_last = batch_size(self._examples) or 1, is_channels_last(self._model)
+        return LatencyGate(like, batch, backend, min_gain, self._unhoisted, channels_last).price
 
     def choose(self, price: Price, *, fold: bool, fewest: bool) -> None:
-        """Choose segments; choose again without the sums whose forwards turn out not to be rewritable.
+        """Choose segments, and choose again without sums whose forwards cannot be rewritten.
 
         Args:
-            price: As of :func:`nmconv.merging.partitioning.partition`, like the others.
-            fold: Whether to fold norms.
-            fewest: Whether few operations count more than a low cost.
+            price: As for :func:`nmconv.merging.partitioning.partition`.
+            fold: As for ``partition``.
+            fewest: As for ``partition``.
         """
         while True:
             choices = [partition(nodes, price, fold=fold, fewest=fewest) for nodes in self.runs]
             self.segments = [segment for choice in choices for segment in choice.segments]
             self._merges = [
-                merge_of_segment(segment, any_requires_grad(self._module, _module_names(segment)), self._live)
+                merge_of_segment(segment, any_requires_grad(self._get_module, _module_names(segment)), self._live)
                 for segment in self.segments
             ]
-            self._methods, failed = rewrite_forwards(self._model, self._merges, self._takes)
+            self._methods, failed = rewrite_forwards(self._model, self._merges, self._argument_structures)
             if not failed:
                 return
             self._unwritable |= {owner: str(error) for owner, error in failed.items()}
@@ -170,7 +174,7 @@ class Merger:
         """Raise MergeError if a module of a chosen segment is in train mode."""
         for segment in self.segments:
             for name in _module_names(segment):
-                if self._module(name).__dict__["training"]:
+                if self._get_module(name).__dict__["training"]:
                     raise MergeError(f"{name} is in train mode, though the model is not: call model.eval() first")
 
     def merges_any(self) -> bool:
@@ -184,11 +188,11 @@ class Merger:
         return WorkingCopy(self._model, inplace=inplace, shared=() if inplace else self._replaced())
 
     def _replaced(self) -> Iterator[Tensor | nn.Module]:
-        """Yield what the merged model will not have: modules, and parameters of modules whose children stay."""
+        """Yield what the merged model will not contain: modules, and parameters of modules whose children stay."""
         for merge in self._merges:
             for name in () if merge.live else (merge.head, *merge.removed):
-                module = self._module(name)
-                yield from parameters_of(self._module, name)
+                module = self._get_module(name)
+                yield from parameters_of(self._get_module, name)
                 if next(module.children(), None) is None:
                     yield module
 
@@ -221,11 +225,11 @@ class Merger:
     def _merged_convs(self) -> dict[str, nn.Module]:
         """Return the merged convolutions by head, each checked against its segment; live ones are checked only."""
         convs: dict[str, nn.Module] = {}
-        last = is_channels_last(self._model)
+        channels_last = is_channels_last(self._model)
         for segment, merge in zip(self.segments, self._merges, strict=True):
-            like = reference_tensor(self._module(merge.head))
+            like = reference_tensor(self._get_module(merge.head))
             if like.is_meta:
-                conv = in_memory_format(conv_module(merge.geometry, like), last)
+                conv = in_memory_format(conv_module(merge.geometry, like), channels_last)
                 convs[merge.head] = conv.requires_grad_(merge.trainable).train(False)
                 continue
             affine = self._affine(segment)
@@ -233,7 +237,7 @@ class Merger:
             if self._live:
                 continue
             try:
-                convs[merge.head] = in_memory_format(conv_from_affine(affine, like, merge.trainable), last)
+                convs[merge.head] = in_memory_format(conv_from_affine(affine, like, merge.trainable), channels_last)
             except ValueError as error:
                 raise MergeError(f"{segment.convs[0]} … {segment.convs[-1]}: {error}") from error
         return convs
@@ -243,7 +247,7 @@ class Merger:
         geometry = segment.geometry
         nodes = segment.nodes[:-1] if geometry.pooled else segment.nodes
         like = torch.empty(0, dtype=torch.float64, device=self._device)
-        affine = affine_of_nodes(nodes, self._module, affine_in_double, like, geometry.in_channels, geometry.rank)
+        affine = affine_of_nodes(nodes, self._get_module, affine_in_double, like, geometry.in_channels, geometry.rank)
         return replace(affine, geometry=geometry)
 
     def _check_recordings(self, merged: nn.Module) -> None:
@@ -265,10 +269,10 @@ def _module_names(segment: Segment) -> list[str]:
     return [step.name for step in steps_of(node.element for node in segment.nodes)]
 
 
-def _rank(module: Callable[[str], nn.Module], run: LinearRun) -> int:
+def _rank(get_module: Callable[[str], nn.Module], run: LinearRun) -> int:
     """Return the number of spatial axes of the first convolution."""
     for step in steps_of(run.elements):
-        size = getattr(module(step.name.partition(":")[0]), "kernel_size", None)
+        size = getattr(get_module(step.name.partition(":")[0]), "kernel_size", None)
         if step.kind == "conv" and isinstance(size, tuple):
             return len(size)
     return 2

@@ -31,7 +31,7 @@ ToAffine: TypeAlias = Callable[[nn.Module, str, Geometry], Affine]  # from a mod
 
 def affine_of_nodes(
     nodes: Sequence[RunNode],
-    module: Callable[[str], nn.Module],
+    get_module: Callable[[str], nn.Module],
     to_affine: ToAffine,
     like: Tensor,
     channels: int,
@@ -42,13 +42,13 @@ def affine_of_nodes(
     """Return consecutive nodes as one convolution.
 
     Args:
-        nodes: Of a run or of a branch of one.
-        module: Returns the module of a qualified name.
+        nodes: Nodes of a run or of a branch.
+        get_module: Returns the module of a qualified name.
         to_affine: Reads one module as an affine map.
         like: A tensor with the dtype and device of identities and pools.
         channels: Number of input channels.
         rank: Number of spatial axes.
-        exact: If False, equality holds away from the border only; padding and output sizes are right all the same.
+        exact: If False, the convolution is equal only away from the border; padding and output sizes are right.
 
     Raises:
         Refusal: If there is no such convolution, with the reason.
@@ -60,7 +60,8 @@ def affine_of_nodes(
         if isinstance(element, ParallelSum):
             _check_rewritable(element)
             branches = [
-                affine_of_nodes(branch, module, to_affine, like, width, rank, exact=exact) for branch in node.branches
+                affine_of_nodes(branch, get_module, to_affine, like, width, rank, exact=exact)
+                for branch in node.branches
             ]
             parts.append(add_affines(branches))
         elif isinstance(node.geometry, Refusal):
@@ -70,33 +71,33 @@ def affine_of_nodes(
         elif element.kind == "pool":
             parts.append(affine_of_average(like, node.geometry))
         elif not element.is_identity:
-            parts.append(to_affine(module(element.name), element.kind, node.geometry))
+            parts.append(to_affine(get_module(element.name), element.kind, node.geometry))
     return reduce(partial(compose, exact=exact), parts) if parts else affine_of_identity(like, channels, rank)
 
 
 def interior_affine(
-    nodes: Sequence[RunNode], module: Callable[[str], nn.Module], channels: int, rank: int, like: Tensor
+    nodes: Sequence[RunNode], get_module: Callable[[str], nn.Module], channels: int, rank: int, like: Tensor
 ) -> Affine:
     """Return the nodes as one convolution in float64 that equals them away from the border, as if padding were hoisted.
 
     Args:
-        nodes: Of a run or of a branch of one.
-        module: Returns the module of a qualified name.
+        nodes: Nodes of a run or of a branch.
+        get_module: Returns the module of a qualified name.
         channels: Number of input channels.
         rank: Number of spatial axes.
         like: A tensor with the device of the result.
 
     Raises:
-        Refusal: If there is none, with the reason.
+        Refusal: If there is no such convolution, with the reason.
     """
-    return affine_of_nodes(nodes, module, affine_in_double, like, channels, rank, exact=False)
+    return affine_of_nodes(nodes, get_module, affine_in_double, like, channels, rank, exact=False)
 
 
 def interior_geometry(nodes: Sequence[RunNode], channels: int, rank: int) -> Geometry:
     """Return the geometry of :func:`interior_affine`, without computing weights.
 
     Raises:
-        Refusal: If there is none, with the reason.
+        Refusal: If there is no such convolution, with the reason.
     """
     total = identity_geometry(channels, rank)
     for node in nodes:

@@ -19,9 +19,9 @@ from nmconv.algebra import (
     geometry_of,
     identity_geometry,
 )
-from nmconv.finding import Element, ParallelSum, Step, steps_of
+from nmconv.finding import Element, ParallelSum, Step, conv_names
 
-__all__ = ["RunNode", "conv_names", "geometry_of_nodes", "nodes_of", "refuse_all"]
+__all__ = ["RunNode", "geometry_of_nodes", "nodes_of", "refuse_all"]
 
 
 @dataclass(eq=False)
@@ -30,17 +30,17 @@ class RunNode:
 
     Attributes:
         element: The module or the sum of branches.
-        geometry: Its geometry as one convolution, or the reason why it has none.
-        sizes: Spatial extents of its input.
-        result: Spatial extents of its output.
-        own_cost: Multiply-adds if it stays as it is; for a sum those of the addition only.
+        geometry: Its geometry as one convolution, or the reason why it cannot be one.
+        input_sizes: Spatial extents of its input.
+        output_sizes: Spatial extents of its output.
+        own_cost: Multiply-adds if it stays as it is; for a sum, those of the addition only.
         branches: The branches of a sum.
     """
 
     element: Element
     geometry: Geometry | Refusal
-    sizes: tuple[int, ...]
-    result: tuple[int, ...]
+    input_sizes: tuple[int, ...]
+    output_sizes: tuple[int, ...]
     own_cost: int
     branches: tuple[tuple[RunNode, ...], ...] = ()
 
@@ -55,13 +55,8 @@ class RunNode:
         return self.own_cost + sum(node.cost for branch in self.branches for node in branch)
 
 
-def conv_names(elements: Iterable[Element]) -> tuple[str, ...]:
-    """Return the qualified names of all convolutions in the elements, in order of execution."""
-    return tuple(step.name for step in steps_of(elements) if step.kind == "conv")
-
-
 def refuse_all(nodes: Sequence[RunNode], reason: Refusal) -> None:
-    """Mark all nodes, those of branches too, as having no geometry."""
+    """Give all nodes, including those of branches, the reason in place of their geometry."""
     for node in nodes:
         node.geometry = reason
         for branch in node.branches:
@@ -72,7 +67,7 @@ def geometry_of_nodes(nodes: Sequence[RunNode], channels: int, rank: int) -> Geo
     """Return the geometry of consecutive nodes as one convolution.
 
     Args:
-        nodes: The nodes; no nodes are an identity.
+        nodes: The nodes; if there are none, the geometry is that of an identity.
         channels: Number of input channels of an identity.
         rank: Number of spatial axes of an identity.
 
@@ -88,64 +83,65 @@ def geometry_of_nodes(nodes: Sequence[RunNode], channels: int, rank: int) -> Geo
 
 
 def nodes_of(
-    named: Callable[[str], nn.Module],
+    get_module: Callable[[str], nn.Module],
     elements: Iterable[Element],
     channels: int | None,
     sizes: tuple[int, ...],
-    padding: Callable[[str, Geometry], Geometry],
-    refused: Mapping[str, str],
+    unhoisted: Callable[[str, Geometry], Geometry] = lambda name, geometry: geometry,
+    refused: Mapping[str, str] = {},
 ) -> tuple[RunNode, ...]:
     """Return the nodes of consecutive elements.
 
     Args:
-        named: Returns the model's module of a qualified name.
-        elements: Of a run.
+        get_module: Returns the model's module of a qualified name.
+        elements: The elements of a run or of a branch.
         channels: Number of input channels, or None to read it off the first convolution or norm.
         sizes: Spatial extents of the input.
-        padding: Returns a convolution's geometry before its padding was hoisted, from its name and geometry.
+        unhoisted: Returns a convolution's geometry before its padding was hoisted, from its name and geometry; by
+            default no padding was.
         refused: By owner of a sum, the reason why its forward cannot be rewritten.
     """
     elements = tuple(elements)
     if channels is None:
-        channels = _input_channels(named, elements)
+        channels = _input_channels(get_module, elements)
     nodes = []
     for element in elements:
         if isinstance(element, Step):
-            node = _node_of_step(named, element, channels or 0, sizes, padding)
+            node = _node_of_step(get_module, element, channels or 0, sizes, unhoisted)
         else:
-            node = _node_of_sum(named, element, channels or 0, sizes, padding, refused)
+            node = _node_of_sum(get_module, element, channels or 0, sizes, unhoisted, refused)
         nodes.append(node)
-        sizes = node.result
+        sizes = node.output_sizes
         if isinstance(node.geometry, Geometry):
             channels = node.geometry.out_channels
         elif node.convs:  # the last convolution's; all branches of a sum have the same number
-            channels = getattr(named(node.convs[-1].partition(":")[0]), "out_channels", channels)
+            channels = getattr(get_module(node.convs[-1].partition(":")[0]), "out_channels", channels)
     return tuple(nodes)
 
 
 def _node_of_step(
-    named: Callable[[str], nn.Module],
+    get_module: Callable[[str], nn.Module],
     step: Step,
     channels: int,
     sizes: tuple[int, ...],
-    padding: Callable[[str, Geometry], Geometry],
+    unhoisted: Callable[[str, Geometry], Geometry],
 ) -> RunNode:
     rank = len(sizes)
     if step.is_identity:
         try:
-            check_hooks(named(step.name), step.name)
+            check_hooks(get_module(step.name), step.name)
         except Refusal as refusal:
             return RunNode(step, refusal, sizes, sizes, 0)
         return RunNode(step, identity_geometry(channels, rank), sizes, sizes, 0)
     try:
         if ":" in step.name:
             raise Refusal(step.why)
-        module = named(step.name)
+        module = get_module(step.name)
         geometry: Geometry | Refusal = geometry_of(module, step.kind, channels, rank)
     except Refusal as refusal:
         return RunNode(step, Refusal(f"{step.name}: {refusal}"), sizes, sizes, 0)
     assert isinstance(geometry, Geometry)
-    before = padding(step.name, geometry)
+    before = unhoisted(step.name, geometry)
     result = _output_sizes(before, sizes)
     cost = geometry.weights * math.prod(result) if step.kind == "conv" else 0
     if step.kind == "norm":
@@ -162,15 +158,15 @@ def _node_of_step(
 
 
 def _node_of_sum(
-    named: Callable[[str], nn.Module],
+    get_module: Callable[[str], nn.Module],
     parallel: ParallelSum,
     channels: int,
     sizes: tuple[int, ...],
-    padding: Callable[[str, Geometry], Geometry],
+    unhoisted: Callable[[str, Geometry], Geometry],
     refused: Mapping[str, str],
 ) -> RunNode:
-    branches = tuple(nodes_of(named, branch, channels, sizes, padding, refused) for branch in parallel.branches)
-    results = {branch[-1].result if branch else sizes for branch in branches}
+    branches = tuple(nodes_of(get_module, branch, channels, sizes, unhoisted, refused) for branch in parallel.branches)
+    results = {branch[-1].output_sizes if branch else sizes for branch in branches}
     result = next(iter(results))
     width = channels
     try:
@@ -185,16 +181,16 @@ def _node_of_sum(
     return RunNode(parallel, geometry, sizes, result, width * math.prod(result), branches)
 
 
-def _input_channels(named: Callable[[str], nn.Module], elements: Iterable[Element]) -> int | None:
+def _input_channels(get_module: Callable[[str], nn.Module], elements: Iterable[Element]) -> int | None:
     """Return the number of input channels of the first convolution or norm."""
     for element in elements:
         if isinstance(element, ParallelSum):
             for branch in element.branches:
-                channels = _input_channels(named, branch)
+                channels = _input_channels(get_module, branch)
                 if channels is not None:
                     return channels
         elif ":" not in element.name and element.kind in ("conv", "norm"):
-            module = named(element.name)
+            module = get_module(element.name)
             if isinstance(module, _ConvNd):
                 return module.in_channels
             mean = getattr(module, "running_mean", None)

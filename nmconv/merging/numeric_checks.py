@@ -36,7 +36,7 @@ def check_segment(model: nn.Module, segment: Segment, affine: Affine) -> None:
         affine: The merged convolution in float64.
 
     Raises:
-        MergeError: If they differ, with the name of the run.
+        MergeError: If they differ.
     """
     name = f"{segment.convs[0]} … {segment.convs[-1]}"
     original = _Float64Modules(model)
@@ -54,11 +54,14 @@ def check_segment(model: nn.Module, segment: Segment, affine: Affine) -> None:
             if actual is None and (expected is None or not expected.numel()):  # an empty crop raises, too
                 continue
             if expected is None or actual is None:
-                raise MergeError(f"{name}: at {_times(sizes)} one of the two fails: {problem or problem2}")
+                which = "original" if expected is None else "merged convolution"
+                raise MergeError(
+                    f"{name}: at {_times(sizes)} only the {which} fails ({problem or problem2}); nothing was changed"
+                )
             compared += 1
             _compare(name, f"at {_times(sizes)}", expected, actual, _RUN_TOLERANCE)
     if not compared:
-        raise MergeError(f"{name}: no input of any size tried ran through it")
+        raise MergeError(f"{name}: it fails on inputs of all sizes tried, so the merge cannot be checked")
 
 
 def check_model_outputs(expected: Any, actual: Any, exact: Callable[[], Any], names: Sequence[str]) -> None:
@@ -133,7 +136,7 @@ def _compare(name: str, where: str, expected: Tensor, actual: Tensor, tolerance:
         if not bool(finite.any()) or not bool((finite | same).all()):
             raise MergeError(
                 f"{name}: {where} the original gives infinities or NaN, so that nothing can be compared: look for them "
-                "in its weights and in what it is called with"
+                "in its weights and in the inputs"
             )
         expected, actual = expected[finite], actual[finite]
     difference = float((expected.double() - actual.double()).abs().max())
@@ -193,7 +196,7 @@ class _Float64Modules:
             if isinstance(element, ParallelSum):
                 one, two = (self.run(branch, x) for branch in node.branches)
                 if one.shape != two.shape:
-                    raise MergeError(f"{element.owner}: summed branches differ in their shapes")
+                    raise MergeError(f"{element.owner or 'the model'}: summed branches differ in their shapes")
                 x = one + two
             elif not element.is_identity:
                 x = self._call(element.name, x)

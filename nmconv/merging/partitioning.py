@@ -20,7 +20,7 @@ class Segment:
 
     Attributes:
         nodes: The nodes.
-        geometry: Of the one convolution.
+        geometry: The geometry of the one convolution.
     """
 
     nodes: tuple[RunNode, ...]
@@ -39,12 +39,12 @@ class Segment:
     @property
     def merged_cost(self) -> int:
         """Multiply-adds of the one convolution, and of adding its border term if there is one."""
-        positions = math.prod(self.nodes[-1].result)
+        positions = math.prod(self.nodes[-1].output_sizes)
         return (self.geometry.weights + (self.geometry.out_channels if self.geometry.bounded else 0)) * positions
 
     @property
-    def composing(self) -> int:
-        """Multiply-adds of composing the kernel from its factors, independent of the input size; norms do not count."""
+    def composition_cost(self) -> int:
+        """Multiply-adds of composing the kernel from its factors, without norms; independent of the input size."""
         return _composition_cost(self.nodes)
 
     @property
@@ -56,7 +56,7 @@ class Segment:
 
 
 def _composition_cost(nodes: Sequence[RunNode]) -> int:
-    """Count for each weight of a kernel the weights of the next kernel that read its channel."""
+    """Return, summed over the weights of each kernel, how many weights of the next kernel read their channel."""
     cost, kernel = 0, None
     for node in nodes:
         assert isinstance(node.geometry, Geometry)
@@ -76,34 +76,34 @@ class Partition:
 
     Attributes:
         cost: Total cost in the unit of the gate's price.
-        left: Number of operations that remain.
+        operations: Number of operations that remain.
         segments: What becomes one convolution each.
     """
 
     cost: float = 0
-    left: int = 0
+    operations: int = 0
     segments: tuple[Segment, ...] = ()
 
     def by_cost(self) -> tuple[float, int]:
         """Return the sort key for the lowest cost."""
-        return self.cost, self.left
+        return self.cost, self.operations
 
     def by_operations(self) -> tuple[int, float]:
         """Return the sort key for the fewest operations."""
-        return self.left, self.cost
+        return self.operations, self.cost
 
     def then(self, other: Partition) -> Partition:
-        """Return both, one after the other."""
-        return Partition(self.cost + other.cost, self.left + other.left, (*self.segments, *other.segments))
+        """Return both choices as one."""
+        return Partition(self.cost + other.cost, self.operations + other.operations, (*self.segments, *other.segments))
 
 
 def partition(nodes: Sequence[RunNode], price: Price, *, fold: bool, fewest: bool = False) -> Partition:
     """Return the best choice of segments.
 
     Args:
-        nodes: Of a run, or of a branch of one.
-        price: Returns the cost of a segment as one convolution in the unit of :attr:`Node.cost`, or None if it does not
-            pay.
+        nodes: Nodes of a run or of a branch.
+        price: Returns the cost of a segment as one convolution, in the unit of :attr:`RunNode.cost`, or None if it does
+            not pay.
         fold: Whether single convolutions absorb the norms next to them.
         fewest: Whether few operations count more than a low cost.
     """

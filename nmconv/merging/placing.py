@@ -34,11 +34,11 @@ _Slots = dict[int, list[tuple[nn.Module, str]]]  # by id of a module, the parent
 def rewrite_forwards(
     model: nn.Module, merges: Sequence[Merge], argument_structure: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, RewriteError]]:
-    """Write the forwards without the additions that merges remove.
+    """Rewrite forwards without the additions that merges remove.
 
     Args:
         model: The model, only read.
-        merges: Of the model.
+        merges: The merges to carry out in it.
         argument_structure: By owner of a sum, the call signature of its forward.
 
     Returns:
@@ -66,7 +66,7 @@ def install(
 
     Args:
         model: The model, changed in place.
-        merges: What to carry out.
+        merges: The merges to carry out.
         convs: The merged convolutions by :attr:`Merge.head`, without those of live merges.
         methods: From :func:`rewrite_forwards`.
     """
@@ -78,7 +78,7 @@ def install(
             make_live(model, merge.head, merge.removed, nodes, merge.geometry, warned)
             continue
         remains = {name: _remainder(model.get_submodule(name), warned, bool(merge.norm)) for name in merge.removed}
-        _put(model, slots, {**remains, merge.head: convs[merge.head]})
+        _replace_modules(model, slots, {**remains, merge.head: convs[merge.head]})
     for owner, method in methods.items():
         module = model.get_submodule(owner)
         module.__class__ = rewritten_class(type(module), (method,))
@@ -93,16 +93,16 @@ def bake(model: nn.Module) -> None:
     live = [merge for merges in rounds for merge in merges if merge.live]
     if not live:
         return
-    slots, last = _slots(model), is_channels_last(model)
+    slots, channels_last = _slots(model), is_channels_last(model)
     warned = warned_kinds(model)
     for merge in live:
         head: Any = model.get_submodule(merge.head)
         conv = in_memory_format(
             conv_from_affine(head.__dict__[LIVE].affine(affine_in_double), reference_tensor(head), merge.trainable),
-            last,
+            channels_last,
         )
-        _put(model, slots, {name: _remainder(model.get_submodule(name), warned, False) for name in merge.removed})
-        _put(model, slots, {merge.head: conv})
+        remains = {name: _remainder(model.get_submodule(name), warned, False) for name in merge.removed}
+        _replace_modules(model, slots, {**remains, merge.head: conv})
     model.__dict__[MERGED] = tuple(
         tuple(replace(merge, live=False, factors="") for merge in merges) for merges in rounds
     )
@@ -116,7 +116,7 @@ def _slots(model: nn.Module) -> _Slots:
     return slots
 
 
-def _put(model: nn.Module, slots: _Slots, changes: Mapping[str, nn.Module]) -> None:
+def _replace_modules(model: nn.Module, slots: _Slots, changes: Mapping[str, nn.Module]) -> None:
     for name, module in changes.items():
         for parent, slot in slots[id(model.get_submodule(name))]:
             parent._modules[slot] = module
@@ -130,15 +130,13 @@ def _live_nodes(model: nn.Module, merge: Merge) -> tuple[RunNode, ...]:
     """
     elements = elements_from_json(merge.factors)
     sizes = tuple(max(extent, 1) for extent in merge.geometry.extent)
-    nodes = nodes_of(
-        model.get_submodule, elements, merge.geometry.in_channels, sizes, lambda name, geometry: geometry, {}
-    )
+    nodes = nodes_of(model.get_submodule, elements, merge.geometry.in_channels, sizes)
     try:
         geometry = geometry_of_nodes(nodes, merge.geometry.in_channels, merge.geometry.rank)
     except Refusal as refusal:
         raise ValueError(f"{merge.head}: {refusal}") from refusal
     if geometry != merge.geometry:
-        raise ValueError(f"{merge.head}: its factors make another convolution than the one described")
+        raise ValueError(f"{merge.head}: its factors compose to another convolution than the one described")
     return nodes
 
 
@@ -147,8 +145,8 @@ def _remainder(module: nn.Module, warned: WarnedKinds, keeps_norm: bool) -> nn.M
 
     Args:
         module: The module.
-        warned: Of the model.
-        keeps_norm: Whether a norm stays after the merged convolution, so that training misses no norm.
+        warned: The model's WarnedKinds.
+        keeps_norm: Whether a norm stays after the merged convolution, so that training needs no warning.
     """
     remainder: nn.Module = nn.Identity()
     warned_norms = WarnedKinds(norm=True) if keeps_norm else warned

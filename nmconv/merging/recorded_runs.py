@@ -1,4 +1,4 @@
-"""Dividing linear runs where a recording contradicts them."""
+"""Divide linear runs where a recording contradicts them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def merged_groups(*rounds: Iterable[Merge]) -> list[MergedGroup]:
     """Return merges as groups of modules for the witness.
 
     Args:
-        rounds: The merges of each call of merge; each merges what the one before left.
+        rounds: The merges of each call of merge, in order.
     """
     groups: list[MergedGroup] = []
     for number, merges in enumerate(rounds):
@@ -68,7 +68,7 @@ class RunDivider:
                 self._between.update(dict.fromkeys(keys, why))
 
     def divided(self, nodes: Sequence[RunNode]) -> tuple[RunNode, ...]:
-        """Return the nodes of a run, with one that cannot be merged wherever the run is divided."""
+        """Return the nodes of a run, with a node that cannot be merged inserted wherever the run is divided."""
         result: list[RunNode] = []
         last: RunNode | None = None
         for node in nodes:
@@ -78,7 +78,9 @@ class RunDivider:
                 why = "" if last is None else self._between.get((_key(last), _key(node)), "")
                 if why:
                     assert last is not None
-                    result.append(RunNode(_identity_step(last.element), Refusal(why), node.sizes, node.sizes, 0))
+                    result.append(
+                        RunNode(_identity_step(last.element), Refusal(why), node.input_sizes, node.input_sizes, 0)
+                    )
                 last = node
             result.append(node)
         return tuple(result)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nmconv.algebra import Geometry, Refusal
 from nmconv.errors import ModelTypeError
-from nmconv.finding import steps_of
+from nmconv.finding import conv_names, steps_of
 from nmconv.merging.nodes import RunNode, geometry_of_nodes
 from nmconv.merging.partitioning import Price, Segment, partition
 from nmconv.planning import ReplacedSum
@@ -138,13 +138,13 @@ def get_merges(model: nn.Module) -> tuple[tuple[Merge, ...], ...]:
     return rounds
 
 
-def describe_run(named: Callable[[str], nn.Module], nodes: tuple[RunNode, ...], price: Price) -> Run:
+def describe_run(get_module: Callable[[str], nn.Module], nodes: tuple[RunNode, ...], price: Price) -> Run:
     """Return a run as plain data.
 
     Args:
-        named: Returns the model's module of a qualified name.
-        nodes: Of the run.
-        price: Of the gate.
+        get_module: Returns the model's module of a qualified name.
+        nodes: The run's nodes.
+        price: The gate's price function.
     """
     steps = list(steps_of(node.element for node in nodes))
     choice = partition(nodes, price, fold=True)
@@ -156,17 +156,17 @@ def describe_run(named: Callable[[str], nn.Module], nodes: tuple[RunNode, ...], 
             why = f"as one convolution it would take {whole.merged_cost / max(whole.cost, 1):.2f} times the work"
     except Refusal as refusal:
         why, exact = str(refusal), False
-    counts = {name: sum(p.numel() for p in parameters_of(named, name)) for name in {step.name for step in steps}}
+    counts = {name: sum(p.numel() for p in parameters_of(get_module, name)) for name in {step.name for step in steps}}
     replaced = {step.name for segment in choice.segments for step in steps_of(node.element for node in segment.nodes)}
     merged_parameters = sum(_parameter_count(segment.geometry) for segment in choice.segments)
     merged_parameters += sum(count for name, count in counts.items() if name not in replaced)
     return Run(
-        convs=tuple(step.name for step in steps if step.kind == "conv"),
+        convs=conv_names(node.element for node in nodes),
         norms=tuple(step.name for step in steps if step.kind == "norm"),
         exact=exact,
         why=why,
         merges=merges,
-        size=nodes[0].sizes,
+        size=nodes[0].input_sizes,
         multiply_adds=sum(node.cost for node in nodes),
         merged_multiply_adds=int(choice.cost),
         parameters=sum(counts.values()),
@@ -174,9 +174,9 @@ def describe_run(named: Callable[[str], nn.Module], nodes: tuple[RunNode, ...], 
     )
 
 
-def parameters_of(named: Callable[[str], nn.Module], name: str) -> list[Tensor]:
+def parameters_of(get_module: Callable[[str], nn.Module], name: str) -> list[Tensor]:
     """Return the parameters of a step's module without those of its children; none for a function."""
-    return [] if ":" in name else list(named(name).parameters(recurse=False))
+    return [] if ":" in name else list(get_module(name).parameters(recurse=False))
 
 
 def _parameter_count(geometry: Geometry) -> int:

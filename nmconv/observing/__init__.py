@@ -1,4 +1,4 @@
-"""Running a model on the user's data: batches, modes put back, and values captured on the way."""
+"""Running a model on the user's data: reading batches, restoring modes, and capturing values inside the model."""
 
 from nmconv.observing.capture import Capture
 from nmconv.observing.data import (
@@ -9,6 +9,7 @@ from nmconv.observing.data import (
     input_errors_as_fit_errors,
     read_batches,
     read_images,
+    to_device_and_dtype,
 )
 from nmconv.observing.forward_tracker import ForwardTracker, Hook
 from nmconv.observing.modes import eval_mode
@@ -25,4 +26,5 @@ __all__ = [
     "input_errors_as_fit_errors",
     "read_batches",
     "read_images",
+    "to_device_and_dtype",
 ]

@@ -1,4 +1,4 @@
-"""Activation capture: values inside a running model, by module hooks and a function mode, its own code untouched."""
+"""Capture values inside a running model by module hooks and a function mode, without changing its code."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from nmconv.observing.forward_tracker import ForwardTracker
 __all__ = ["Capture"]
 
 _SUM_FUNCTIONS = ("add", "add_")
+_DATA_DEPENDENT = "a model whose control flow depends on the data cannot be fitted"
 Replace = Callable[[Tensor, Mapping[Any, Tensor]], Tensor]  # from a value and all captured values to a replacement
 
 
@@ -24,12 +25,12 @@ class _StopForward(BaseException):
 
 
 class Capture(ForwardTracker):
-    """Runs a model and returns the values at some locations, and the inputs of some modules.
+    """Run a model and return the values at some locations, and the inputs of some modules.
 
     Hooks are on the model only between ``__enter__`` and ``__exit__``, and are active only during :meth:`run`.
 
     Args:
-        model: The model, in the mode that it shall run in.
+        model: The model, in the mode to run it in.
         locations: Results of calls to capture.
         inputs: Qualified names of modules, each called once, whose input to capture.
         full_forward: Whether to run to the end and store the output in :attr:`output`.
@@ -82,8 +83,8 @@ class Capture(ForwardTracker):
         missing = [key for key in (*self._locations, *self._inputs) if key not in self._values]
         if missing:
             raise FitError(
-                f"{missing[0]} does not come by when this {type(self._model).__name__} runs: its forward takes another "
-                "way with these inputs than it was recorded to take"
+                f"{missing[0]} is not reached when this {type(self._model).__name__} runs on these images, although it "
+                f"was in the recording: {_DATA_DEPENDENT}"
             )
         if self._full_forward:
             self._check_sums()
@@ -94,7 +95,8 @@ class Capture(ForwardTracker):
             count = self._counts.get((location.owner, SUM), 0)
             if location.label == SUM and location.total and count != location.total:
                 raise FitError(
-                    f"{location.owner or 'the model'} makes {count} sums, and {location.total} in its recording"
+                    f"{location.owner or 'the model'} computes {count} sums on these images, and {location.total} in "
+                    f"the recording: {_DATA_DEPENDENT}"
                 )
 
     # -- hooks --------------------------------------------------------------------------------------------------------
@@ -115,7 +117,7 @@ class Capture(ForwardTracker):
 
     def _add_input_hook(self, module: nn.Module, key: ValueLocation | str) -> None:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            if not self._runs:
+            if not self._is_running:
                 return None
             name = next(iter(kwargs), "")
             value = args[0] if args else kwargs[name]
@@ -129,7 +131,7 @@ class Capture(ForwardTracker):
 
     def _output_hook(self, location: ValueLocation) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, result: Any) -> Any:
-            if not self._runs:
+            if not self._is_running:
                 return None
             caller = self._stack[-1] if self._stack else ""
             if caller == location.owner and self._count(location.owner, location.label) == location.number:
@@ -171,7 +173,7 @@ class Capture(ForwardTracker):
 
     def _store(self, key: ValueLocation | str, value: Any) -> None:
         if not isinstance(value, Tensor):
-            raise FitError(f"{key} is a {type(value).__name__}, no tensor")
+            raise FitError(f"{key} is a {type(value).__name__}, not a tensor: it cannot be fitted")
         self._values[key] = value.detach().clone()
         if not self._full_forward and all(key in self._values for key in (*self._locations, *self._inputs)):
             raise _StopForward

@@ -23,12 +23,13 @@ __all__ = [
     "input_errors_as_fit_errors",
     "read_batches",
     "read_images",
+    "to_device_and_dtype",
 ]
 
 _BATCH = 64  # images
-_MAX_BYTES = 4 * 2**30  # of images in memory; beyond that they are read again by index, where the data allows that
+_MAX_BYTES = 4 * 2**30  # of images in memory; beyond that, they are read again by index where possible
 _EMPTY = "data holds no images: give a loader or an iterable that has not been read to its end"
-Home = tuple[torch.device, torch.dtype]
+DeviceAndDtype = tuple[torch.device, torch.dtype]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,13 +40,13 @@ class Images:
         source: Returns an iterator over pairs of a batch and whether it is held out.
         count: Number of images that are fitted.
         held: Number of images that are held out.
-        home: The device of the batches, and the dtype of floating-point batches.
+        device_and_dtype: The device of the batches, and the dtype of floating-point batches.
     """
 
     source: Callable[[], Iterator[tuple[Tensor, bool]]]
     count: int
     held: int
-    home: Home
+    device_and_dtype: DeviceAndDtype
 
     def batches(self, held: bool | None = None) -> Iterator[tuple[Tensor, bool]]:
         """Yield copies of the batches on the model's device and in its dtype, and whether each is held out.
@@ -53,11 +54,9 @@ class Images:
         Args:
             held: Only the images held out (True), or only those fitted (False); None for all.
         """
-        device, dtype = self.home
         for batch, is_held in self.source():
             if held is None or is_held is held:
-                # Copied, since some models overwrite their input.
-                yield batch.to(device, dtype if batch.is_floating_point() else batch.dtype, copy=True), is_held
+                yield to_device_and_dtype(batch, self.device_and_dtype, copy=True), is_held
 
     def first(self) -> Tensor:
         """Return one image, as a batch."""
@@ -65,12 +64,24 @@ class Images:
         return batch[:1]
 
 
-def device_and_dtype_of(model: nn.Module) -> Home:
+def device_and_dtype_of(model: nn.Module) -> DeviceAndDtype:
     """Return device and dtype of a model's first floating-point parameter or buffer."""
     for value in (*model.parameters(), *model.buffers()):
         if value.is_floating_point():
             return value.device, value.dtype
     return torch.device("cpu"), torch.float32
+
+
+def to_device_and_dtype(images: Tensor, device_and_dtype: DeviceAndDtype, *, copy: bool = False) -> Tensor:
+    """Move images to a device, and floating-point images to a dtype.
+
+    Args:
+        images: ``[images, ...]``.
+        device_and_dtype: From :func:`device_and_dtype_of`.
+        copy: Whether to copy them in any case, as some models overwrite their input.
+    """
+    device, dtype = device_and_dtype
+    return images.to(device, dtype if images.is_floating_point() else images.dtype, copy=copy)
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -91,7 +102,7 @@ def read_images(data: Any, model: nn.Module, *, holdout: float = 0.0, key: str |
     """
     if isinstance(data, Images):
         return data
-    home = device_and_dtype_of(model)
+    device_and_dtype = device_and_dtype_of(model)
     split = _HoldoutSplit(holdout)
     memory = _ImagesInMemory()
     data = _in_batches(data)
@@ -100,7 +111,7 @@ def read_images(data: Any, model: nn.Module, *, holdout: float = 0.0, key: str |
         for part, held in split.of_batch(batch):
             memory.add(part, held)
         if memory.size > _MAX_BYTES and read_again is not None:
-            return read_again(holdout, home)
+            return read_again(holdout, device_and_dtype)
     if not split.count:
         raise OptionError(_EMPTY)
     batches = memory.batches()
@@ -110,7 +121,7 @@ def read_images(data: Any, model: nn.Module, *, holdout: float = 0.0, key: str |
         raise OptionError(
             f"data holds {split.count} images of shape {shape}, too few to hold out {holdout} of them: {advice}"
         )
-    return Images(lambda: iter(batches), split.count - split.held, split.held, home)
+    return Images(lambda: iter(batches), split.count - split.held, split.held, device_and_dtype)
 
 
 def read_batches(data: Any, key: str | None = None) -> Iterator[tuple[Tensor, Any]]:
@@ -148,7 +159,7 @@ def _collate(items: Any) -> Any:
         return default_collate(items)
     except TypeError as error:
         raise OptionError(
-            f"data's items cannot be put into batches ({error}): give transforms that make tensors of them"
+            f"data's items cannot be put into batches ({error}): add a transform that turns them into tensors"
         ) from error
 
 
@@ -219,8 +230,8 @@ class _ImagesInMemory:
         return [(torch.cat(parts) if len(parts) > 1 else parts[0], held) for parts, held in self._batches]
 
 
-def _reader_by_index(data: Any, key: str | None) -> Callable[[float, Home], Images] | None:
-    """Return a function that makes images which read a loader's data set by index; None where that is impossible."""
+def _reader_by_index(data: Any, key: str | None) -> Callable[[float, DeviceAndDtype], Images] | None:
+    """Return a function that returns Images which read a loader's data set by index; None where that is impossible."""
     if not isinstance(data, DataLoader) or data.collate_fn is None or isinstance(data.dataset, IterableDataset):
         return None
     sampler = data.batch_sampler
@@ -231,7 +242,7 @@ def _reader_by_index(data: Any, key: str | None) -> Callable[[float, Home], Imag
     if not hasattr(dataset, "__getitem__"):
         return None
 
-    def images_by_index(holdout: float, home: Home) -> Images:
+    def images_by_index(holdout: float, device_and_dtype: DeviceAndDtype) -> Images:
         indices: tuple[list[int], list[int]] = ([], [])  # fitted, held out
         for number, index in enumerate(sorted(itertools.chain.from_iterable(sampler))):
             indices[_is_held(number, holdout)].append(index)
@@ -243,7 +254,7 @@ def _reader_by_index(data: Any, key: str | None) -> Callable[[float, Home], Imag
                     yield _images_of(collate([dataset[index] for index in part[start : start + size]]), key), held
 
         _check_repeatable(read, min(size, len(indices[0]) or len(indices[1])), dataset)
-        return Images(read, len(indices[0]), len(indices[1]), home)
+        return Images(read, len(indices[0]), len(indices[1]), device_and_dtype)
 
     return images_by_index
 
@@ -253,13 +264,13 @@ def _check_repeatable(read: Callable[[], Iterator[tuple[Tensor, bool]]], count: 
     first, again = (next(read())[0] for _ in range(2))
     if len(first) != count:
         raise OptionError(
-            f"data is too large to keep, and its collate_fn makes {len(first)} images of {count}: give one that "
-            "makes one of each, or fewer images"
+            f"data is too large to keep in memory, and its collate_fn makes {len(first)} images of {count}: give a "
+            "collate_fn that makes one image of each, or fewer images"
         )
     if not torch.equal(first, again):
         raise OptionError(
-            f"data is too large to keep, and its data set gives other images each time ({type(dataset).__name__}): "
-            "give it transforms that draw nothing at random, or fewer images"
+            f"data is too large to keep in memory, and its {type(dataset).__name__} returns other images each time: "
+            "give it transforms without randomness, or fewer images"
         )
 
 
@@ -290,4 +301,7 @@ def check_accepts(model: nn.Module, images: Images) -> None:
 def check_finite(values: Tensor, what: str) -> None:
     """Raise FitError if a value is infinite or NaN."""
     if not is_finite(values):
-        raise FitError(f"{what} is not finite on these images")
+        raise FitError(
+            f"{what} is not finite on these images: look for infinities and NaN in the images and the weights, or use "
+            "a dtype with a larger range"
+        )

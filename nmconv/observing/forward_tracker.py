@@ -1,4 +1,4 @@
-"""Tracking a running model: which forwards are active, and how often each has called what so far."""
+"""Track a running model: which forwards are active, and how often each has made each call so far."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["ForwardTracker", "Hook"]
 
 
 class Hook:
-    """A temporary hook: copies and pickles of its module contain an empty one that does nothing.
+    """A temporary hook: copies and pickles of its module contain a hook that does nothing.
 
     Args:
-        call: The hook's function; None, as in copies, for an empty hook.
+        call: The hook's function; None, as in copies, for a hook that does nothing.
     """
 
     def __init__(self, call: Callable[..., None] | None = None) -> None:
@@ -38,19 +38,19 @@ class Hook:
 
 
 class ForwardTracker:
-    """Keeps the stack of active forwards, and calls a method for every function that is called on tensors.
+    """Keep the stack of active forwards, and call a method for every function that is called on tensors.
 
     Hooks are on the model only between ``__enter__`` and ``__exit__``, and are active only within :meth:`running`.
     Subclasses override :meth:`calling` and :meth:`called`.
 
     Args:
-        model: The model, in the mode that it shall run in.
+        model: The model, in the mode to run it in.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._hooks = ExitStack()  # removes all hooks, even if removing one of them fails
-        self._runs = False
+        self._is_running = False
         self._stack: list[str] = []
         self._counts: dict[tuple[str, str], int] = {}
 
@@ -69,12 +69,12 @@ class ForwardTracker:
     def running(self) -> Iterator[None]:
         """Track one forward."""
         self._stack, self._counts = [], {}
-        self._runs = True
+        self._is_running = True
         try:
             with _FunctionCalls(self):
                 yield
         finally:
-            self._runs = False
+            self._is_running = False
 
     def calling(self, name: str, args: Any, kwargs: Any) -> None:
         """Handle the call of a function of this name in the active forward, before it runs."""
@@ -96,7 +96,7 @@ class ForwardTracker:
 
     def _entering(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
-            if not self._runs:
+            if not self._is_running:
                 return
             self._stack.append(name)
             for key in [key for key in self._counts if key[0] == name]:

@@ -1,4 +1,4 @@
-"""Models put into eval mode for a while."""
+"""Put models into eval mode temporarily."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["eval_mode"]
 
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Put models into eval mode; afterwards restore the mode of every module.
+    """Put models into eval mode; on exit, restore the mode of every module.
 
-    A module that has replaced another by then gets the other's mode.
+    A module that has replaced another one in the meantime gets the mode of the replaced one.
     """
     before = [(model, name, module, module.training) for model in models for name, module in model.named_modules()]
     try:

@@ -5,7 +5,7 @@ from nmconv.planning.changes import Change, Changes, changes_of
 from nmconv.planning.dataclass_json import from_plain
 from nmconv.planning.json_files import nan_if_null, read_json, write_json
 from nmconv.planning.plan import Plan
-from nmconv.planning.plan_parts import Branch, Counts, Hoist, Kernel, ReplacedSum
+from nmconv.planning.plan_parts import Branch, Counts, Hoist, Kernel, ReplacedSum, is_kernel_size
 from nmconv.planning.planner import Options, decide
 from nmconv.planning.policies import DEFAULT_KEEP, Keep, Unit, current_keep
 from nmconv.planning.ratio import Ratio
@@ -42,6 +42,7 @@ __all__ = [
     "current_keep",
     "decide",
     "from_plain",
+    "is_kernel_size",
     "nan_if_null",
     "read_json",
     "text_table",

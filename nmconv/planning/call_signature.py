@@ -1,4 +1,4 @@
-"""The call signature that a plan was made for: tensor shapes and plain values, no data."""
+"""The call signature that a plan was made for: tensor shapes and plain values, without data."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ class Signature:
         """Read a row that :meth:`to_row` returned.
 
         Raises:
-            ValueError: If it is something else, or has an argument that is invalid.
+            ValueError: If it is something else, or an argument is invalid.
         """
         args, kwargs = row.get("args"), row.get("kwargs", {})
         if not row.keys() <= {"args", "kwargs"} or not isinstance(args, list) or not isinstance(kwargs, dict):
-            raise ValueError(f"{where} is no list of arguments and dict of keyword arguments")
+            raise ValueError(f"{where} is not a list of arguments and a dict of keyword arguments")
         _check([*args, *kwargs.values()], is_json=True)
         return cls(tuple(map(_from_json, args)), {name: _from_json(value) for name, value in kwargs.items()})
 
 
 def to_signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Signature | None:
-    """Return the signature of a call, or None if an argument is no plain value and no :class:`TensorSpec`."""
+    """Return the signature of a call, or None if an argument is neither plain nor a :class:`TensorSpec`."""
     try:
         _check([*args, *kwargs.values()])
     except ValueError:
@@ -83,7 +83,7 @@ def _check(value: Any, depth: int = 0, *, is_json: bool = False) -> None:
         if len(value) > _MAX_LENGTH or depth > _MAX_DEPTH:
             raise ValueError("its call has arguments that are too many or nested too deep")
         if type(value) is dict and any(type(key) is not str for key in value):
-            raise ValueError("its call has an argument with keys that are no text")
+            raise ValueError("its call has an argument with keys that are not text")
         for part in value.values() if type(value) is dict else value:
             _check(part, depth + 1, is_json=is_json)
     elif type(value) not in _PLAIN_TYPES or (type(value) is int and abs(value) > _MAX_INTEGER):

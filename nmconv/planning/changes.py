@@ -36,7 +36,7 @@ class Changes:
     Attributes:
         calls: What happens to each activation call, in order of execution.
         sums: Additions that are replaced by one of their operands.
-        copied: Those of them that must be replaced by a copy of the operand.
+        copied: The sums that must be replaced by a copy of the operand.
         hoists: The convolutions of each linear run whose padding moves to the first one.
     """
 
@@ -60,8 +60,8 @@ def changes_of(plan: Plan, structure: Structure, copied: frozenset[ReplacedSum] 
         copied: Sums that must be replaced by a copy of the operand.
 
     Raises:
-        PlanError: If the plan drops, moves or removes a call that the model does not make or that is no site, or moves
-            one that cannot be moved.
+        PlanError: If the plan drops, moves or removes a call that the model does not make or that is not a site, or
+            moves one that cannot be moved.
     """
     return Changes(
         calls=tuple(_changes(plan, structure)),
@@ -80,7 +80,7 @@ def _changes(plan: Plan, structure: Structure) -> Iterator[Change]:
         site = sites.pop(call.id, None)
         action = "skip" if site is None else site.action
         if action in ("drop", "move") and index not in changeable:
-            raise PlanError(f"{call.id} is no site of this {structure.model} ({call.skip or 'no convolution'})")
+            raise PlanError(f"{call.id} is not a site of this {structure.model} ({call.skip or 'no convolution'})")
         place = None
         if site is not None and action == "move":
             place = _target(site, call, item_of.get(site.behind))
@@ -98,4 +98,4 @@ def _target(site: Site, call: Activation, item: Item | None) -> Place:
     if item is not None and item.end is not None and call.movable:
         return item.end
     why = "no convolution" if item is None else item.end_reason
-    raise PlanError(f"{call.id} cannot be moved behind {site.behind!r}: {why if call.movable else 'it has parameters'}")
+    raise PlanError(f"{call.id} cannot be moved after {site.behind!r}: {why if call.movable else 'it has parameters'}")

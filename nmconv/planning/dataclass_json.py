@@ -57,13 +57,13 @@ def from_plain(kind: Any, value: Any, where: str = "plan") -> Any:
     if origin is tuple:
         return _tuple(args, value, where)
     if type(value) is not kind:
-        raise TypeError(f"{where} is {value!r}, no {kind.__name__}")
+        raise TypeError(f"{where} is {value!r}, not a {kind.__name__}")
     return value
 
 
 def _tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(value, list):
-        raise TypeError(f"{where} is no list")
+        raise TypeError(f"{where} is not a list")
     kinds = (kinds[0],) * len(value) if kinds[-1] is ... else kinds
     if len(kinds) != len(value):
         raise TypeError(f"{where} has {len(value)} parts, not {len(kinds)}")
@@ -74,7 +74,7 @@ def _tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
 
 def _dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
-        raise TypeError(f"{where} is no object with fields")
+        raise TypeError(f"{where} is not an object with fields")
     if hasattr(kind, "from_row"):
         return kind.from_row(value, where)
     return kind(**checked(kind, value, where))
@@ -90,7 +90,7 @@ def checked(kind: Any, row: dict[str, Any], where: str) -> dict[str, Any]:
     names = {field.name for field in fields(kind)}
     required = {field.name for field in fields(kind) if field.default is MISSING}
     if not required <= row.keys() <= names:
-        raise TypeError(f"{where} has other fields than {', '.join(sorted(names))}")
+        raise TypeError(f"{where} has missing or unknown fields: its fields are {', '.join(sorted(names))}")
     return {name: from_plain(hints[name], value, f"{where}.{name}") for name, value in row.items()}
 
 

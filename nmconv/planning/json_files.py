@@ -1,4 +1,4 @@
-"""Tables of measurements in JSON files: atomic writes, and reads that report every fault."""
+"""Tables of measurements in JSON files: atomic writes, and reads that check what they find."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def write_json(path: str | os.PathLike[str], data: dict[str, Any]) -> None:
     write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
-def read_json(path: str | os.PathLike[str], mark: str, version: int, again: str) -> dict[str, Any]:
-    """Read a file that :func:`write_json` wrote, without its mark.
+def read_json(path: str | os.PathLike[str], version_key: str, version: int, maker: str) -> dict[str, Any]:
+    """Return what :func:`write_json` wrote to a file, without the version.
 
     Args:
         path: The file.
-        mark: The key of the version; it identifies the kind of table.
+        version_key: The key of the version; it identifies the kind of table.
         version: The expected version.
-        again: The function that makes such a file, for messages: ``nmconv.sensitivity``.
+        maker: The function that makes such a table, for messages, such as ``nmconv.sensitivity``.
 
     Raises:
         FileError: If the file is something else, or of another version.
@@ -43,11 +43,14 @@ def read_json(path: str | os.PathLike[str], mark: str, version: int, again: str)
         try:
             data = json.load(file)
         except ValueError as error:
-            raise FileError(f"{name} is no table of {again} ({error}): measure anew") from error
-    if not isinstance(data, dict) or mark not in data:
-        raise FileError(f"{name} is no table of {again} (it has no {mark!r}): measure anew")
-    if data.pop(mark) != version:
-        raise FileError(f"{name}: a table of another version: measure anew with {again}")
+            raise FileError(f"{name} is not a table of {maker} ({error}): measure again") from error
+    if not isinstance(data, dict) or version_key not in data:
+        raise FileError(f"{name} is not a table of {maker} (it has no {version_key!r}): measure again")
+    found = data.pop(version_key)
+    if found != version:
+        raise FileError(
+            f"{name} is a table of version {found!r}, and this nmconv reads {version}: measure again with {maker}"
+        )
     return data
 
 

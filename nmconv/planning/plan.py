@@ -105,7 +105,7 @@ class Plan:
             action changes are no longer hoisted and lose their kernels.
 
         Raises:
-            PlanError: If a site is not in the plan, cannot be changed, or the action is another.
+            PlanError: If a site is not in the plan or cannot be changed, or an action is neither keep nor drop.
 
         Example:
             >>> from torch import nn
@@ -115,7 +115,9 @@ class Plan:
             ['drop', 'keep']
         """
         if not isinstance(actions, Mapping):
-            raise PlanError(f"{actions!r:.80} is no edit: map sites to actions, such as {{'layer1.0.relu#1': 'keep'}}")
+            raise PlanError(
+                f"{actions!r:.80} is not an edit: map sites to actions, such as {{'layer1.0.relu#1': 'keep'}}"
+            )
         known = {site.id: site for site in self.sites}
         new: dict[str, str] = {}
         for key, action in actions.items():
@@ -126,7 +128,7 @@ class Plan:
             replace(site, action=new[site.id], reason="edited by hand", behind="") if site.id in new else site
             for site in self.sites
         )
-        # A run in which an action changes becomes another run: its padding does not move, its convolutions stay apart.
+        # A run in which an action changes is another run: its padding does not move, its convolutions do not merge.
         touched = {conv for site in self.sites if new.get(site.id, site.action) != site.action for conv in site.convs}
         hoists = tuple(hoist for hoist in self.hoists if not touched.intersection(hoist.convs))
         kernels = tuple(kernel for kernel in self.kernels if not touched.intersection(kernel.convs))
@@ -144,7 +146,7 @@ class Plan:
         if site.action == "gone":
             raise PlanError(f"{name} goes with its branch: it cannot be set to {action!r}")
         if site.action == "skip":
-            raise PlanError(f"{name} is no site ({site.reason}): it cannot be set to {action!r}")
+            raise PlanError(f"{name} is not a site ({site.reason}): it cannot be set to {action!r}")
         if action == "drop" and site.locked:
             raise PlanError(f"{name} cannot be dropped: {site.locked}")
 
@@ -194,31 +196,31 @@ class Plan:
         """Read a plan that :meth:`to_json` returned; it may have been edited by hand.
 
         Raises:
-            PlanError: If the text is no plan, or one of another version.
+            PlanError: If the text is not a plan, or one of another version.
 
         Example:
             >>> import nmconv
             >>> nmconv.Plan.from_json("{}")
             Traceback (most recent call last):
-            nmconv.errors.PlanError: this JSON is no nmconv plan; give the text that Plan.to_json returned
+            nmconv.errors.PlanError: this JSON is not an nmconv plan; give the text that Plan.to_json returned
         """
         try:
             data = json.loads(text)
         except (TypeError, ValueError, RecursionError) as error:
-            raise PlanError(f"this is no plan: {error}; give the text that Plan.to_json returned") from error
+            raise PlanError(f"this is not a plan: {error}; give the text that Plan.to_json returned") from error
         if not isinstance(data, dict) or "nmconv_plan" not in data:
-            raise PlanError("this JSON is no nmconv plan; give the text that Plan.to_json returned")
+            raise PlanError("this JSON is not an nmconv plan; give the text that Plan.to_json returned")
         version = data.pop("nmconv_plan")
         if version != _VERSION:
             raise PlanError(
-                f"a plan of version {version}; this nmconv reads {_VERSION}: make the plan anew with nmconv.make_plan"
+                f"a plan of version {version}; this nmconv reads {_VERSION}: make the plan again with nmconv.make_plan"
             )
         try:
             plan: Plan = from_plain(cls, data)
             _check(plan)
         except (TypeError, ValueError, RecursionError) as error:
             raise PlanError(
-                f"a damaged plan ({error}): undo what was edited by hand, or make it anew with nmconv.make_plan"
+                f"a damaged plan ({error}): undo what was edited by hand, or make it again with nmconv.make_plan"
             ) from error
         options = dict(plan.options)
         if options.get("keep") in OLD_NAMES:
@@ -264,6 +266,6 @@ def _lines(plan: Plan) -> Iterator[str]:
     for kernel in plan.kernels:
         yield f"{', '.join(kernel.convs)} -> one {'dense ' if kernel.dense else ''}kernel, {kernel.size}"
     for branch in plan.branches:
-        yield f"branch goes: {', '.join(branch.convs)}"
+        yield f"branch removed: {', '.join(branch.convs)}"
     for part in plan.untraced:
         yield f"untraced: {part.name or 'the model itself'}: {part.reason}. {part.hint}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Branch", "Counts", "Hoist", "Kernel", "ReplacedSum", "check_branches", "check_kernels"]
+__all__ = ["Branch", "Counts", "Hoist", "Kernel", "ReplacedSum", "check_branches", "check_kernels", "is_kernel_size"]
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,14 @@ def check_kernels(kernels: Sequence[Kernel]) -> None:
     """Raise ValueError if a plan cannot have these kernels."""
     all_convs = [conv for kernel in kernels for conv in kernel.convs]
     for kernel in kernels:
-        if not _is_kernel_size(kernel.size):
+        if not is_kernel_size(kernel.size):
             raise ValueError(f"a kernel of size {kernel.size!r}: give 'exact', 'auto', a number such as 3, or '3x1'")
         if not kernel.convs or any(all_convs.count(conv) > 1 for conv in kernel.convs):
             raise ValueError(f"a kernel for {', '.join(kernel.convs) or 'nothing'}: name each convolution once")
 
 
-def _is_kernel_size(size: str) -> bool:
+def is_kernel_size(size: str) -> bool:
+    """Return whether ``size`` is ``"exact"``, ``"auto"``, a number such as ``"3"``, or numbers such as ``"3x1"``."""
     extents = size.split("x")
     return size in ("exact", "auto") or all(
         extent.isascii() and extent.isdecimal() and extent.strip("0") for extent in extents
@@ -109,4 +110,7 @@ def check_branches(branches: Sequence[Branch]) -> None:
     """Raise ValueError if a plan cannot have these branches."""
     for branch in branches:
         if branch.sum.keep not in (0, 1) or branch.sum.number < 1:
-            raise ValueError(f"{branch.sum.owner}: it keeps operand {branch.sum.keep} of sum {branch.sum.number}")
+            raise ValueError(
+                f"{branch.sum.owner}: operand {branch.sum.keep} of sum {branch.sum.number}: operands are 0 and 1, and "
+                "sums are counted from 1"
+            )

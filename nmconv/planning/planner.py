@@ -1,4 +1,4 @@
-"""Make a plan from a model's structure and the user's options: pure functions, no torch."""
+"""Make a plan from a model's structure and the user's options: pure functions, without torch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from nmconv.planning.site import Site
 from nmconv.planning.structure import Activation, Chain, Item, Structure
 
 __all__ = ["Options", "decide"]
-
-_NONE_LOCKED: Mapping[int, str] = {}
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Options:
         return tuple((name, str(value)) for name, value in values.items())
 
 
-def decide(structure: Structure, options: Options, fingerprint: str, locked: Mapping[int, str] = _NONE_LOCKED) -> Plan:
+def decide(structure: Structure, options: Options, fingerprint: str, locked: Mapping[int, str] = {}) -> Plan:
     """Make a plan: decide for every activation.
 
     Args:
@@ -123,7 +121,7 @@ def _one_decision(one: Site, other: Site) -> Site:
 def _decide_chain(
     number: int, chain: Chain, sites: Sequence[Site], rules: Rules, options: Options, structure: Structure
 ) -> Iterator[tuple[int, Site]]:
-    """Yield the index and the decided site of each activation of a chain, segment by segment of the same rule."""
+    """Yield the index and the decided site of each activation of a chain; units do not cross rules."""
     unit = 0
     for rule, segment in groupby(chain.items, key=lambda item: rules.ratio(_target(item, sites))):
         items = list(segment)

@@ -52,7 +52,7 @@ class Ratio:
         if isinstance(value, str):
             match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", value, re.ASCII)
             if match is None:
-                raise RatioError(f"{value!r} is no ratio: {_HINT}")
+                raise RatioError(f"{value!r} is not a ratio: {_HINT}")
             return cls(int(match[1]), int(match[2]))
         if (
             isinstance(value, Sequence)
@@ -61,7 +61,7 @@ class Ratio:
             and all(type(part) is int for part in value)
         ):
             return cls(value[0], value[1])
-        raise RatioError(f"{value!r} is no ratio: {_HINT}")
+        raise RatioError(f"{value!r} is not a ratio: {_HINT}")
 
     def kept(self, convs: int) -> int:
         """Return how many activations a unit of ``convs`` convolutions may keep: ceil(convs * m / n)."""

@@ -71,7 +71,7 @@ class Rules:
         if not isinstance(ratio, Mapping):
             return {"*": Ratio.parse(ratio)}
         if not ratio:
-            raise RatioError("an empty mapping is no ratio: map patterns to ratios, such as {'layer3': '2:1'}")
+            raise RatioError("an empty mapping is not a ratio: map patterns to ratios, such as {'layer3': '2:1'}")
         return {pattern: None if value is None else Ratio.parse(value) for pattern, value in ratio.items()}
 
     def ratio(self, target: PatternTarget) -> tuple[int, Ratio] | None:
@@ -87,7 +87,7 @@ class Rules:
 
     def _match(self, pattern: object, option: str) -> frozenset[PatternTarget]:
         if not isinstance(pattern, str):
-            raise PatternError(f"{option}: {pattern!r} is no pattern; give a glob, 're:...' or 'stage:N'")
+            raise PatternError(f"{option}: {pattern!r} is not a pattern; give a glob, 're:...' or 'stage:N'")
         if pattern == "*":
             return frozenset(self._targets)
         matched = self._in_stage(pattern) if pattern.startswith("stage:") else self._named(pattern, option)
@@ -103,7 +103,7 @@ class Rules:
         try:
             regex = re.compile(pattern[3:] if pattern.startswith("re:") else translate(pattern))
         except re.error as error:
-            raise PatternError(f"{option}: {pattern!r} is no regular expression: {error}") from error
+            raise PatternError(f"{option}: {pattern!r} is not a regular expression: {error}") from error
         return frozenset(target for target in self._targets if any(map(regex.fullmatch, _with_parents(target.names))))
 
     def _in_stage(self, pattern: str) -> frozenset[PatternTarget]:
@@ -111,7 +111,7 @@ class Rules:
         if not self._stages:
             raise PatternError(f"{pattern!r}: the model has no feature_info (timm); give a glob on qualified names")
         if not (number.isascii() and number.isdecimal()) or int(number) >= len(self._stages):
-            raise PatternError(f"{pattern!r}: stages are numbered 0 to {len(self._stages) - 1} here")
+            raise PatternError(f"{pattern!r}: this model's stages are stage:0 to stage:{len(self._stages) - 1}")
         index = int(number)
         start = max(self._stages[:index], default=-1)
         return frozenset(target for target in self._targets if start < target.order <= self._stages[index])
@@ -126,12 +126,12 @@ def as_patterns(patterns: object) -> tuple[str, ...]:
     if isinstance(patterns, str):
         return (patterns,)
     if not isinstance(patterns, Iterable):
-        raise PatternError(f"{patterns!r} is no pattern; give one, or a list of them")
+        raise PatternError(f"{patterns!r} is not a pattern; give one, or a list of them")
     return tuple(patterns)
 
 
 def _with_parents(names: Iterable[str]) -> set[str]:
-    """Return qualified names, with and without a function's name after ``:``, and those of all parents."""
+    """Return the names, with and without a function's name after ``:``, and the names of all parents."""
     prefixes: set[str] = set()
     for path in (path for name in names for path in {name, name.partition(":")[0]}):
         parts = path.split(".")

@@ -32,7 +32,7 @@ class Site:
         modes: When the call is made: ``both``, ``eval`` or ``train``.
         kind: The activation's name, such as ``ReLU``.
         action: ``keep``, ``drop``, ``move`` (kept, but at the unit's end), ``gone`` (removed with the branch that makes
-            the call), or ``skip`` (no site).
+            the call), or ``skip`` (not a site).
         reason: The reason for the action.
         convs: Qualified names of the convolution that owns it (several if parallel ones are summed).
         role: How it is reached from its convolution: ``post``, ``residual``, ``gated``, ``parallel``, ``pre``,
@@ -85,20 +85,20 @@ class Site:
         """Read a row that :meth:`to_row` returned.
 
         Raises:
-            ValueError: If its id is none.
+            ValueError: If its id is malformed.
             TypeError: If a field is missing, unknown, of another type, or given twice.
         """
         text = row.get("site")
         match = _ID.fullmatch(text) if isinstance(text, str) else None
         if match is None:
-            raise ValueError(f"{where}: {text!r} is no site's id, such as 'layer1.0.relu#1'")
+            raise ValueError(f"{where}: {text!r} is not a site's id, such as 'layer1.0.relu#1'")
         name, function, call = match["name"], match["function"], int(match["call"])
         owner = match["owner"] if match["owner"] is not None else name if function else name.rpartition(".")[0]
         modes = "train" if match["train"] else row.get("modes", "both")
         from_id = {"name": name, "function": function, "owner": owner, "call": call, "modes": modes}
         rest = {key: value for key, value in row.items() if key != "site"}
         if (match["train"] and "modes" in rest) or rest.keys() & from_id.keys() - {"modes"}:
-            raise TypeError(f"{where} says twice what its id says")
+            raise TypeError(f"{where} has a field that repeats what its id says")
         values = {"train_call": _default_train_call(call, modes), **rest, **from_id}
         return cls(**checked(cls, values, where))
 
@@ -112,10 +112,10 @@ def check_sites(sites: Sequence[Site]) -> None:
     for site in sites:
         for value, allowed in ((site.action, _ACTIONS), (site.modes, _MODES)):
             if value not in allowed:
-                raise ValueError(f"{site.name}: {value!r} is none of {', '.join(allowed)}")
+                raise ValueError(f"{site.name}: {value!r} is not one of {', '.join(allowed)}")
         if (site.action == "move") != bool(site.behind):
-            raise ValueError(f"{site.id}: 'behind' goes with the action 'move', and with no other")
+            raise ValueError(f"{site.id}: 'behind' is for the action 'move', and only for it")
         if site.action == "drop" and site.locked:
             raise ValueError(f"{site.id} cannot be dropped: {site.locked}")
     if len({site.id for site in sites}) != len(sites):
-        raise ValueError("a site stands twice in it")
+        raise ValueError("it has a site twice")

@@ -12,7 +12,7 @@ def call_id(name: str, function: str | None, call: int, owner: str, modes: str) 
     """Return the unique name of an activation call: ``layer1.0.relu#2``, or ``Mixed_5b.branch1x1:relu#1``."""
     kind = f":{function}" if function else ""
     train = "(train)" if modes == "train" else ""
-    # A call that another module makes than the activation's parent names the caller.
+    # If a module other than the activation's parent makes the call, name it.
     caller = "" if function or name.rpartition(".")[0] == owner else f"@{owner}"
     return f"{name}{kind}#{call}{caller}{train}"
 
@@ -72,7 +72,7 @@ class Activation:
         modes: When the call is made: ``both``, ``eval`` or ``train``.
         kind: The activation's name, such as ``ReLU``.
         inplace: Whether the call overwrites its input.
-        copy: Whether the identity that replaces it must copy its input, or two readers would share memory.
+        copy: Whether the identity that replaces it must copy its input, so that two readers do not share memory.
         how: ``swap`` if replacing a submodule is enough, ``rewrite`` if the method must be rewritten.
         movable: Whether it can move to the unit's end; with parameters, it cannot.
         skip: Why it is not a site, or "".
@@ -145,7 +145,7 @@ class Structure:
         model: Class name.
         activations: Every activation call, in order of execution; then activation modules that are never called.
         chains: Every chain, in order of execution.
-        leading: Activations next to convolutions that always stay: index and reason.
+        leading: Activations next to convolutions that always stay: the index of each, and the reason.
         stages: For each entry of timm's ``feature_info``, the position at which the last of its module runs, in the
             same count as ``Item.order`` (-1: it never does); empty if the model has none.
         untraced: Parts that do not run in one of the modes.

@@ -95,9 +95,11 @@ def _converter(args: argparse.Namespace) -> Callable[[nn.Module], Plan]:
     witness = not args.no_witness
     if args.plan is not None:
         if options:
-            raise OptionError(f"--plan has decided what --{next(iter(options)).replace('_', '-')} asks for: give one")
+            raise OptionError(
+                f"--plan and --{next(iter(options)).replace('_', '-')} exclude each other: give one of them"
+            )
         plan = Plan.from_json(Path(args.plan).read_text(encoding="utf-8"))
-        return partial(_plan_after, partial(apply_plan, plan=plan, witness=witness, inplace=True))
+        return partial(_convert_and_get_plan, partial(apply_plan, plan=plan, witness=witness, inplace=True))
     if "keep" in options:
         with warnings.catch_warnings(record=True) as deprecated:
             warnings.simplefilter("always")
@@ -105,10 +107,10 @@ def _converter(args: argparse.Namespace) -> Callable[[nn.Module], Plan]:
         for warning in deprecated:
             say(str(warning.message))
     Options(**{name: options[name] for name in ("ratio", "keep") if name in options}).check()
-    return partial(_plan_after, partial(convert, **options, witness=witness, inplace=True))
+    return partial(_convert_and_get_plan, partial(convert, **options, witness=witness, inplace=True))
 
 
-def _plan_after(convert_model: Callable[[nn.Module], nn.Module], model: nn.Module) -> Plan:
+def _convert_and_get_plan(convert_model: Callable[[nn.Module], nn.Module], model: nn.Module) -> Plan:
     """Convert a model and return its plan."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RemovedParametersWarning)  # no optimizer can hold parameters of a new model

@@ -1,4 +1,4 @@
-"""Choosing which of a script's models to convert, and reporting on each."""
+"""Choose which of a script's models to convert, and report on each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def say(text: str) -> None:
 
 
 class Models:
-    """Convert a script's first model, or each whose name matches a pattern, and keep a record of all.
+    """Convert a script's first model, or each model whose name matches a pattern, and keep a record of all.
 
     Args:
         convert: Converts a model in place and returns the plan.
@@ -45,7 +45,8 @@ class Models:
     def on_built(self, name: str, model: nn.Module) -> nn.Module:
         """Return the model that the script gets, converted if it is selected.
 
-        Raises: as :func:`nmconv.convert` does, from the script's call of the builder.
+        Raises:
+            NmconvError: As raised by :func:`nmconv.convert`, from the script's call of the builder.
         """
         if not self._is_selected(name):
             self._skipped.append(name)
@@ -68,7 +69,7 @@ class Models:
         if self._converted_count:
             return None
         if self._attempted:
-            return f"no model was converted: {', '.join(self._attempted)} could not be, and the script went on without"
+            return f"no model was converted: {', '.join(self._attempted)} raised an error, which the script caught"
         if self._unchanged:
             return f"no model was converted: nothing is dropped of {', '.join(dict.fromkeys(self._unchanged))}"
         if self._skipped:

@@ -1,4 +1,4 @@
-"""Running a script or module in this process as Python itself would."""
+"""Run a script or module in this process as Python itself would."""
 
 from __future__ import annotations
 

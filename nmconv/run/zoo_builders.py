@@ -1,4 +1,4 @@
-"""Intercepting the model builders of timm and torchvision, once the script has imported them."""
+"""Intercept the model builders of timm and torchvision, once the script has imported them."""
 
 from __future__ import annotations
 

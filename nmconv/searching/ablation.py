@@ -1,4 +1,4 @@
-"""Ablation: one segment made linear, everything else as it was, and how far the model's output moves."""
+"""Ablation: make one segment linear, leave everything else, and measure how far the model's output moves."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class MeasuredSegment:
 
 
 class Ablation:
-    """Measures segments of a model one by one, mostly by running the original with one value replaced.
+    """Measure segments of a model one by one, mostly by running the original with one value replaced.
 
     Args:
         space: The search space of the model, in eval mode.

@@ -125,14 +125,14 @@ def _check_table(table: Sensitivity, space: SearchSpace, settings: dict[str, str
 
     Other images of the same shape are accepted, and so are longer segments.
     """
-    if table.fingerprint != space.plan.fingerprint or not table.complete:
+    if table.fingerprint != space.plan.fingerprint:
         raise FileError(
-            f"the sensitivity table is of a {table.model} with fingerprint {table.fingerprint}"
-            f"{'' if table.complete else ', and not complete'}: measure this network with nmconv.sensitivity"
+            f"the sensitivity table is of a {table.model} with fingerprint {table.fingerprint}, not of this "
+            f"{space.plan.model} with {space.plan.fingerprint}: measure this one with nmconv.sensitivity"
         )
-    if "None" in (
-        settings["backend"],
-        table.setting.get("backend"),
-    ):  # latency is not needed, or reported missing later
+    if not table.complete:
+        raise FileError("the sensitivity table is incomplete: resume nmconv.sensitivity with the same path")
+    # Without latency, the backend does not matter; if the table lacks latencies, JointSearch says so.
+    if "None" in (settings["backend"], table.setting.get("backend")):
         settings = {name: value for name, value in settings.items() if name != "backend"}
-    check_settings(table, settings, "the sensitivity table", "measure anew, or search as it was measured")
+    check_settings(table, settings, "the sensitivity table", "measure again, or search with that setting")

@@ -1,4 +1,4 @@
-"""Linear runs cut into blocks, with the droppable activations inside and between them."""
+"""Cut linear runs into blocks, with the droppable activations inside and between them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from nmconv.finding import DefUse, Element, ParallelSum, steps_of
+from nmconv.finding import DefUse, Element, ParallelSum, conv_names
 from nmconv.merging import RunNode, nodes_of
 from nmconv.planning import Site
 
@@ -24,14 +24,14 @@ class Block:
     Attributes:
         nodes: The elements of a run, with their geometries.
         inner: Ids of the activations inside its branches, and between its convolution and its norms.
-        behind: Id of the activation between this block and the next of its run, or "".
-        cut: Where an activation stands before its norms: the part in front of that activation, which the block
-            contributes as the last of a segment; else None.
+        after: Id of the activation between this block and the next of its run, or "".
+        cut: If an activation precedes its norms: the part before that activation, which is what a segment that ends
+            with this block contains of it; else None.
     """
 
     nodes: tuple[RunNode, ...]
     inner: tuple[str, ...]
-    behind: str
+    after: str
     cut: Block | None = None
 
     @property
@@ -42,7 +42,7 @@ class Block:
     @property
     def convs(self) -> tuple[str, ...]:
         """Qualified names of its convolutions, in order."""
-        return tuple(step.name for step in steps_of(self.elements) if step.kind == "conv")
+        return conv_names(self.elements)
 
 
 class BlockFinder:
@@ -67,9 +67,7 @@ class BlockFinder:
             elements: The run.
             sizes: Spatial sizes of its input; () where unknown.
         """
-        nodes = nodes_of(
-            self._linear.get_submodule, elements, None, sizes or _UNKNOWN_SIZES, lambda name, geometry: geometry, {}
-        )
+        nodes = nodes_of(self._linear.get_submodule, elements, None, sizes or _UNKNOWN_SIZES)
         for blocks in self._lists_of_nodes(nodes):
             self._blocks.update({block.convs: block for block in blocks})
             yield blocks
@@ -78,7 +76,7 @@ class BlockFinder:
         """Return the block found for a single convolution, or None."""
         return self._blocks.get((conv,))
 
-    def droppable_behind(self, element: Element) -> Site | None:
+    def droppable_after(self, element: Element) -> Site | None:
         """Return the droppable activation directly after an element, or None."""
         for use in self._uses.uses_after(element):
             site = self._sites.get(use.act) if use.kind == "act" else None
@@ -106,9 +104,9 @@ class BlockFinder:
                 yield from self._lists_of_nodes(branch)
 
     def _contains_all_activations(self, parallel: ParallelSum) -> bool:
-        """Return whether all activations of a sum's branches are after one of their elements.
+        """Return whether every activation in a sum's branches follows one of their elements.
 
-        A branch that begins with an activation of its own fails: that activation is after no element of the run.
+        False if a branch begins with an activation: no element of the run precedes it.
         """
         try:
             acts = self._uses.activations_in(parallel)
@@ -122,11 +120,11 @@ class BlockFinder:
         inner = [site for node in nodes if isinstance(node.element, ParallelSum) for site in self._inside(node.element)]
         cut: Block | None = None
         for at, node in enumerate(nodes[:-1]):
-            behind = "" if node.element.is_identity else self._id_behind(node.element)
-            if behind:
-                cut = cut or Block(tuple(nodes[: at + 1]), tuple(inner), behind)
-                inner.append(behind)
-        return Block(tuple(nodes), tuple(inner), self._id_behind(nodes[-1].element), cut)
+            after = "" if node.element.is_identity else self._id_after(node.element)
+            if after:
+                cut = cut or Block(tuple(nodes[: at + 1]), tuple(inner), after)
+                inner.append(after)
+        return Block(tuple(nodes), tuple(inner), self._id_after(nodes[-1].element), cut)
 
     def _inside(self, parallel: ParallelSum) -> Iterator[str]:
         for branch in parallel.branches:
@@ -134,10 +132,10 @@ class BlockFinder:
                 if isinstance(element, ParallelSum):
                     yield from self._inside(element)
                 if not element.is_identity:
-                    behind = self._id_behind(element)
-                    if behind:
-                        yield behind
+                    after = self._id_after(element)
+                    if after:
+                        yield after
 
-    def _id_behind(self, element: Element) -> str:
-        site = self.droppable_behind(element)
+    def _id_after(self, element: Element) -> str:
+        site = self.droppable_after(element)
         return "" if site is None else site.id

@@ -35,8 +35,8 @@ class Budget:
         """Return the bound in the cost's unit, for an original of this cost."""
         return self.amount * total if self.is_fraction else self.amount
 
-    def named(self) -> str:
-        """Return the text that stands for it in a plan: ``"0.75"``, ``"300000000"`` or ``"8 ms"``."""
+    def text(self) -> str:
+        """Return its text in a plan: ``"0.75"``, ``"300000000"`` or ``"8 ms"``."""
         if isinstance(self.value, str):
             return " ".join(self.value.split())
         return f"{self.value:g}" if self.is_fraction else f"{self.value:.12g}"
@@ -68,7 +68,7 @@ def _budget(value: Any, cost: str) -> Budget:
         if time is None or not math.isfinite(float(time[1])):
             raise OptionError(_message(value))
         if cost != "latency":
-            raise OptionError(f'budget={value!r}: a time, and cost={cost!r} has none; give a figure, or cost="latency"')
+            raise OptionError(f'budget={value!r} is a time, and cost={cost!r} is not: give a number, or cost="latency"')
         return Budget(value, float(time[1]) * _SECONDS[time[2].lower()], False)
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
         raise OptionError(_message(value))
@@ -78,6 +78,6 @@ def _budget(value: Any, cost: str) -> Budget:
 
 def _message(value: Any) -> str:
     return (
-        f"budget={value!r}: give a part of the original's cost such as 0.75, a figure from 1 on, or a time such as "
+        f"budget={value!r}: give a fraction of the original's cost such as 0.75, a number from 1 on, or a time such as "
         '"8 ms" for the latency of one image'
     )

@@ -1,4 +1,4 @@
-"""The cost of a model and its segments: multiply-adds counted, latency timed on the device at hand."""
+"""The cost of a model and its segments: count multiply-adds, and time latency on the model's device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MODEL_ROUNDS, _MODEL_SECONDS = 15, 0.1
 
 def multiply_adds_of(model: nn.Module, image: Tensor) -> int:
     """Return the multiply-adds of one forward of one image, in the model's present mode."""
-    from torch.utils.flop_counter import FlopCounterMode  # here, since it imports triton
+    from torch.utils.flop_counter import FlopCounterMode  # imported here, as it imports triton
 
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
         model(image)
@@ -33,7 +33,7 @@ def multiply_adds_of(model: nn.Module, image: Tensor) -> int:
 
 
 class Stopwatch:
-    """Times segments side by side with their replacements; equal shapes are timed once.
+    """Time segments side by side with their replacements; time equal shapes once.
 
     Args:
         space: The search space whose segments are timed.
@@ -62,8 +62,8 @@ class Stopwatch:
         assert isinstance(segment.geometry, Geometry)
         original = self._modules(nodes)
         replacements = [conv_module(segment.replacement(size), self._image) for size in sizes]
-        key = (repr(original), nodes[0].sizes, tuple(sizes), segment.geometry)
-        shape = (segment.geometry.in_channels, *nodes[0].sizes)
+        key = (repr(original), nodes[0].input_sizes, tuple(sizes), segment.geometry)
+        shape = (segment.geometry.in_channels, *nodes[0].input_sizes)
         return self._time_modules(key, [original, *replacements], shape)
 
     def branch_seconds(self, segment: CandidateSegment) -> float:
@@ -72,8 +72,8 @@ class Stopwatch:
         if not nodes or not isinstance(nodes[0].geometry, Geometry):
             return math.nan
         branch = self._modules(nodes)
-        shape = (nodes[0].geometry.in_channels, *nodes[0].sizes)
-        (seconds,) = self._time_modules((repr(branch), nodes[0].sizes), [branch], shape)
+        shape = (nodes[0].geometry.in_channels, *nodes[0].input_sizes)
+        (seconds,) = self._time_modules((repr(branch), nodes[0].input_sizes), [branch], shape)
         return seconds
 
     def _time_models(self, *models: nn.Module) -> list[Timing]:
@@ -96,9 +96,9 @@ class Stopwatch:
                 modules.append(Summed(*(self._modules(branch) for branch in node.branches)))
             elif node.element.kind == "conv" and isinstance(node.geometry, Geometry):
                 modules.append(conv_module(node.geometry, self._image))
-            # Dropped activations are quiet elements themselves: they are found after the element before them.
+            # A dropped activation is an identity in the run: it is found after the element that precedes it.
             is_last = number + 1 == len(nodes)
-            act = None if node.element.is_identity or is_last else self._space.activation_behind(node.element)
+            act = None if node.element.is_identity or is_last else self._space.activation_after(node.element)
             if act is not None:
                 modules.append(copy.deepcopy(act))
         return nn.Sequential(*modules)

@@ -1,4 +1,4 @@
-"""The search: the best choice by the table, measured as a whole, corrected and chosen again."""
+"""The search: choose by the table, measure the choice as a whole, correct the table, and choose again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from nmconv.surgery import Witness, resolve_plan
 __all__ = ["JointSearch", "MeasuredChoice"]
 
 _TOLERANCE = 1.01  # latencies this close to the budget count as within it: timing noise is larger
-_MAX_INCREASE = 1.5  # of the savings that are asked for, from one round to the next
+_MAX_INCREASE = 1.5  # factor of the required savings from one round to the next
 _ROUNDING = 1e-12  # relative
 
 
@@ -46,7 +46,7 @@ class MeasuredChoice:
 
 
 class JointSearch:
-    """Searches sets of a model's candidates.
+    """Search the sets of a model's candidates.
 
     Args:
         space: The model's search space.
@@ -129,8 +129,8 @@ class JointSearch:
     def _explore(self, budget: Budget) -> None:
         """Measure choices as a whole, for one budget.
 
-        Losses and savings do not quite add up. After each measurement the candidates' losses are scaled to the measured
-        loss, and the savings to ask for by what was promised over what was measured.
+        Losses and savings are not quite additive. After each measurement, the candidates' losses are scaled to the
+        measured loss, and the required savings by the predicted savings over the measured ones.
 
         Raises:
             OptionError: If no measured choice is within the budget.
@@ -153,13 +153,13 @@ class JointSearch:
             tried.append(choice)
             _scale_losses(losses, chosen, self._added_loss(choice.loss))
             # The increase is limited, since a disturbed timing may show any saving, or none.
-            promised, saved = sum(options[index].saves for index in chosen), self._total - choice.cost
-            needed = promised * min(wanted / saved, _MAX_INCREASE) if saved > 0 else promised * _MAX_INCREASE
+            predicted, saved = sum(options[index].saves for index in chosen), self._total - choice.cost
+            needed = predicted * min(wanted / saved, _MAX_INCREASE) if saved > 0 else predicted * _MAX_INCREASE
         if not any(self._is_within(choice, budget) for choice in self._measured.values()):
             least = min(choice.cost for choice in tried) / self._total
             raise OptionError(
-                f"budget={budget.value!r}: the best of {len(tried)} choices that were measured came to {least:.3f} of "
-                f"its {self._cost}: give that as budget, or more rounds than {self._rounds}"
+                f"budget={budget.value!r}: the best of {len(tried)} choices that were measured reached {least:.3f} of "
+                f"the {self._cost}: give that as budget, or more rounds than {self._rounds}"
             )
 
     def _measure(self, chosen: tuple[int, ...]) -> MeasuredChoice:
@@ -188,18 +188,18 @@ class JointSearch:
         best = min(within, key=lambda choice: (choice.loss, choice.cost))
         options = (
             *best.plan.options,
-            ("search", f"{self._cost} {budget.named()}"),
+            ("search", f"{self._cost} {budget.text()}"),
             ("reached", f"{best.cost / self._total:.4f}"),
             ("loss", f"{best.loss:.6g}"),
         )
         of = "of its" if budget.is_fraction else "of"
-        return replace(best.plan, ratio=f"{budget.named()} {of} {self._cost}", options=options)
+        return replace(best.plan, ratio=f"{budget.text()} {of} {self._cost}", options=options)
 
     def _out_of_reach(self, budget: Budget, most: float) -> str:
         least, unit = self._total - most, "seconds of latency" if self._cost == "latency" else self._cost
         return (
             f"budget={budget.value!r}: this network can be brought to {least:.4g} of {self._total:.4g} {unit}, that is "
-            f"{least / self._total:.3f} of it, and no lower"
+            f"{least / self._total:.3f} of it, and no lower: give at least that"
         )
 
 

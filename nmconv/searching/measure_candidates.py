@@ -1,4 +1,4 @@
-"""Every candidate measured alone: its loss, and what it saves."""
+"""Measure each candidate alone: its loss, and what it saves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from nmconv.algebra import Refusal
 from nmconv.deprecation import renamed_arguments
 from nmconv.errors import OptionError
-from nmconv.fitting import Loss, NotFiniteError, check_loss, is_direct
+from nmconv.fitting import Loss, NotFiniteError, check_loss, has_small_moments
 from nmconv.observing import Images, check_accepts, eval_mode, read_images
 from nmconv.searching.ablation import Ablation, MeasuredSegment
 from nmconv.searching.cost import Stopwatch, multiply_adds_of
@@ -105,9 +105,9 @@ def check_options(form: str, backend: str | None, max_convs: int, holdout: float
             raise OptionError(f"backend={backend!r}: give one of {', '.join(BACKENDS)}, or None")
         check_backend(backend)
     if isinstance(max_convs, bool) or not isinstance(max_convs, int) or max_convs < 1:
-        raise OptionError(f"max_convs={max_convs!r}: give a number of convolutions, such as 6")
+        raise OptionError(f"max_convs={max_convs!r}: give a positive number of convolutions, such as 6")
     if isinstance(holdout, bool) or not isinstance(holdout, (int, float)) or not 0 < holdout < 1:
-        raise OptionError(f"holdout={holdout!r}: give a part of the images, more than 0 and less than 1")
+        raise OptionError(f"holdout={holdout!r}: give a fraction of the images, more than 0 and less than 1")
     check_loss(loss)
 
 
@@ -152,7 +152,7 @@ def measure_table(
 def _candidates_of(
     segment: CandidateSegment, ablation: Ablation, watch: Stopwatch | None, form: str
 ) -> Iterator[Candidate]:
-    """Yield a segment's candidates, one for each size that may save something; none where it is refused."""
+    """Yield a segment's candidates, one for each size that may save something; none if the segment is refused."""
     nan = math.nan
     if segment.residual is not None:
         seconds = nan if watch is None else watch.branch_seconds(segment)
@@ -186,7 +186,7 @@ def _promising_sizes(segment: CandidateSegment, min_reduction: float) -> list[tu
         size
         for size in segment.sizes()
         if segment.multiply_adds >= min_reduction * segment.replacement_multiply_adds(size)
-        and is_direct(segment.replacement(size))
+        and has_small_moments(segment.replacement(size))
     ]
 
 

@@ -15,7 +15,7 @@ class Option:
     """One candidate to choose.
 
     Attributes:
-        first, last: The positions that it occupies, both included.
+        first, last: The positions that it occupies, both inclusive.
         loss: Its loss; losses add up.
         saves: What it saves; savings add up.
     """

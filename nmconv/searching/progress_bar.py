@@ -1,4 +1,4 @@
-"""A progress bar, where rich is installed and output is wanted."""
+"""A progress bar, if rich is installed and output is wanted."""
 
 from __future__ import annotations
 

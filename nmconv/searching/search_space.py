@@ -76,7 +76,7 @@ class SearchSpace:
         """Return the plan that makes some segments linear.
 
         Args:
-            segments: Segments that share no convolution, each with its kernel's size, or "" for none.
+            segments: Segments that share no convolution, each with its kernel's size, or "" for no kernel.
         """
         actions: dict[str, str] = {}
         kernels: list[Kernel] = []
@@ -94,17 +94,17 @@ class SearchSpace:
         return replace(self.plan, sites=sites, kernels=tuple(kernels), branches=tuple(branches))
 
     def converted(self, plan: Plan) -> nn.Module:
-        """Return a copy of the model converted by one of its plans, without a check."""
+        """Return a copy of the model converted by one of its plans, without a witness."""
         copy = copy_model(self.model)
         self._apply(copy, plan)
         return copy
 
-    def activation_behind(self, element: Element) -> nn.Module | None:
+    def activation_after(self, element: Element) -> nn.Module | None:
         """Return the droppable activation directly after an element of a run, as a module."""
-        site = self._finder.droppable_behind(element)
+        site = self._finder.droppable_after(element)
         if site is None:
             return None
-        if site.function:  # a module with default settings stands for a function
+        if site.function:  # return a module with default settings for a function
             return PLAIN_ACTS.get(site.kind, nn.SiLU)()
         return self.model.get_submodule(site.name)
 
@@ -132,9 +132,9 @@ class SearchSpace:
                 blocks = (*all_blocks[start : end - 1], last.cut or last)
                 convs = tuple(conv for block in blocks for conv in block.convs)
                 if len(convs) > self.max_convs or any(":" in conv for conv in convs):
-                    break  # functional convolutions are no modules that could be replaced
+                    break  # functional convolutions are not modules, and cannot be replaced
                 sites = [site for block in blocks for site in block.inner]
-                sites += [block.behind for block in blocks[:-1] if block.behind]
+                sites += [block.after for block in blocks[:-1] if block.after]
                 if sites and len(convs) > 1 and all(conv in self._position for conv in convs):
                     yield self._segment(blocks, convs, tuple(dict.fromkeys(sites)))
 
@@ -146,7 +146,7 @@ class SearchSpace:
         positions = [self._position[conv] for conv in convs]
         channels = getattr(self.model.get_submodule(convs[0]), "in_channels", 0)
         try:
-            geometry: Geometry | str = interior_geometry(nodes, channels, len(nodes[0].sizes))
+            geometry: Geometry | str = interior_geometry(nodes, channels, len(nodes[0].input_sizes))
         except Refusal as refusal:
             geometry = str(refusal)
         return CandidateSegment(
@@ -158,7 +158,7 @@ class SearchSpace:
             geometry=geometry,
             first=min(positions),
             last=max(positions),
-            positions=math.prod(nodes[-1].result),
+            positions=math.prod(nodes[-1].output_sizes),
             **self._costs(convs, sites),
         )
 
@@ -188,7 +188,7 @@ class SearchSpace:
             blocks=(),
             residual=residual,
             task=None,
-            geometry="a branch that goes",
+            geometry="a residual branch is removed",
             first=min(positions),
             last=max(positions),
             positions=0,
@@ -211,7 +211,7 @@ class SearchSpace:
 
 
 def _without_duplicates(segments: list[CandidateSegment]) -> tuple[CandidateSegment, ...]:
-    """Return the segments without those that a plan cannot tell from another, since it names only convolutions.
+    """Return the segments without those that a plan cannot distinguish from others, as it names only convolutions.
 
     The convolutions of a branch and those of the whole sum can be the same: the sum is kept if it can be one
     convolution.

@@ -23,7 +23,7 @@ class CandidateSegment:
         blocks: Its blocks; () for a residual branch.
         residual: The residual branch, or None.
         task: Locates its input and output; None for a residual branch.
-        geometry: The geometry of the one convolution that it would be, away from the border; or why it cannot be one.
+        geometry: Its geometry as one convolution, away from the border; or why it cannot be one.
         first, last: Positions of its convolutions in the order of execution.
         multiply_adds: Multiply-adds for one image.
         parameters: Parameters of its convolutions, norms folded.

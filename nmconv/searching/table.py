@@ -149,7 +149,9 @@ class Sensitivity:
                 data["setting"]["max_convs"] = data["setting"].pop("most")
             return cls(**data, totals=totals, candidates=candidates)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise FileError(f"{os.fspath(path)} is no table of nmconv.sensitivity ({error}): measure anew") from error
+            raise FileError(
+                f"{os.fspath(path)} is not a table of nmconv.sensitivity ({error}): measure again"
+            ) from error
 
     def plot(self, cost: str = "multiply_adds", axes: Any = None) -> Any:
         """Plot the loss over the savings, one point for each candidate, and return the axes; needs matplotlib.
@@ -168,9 +170,9 @@ class Sensitivity:
         total = self.totals[cost]
         for size in sorted({one.size for one in self.candidates}):
             points = [one for one in self.candidates if one.size == size and one.loss > 0]
-            label = {"": "last convolution refitted", "none": "branch goes"}.get(size, f"one {size}")
+            label = {"": "last convolution refitted", "none": "branch removed"}.get(size, f"one {size}")
             axes.scatter([one.saves(cost) / total for one in points], [one.loss for one in points], label=label, s=18)
-        axes.set(xlabel=f"part of the network's {cost.replace('_', ' ')} that is saved", ylabel="divergence alone")
+        axes.set(xlabel=f"fraction of the network's {cost.replace('_', ' ')} that is saved", ylabel="divergence alone")
         axes.set_yscale("log")
         axes.legend(fontsize="small")
         return axes

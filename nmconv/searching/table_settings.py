@@ -1,4 +1,4 @@
-"""What the numbers of a sensitivity table depend on, as text that identifies it in every process."""
+"""The settings that a sensitivity table depends on, as text that is the same in every process."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def load_or_create(space: SearchSpace, settings: dict[str, str], path: str | os.
 
 
 def _identity_of_loss(loss: Loss | None) -> str:
-    """Return a name that differs if the function's code, defaults, closure, attributes or globals differ."""
+    """Return a name that depends on the function's code, defaults, closure, attributes and globals."""
     if loss is None:
         return "default"
     name = getattr(loss, "__qualname__", type(loss).__qualname__)

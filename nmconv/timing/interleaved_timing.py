@@ -64,10 +64,10 @@ class Timing:
 
 
 def time_interleaved(runners: Sequence[Callable[[], object]], *, rounds: int, seconds: float) -> list[Timing]:
-    """Time callables in turn, one sample of each per round; each round begins with the next callable.
+    """Time callables in turn, one sample of each per round; each round begins with the next one.
 
-    Each sample follows two untimed calls (or a hundredth of the sample's calls, if that is more), so that no callable
-    pays for caches filled by the previous one. CUDA is synchronized.
+    Each sample follows two untimed calls (or a hundredth of the sample's calls, if that is more), so that caches filled
+    by the previous callable do not count. CUDA is synchronized.
 
     Args:
         runners: The callables.

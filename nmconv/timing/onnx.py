@@ -35,7 +35,7 @@ def session_runner(module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[]
     if outputs[0].is_cuda:
         torch.cuda.synchronize()  # the session uses its own stream
 
-    def run(_inputs: tuple[Tensor, ...] = inputs) -> list[Tensor]:  # keeps the memory alive that the session reads
+    def run(_inputs: tuple[Tensor, ...] = inputs) -> list[Tensor]:  # the default keeps the inputs' memory alive
         session.run_with_iobinding(binding)
         return outputs
 

@@ -1,4 +1,4 @@
-"""Stand-ins for real inputs, trained weights and residual sums, where only the time counts."""
+"""Stand-ins for real inputs, trained weights and residual sums, for measuring time only."""
 
 from __future__ import annotations
 

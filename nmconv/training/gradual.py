@@ -151,7 +151,7 @@ class Gradual:
             OptionError: If ``state`` is anything else.
         """
         if not isinstance(state, Mapping) or state.keys() != self._state.keys():
-            raise OptionError("this is no state of a Gradual: give what its state_dict() returned")
+            raise OptionError("this is not the state of a Gradual: give what its state_dict() returned")
         self._state = _checked(dict(state))
         self.step_update(self._state["step"])
 
@@ -185,11 +185,7 @@ class Gradual:
 
 
 def _checked(state: dict[str, Any]) -> dict[str, Any]:
-    """Return the state.
-
-    Raises:
-        OptionError: If a value is invalid.
-    """
+    """Return the state, or raise OptionError if a value is invalid."""
     for name, minimum in (("total_steps", 1), ("step", 0), ("seed", 0)):
         value = state[name]
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
@@ -201,7 +197,7 @@ def _checked(state: dict[str, Any]) -> dict[str, Any]:
     for name in ("start", "end"):
         value = state[name]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise OptionError(f"{name}={value!r}: give a part of the training, from 0 to 1")
+            raise OptionError(f"{name}={value!r}: give a fraction of the training, from 0 to 1")
     if state["start"] > state["end"]:
-        raise OptionError(f"start={state['start']}, end={state['end']}: start must not exceed end")
+        raise OptionError(f"start={state['start']} is above end={state['end']}: give a start that is at most end")
     return state

@@ -309,7 +309,7 @@ def test_other_channels_each_time() -> None:
             return self.act(x)
 
     model = nn.Sequential(conv(3, 4), inner := Inner(), conv(4, 5), inner)
-    with pytest.raises(nmconv.FitError, match=r"1\.act#1 is called with 5 channels, and was called with 4"):
+    with pytest.raises(nmconv.FitError, match=r"1\.act#1 is called with 5 channels, after a call with 4"):
         nmconv.activation_stats(model, torch.randn(2, 3, 8, 8))
     assert_no_hooks(model)
 
@@ -473,13 +473,13 @@ WRONG: dict[str, tuple[Callable[[nn.Module], Any], type[Exception], str]] = {
     "few": (lambda model: nmconv.cka(model, model, torch.zeros(3, 3, 8, 8)), nmconv.OptionError, "data holds 3 images"),
     "layer": (
         lambda model: nmconv.cka(model, model, torch.zeros(4, 3, 8, 8), ["relu"]),
-        nmconv.OptionError, "layer 'relu' is no module or activation of this Sequential",
+        nmconv.OptionError, "layer 'relu' is not a module or activation of this Sequential",
     ),
     "layers": (lambda model: nmconv.cka(model, model, torch.zeros(4, 3, 8, 8), "0"), nmconv.OptionError, "layers='0'"),
     "none": (lambda model: nmconv.cka(model, model, torch.zeros(4, 3, 8, 8), []), nmconv.OptionError, r"layers=\[\]"),
     "every": (lambda model: nmconv.ActivationRecorder(model, every=0), nmconv.OptionError, "every=0"),
     "true": (lambda model: nmconv.ActivationRecorder(model, every=True), nmconv.OptionError, "every=True"),
-    "step": (lambda model: nmconv.ActivationRecorder(model).step(), nmconv.OptionError, "within the with"),
+    "step": (lambda model: nmconv.ActivationRecorder(model).step(), nmconv.OptionError, "outside of the with"),
     "inputs": (
         lambda model: nmconv.ActivationRecorder(model, example_inputs=torch.zeros(2, 5, 8, 8)),
         nmconv.OptionError, "cannot be called",
@@ -604,7 +604,7 @@ def test_recorder_comes_off() -> None:
         assert torch._C._len_torch_function_stack() == depth
         assert_no_hooks(model)
         failing.fails = None
-        with pytest.raises(nmconv.OptionError, match="entered already"), recorder, recorder:
+        with pytest.raises(nmconv.OptionError, match="already entered"), recorder, recorder:
             pass
         with recorder:  # goes on
             model(images)
@@ -661,7 +661,7 @@ def naive_cka(x: Tensor, y: Tensor) -> float:
 @pytest.mark.parametrize("count", [4, 5, 10])
 @pytest.mark.parametrize("rows", [1, 3, 2**20])
 def test_cka_naive(count: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nmconv.analysis.hsic._NUMBERS", rows * count * 5)
+    monkeypatch.setattr("nmconv.analysis.hsic._MAX_VALUES", rows * count * 5)
     one, two = small().eval(), small().eval()
     for value in two.parameters():
         value.data += 0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1))
@@ -717,7 +717,7 @@ def test_cka_layers_that_give_nothing() -> None:
     model = net(forward, pair=pair, whole=net(lambda self, x: x[:1]), act=nn.ReLU(), idle=conv(3, 3))
     images = torch.randn(5, 3, 4, 4)
     for name, text in (
-        ("pair", "'pair' gives a tuple"),
+        ("pair", "'pair' returns a tuple"),
         ("whole", "'whole' gives 1 rows for 5 images"),
         ("idle", "'idle' does not run"),
     ):
@@ -745,13 +745,13 @@ def test_tables(tmp_path: Path) -> None:
     loaded = nmconv.CKA.load(tmp_path / "cka.json")
     assert torch.equal(loaded.matrix, found.matrix) and loaded.rows() == found.rows() and len(found.rows()) == 4
     for load, name in ((nmconv.ActivationStats.load, "cka.json"), (nmconv.CKA.load, "stats.json")):
-        with pytest.raises(nmconv.FileError, match="is no table of nmconv"):
+        with pytest.raises(nmconv.FileError, match="is not a table of nmconv"):
             load(tmp_path / name)
     (tmp_path / "cka.json").write_text("{")
-    with pytest.raises(nmconv.FileError, match=r"is no table of nmconv\.cka"):
+    with pytest.raises(nmconv.FileError, match=r"is not a table of nmconv\.cka"):
         nmconv.CKA.load(tmp_path / "cka.json")
     text = (tmp_path / "stats.json").read_text()
-    for old, new, said in (('_stats": 1', '_stats": 99', "another version"), ('"rank"', '"rang"', "is no table")):
+    for old, new, said in (('_stats": 1', '_stats": 99', "of version 99"), ('"rank"', '"rang"', "is not a table")):
         assert old in text
         (tmp_path / "stats.json").write_text(text.replace(old, new))
         with pytest.raises(nmconv.FileError, match=said):

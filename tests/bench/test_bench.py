@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import nmconv
 from nmconv import __main__ as command_line
-from nmconv.bench import Cell, run
+from nmconv.bench import Cell, Settings, run
 from nmconv.bench import benchmark as running
 from nmconv.bench import measure as measuring
 from nmconv.bench.command import app
@@ -56,7 +56,7 @@ def called(*arguments):
 
 
 def test_counts_are_those_of_the_modules():
-    result = run(small(), ratio="3:1", gate="multiply_adds", **QUICK)
+    result = run(small(), Settings(ratio="3:1", gate="multiply_adds", **QUICK))
     pixels, stem, pair, linear = 144, 3 * 9 * 4, 2 * 4 * 24, 20
     assert (result.original.activations, result.original.convs) == (3, 3)
     assert result.original.multiply_adds == pixels * (stem + pair) + linear
@@ -68,7 +68,7 @@ def test_counts_are_those_of_the_modules():
 
 
 def test_ratios_are_of_the_times_shown():
-    found = only(run(small(), ratio="3:1", **QUICK | {"rounds": 5})).measured
+    found = only(run(small(), Settings(ratio="3:1", **QUICK | {"rounds": 5}))).measured
     for other, ratio in (
         (found.converted, found.original_over_converted),
         (found.merged, found.original_over_merged),
@@ -85,7 +85,7 @@ def test_the_three_networks_have_their_norms_folded_and_compute_what_they_should
     )
     model = small()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    result = run(model, ratio="3:1", **QUICK)
+    result = run(model, Settings(ratio="3:1", **QUICK))
     ((original, converted, merged),) = seen
     x = torch.randn(2, 3, 12, 12)
     torch.testing.assert_close(original(x), model(x))
@@ -107,7 +107,7 @@ def test_difference_shows_a_wrong_merge(monkeypatch):
         return merged
 
     monkeypatch.setattr(running, "merge", wrong)
-    assert only(run(small(), ratio="3:1", **QUICK)).measured.difference > 0.1
+    assert only(run(small(), Settings(ratio="3:1", **QUICK))).measured.difference > 0.1
 
 
 def test_difference():
@@ -125,11 +125,11 @@ def test_difference():
 
 
 def test_without_conversion():
-    result = run(small(), ratio="none", **QUICK | {"batches": (1, 2)})
+    result = run(small(), Settings(ratio="none", **QUICK | {"batches": (1, 2)}))
     assert result.converted == result.original
     assert [cell.measured.network for cell in result.cells] == [result.original] * 2
     assert len([note for note in result.notes if "nothing was merged" in note]) == 1
-    assert not [note for note in run(small(), ratio="3:1", **QUICK).notes if "nothing" in note]
+    assert not [note for note in run(small(), Settings(ratio="3:1", **QUICK)).notes if "nothing" in note]
 
 
 def test_channels_last_is_for_all_three_and_the_images_and_leaves_the_model_alone(monkeypatch):
@@ -144,11 +144,11 @@ def test_channels_last_is_for_all_three_and_the_images_and_leaves_the_model_alon
     monkeypatch.setattr(measuring, "make_runner", runner)
     model = small()
     model.last = model(torch.randn(1, 3, 12, 12))  # is no leaf: copy.deepcopy would refuse it
-    result = run(model, ratio="3:1", channels_last=True, **QUICK)
+    result = run(model, Settings(ratio="3:1", channels_last=True, **QUICK))
     assert seen == [{True}] * 3 and result.settings.channels_last
     assert result.cells[0].measured, result.cells[0].why
     assert result.cells[0].measured.network != result.converted
-    run(model, ratio="3:1", **QUICK)
+    run(model, Settings(ratio="3:1", **QUICK))
     assert seen[3:] == [{False}] * 3
 
 
@@ -162,16 +162,16 @@ def test_a_gate_by_latency_merges_anew_for_each_cell(monkeypatch):
     monkeypatch.setattr(running, "merge", spy)
     monkeypatch.setattr(measuring, "make_runner", lambda module, inputs, backend: lambda: module(*inputs))
     options = QUICK | {"batches": (1, 3), "backends": ("eager", "compile")}
-    result = run(small(), ratio="3:1", gate="latency", **options)
+    result = run(small(), Settings(ratio="3:1", gate="latency", **options))
     assert [(cell.backend, cell.batch) for cell in result.cells] == [call[:2] for call in calls]
     assert calls == [(backend, batch, "latency") for backend in ("eager", "compile") for batch in (1, 3)]
     calls.clear()
-    run(small(), ratio="3:1", gate="multiply_adds", **options)
+    run(small(), Settings(ratio="3:1", gate="multiply_adds", **options))
     assert len(calls) == 1
 
 
 def test_latency_gate_for_real():
-    cell = only(run(small(), ratio="3:1", gate="latency", **QUICK | {"size": 64}))
+    cell = only(run(small(), Settings(ratio="3:1", gate="latency", **QUICK | {"size": 64})))
     assert cell.measured is not None, cell.why
 
 
@@ -183,7 +183,7 @@ def test_threads_are_set_and_restored(monkeypatch):
         "measure_latencies",
         lambda *args, **rest: seen.append(torch.get_num_threads()) or measured(*args, **rest),
     )
-    run(small(), ratio="3:1", threads=2, **QUICK)
+    run(small(), Settings(ratio="3:1", threads=2, **QUICK))
     assert seen == [2]
     assert torch.get_num_threads() == 1
 
@@ -200,7 +200,7 @@ def test_a_cell_that_fails_says_why_and_holds_no_number(monkeypatch):
         return real(module, inputs, backend)
 
     monkeypatch.setattr(measuring, "make_runner", runner)
-    result = run(small(), ratio="3:1", **QUICK | {"backends": ("compile", "eager")})
+    result = run(small(), Settings(ratio="3:1", **QUICK | {"backends": ("compile", "eager")}))
     failed, good = result.cells
     assert failed == Cell("compile", 1, None, "not measured: no compiler at all")
     assert good.measured is not None and good.why == ""
@@ -215,16 +215,16 @@ def test_a_cell_that_fails_says_why_and_holds_no_number(monkeypatch):
 def test_missing_onnxruntime(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(OptionError, match=r"pip install 'nmconv\[onnx\]'"):
-        run(small(), **QUICK | {"backends": ("eager", "onnxruntime")})
+        run(small(), Settings(**QUICK | {"backends": ("eager", "onnxruntime")}))
     monkeypatch.setattr(running, "BACKENDS", ("eager", "onnxruntime"))  # compiling takes long
-    result = run(small(), ratio="3:1", **QUICK | {"backends": None})
+    result = run(small(), Settings(ratio="3:1", **QUICK | {"backends": ()}))
     assert result.cells[0].measured is not None
     assert result.cells[1].measured is None
     assert result.cells[1].why.startswith("not measured: ") and "nmconv[onnx]" in result.cells[1].why
 
 
 def test_outputs_that_are_not_finite_are_not_measured():
-    model, network = nn.Sequential(nn.Conv2d(3, 4, 1)), only(run(small(), **QUICK)).measured.network
+    model, network = nn.Sequential(nn.Conv2d(3, 4, 1)), only(run(small(), Settings(**QUICK))).measured.network
     images = torch.full((1, 3, 4, 4), float("inf"))
     with pytest.raises(ArithmeticError, match="finite"):
         measuring.measure_latencies((model, model, model), network, images, "eager", rounds=1, seconds=1e-4)
@@ -251,24 +251,24 @@ def test_outputs_that_are_not_finite_are_not_measured():
 )
 def test_bad_options(options):
     with pytest.raises(OptionError, match=next(iter(options)).rstrip("s")):
-        run(small(), **QUICK | options)
+        run(small(), Settings(**QUICK | options))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu():
     with pytest.raises(OptionError, match="device='cuda'"):
-        run(small(), **QUICK | {"device": "cuda"})
+        run(small(), Settings(**QUICK | {"device": "cuda"}))
 
 
 def test_a_size_that_the_network_does_not_run_on():
     model = nn.Sequential(nn.Conv2d(3, 4, 9), nn.ReLU(), nn.Conv2d(4, 4, 9), nn.ReLU()).eval()
     with pytest.raises(OptionError, match=r"size=12: .*\(3, 12, 12\)"):
-        run(model, **QUICK)
+        run(model, Settings(**QUICK))
 
 
 def test_train_mode_is_refused():
     with pytest.raises(MergeError, match="eval"):
-        run(small().train(), **QUICK)
+        run(small().train(), Settings(**QUICK))
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def test_weights_are_loaded_and_their_norms_left_alone(tmp_path, suffix):
     for key, value in build(SMALL, str(path)).state_dict().items():
         assert torch.equal(value, source.state_dict()[key])
     settled = running._build_and_check(
-        SMALL, run(SMALL, weights=str(path), **QUICK | {"size": 32}).settings, torch.device("cpu")
+        SMALL, run(SMALL, Settings(weights=str(path), **QUICK | {"size": 32})).settings, torch.device("cpu")
     )
     assert settled.bn1.running_mean.eq(0.25).all()
 
@@ -353,7 +353,7 @@ def test_missing_zoo(monkeypatch):
 
 
 def test_json_holds_everything():
-    result = run(small(), ratio="3:1", **QUICK)
+    result = run(small(), Settings(ratio="3:1", **QUICK))
     found = json.loads(result.to_json())
     times = found["cells"][0]["measured"]["merged"]
     assert times["seconds"] == list(only(result).measured.merged.seconds)
@@ -366,7 +366,7 @@ def test_json_holds_everything():
 
 
 def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
-    result = run(small(), ratio="3:1", **QUICK)
+    result = run(small(), Settings(ratio="3:1", **QUICK))
     path = tmp_path / "bench.json"
     result.save(path)
     first = path.read_text()
@@ -408,7 +408,7 @@ def test_the_command(tmp_path):
         (["resnet1888"], "did you mean resnet18"),
         ([SMALL, "--backend", "tensorrt"], "eager, compile, frozen, onnxruntime"),
         ([SMALL, "--ratio", "1:2"], "1:2"),
-        ([SMALL, "--json", "no/such/folder/bench.json"], "no folder"),
+        ([SMALL, "--json", "no/such/folder/bench.json"], "its folder does not exist"),
         ([SMALL, "--weights", "nowhere.pt"], "nowhere.pt"),
     ],
 )
@@ -442,8 +442,8 @@ import sys
 for name in {optional!r}:
     sys.modules[name] = None
 import torch, nmconv.bench
-found = nmconv.bench.run(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU()).eval(), ratio="none", size=4,
-                         backends=("eager",), batches=(1,), rounds=1, seconds=1e-4)
+settings = nmconv.bench.Settings(ratio="none", size=4, backends=("eager",), batches=(1,), rounds=1, seconds=1e-4)
+found = nmconv.bench.run(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU()).eval(), settings)
 assert found.cells[0].measured, found.cells[0].why
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=os.getcwd())

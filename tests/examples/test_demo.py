@@ -112,7 +112,7 @@ def test_merging_leaves_fewer_convolutions(tmp_path):
     "flags, said",
     [
         (("--ratio", "nonsense"), "^RatioError: .*nonsense"),
-        (("--model", "resnet1800"), "'resnet1800' is no network"),
+        (("--model", "resnet1800"), "'resnet1800' is not a network"),
         (("--batch-size", "65"), "64 pictures do not fill a batch of 65"),
         (("--data-dir", "pictures"), r"train/ and test/ \(or val/\)"),
     ],

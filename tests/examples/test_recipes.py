@@ -47,7 +47,7 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, keep, cap
     assert checkpoint.read(path, torch.device("cpu"))["step"] == 1
     assert "damaged" in capsys.readouterr().out
     checkpoint.previous(path).write_bytes(whole[:keep])
-    with pytest.raises(ValueError, match="to begin anew"):
+    with pytest.raises(ValueError, match="to start again"):
         checkpoint.read(path, torch.device("cpu"))
 
 
@@ -331,7 +331,7 @@ def test_networks_with_auxiliary_heads(folder):
     [
         (["cifar_resnet8", "--plan", "none.json"], "none.json"),
         (["cifar_resnet8", "--weights", "none.pth"], "none.pth: no such file"),
-        (["cifar_resnet8", "--dataset", "folder"], "'folder' is no data set"),
+        (["cifar_resnet8", "--dataset", "folder"], "'folder' is not a data set"),
         (["nope:f"], "nope"),
         (["cifar_resnet8", "--accumulate", "0"], "accumulate=0"),
         (["cifar_resnet8", "--epochs", "0"], "epochs=0"),

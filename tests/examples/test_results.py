@@ -34,21 +34,21 @@ def table():
 
 def test_uniform_takes_evenly_spaced_units(table):
     for needed, wanted in ((50, [3]), (51, [1, 4]), (150, [1, 3, 5]), (300, [0, 1, 2, 3, 4, 5])):
-        some = results.uniform(table, "layer*.*", needed)
+        some = results.uniform_choice(table, "layer*.*", needed)
         assert [one.first // 2 for one in some] == wanted and {one.size for one in some} == {"3x3"}
     with pytest.raises(SystemExit, match="all 6 units"):
-        results.uniform(table, "layer*.*", 301)
+        results.uniform_choice(table, "layer*.*", 301)
 
 
 def test_random_choices_meet_the_budget_and_share_no_convolution(table):
-    drawn = [results.randomly(table, 200, seed) for seed in range(20)]
+    drawn = [results.random_choice(table, 200, seed) for seed in range(20)]
     assert len({tuple((one.first, one.size) for one in some) for some in drawn}) > 10
     for some in drawn:
         assert sum(one.saves("multiply_adds") for one in some) >= 200
         assert sum(one.saves("multiply_adds") for one in some[:-1]) < 200
         assert len({one.first for one in some}) == len(some) and all(one.size != "none" for one in some)
     with pytest.raises(SystemExit, match="no random choice"):
-        results.randomly(table, 600, 0)
+        results.random_choice(table, 600, 0)
 
 
 def test_plans_by_hand_are_what_was_measured_alone():
@@ -79,7 +79,7 @@ def test_the_tables_give_means_over_seeds_of_differences_within_seeds():
         rows.append({**key, "case": "search, multiply_adds", "name": "0.9", "accuracy": found, "multiply_adds": 0.89,
                      "activations": [19, 17]})  # fmt: skip
         rows.append({**key, "case": "search, multiply_adds, downstream", "name": "0.9", "accuracy": found + 0.5})
-        for draw in range(results.RANDOM):
+        for draw in range(results.RANDOM_DRAWS):
             rows.append({**key, "case": "random", "name": f"0.9, draw {draw}", "accuracy": found - draw})
         rows.append({**key, "case": "alone", "name": "layer1.0", "dropped": 10.0, "recalibrated": 70.0,
                      "factors": 78.0, "factors, downstream": 78.5, "fitted": original,

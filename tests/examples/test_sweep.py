@@ -61,7 +61,7 @@ def test_one_seed_has_a_difference_and_no_interval():
     rows = [row(80), row(81, HALF)]
     line = report.table(rows)[1]
     assert line["difference_mean"] == 1 and math.isnan(line["difference_half"]) and "difference_holm" not in line
-    assert "+1.00 |" in report.printed([line])
+    assert "+1.00 |" in report.as_markdown([line])
 
 
 def test_other_recipes_are_other_originals():
@@ -125,7 +125,7 @@ def test_a_sweep_keeps_its_rows_and_names_what_failed(pictures, tmp_path, monkey
     (row,) = report.read_rows(tmp_path / "rows")
     assert (row["trial"]["model"], row["activations"], len(row["losses"])) == ("cifar_resnet8", 4, 1)
     (failed,) = (tmp_path / "rows").glob("*.failed.txt")
-    assert "'nonsense' is no network" in failed.read_text() and failed.name in done.stderr
+    assert "'nonsense' is not a network" in failed.read_text() and failed.name in done.stderr
 
     monkeypatch.chdir(tmp_path)
     before = {each.name: each.read_bytes() for each in (tmp_path / "rows").iterdir()}
@@ -169,7 +169,7 @@ def test_the_studys_rows_are_named_by_their_configurations():
 
 
 def test_the_studys_tables_are_those_of_the_rows():
-    from recipes.study_tables import written
+    from recipes.study_tables import with_tables
 
     doc = (ROOT / "docs" / "study.md").read_text()
-    assert written(doc, ROOT / "docs" / "study") == doc
+    assert with_tables(doc, ROOT / "docs" / "study") == doc

@@ -332,12 +332,12 @@ def test_models_that_cannot_be_fitted() -> None:
     fitted = nmconv.fit(model, X, reference=net, kernel=1)
     cases = [
         (net, net, "was not converted"),
-        (model, model, "was converted itself"),
-        (model, copy.deepcopy(model), "was converted itself"),
+        (model, model, "was itself converted"),
+        (model, copy.deepcopy(model), "was itself converted"),
         (merged, net, "merged"),
         (fitted, net, "merged or fitted"),
-        (model, small()[:9], "another model.*give that model as it was before"),
-        (model, nn.Sequential(), "another model"),
+        (model, small()[:9], "not the model that was converted.*give that model as it was before"),
+        (model, nn.Sequential(), "not the model that was converted"),
         (model, copy.deepcopy(net).float(), r"\.to\("),
     ]
     for given, reference, text in cases:

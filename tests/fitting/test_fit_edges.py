@@ -170,7 +170,7 @@ def test_data_that_is_read_again_must_be_the_same(monkeypatch):
     monkeypatch.setattr(data, "_MAX_BYTES", 0)
     fitted = nmconv.fit(converted, DataLoader(Drawn(0), 8), reference=net, recalibrate=False)
     assert nmconv.get_fit(fitted).converted.loss == 0
-    with pytest.raises(nmconv.OptionError, match="gives other images each time"):
+    with pytest.raises(nmconv.OptionError, match="returns other images each time"):
         nmconv.fit(converted, DataLoader(Drawn(1), 8), reference=net)
     monkeypatch.undo()
     fitted = nmconv.fit(converted, DataLoader(Drawn(1), 8), reference=net, recalibrate=False)  # kept: drawn once

@@ -138,7 +138,7 @@ def test_a_loader_that_repeats_images_cannot_be_read_again(monkeypatch):
 
 
 def test_what_cannot_be_put_into_batches():
-    with pytest.raises(nmconv.OptionError, match="make tensors"):
+    with pytest.raises(nmconv.OptionError, match="into tensors"):
         nmconv.recalibrate_norms(small(True), Objects())
 
 
@@ -308,7 +308,7 @@ def test_a_norm_that_multiplies_by_next_to_nothing(dtype, scale, refused):
     report = nmconv.get_fit(fitted)
     (unit,) = report.units
     if refused:
-        assert "bn2 multiplies 1 of 6 channels by next to nothing" in unit.why and str(dtype) in unit.why
+        assert "bn2 multiplies 1 of 6 channels by almost zero" in unit.why and str(dtype) in unit.why
         assert equal(state_of(fitted), state_of(model))
     else:
         assert unit.form == "factors" and report.returned.loss < report.converted.loss

@@ -523,7 +523,7 @@ def test_damaged_files(good, path):
         random.Random(0).randbytes(4096),
         b"\0" * 4096,
     ):
-        assert "copy it anew, or save the model again" in refused(data, path, "no whole safetensors file")
+        assert "copy it again, or save the model again" in refused(data, path, "not a complete safetensors file")
 
 
 def test_files_of_others(good, path):
@@ -677,8 +677,8 @@ HOSTILE: dict[str, tuple[Callable[[Any], None], str]] = {
     "the model itself": (of_merge(head="", convs=[""], removed=[]), "which is a"),
     "a property": (of_merge(head="__class__", convs=["__class__"], removed=[]), "does not have"),
     "a path": (of_merge(head="rep.act.__init__", convs=["rep.act.__init__"], removed=[]), "does not have"),
-    "removing an activation": (of_merge(removed=["rep.act"]), "would stay|which is a"),
-    "removing a block": (of_merge(removed=["rep"]), "would stay|which is a"),
+    "removing an activation": (of_merge(removed=["rep.act"]), "does not remove|which is a"),
+    "removing a block": (of_merge(removed=["rep"]), "does not remove|which is a"),
     "a norm that stays and goes": (
         lambda content: of_merge(norm=content["merges"][-1][-1]["head"])(content),
         "removes",
@@ -691,8 +691,8 @@ HOSTILE: dict[str, tuple[Callable[[Any], None], str]] = {
     "sum number none": (of_sum(number=0), "number 0"),
     "sum number many": (of_sum(number=2**62), "not in rep.forward"),
     "a third operand": (of_sum(keep=2), "operand 2"),
-    "a sum with arguments": (of_sum(takes='[["T"], {}]'), "other fields"),
-    "a method": (of_site(method="restore"), "other fields"),
+    "a sum with arguments": (of_sum(takes='[["T"], {}]'), "unknown fields"),
+    "a method": (of_site(method="restore"), "unknown fields"),
     "code in a guard": (
         of_merge(guards=[{"owner": "head", "argument": "__import__('os').abort()", "value": "1"}]),
         "no argument",
@@ -705,9 +705,9 @@ HOSTILE: dict[str, tuple[Callable[[Any], None], str]] = {
     "a guard of nobody": (of_merge(guards=[{"owner": "nobody", "argument": "x", "value": "1"}]), "does not have"),
     "a closed forward": (of_merge(closed=["forward"]), "closes"),
     "a closed method of Module's": (of_merge(closed=["state_dict"]), "closes"),
-    "a site's owner": (of_site(owner="__class__"), "says twice"),
+    "a site's owner": (of_site(owner="__class__"), "repeats what its id says"),
     "a site elsewhere": (of_site(site="__class__:relu#1"), "does not make"),
-    "a site's call": (of_site(site="rep.act#-5"), "no site's id"),
+    "a site's call": (of_site(site="rep.act#-5"), "not a site's id"),
     "a site of a function": (of_site(site="rep:__class__#1"), "does not make"),
     "a call that no model takes": (lambda content: content["plan"].update(call={"args": []}), "cannot be called"),
     "a huge call": (lambda content: content["plan"].update(call={"args": [{"shape": [2**40]}]}), "shape"),
@@ -726,7 +726,7 @@ HOSTILE: dict[str, tuple[Callable[[Any], None], str]] = {
     ),
     "hoisting nonsense": (
         lambda content: content["plan"].setdefault("hoists", []).append({"convs": ["stem"], "geometries": []}),
-        "other fields",
+        "unknown fields",
     ),
 }
 
@@ -764,9 +764,9 @@ def test_tensors_that_do_not_fit(good, path):
         (lambda header: header["head.weight"].update(shape=[16]), "'head.weight' has the shape"),
         (lambda header: header["head.bias"].update(dtype="I32"), "'head.bias' has the type"),
         (lambda header: header["flag"].update(dtype="U8"), "'flag' has the type"),
-        (lambda header: header["head.bias"].update(dtype="F8_E8M0", shape=[16]), "type F8_E8M0|no whole"),
-        (lambda header: header["head.bias"].update(shape=[2**62, 2**62]), "no whole safetensors"),
-        (lambda header: header["head.bias"].update(data_offsets=[0, 2**63]), "no whole safetensors"),
+        (lambda header: header["head.bias"].update(dtype="F8_E8M0", shape=[16]), "type F8_E8M0|not a complete"),
+        (lambda header: header["head.bias"].update(shape=[2**62, 2**62]), "not a complete safetensors"),
+        (lambda header: header["head.bias"].update(data_offsets=[0, 2**63]), "not a complete safetensors"),
     ):
         refused(changed(change), path, text)
 
