@@ -1,4 +1,4 @@
-"""Tiny hand-written nets, and plans written down in a few words: what tests/test_words.py and test_plan.py are made of.
+"""Tiny hand-written nets, and plans written down in a few words: for tests/finding and tests/planning.
 
 A plan is written one line per site: ``id action convs place role``. ``#1`` may be left off an id; convs are joined by
 ``+``; the place is a letter for the chain, in the order in which the lines first name chains, and the number of the
@@ -62,6 +62,16 @@ def rows(plan: nmconv.Plan) -> list[tuple[str, str, str, str, str]]:
 def written(text: str) -> list[tuple[str, ...]]:
     lines = [line.split() for line in text.strip().splitlines()]
     return [(name if "#" in name else f"{name}#1", *rest) for name, *rest in lines]
+
+
+def inverted(residual: bool) -> nn.Module:
+    """An inverted bottleneck: three convolutions with norms, the first two with activations."""
+
+    def forward(self, x):
+        y = self.n3(self.c3(self.a2(self.n2(self.c2(self.a1(self.n1(self.c1(x))))))))
+        return x + y if residual else y
+
+    return net(forward, **convs("c1 c2 c3"), **norms("n1 n2 n3"), **relus("a1 a2"))
 
 
 def expect(model: nn.Module, text: str, ratio: Any = "2:1", *, convs: int | None = None, **options: Any) -> nmconv.Plan:
