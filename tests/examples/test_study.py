@@ -110,10 +110,10 @@ def test_other_sizes_and_families_are_what_they_are_called():
         ("cifar_resnet8",): [7, 4],
         ("cifar_resnet32",): [31, 16],
         ("cifar_resnet20", "width"): [19, 10],
-        ("cifar_alexnet",): [5, 4, 4, 4],
-        ("cifar_vgg11_bn",): [8, 5, 5, 5],
+        ("cifar_alexnet",): [5, 4, 4],
+        ("cifar_vgg11_bn",): [8, 5, 5],
         ("cifar_mobilenetv2",): [35, 18, 18],
-        ("cifar_densenet",): [98, 50, 50],
+        ("cifar_densenet",): [98, 50],
         ("cifar_inception",): [19, 11],
     }
     names = [one.name for study_of in study.STUDIES.values() for one in study_of()]
@@ -151,12 +151,8 @@ def test_tables_of_sizes_and_families():
     rows = [row_of(one, 50 + number + number**2 / 100) for number, one in enumerate(study.sizes())]
     text = study_tables.sizes(rows, [])
     assert text.count("| +1.") == 3 and text.count("| 2 | 10 |") == 6 and "| ResNet-32 | 2:1 first | 2 |" in text
-    text = study_tables.families([row_of(one, 60.0) for one in study.families()[:5]], [])
-    assert (
-        text.count("AlexNet") == 4
-        and "| AlexNet | 2:1 boundary, hoisted | 10 |" in text
-        and "| VGG-11-BN | 1:1 | 10 | 10 | 0 | 45,000 | 61.00 | 60.00 |" in text
-    )
+    text = study_tables.families([row_of(one, 60.0) for one in study.families()[:4]], [])
+    assert text.count("AlexNet") == 3 and "| VGG-11-BN | 1:1 | 10 | 10 | 0 | 45,000 | 61.00 | 60.00 |" in text
 
 
 def test_insights_of_a_trained_trial(root, tmp_path, monkeypatch):
