@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 from torch import nn
 
 from nmconv.flow import FlowNode, ModuleCall, ancestors
-from nmconv.recording import Lines, NoSource, conditions, is_branchless, syntax_tree
+from nmconv.recording import ENTRY_POINTS, Lines, NoSource, conditions, is_branchless, syntax_tree
 
 __all__ = ["flags_between", "is_attribute_of", "may_diverge_between", "optional_arguments"]
 
@@ -43,6 +43,18 @@ def may_diverge_between(value: FlowNode, node: FlowNode, *, count_variables: boo
     )
 
 
+def is_split_by_method(value: FlowNode, node: FlowNode) -> bool:
+    """Return whether a method of the model that others may call on its own computes one of both nodes, not the other.
+
+    The entry points that are recorded on their own do not count, and methods whose name begins with an underscore.
+    """
+    frame, first, then = _lines_of(value, node)
+    if frame is None or frame.parent is not None:
+        return False
+    apart = {code for code, _ in first} ^ {code for code, _ in then}
+    return any(not code.co_name.startswith("_") and code.co_name not in ("forward", *ENTRY_POINTS) for code in apart)
+
+
 def flags_between(value: FlowNode, node: FlowNode) -> tuple[tuple[str, str], ...]:
     """Return the flags on which a forward branches between two nodes without exiting: module name and attribute."""
     frame, points = _points_between(value, node)
@@ -59,11 +71,17 @@ def _is_flag(module: nn.Module, name: str) -> bool:
 
 def _points_between(value: FlowNode, node: FlowNode) -> tuple[ModuleCall | None, list[_BranchPoint]]:
     """Return the innermost forward that computes both nodes, and its branch points between them."""
+    shared, first, then = _lines_of(value, node)
+    return shared, _points_on_path(first, then)
+
+
+def _lines_of(value: FlowNode, node: FlowNode) -> tuple[ModuleCall | None, Lines, Lines]:
+    """Return the innermost forward that computes both nodes, and the lines of its methods that compute each."""
     value_frames, node_frames = [*ancestors(value.frame)], [*ancestors(node.frame)]
     shared = next((frame for frame in node_frames if any(frame is other for other in value_frames)), None)
     if shared is None:
-        return None, []
-    return shared, _points_on_path(_lines_in(shared, value, value_frames), _lines_in(shared, node, node_frames))
+        return None, (), ()
+    return shared, _lines_in(shared, value, value_frames), _lines_in(shared, node, node_frames)
 
 
 def _lines_in(frame: ModuleCall, node: FlowNode, frames: list[ModuleCall]) -> Lines:

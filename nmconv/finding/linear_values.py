@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nmconv.algebra import is_average_pool
-from nmconv.finding.control_flow import flags_between, may_diverge_between
+from nmconv.finding.control_flow import flags_between, is_split_by_method, may_diverge_between
 from nmconv.finding.def_use import is_plain_sum
 from nmconv.finding.module_users import ModuleUsers
 from nmconv.finding.run_elements import Element, ParallelSum, Step, steps_of
@@ -165,8 +165,10 @@ class _LinearValues:
         return len(self._readers[index]) == 1 and not self._flow.nodes[index].exposed
 
     def _may_diverge(self, index: int, reader: int) -> bool:
-        """Return whether control flow may take another path between a value and its reader."""
+        """Return whether a call may take another path between a value and its reader, or compute only one of them."""
         value, node = self._flow.nodes[index], self._flow.nodes[reader]
+        if is_split_by_method(value, node):
+            return True
         first, last = self._position[value.origin], self._position[node.origin]
         if any(first < position <= last for position in self._lost_sizes):
             return True

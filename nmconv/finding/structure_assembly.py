@@ -9,6 +9,7 @@ from functools import partial
 
 from torch import nn
 
+from nmconv.finding.attribute_uses import count_uses
 from nmconv.finding.flow_analysis import analyze, flows_of
 from nmconv.finding.mode_matching import differing_modules, same_flows
 from nmconv.finding.module_users import Holders
@@ -132,7 +133,7 @@ class _Assembler:
         return "" if owner in self._non_tensor_parents else argument_structure(self._arguments.get(key, ()))
 
     def _how(self, call: CollectedCall) -> str:
-        """Return ``swap`` if replacing one submodule changes this call and no other, else ``rewrite``."""
+        """Return ``swap`` if replacing one submodule changes this call and no other in its method, else ``rewrite``."""
         holders, module, owner = self._holders, call.module, call.activation.owner
         if module is None or holders.is_kept_elsewhere(module):
             return "rewrite"
@@ -141,7 +142,8 @@ class _Assembler:
         if inside and all(path == owner or holders.slots(path, module) == 1 for path, _ in callers):
             return "swap"  # a Sequential calls each slot once
         if len(callers) == 1 and holders.count(module) == 1:
-            return "swap"
+            method, slot = call.activation.method, call.activation.name.rpartition(".")[2]
+            return "swap" if count_uses(self._model.get_submodule(owner), method, slot) <= 1 else "rewrite"
         # Several modules hold it: replacing one slot is enough if each caller calls the module in its own slot.
         called_once = [path for path, _ in callers].count(owner) == 1
         has_slots = all(holders.slots(path, module) == 1 for path, _ in callers)

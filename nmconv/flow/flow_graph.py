@@ -97,6 +97,7 @@ class FlowNode:
         partial: Whether the value is only a part of the first input (a slice).
         learned: For a PARAM, whether it depends on a parameter.
         exposed: Whether the model reads the value's shape, or keeps the value in an attribute.
+        hooked: Whether a user's hook is given the value, and may keep it.
         members: Names of the convolutions folded into it.
         why: For an activation or a part of one, why it is not a site.
     """
@@ -121,6 +122,7 @@ class FlowNode:
     partial: bool = False
     learned: bool = False
     exposed: bool = False
+    hooked: bool = False
     members: tuple[str, ...] = ()
     why: str = ""
 

@@ -124,6 +124,8 @@ class _Lowering:
         expression = self.expressions.get(node)
         op = Op.ACT if expression is not None else self._op(node, fact, module)
         if node.target is user_hook:
+            for source in sources:
+                self.values[memory.current[source]].hooked = True
             return
         # each call of an activation module is counted, even if its input depends on no data
         if fact.label in READS_SHAPE or not (sources or (op is Op.ACT and module is not None)):

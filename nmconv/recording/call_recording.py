@@ -23,6 +23,7 @@ from nmconv.recording.recording import Call, Recording
 from nmconv.recording.rng_state import rng_seeded
 from nmconv.recording.tensors import Spec, device_of, map_tensors
 from nmconv.recording.torch_functions import is_metadata_query, label_of
+from nmconv.recording.user_caches import caches_restored
 
 __all__ = ["IsLeaf", "RealArguments", "record_again", "record_call", "record_with_data"]
 
@@ -85,7 +86,14 @@ def _record(
         copy.model.train(call.training)
     recorder = Recorder(copy, call, path, is_leaf, apparent_device, answers, outcomes)
     autocast = torch.autocast(call.autocast) if call.autocast else nullcontext()
-    with rng_seeded(), uncompiled(), context_restored(), torch.inference_mode(False), autocast:
+    with (
+        caches_restored(copy.model),
+        rng_seeded(),
+        uncompiled(),
+        context_restored(),
+        torch.inference_mode(False),
+        autocast,
+    ):
         return recorder.run()
 
 

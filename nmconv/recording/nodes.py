@@ -139,9 +139,10 @@ class NodeBuilder:
             reads.append(read)
             return read[0], TENSOR
         kind = type(value)
-        if self._recording.call.track_sizes and isinstance(value, (int, float)) and kind is not bool:
-            kind = int if isinstance(value, int) else float
-            value = kind(value)
+        if isinstance(value, float):  # numpy's are subclasses
+            kind, value = float, float(value)
+        if self._recording.call.track_sizes and isinstance(value, int) and kind is not bool:
+            kind, value = int, int(value)
         if kind in PLAIN_TYPES:
             return value, (kind.__name__, repr(value)) if kind is float else value if kind is not bool else (value,)
         if isinstance(value, (list, tuple)):

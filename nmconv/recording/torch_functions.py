@@ -42,7 +42,7 @@ VIEW_PROPERTIES = frozenset(
 _METADATA_QUERIES = frozenset(
     ("size", "dim", "ndimension", "__len__", "numel", "nelement", "stride", "element_size", "is_contiguous",
      "is_floating_point", "is_complex", "is_signed", "get_device", "storage_offset", "requires_grad_", "is_tensor",
-     "is_inference", "is_same_size", "__hash__", "untyped_storage", "register_hook", "retain_grad", "__dir__",
+     "is_inference", "is_same_size", "__hash__", "untyped_storage", "__dir__",
      "__repr__", "_set_grad_enabled")
 )  # fmt: skip
 

@@ -312,6 +312,11 @@ def _converted(
     make_changes(work.model, plan, resolved, cache, gradual=gradual)
     if witness is not None and (plan.changes_any or original is not model):
         witness.check(work.model, resolved.changes)
+        if gradual:  # what `Gradual.finish` will leave
+            finished = WorkingCopy(model, inplace=inplace)
+            unconvert(finished.model)
+            make_changes(finished.model, plan, resolved, cache)
+            witness.check(finished.model, resolved.changes)
     result = work.finish()
     unfreeze(result, frozen)
     if not gradual:

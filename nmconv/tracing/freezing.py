@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import inspect
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -56,8 +57,8 @@ def frozen_attributes(module: nn.Module, method: str) -> dict[str, Any]:
     """Return the attribute values that a trace of a method freezes.
 
     They are found in the bytecode of the method, of the methods it calls and of the functions it names. The result may
-    list more than is read. Numbers are not in it: a trace reads them anew, or reports that it did not. Neither is
-    ``training``, since rewritten methods read it anew.
+    list more than is read. Numbers of an instance are not in it: a trace reads them anew, or reports that
+    it did not. Neither is ``training``, since rewritten methods read it anew.
 
     Returns:
         From ``self.name``, ``self.child.name`` or ``len(self.list)`` to the value.
@@ -81,7 +82,7 @@ def frozen_attributes(module: nn.Module, method: str) -> dict[str, Any]:
         if any(map(is_rng, named)):
             raise RewriteError(_DRAWS)
         todo += [getattr(value, "__code__", None) for value in named]
-        for chain in _attribute_chains(code):
+        for chain in (*_attribute_chains(code), *_names_for_getattr(code)):
             todo.append(_code(module, chain[0]))
             frozen.update(_frozen_in_chain(module, chain))
     return frozen
@@ -105,7 +106,7 @@ def _frozen_in_chain(module: nn.Module, chain: tuple[str, ...]) -> dict[str, Any
         if is_rng(value):
             raise RewriteError(_DRAWS)
         expression = f"self.{'.'.join(chain[:depth])}"
-        read_anew = isinstance(owner, nn.Module) and type(value) in (int, float)
+        read_anew = isinstance(owner, nn.Module) and type(value) in (int, float) and name in vars(owner)
         if _is_scalar(value) and name != "training" and not read_anew:
             frozen[expression] = value
         if isinstance(value, (nn.ModuleList, nn.ModuleDict)):
@@ -114,14 +115,17 @@ def _frozen_in_chain(module: nn.Module, chain: tuple[str, ...]) -> dict[str, Any
 
 
 def _attribute(owner: Any, name: str) -> Any:
-    """Return the child, attribute, field, or absent (None) parameter or buffer of that name; else ``_MISSING``."""
+    """Return the child, attribute, class constant, field, or absent (None) tensor of that name; else ``_MISSING``."""
     for space in ("_modules", "_parameters", "_buffers"):
         entries = getattr(owner, space, {})
         if name in entries and (space == "_modules" or entries[name] is None):
             return entries[name]
     if isinstance(owner, tuple):
         return getattr(owner, name) if name in getattr(owner, "_fields", ()) else _MISSING
-    return getattr(owner, "__dict__", {}).get(name, _MISSING)
+    if name in getattr(owner, "__dict__", {}):
+        return vars(owner)[name]
+    default = inspect.getattr_static(type(owner), name, _MISSING)
+    return default if _is_scalar(default) else _MISSING
 
 
 def _is_scalar(value: Any) -> bool:
@@ -131,7 +135,14 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _code(module: nn.Module, name: str) -> CodeType | None:
-    return getattr(getattr(type(module), name, None), "__code__", None)
+    method = getattr(type(module), name, None)
+    return getattr(method.fget if isinstance(method, property) else method, "__code__", None)
+
+
+def _names_for_getattr(code: CodeType) -> Iterator[tuple[str]]:
+    """Yield the strings that code may give to ``getattr``."""
+    if "getattr" in code.co_names:
+        yield from ((constant,) for constant in code.co_consts if isinstance(constant, str) and constant.isidentifier())
 
 
 def _attribute_chains(code: CodeType) -> Iterator[tuple[str, ...]]:

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from torch.fx.proxy import Attribute, Proxy
+import torch
+from torch.fx.proxy import Attribute, Proxy, TraceError
 
 __all__ = ["AttributeProxy", "TensorProxy"]
 
@@ -60,7 +61,14 @@ class AttributeProxy(_KnownValues, Attribute):
 class TensorProxy(_KnownValues, Proxy):
     """A proxy of a value; fx's own records ``x += y`` as ``x = x + y``, which loses the aliasing."""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(torch.Tensor, name):
+            raise TraceError(f"it sets the attribute {name!r} of a tensor, which tracing would lose")
+        super().__setattr__(name, value)
+
     def __getattr__(self, k: str) -> Any:
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("numpy."):
+            raise TraceError("it passes a size or a tensor to numpy, which tracing cannot follow")
         return AttributeProxy(self, k)
 
 

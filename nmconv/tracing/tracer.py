@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import keyword
 from collections import Counter
 from dataclasses import dataclass, replace
 from types import FunctionType
@@ -232,10 +233,15 @@ class MethodTracer(Tracer):
             if id(a) not in self._tensors:
                 raise TraceError("a tensor made inside the forward would be frozen into it")
             return self.create_node("get_attr", self._tensors[id(a)], (), {})
+        if isinstance(a, float) and type(a) is not float:  # numpy's, whose repr is no expression
+            a = float(a)
         return super().create_arg(a)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Proxy:
-        """Return a proxy of a new node; raise TraceError if the forward has entered a context."""
+        """Return a proxy of a new node; raise TraceError if the generated source would lose something."""
+        names = target.split(".") if kind in ("call_module", "get_attr") else []
+        if any(keyword.iskeyword(name) or name == "self" for name in names):
+            raise TraceError(f"{target!r} cannot stand in generated source: give this child another name")
         if kind.startswith("call_"):
             if current_context() != self._context:
                 raise TraceError("the forward enters a context (autocast, no_grad, ...) that rewriting would lose")

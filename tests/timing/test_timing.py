@@ -204,8 +204,9 @@ def test_samples_last_as_long_as_asked():
         calls += 1
         time.sleep(0.001)
 
+    start = time.perf_counter()
     time_interleaved([run], rounds=2, seconds=0.05)
-    assert calls > 2 * 30  # 0.05 s at 1 ms and some overhead each
+    assert calls > 2 and time.perf_counter() - start > 2 * 0.05 * 0.8  # the number of calls is estimated
 
 
 def test_rounds_interleave_and_rotate():
