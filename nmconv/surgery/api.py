@@ -172,9 +172,9 @@ def convert(
             it), ``"re:..."``, or ``"stage:2"`` in timm's ``feature_info``.
         keep: Which activations a unit keeps: ``"first"``, its first ones (its last where activations stand before
             their convolutions), ``"boundary"``, those at its other end, ``"spread"``, evenly spaced, or a function
-            from :class:`nmconv.Unit` to the positions in ``unit.sites`` that stay. In residual blocks ``"first"`` loses
-            less accuracy when trained (docs/study.md), and ``"boundary"`` is what :func:`nmconv.merge` needs, often
-            together with ``hoist_padding``.
+            from :class:`nmconv.Unit` to the positions in ``unit.sites`` that stay. ``"first"`` lost less
+            accuracy in ResNet-20, ``"boundary"`` in MobileNetV2 (docs/study.md); ``"boundary"`` is also what
+            :func:`nmconv.merge` needs, often together with ``hoist_padding``.
         relocate: Move the kept activation to the unit's end where the unit's last convolution has none, after its
             norm and residual addition.
         include: Pattern or patterns of what to convert; everything else is left alone.
