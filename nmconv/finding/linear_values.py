@@ -167,12 +167,17 @@ class _LinearValues:
     def _may_diverge(self, index: int, reader: int) -> bool:
         """Return whether a call may take another path between a value and its reader, or compute only one of them."""
         value, node = self._flow.nodes[index], self._flow.nodes[reader]
-        if is_split_by_method(value, node):
+        modules = [each for each in self._nodes_of(index) if each.module is not None]
+        if modules and node.module is not None and is_split_by_method(modules[-1], node):
             return True
         first, last = self._position[value.origin], self._position[node.origin]
         if any(first < position <= last for position in self._lost_sizes):
             return True
         return may_diverge_between(value, node, count_variables=bool(self._lost_sizes))
+
+    def _nodes_of(self, index: int) -> list[FlowNode]:
+        """Return the nodes that compute a linear value, in order."""
+        return [self._flow.nodes[each] for each in (self._values[index].nodes if index in self._values else ())]
 
     def _flags(self, index: int, reader: int) -> set[tuple[str, str]]:
         return set(flags_between(self._flow.nodes[index], self._flow.nodes[reader]))

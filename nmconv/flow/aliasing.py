@@ -30,7 +30,11 @@ def must_copy(flow: Flow) -> set[int]:
         for node in flow.nodes
         if node.op is Op.ACT
         and not node.inplace
-        and (_may_be_strided(flow, node.inputs[0]) or aliases.needs_copy(node.index))
+        and (
+            _may_be_strided(flow, node.inputs[0])
+            or aliases.is_input_read_elsewhere(node.index)
+            or aliases.needs_copy(node.index)
+        )
     }
 
 
@@ -76,19 +80,25 @@ class _AliasGraph:
                     self._writers[source].append(node.index)
 
     def needs_copy(self, index: int) -> bool:
-        """Return whether the results may depend on the node's output not sharing memory with its input.
-
-        They may wherever both are read: a path that was not recorded may write to one of the two.
-        """
-        output = _reachable({index}, self._aliases)
-        source = _reachable(_reachable({index}, self._bases), self._aliases) - output
-        if any(self._readers[value] or self._nodes[value].hooked for value in source):
-            return True
+        """Return whether the results depend on the node's output not sharing memory with its input."""
+        output, source = self._output_and_source(index)
         if self._overwritten_after(source, index):
             return True  # the output is read later, or kept for a gradient
-        if self._overwritten_after(output, index) and self._ops(source) - _OUTPUT_UNUSED_IN_BACKWARD:
-            return True
-        return self._returned(output) and bool(self._ops(source) & _EXTERNAL)
+        if self._overwritten_after(output, index):
+            read = any(self._readers[value] for value in source)
+            if read or self._ops(source) - _OUTPUT_UNUSED_IN_BACKWARD:
+                return True
+        return self._returned(output) and (self._returned(source) or bool(self._ops(source) & _EXTERNAL))
+
+    def is_input_read_elsewhere(self, index: int) -> bool:
+        """Return whether something else reads the node's input, which a path that was not recorded may overwrite."""
+        _, source = self._output_and_source(index)
+        return any(self._readers[value] or self._nodes[value].hooked for value in source)
+
+    def _output_and_source(self, index: int) -> tuple[set[int], set[int]]:
+        """Return the values that may share memory with a node's output, and the others that may with its input."""
+        output = _reachable({index}, self._aliases)
+        return output, _reachable(_reachable({index}, self._bases), self._aliases) - output
 
     def _overwritten_after(self, values: set[int], index: int) -> bool:
         return any(writer > index for value in values for writer in self._writers[value])
