@@ -41,7 +41,7 @@ def test_merged_as_it_is(net: Network):
 
 @pytest.mark.parametrize("net", params())
 def test_merged_after_converting_and_saved(net: Network, tmp_path):
-    plan = attempt(net, nmconv.make_plan, prepared(net), hoist_padding=True)
+    plan = attempt(net, nmconv.make_plan, prepared(net), keep="boundary", hoist_padding=True)
     if refused(net, plan, net.merges):
         return
     models = [attempt(net, nmconv.apply_plan, prepared(net), plan, inplace=True) for _ in range(2 - net.copies)]
