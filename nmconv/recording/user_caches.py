@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nmconv.copying import closure_contents
+from nmconv.copying import closure_contents, parts_of
 from nmconv.recording.function_code import unwrapped
 
 __all__ = ["caches_restored"]
@@ -83,7 +83,7 @@ class _Caches:
         self._seen.add(id(value))
         if isinstance(value, _CONTAINERS):
             self.containers.append((value, value.copy()))
-            for part in (value.values() if isinstance(value, dict) else value) if depth else ():
+            for part in parts_of(value) if depth else ():
                 if isinstance(part, _CONTAINERS):
                     self._add(part, depth - 1)
         elif isinstance(value, _CACHED):
@@ -117,7 +117,9 @@ def _names_in(code: CodeType) -> set[str]:
 def _restore(container: Any, before: Any) -> None:
     """Put a container's former contents in the place of new ones that hold meta tensors."""
     if isinstance(container, dict):
-        for key in [key for key, value in container.items() if value is not before.get(key) and _holds_meta(value)]:
+        for key, value in list(container.items()):  # other threads may write to it
+            if value is before.get(key) or not _holds_meta(value):
+                continue
             if key in before:
                 container[key] = before[key]
             else:
@@ -131,5 +133,5 @@ def _holds_meta(value: Any, depth: int = _MAX_DEPTH) -> bool:
     if isinstance(value, Tensor):
         return value.is_meta
     if depth and isinstance(value, (tuple, *_CONTAINERS)):
-        return any(_holds_meta(part, depth - 1) for part in (value.values() if isinstance(value, dict) else value))
+        return any(_holds_meta(part, depth - 1) for part in parts_of(value))
     return False

@@ -306,17 +306,20 @@ def _converted(
         has_units = any(site.unit is not None for site in plan.sites)
         why = "every unit has few enough activations" if has_units else "the patterns given leave everything alone"
         warn_user(f"nothing to change in this {type(model).__name__} at {plan.ratio}: {why}", NoEffectWarning)
-    work, frozen = WorkingCopy(model, inplace=inplace), vars(model).get(FROZEN, ())
+    frozen = vars(model).get(FROZEN, ())
     used = UsedParameters(original, resolved.changes, recordings)
-    unconvert(work.model)
-    make_changes(work.model, plan, resolved, cache, gradual=gradual)
-    if witness is not None and (plan.changes_any or original is not model):
-        witness.check(work.model, resolved.changes)
-        if gradual:  # what `Gradual.finish` will leave
-            finished = WorkingCopy(model, inplace=inplace)
-            unconvert(finished.model)
-            make_changes(finished.model, plan, resolved, cache)
-            witness.check(finished.model, resolved.changes)
+
+    def changed(gradual: bool) -> WorkingCopy:
+        work = WorkingCopy(model, inplace=inplace)
+        unconvert(work.model)
+        make_changes(work.model, plan, resolved, cache, gradual=gradual)
+        if witness is not None and (plan.changes_any or original is not model):
+            witness.check(work.model, resolved.changes)
+        return work
+
+    work = changed(gradual)
+    if gradual and witness is not None:
+        changed(gradual=False)  # what `Gradual.finish` will leave is checked, too
     result = work.finish()
     unfreeze(result, frozen)
     if not gradual:
