@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dis
 from collections.abc import Iterable, Sequence
 from functools import cache
 from types import CodeType
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from nmconv.recording import NoSource, syntax_tree, unwrapped
+from nmconv.recording import NoSource, is_branchless, syntax_tree, unwrapped
 
 __all__ = ["count_uses"]
 
@@ -18,7 +19,9 @@ _EXITS = (ast.Return, ast.Raise, ast.Continue, ast.Break)
 
 
 def count_uses(module: nn.Module, method: str, attribute: str) -> int:
-    """Return how often one path through a method may use an attribute; 0 for a method without source.
+    """Return how often one path through a method may use an attribute.
+
+    Without source, each use in the bytecode counts, or none if it has no branches: then all are recorded.
 
     Args:
         module: The module whose class has the method.
@@ -37,7 +40,8 @@ def _count_uses(code: CodeType, attribute: str) -> int:
     try:
         return _most_in(syntax_tree(code).body, attribute)
     except NoSource:
-        return 0
+        uses = sum(step.argval == attribute and "LOAD" in step.opname for step in dis.get_instructions(code))
+        return 0 if is_branchless(code) else uses
 
 
 def _most_in(statements: Sequence[ast.stmt], attribute: str) -> int:

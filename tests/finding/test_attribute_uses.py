@@ -72,3 +72,5 @@ def test_without_source():
     space = {}
     exec("def forward(self, x):\n    return self.act(self.act(x))", space)
     assert count_uses(type("Net", (nn.Module,), space)(), "forward", "act") == 0
+    exec("def forward(self, x):\n    x = self.act(x)\n    return self.act(x) if self.deep else x", space)
+    assert count_uses(type("Net", (nn.Module,), space)(), "forward", "act") == 2
